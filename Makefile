@@ -1,0 +1,31 @@
+# The two commands that do everything: `make demo` and `make test`. Both run as root (or with sudo) on a
+# fresh Debian 12 or 13; `make help` lists the rest.
+
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+export PYTHONDONTWRITEBYTECODE := 1
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: ## Packages, Python environment, C libraries
+	@scripts/setup
+
+demo: setup ## A lab of hosts; moves live connections from a to b to c while clients use them
+	@scripts/demo
+
+test: setup ## Every test: style, unit, simulation, lab
+	@scripts/test
+
+lint: setup ## Style and types only
+	@scripts/test style
+
+bench: setup ## Blackout, throughput and costs, as ratios inside one run
+	@$(PYTHON) -m bench
+
+clean: ## Remove what the above made in this folder
+	rm -rf .venv .build
+	$(MAKE) -C daemon/libsockmi clean
+
+.PHONY: help setup demo test lint bench clean
+.DEFAULT_GOAL := help

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: MIT
+/*
+ * export_socket(): docs/control.md, "export". For a socket of another process the caller makes
+ * the duplicate itself, so that the kernel checks whether the caller may ptrace the owner.
+ */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "client.h"
+
+#define RECONNECT_MS 10000	/* how long to look for a daemon that restarts, to learn an outcome */
+#define RECONNECT_PAUSE_NS 50000000
+
+static int check(int pid, int fd, int af, const void *to, const struct sockmi_export_options *options)
+{
+	if (pid == 0)
+		return fail(EINVAL, "pid 0: give a process's id, or a negative one for the caller.");
+	if (fd < 0)
+		return fail(EBADF, "fd %d is not a descriptor.", fd);
+	if (to && af != AF_INET && af != AF_INET6)
+		return fail(EAFNOSUPPORT, "af is %d: use AF_INET or AF_INET6, or no target.", af);
+	if (to && options->host)
+		return fail(EINVAL, "Both an address and options.host name the target; give one.");
+	if (options->host && (!*options->host || strlen(options->host) > 255))
+		return fail(EINVAL, "options.host must have 1 to 255 bytes.");
+	if (options->timeout < 0)
+		return fail(EINVAL, "options.timeout is %d: give milliseconds, 0 for the daemon's.",
+			    options->timeout);
+	if (options->flags & ~SOCKMI_DRY_RUN)
+		return fail(EINVAL, "options.flags %#x has unknown bits.", options->flags);
+	if (options->context_bytes > SOCKMI_CONTEXT_MAX)
+		return fail(EMSGSIZE, "The context has %zu bytes; at most %u travel with a socket.",
+			    options->context_bytes, SOCKMI_CONTEXT_MAX);
+	if (options->context_bytes && !options->context)
+		return fail(EINVAL, "options.context is NULL, its length is not 0.");
+	return 0;
+}
+
+static int check_socket(int pid, int fd, int descriptor)
+{
+	int protocol;
+	socklen_t length = sizeof(protocol);
+
+	if (getsockopt(descriptor, SOL_SOCKET, SO_PROTOCOL, &protocol, &length))
+		return fail(errno, "Descriptor %d of process %d: %m", fd, pid);
+	if (protocol != IPPROTO_TCP)
+		return fail(EPROTOTYPE, "Descriptor %d of process %d is not a TCP socket.", fd, pid);
+	return 0;
+}
+
+/* A duplicate of pid's fd in this process, or -1. */
+static int duplicate(int pid, int fd)
+{
+	int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+	int copy;
+
+	if (pidfd < 0)
+		return fail(errno, "Process %d: %m", pid);
+	copy = (int)syscall(SYS_pidfd_getfd, pidfd, fd, 0);
+	if (copy < 0)
+		fail(errno, errno == EPERM ? "Descriptor %d of process %d: you may not trace that process." :
+		     "Descriptor %d of process %d cannot be duplicated: %m", fd, pid);
+	close_all(&pidfd, 1);
+	return copy;
+}
+
+static int duplicate_own(int fd)
+{
+	int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+
+	return copy < 0 ? fail(errno, "Descriptor %d: %m", fd) : copy;
+}
+
+static json_t *target(int af, const void *to, const char *host)
+{
+	char text[INET6_ADDRSTRLEN];
+
+	if (host)
+		return json_string(host);
+	if (!to)
+		return json_null();
+	return json_string(inet_ntop(af, to, text, sizeof(text)));
+}
+
+static json_t *request(int pid, int fd, int af, const void *to,
+		       const struct sockmi_export_options *options)
+{
+	bool context = options->context_bytes > 0;
+	json_t *socket = json_pack("{s:i,s:i,s:b,s:b,s:o}", "pid", pid, "fd", fd, "descriptor", 1,
+				   "context", context, "migration_id", id_text(options->migration));
+
+	return json_pack("{s:s,s:i,s:[o],s:o,s:o,s:b}", "op", "export", "fds", 1 + context, "sockets", socket,
+			 "to", target(af, to, options->host), "timeout_s",
+			 options->timeout ? json_real(options->timeout / 1000.0) : json_null(), "dry_run",
+			 (options->flags & SOCKMI_DRY_RUN) != 0);
+}
+
+static void copy_text(char *to, size_t size, const json_t *text)
+{
+	snprintf(to, size, "%s", json_string_value(text) ? json_string_value(text) : "");
+}
+
+static uint64_t number(const json_t *record, const char *name)
+{
+	json_int_t value = json_integer_value(json_object_get(record, name));
+
+	return value < 0 ? 0 : (uint64_t)value;
+}
+
+static int conclude(const json_t *record, struct sockmi_result *result)
+{
+	const json_t *why = json_object_get(record, "refusal");
+	const char *outcome = json_string_value(json_object_get(record, "outcome"));
+	const char *code = json_string_value(json_object_get(why, "code"));
+	const char *message = json_string_value(json_object_get(why, "message"));
+
+	copy_text(result->host, sizeof(result->host), json_object_get(record, "to"));
+	copy_text(result->mode, sizeof(result->mode), json_object_get(record, "mode"));
+	result->blackout_us = number(record, "blackout_us");
+	result->receive_queue_bytes = number(record, "receive_queue_bytes");
+	result->sent_bytes = number(record, "sent_bytes");
+	result->unsent_bytes = number(record, "unsent_bytes");
+	result->hop = (unsigned int)number(record, "hop");
+	if (outcome && (!strcmp(outcome, "moved") || !strcmp(outcome, "planned")))
+		return 0;
+	if (!outcome)
+		return fail(ECONNRESET, "The migration is still under way.");
+	if (!code || !message)
+		return fail(EPROTO, "The SockMi daemon's record has neither a good outcome nor a refusal.");
+	return fail_code(code, message);
+}
+
+/* 0 or -1: concluded from the answer's record. 1: there is none of this migration. */
+static int read_answer(const json_t *answer, const unsigned char id[16], struct sockmi_result *result)
+{
+	const json_t *error = json_object_get(answer, "error");
+	const char *code = json_string_value(json_object_get(error, "code"));
+	const char *message = json_string_value(json_object_get(error, "message"));
+	const json_t *record;
+	size_t i;
+
+	if (!json_is_true(json_object_get(answer, "ok"))) {
+		if (!code || !message)
+			return fail(EPROTO, "The SockMi daemon's answer has neither ok nor an error.");
+		return fail_code(code, message);
+	}
+	json_array_foreach(json_object_get(answer, "migrations"), i, record) {
+		unsigned char found[16];
+
+		if (!id_parse(json_object_get(record, "migration_id"), found) && !memcmp(found, id, 16))
+			return conclude(record, result);
+	}
+	return 1;
+}
+
+/* One request, one answer (which may come in several lines); as read_answer(). */
+static int converse(struct connection *connection, const json_t *message, const int *fds,
+		    unsigned int nfds, long long deadline, const unsigned char id[16],
+		    struct sockmi_result *result)
+{
+	int done = connection_send(connection, message, fds, nfds, deadline);
+	bool more = true;
+
+	/* Else the daemon would find us among the socket's owners. */
+	if (nfds)
+		close_all(fds, nfds);
+	if (done)
+		return -1;
+	for (done = 1; more && done == 1;) {
+		json_t *answer = connection_receive(connection, deadline);
+
+		if (!answer)
+			return -1;
+		more = json_is_true(json_object_get(answer, "more"));
+		done = read_answer(answer, id, result);
+		json_decref(answer);
+	}
+	return done;
+}
+
+/* The daemon went away: ask it, or the one that comes after it, what became of the migration. */
+static int ask(const struct sockmi_export_options *options, struct sockmi_result *result)
+{
+	const struct timespec pause = { .tv_nsec = RECONNECT_PAUSE_NS };
+	long long deadline = deadline_after(RECONNECT_MS);
+
+	while (deadline_left(deadline)) {
+		struct connection connection;
+		json_t *message;
+		int done = -1;
+
+		errno = 0;
+		if (!connection_open(&connection, options->control, deadline)) {
+			message = json_pack("{s:s,s:[o],s:f}", "op", "info", "migration_ids",
+					    id_text(options->migration), "wait_s",
+					    deadline_left(deadline) / 1000.0);
+			done = message ? converse(&connection, message, NULL, 0, deadline,
+						  options->migration, result) : fail(ENOMEM, "No memory.");
+			json_decref(message);
+		}
+		connection_close(&connection);
+		if (done == 1)
+			return fail(ECONNRESET, "The SockMi daemon went away before it began; "
+				    "the socket is as it was.");
+		if (done == 0 || sockmi_last_error()->code[0])
+			return done;
+		if (errno != ECONNRESET && errno != ECONNREFUSED && errno != ENOENT)
+			return -1;
+		nanosleep(&pause, NULL);
+	}
+	return fail(ECONNRESET, "The SockMi daemon went away and does not come back; whether the socket "
+		    "has moved is not known. Ask `sockmi history` when it runs again.");
+}
+
+static int run(int pid, int fd, int af, const void *to, const struct sockmi_export_options *options,
+	       struct sockmi_result *result)
+{
+	long long deadline = options->timeout ? deadline_after(options->timeout) : -1;
+	struct connection connection;
+	json_t *message;
+	int fds[2] = { -1, -1 };
+	int done;
+
+	if (deadline >= 0)
+		deadline += GRACE_MS;
+	/* Connect first: descriptors are duplicated as shortly as can be. */
+	if (connection_open(&connection, options->control, deadline))
+		return -1;
+	fds[0] = pid == getpid() ? duplicate_own(fd) : duplicate(pid, fd);
+	if (fds[0] < 0 || check_socket(pid, fd, fds[0]))
+		goto failed;
+	if (options->context_bytes) {
+		fds[1] = context_seal(options->context, options->context_bytes);
+		if (fds[1] < 0)
+			goto failed;
+	}
+	message = request(pid, fd, af, to, options);
+	if (!message) {
+		fail(ENOMEM, "No memory for a request.");
+		goto failed;
+	}
+	done = converse(&connection, message, fds, fds[1] < 0 ? 1 : 2, deadline, options->migration, result);
+	json_decref(message);
+	connection_close(&connection);
+	if (done == 1)
+		return fail(EPROTO, "The SockMi daemon's answer has no record of the migration.");
+	if (done < 0 && errno == ECONNRESET && !sockmi_last_error()->code[0])
+		return ask(options, result);
+	return done;
+failed:
+	close_all(fds, 2);
+	connection_close(&connection);
+	return -1;
+}
+
+int export_socket_ex(int pid, int fd, int af, const void *to,
+		     const struct sockmi_export_options *given, struct sockmi_result *wanted)
+{
+	struct sockmi_export_options options;
+	struct sockmi_result result = { .size = sizeof(result) };
+	int saved = errno;
+	int done;
+
+	if (wanted && wanted->size < sizeof(wanted->size))
+		return fail(EINVAL, "result.size is %zu: set it to sizeof(the struct).", wanted->size);
+	if (options_copy(&options, sizeof(options), given, "options") || check(pid, fd, af, to, &options))
+		return -1;
+	if (id_is_zero(options.migration))
+		id_new(options.migration);
+	memcpy(result.migration, options.migration, sizeof(result.migration));
+	done = run(pid < 0 ? getpid() : pid, fd, af, to, &options, &result);
+	if (wanted) {
+		size_t size = wanted->size < sizeof(result) ? wanted->size : sizeof(result);
+
+		result.size = wanted->size;
+		memcpy(wanted, &result, size);
+	}
+	if (done == 0) {
+		no_error();
+		errno = saved;
+	}
+	return done;
+}
+
+int export_socket(int pid, int fd, int af, const void *to)
+{
+	return export_socket_ex(pid, fd, af, to, NULL, NULL);
+}

@@ -1,0 +1,432 @@
+// SPDX-License-Identifier: MIT
+/*
+ * import_socket(): docs/control.md, "import". The caller's descriptors are touched last, once
+ * the sockets that replace them are live; until then any failure leaves them as they were.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "client.h"
+
+/* A socket on its way to the caller. */
+struct arrival {
+	struct import_req *irq;
+	unsigned int index;		/* of irq */
+	int fd;				/* our copy, dormant at first */
+	int context_fd;			/* or -1 */
+	bool live;
+	unsigned int state;
+	struct sockmi_endpoint local, remote, origin;
+	unsigned char migration[16], listener[16];
+	struct sockmi_context context;
+};
+
+static int compare(const void *a, const void *b)
+{
+	int x = *(const int *)a, y = *(const int *)b;
+
+	return (x > y) - (x < y);
+}
+
+static int check_endpoint(unsigned int i, const char *name, const struct sockmi_endpoint *endpoint)
+{
+	if (endpoint->af && endpoint->af != AF_INET && endpoint->af != AF_INET6)
+		return fail(EAFNOSUPPORT, "irqs[%u].%s.af is %d: use 0, AF_INET or AF_INET6.", i, name,
+			    endpoint->af);
+	if (endpoint->port > 65535)
+		return fail(EINVAL, "irqs[%u].%s.port is %u (ports are in host byte order).", i, name,
+			    endpoint->port);
+	return 0;
+}
+
+static int check_socket(unsigned int i, int fd, rlim_t limit)
+{
+	struct tcp_info info;
+	socklen_t length = sizeof(int);
+	int protocol;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &length))
+		return fail(errno, "irqs[%u].fd %d: %m", i, fd);
+	length = sizeof(info);
+	if (protocol != IPPROTO_TCP || getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length))
+		return fail(EPROTOTYPE, "irqs[%u].fd %d is not a TCP socket.", i, fd);
+	if (info.tcpi_state != TCP_CLOSE)
+		return fail(EISCONN, "irqs[%u].fd %d is connected or listening; give a new socket.", i, fd);
+	if ((rlim_t)fd >= limit)
+		return fail(EMFILE, "irqs[%u].fd %d is beyond RLIMIT_NOFILE.", i, fd);
+	return 0;
+}
+
+static int check(const struct import_req *irqs, unsigned int nirqs)
+{
+	static const unsigned char zero[sizeof(irqs->reserved)];
+	struct rlimit limit;
+	int *fds;
+	unsigned int n = 0;
+	bool twice = false;
+
+	if (!irqs || nirqs == 0 || nirqs > SOCKMI_REQUESTS_MAX)
+		return fail(EINVAL, "%u import requests at %p: give 1 to %u.", nirqs, (const void *)irqs,
+			    SOCKMI_REQUESTS_MAX);
+	if (getrlimit(RLIMIT_NOFILE, &limit))
+		return fail(errno, "getrlimit: %m");
+	fds = malloc(nirqs * sizeof(*fds));
+	if (!fds)
+		return fail(ENOMEM, "No memory for %u import requests.", nirqs);
+	for (unsigned int i = 0; i < nirqs; i++) {
+		const struct import_req *irq = &irqs[i];
+
+		if (irq->fd < 0)
+			continue;
+		fds[n++] = irq->fd;
+		if (!irq->states || irq->states & ~SOCKMI_ANY_STATE)
+			fail(EINVAL, "irqs[%u].states is %#x: give a mask of SOCKMI_BOUND, SOCKMI_LISTENING "
+			     "and SOCKMI_CONNECTED.", i, irq->states);
+		else if (irq->preferred & ~irq->states)
+			fail(EINVAL, "irqs[%u].preferred %#x is no subset of states %#x.", i, irq->preferred,
+			     irq->states);
+		else if ((irq->remote.af || irq->remote.port) && !(irq->states & SOCKMI_CONNECTED))
+			fail(EINVAL, "irqs[%u].remote: only connected sockets have a remote end.", i);
+		else if (memcmp(irq->reserved, zero, sizeof(zero)))
+			fail(EINVAL, "irqs[%u].reserved is not zero: start from SOCKMI_IMPORT().", i);
+		else if (!check_endpoint(i, "local", &irq->local) &&
+			 !check_endpoint(i, "remote", &irq->remote) &&
+			 !check_socket(i, irq->fd, limit.rlim_cur))
+			continue;
+		free(fds);
+		return -1;
+	}
+	qsort(fds, n, sizeof(*fds), compare);
+	for (unsigned int i = 1; i < n; i++)
+		twice |= fds[i] == fds[i - 1];
+	free(fds);
+	if (twice)
+		return fail(EINVAL, "Two import requests name the same descriptor.");
+	return n ? 0 : fail(EINVAL, "No import request has a descriptor.");
+}
+
+static json_t *port_or_null(unsigned int port)
+{
+	return port ? json_integer((json_int_t)port) : json_null();
+}
+
+static json_t *criteria(const struct import_req *irq)
+{
+	return json_pack("{s:o,s:o,s:o,s:o,s:o,s:o,s:o}",
+			 "states", states_list(irq->states),
+			 "preferred", states_list(irq->preferred),
+			 "local_address", endpoint_address(&irq->local),
+			 "local_port", port_or_null(irq->local.port),
+			 "remote_address", endpoint_address(&irq->remote),
+			 "remote_port", port_or_null(irq->remote.port),
+			 "listener", id_is_zero(irq->listener) ? json_null() : id_text(irq->listener));
+}
+
+/* indices[n] becomes the index in irqs of the n-th request sent. */
+static json_t *request(const struct import_req *irqs, unsigned int nirqs, int timeout,
+		       unsigned int *indices)
+{
+	json_t *list = json_array();
+	unsigned int n = 0;
+
+	for (unsigned int i = 0; i < nirqs; i++) {
+		if (irqs[i].fd < 0)
+			continue;
+		indices[n++] = i;
+		if (json_array_append_new(list, criteria(&irqs[i]))) {
+			json_decref(list);
+			return NULL;
+		}
+	}
+	return json_pack("{s:s,s:o,s:i}", "op", "import", "requests", list, "timeout_ms",
+			 timeout < 0 ? -1 : timeout);
+}
+
+static int refused(const json_t *answer)
+{
+	const json_t *error = json_object_get(answer, "error");
+	const char *code = json_string_value(json_object_get(error, "code"));
+	const char *message = json_string_value(json_object_get(error, "message"));
+
+	if (json_is_true(json_object_get(answer, "ok")))
+		return 0;
+	if (!code || !message)
+		return fail(EPROTO, "The SockMi daemon's answer has neither ok nor an error.");
+	return fail_code(code, message);
+}
+
+static int read_item(const json_t *item, struct arrival *arrival)
+{
+	const json_t *record = json_object_get(item, "record");
+
+	arrival->state = state_parse(json_object_get(record, "kind"));
+	if (!arrival->state || !(arrival->state & arrival->irq->states) ||
+	    endpoint_parse(json_object_get(item, "local"), &arrival->local) ||
+	    endpoint_parse(json_object_get(item, "remote"), &arrival->remote) ||
+	    endpoint_parse(json_object_get(item, "origin"), &arrival->origin) ||
+	    id_parse(json_object_get(record, "migration_id"), arrival->migration) ||
+	    id_is_zero(arrival->migration) ||
+	    id_parse(json_object_get(record, "listener"), arrival->listener))
+		return fail(EPROTO, "The SockMi daemon describes an imported socket wrongly.");
+	return 0;
+}
+
+/* Descriptors and descriptions of the answer; what it took it leaves in arrivals, also on failure. */
+static int read_arrivals(struct connection *connection, const json_t *answer, struct import_req *irqs,
+			 const unsigned int *indices, unsigned int nsent, struct arrival *arrivals,
+			 unsigned int *narrivals)
+{
+	const json_t *imported = json_object_get(answer, "imported");
+	size_t n = json_array_size(imported);
+	unsigned int ncontexts = 0, next;
+	int fds[DESCRIPTORS_MAX];
+
+	if (!json_is_array(imported) || n > nsent || n > DESCRIPTORS_MAX)
+		return fail(EPROTO, "The SockMi daemon's answer has no list of sockets, or too many.");
+	for (size_t i = 0; i < n; i++)
+		ncontexts += json_is_true(json_object_get(json_array_get(imported, i), "context"));
+	if (n + ncontexts > DESCRIPTORS_MAX)
+		return fail(EPROTO, "The SockMi daemon's answer has too many descriptors.");
+	if (connection_take(connection, answer, fds, (unsigned int)n + ncontexts))
+		return -1;
+	next = (unsigned int)n;
+	for (unsigned int i = 0; i < n; i++) {
+		arrivals[i].fd = fds[i];
+		arrivals[i].context_fd = -1;
+		if (json_is_true(json_object_get(json_array_get(imported, i), "context")))
+			arrivals[i].context_fd = fds[next++];
+	}
+	*narrivals = (unsigned int)n;
+	for (unsigned int i = 0; i < n; i++) {
+		const json_t *item = json_array_get(imported, i);
+		json_int_t index = json_integer_value(json_object_get(item, "request"));
+
+		if (!json_is_integer(json_object_get(item, "request")) || index < 0 || index >= nsent)
+			return fail(EPROTO, "The SockMi daemon answers a request that was not made.");
+		arrivals[i].index = indices[index];
+		arrivals[i].irq = &irqs[indices[index]];
+		for (unsigned int j = 0; j < i; j++)
+			if (arrivals[j].irq == arrivals[i].irq)
+				return fail(EPROTO, "The SockMi daemon answers a request twice.");
+		if (read_item(item, &arrivals[i]))
+			return -1;
+	}
+	return 0;
+}
+
+/* All that can fail, before the sockets are taken. */
+static int prepare(struct arrival *arrivals, unsigned int narrivals, bool contexts)
+{
+	for (unsigned int i = 0; i < narrivals; i++) {
+		struct arrival *arrival = &arrivals[i];
+		int flags = fcntl(arrival->irq->fd, F_GETFL);
+		int own = fcntl(arrival->fd, F_GETFL);
+
+		if (flags < 0 || own < 0 ||
+		    fcntl(arrival->fd, F_SETFL, (own & ~O_NONBLOCK) | (flags & O_NONBLOCK)))
+			return fail(errno, "fcntl of descriptor %d: %m", arrival->irq->fd);
+		if (contexts && arrival->context_fd >= 0 &&
+		    context_read(arrival->context_fd, &arrival->context))
+			return -1;
+	}
+	return 0;
+}
+
+/* Whether a copy came to life although the daemon could not say so. */
+static bool is_live(int fd, unsigned int state)
+{
+	int value = 0;
+	socklen_t length = sizeof(value);
+
+	if (state == SOCKMI_LISTENING)
+		return !getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &length) && value;
+	return !getsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &value, &length) && value == 0;
+}
+
+static void mark_live(const json_t *answer, struct arrival *arrivals, unsigned int narrivals)
+{
+	const json_t *id;
+	size_t i;
+
+	json_array_foreach(json_object_get(answer, "live"), i, id) {
+		unsigned char migration[16];
+
+		if (id_parse(id, migration))
+			continue;
+		for (unsigned int j = 0; j < narrivals; j++)
+			if (!memcmp(arrivals[j].migration, migration, sizeof(migration)))
+				arrivals[j].live = true;
+	}
+}
+
+static void note_failure(const json_t *answer)
+{
+	const json_t *why = json_object_get(json_array_get(json_object_get(answer, "failed"), 0), "refusal");
+	const char *code = json_string_value(json_object_get(why, "code"));
+	const char *message = json_string_value(json_object_get(why, "message"));
+
+	fail_code(code ? code : "internal", message ? message : "The socket could not be activated.");
+}
+
+/* Say what we take, and learn what is live; sets the error for the case that nothing is. */
+static void take(struct connection *connection, struct arrival *arrivals, unsigned int narrivals)
+{
+	json_t *ids = json_array();
+	json_t *message, *answer = NULL;
+
+	for (unsigned int i = 0; i < narrivals; i++)
+		if (json_array_append_new(ids, id_text(arrivals[i].migration))) {
+			fail(ENOMEM, "No memory for a request.");
+			json_decref(ids);
+			return;
+		}
+	message = json_pack("{s:s,s:o}", "op", "taken", "migrations", ids);
+	if (!message)
+		fail(ENOMEM, "No memory for a request.");
+	else if (!connection_send(connection, message, NULL, 0, -1))
+		answer = connection_receive(connection, -1);	/* the daemon decides, or goes away */
+	json_decref(message);
+	if (answer && !refused(answer)) {
+		mark_live(answer, arrivals, narrivals);
+		note_failure(answer);
+	} else if (message) {
+		for (unsigned int i = 0; i < narrivals; i++)
+			arrivals[i].live = is_live(arrivals[i].fd, arrivals[i].state);
+	}
+	json_decref(answer);
+}
+
+/* Put a live socket in the place of the caller's; if that fails, the caller gets our descriptor. */
+static void replace(struct arrival *arrival, struct sockmi_context *contexts)
+{
+	struct import_req *irq = arrival->irq;
+	int flags = fcntl(irq->fd, F_GETFD);
+	int placed;
+
+	do
+		placed = dup3(arrival->fd, irq->fd, flags >= 0 && !(flags & FD_CLOEXEC) ? 0 : O_CLOEXEC);
+	while (placed < 0 && (errno == EINTR || errno == EBUSY));
+	if (placed < 0)
+		irq->fd = arrival->fd;
+	else
+		close(arrival->fd);
+	arrival->fd = -1;
+	irq->returned = arrival->state;
+	irq->returned_local = arrival->local;
+	irq->returned_remote = arrival->remote;
+	irq->returned_origin = arrival->origin;
+	memcpy(irq->returned_listener, arrival->listener, sizeof(irq->returned_listener));
+	memcpy(irq->migration, arrival->migration, sizeof(irq->migration));
+	if (contexts) {
+		contexts[arrival->index] = arrival->context;
+		arrival->context.data = NULL;
+	}
+}
+
+static int finish(struct arrival *arrivals, unsigned int narrivals, struct sockmi_context *contexts)
+{
+	int nlive = 0;
+
+	for (unsigned int i = 0; i < narrivals; i++) {
+		struct arrival *arrival = &arrivals[i];
+
+		if (arrival->live) {
+			replace(arrival, contexts);
+			nlive++;
+		}
+		close_all(&arrival->fd, 1);
+		close_all(&arrival->context_fd, 1);
+		free(arrival->context.data);
+	}
+	if (nlive)
+		no_error();
+	return nlive;
+}
+
+static int run(struct import_req *irqs, unsigned int nirqs, int timeout,
+	       const struct sockmi_import_options *options, struct arrival *arrivals,
+	       unsigned int *indices)
+{
+	long long deadline = deadline_after(timeout);
+	struct connection connection;
+	unsigned int nsent = 0, narrivals = 0;
+	json_t *message, *answer = NULL;
+	int result = -1;
+
+	if (deadline >= 0)
+		deadline += GRACE_MS;
+	message = request(irqs, nirqs, timeout, indices);
+	if (!message)
+		return fail(ENOMEM, "No memory for %u import requests.", nirqs);
+	nsent = (unsigned int)json_array_size(json_object_get(message, "requests"));
+	if (connection_open(&connection, options->control, deadline))
+		goto out;
+	if (!connection_send(&connection, message, NULL, 0, deadline))
+		answer = connection_receive(&connection, deadline);
+	if (answer && !refused(answer) &&
+	    !read_arrivals(&connection, answer, irqs, indices, nsent, arrivals, &narrivals)) {
+		if (narrivals == 0)
+			result = 0;
+		else if (!prepare(arrivals, narrivals, options->contexts))
+			take(&connection, arrivals, narrivals);
+	}
+	if (narrivals) {
+		int failure = errno;
+
+		result = finish(arrivals, narrivals, options->contexts);
+		if (result == 0) {
+			errno = failure;
+			result = -1;
+		}
+	}
+	if (result >= 0)
+		no_error();
+out:
+	connection_close(&connection);
+	json_decref(message);
+	json_decref(answer);
+	return result;
+}
+
+int import_socket_ex(struct import_req *irqs, unsigned int nirqs, int timeout,
+		     const struct sockmi_import_options *given)
+{
+	struct sockmi_import_options options;
+	struct arrival *arrivals;
+	unsigned int *indices;
+	int result = -1;
+	int saved = errno;
+
+	if (options_copy(&options, sizeof(options), given, "options") || check(irqs, nirqs))
+		return -1;
+	for (unsigned int i = 0; i < nirqs; i++) {
+		irqs[i].returned = 0;
+		if (options.contexts)
+			memset(&options.contexts[i], 0, sizeof(options.contexts[i]));
+	}
+	arrivals = calloc(DESCRIPTORS_MAX, sizeof(*arrivals));
+	indices = calloc(nirqs, sizeof(*indices));
+	if (arrivals && indices)
+		result = run(irqs, nirqs, timeout, &options, arrivals, indices);
+	else
+		fail(ENOMEM, "No memory for %u import requests.", nirqs);
+	if (result >= 0)
+		errno = saved;
+	else
+		saved = errno;
+	free(arrivals);
+	free(indices);
+	errno = saved;
+	return result;
+}
+
+int import_socket(struct import_req *irqs, unsigned int nirqs, int timeout)
+{
+	return import_socket_ex(irqs, nirqs, timeout, NULL);
+}

@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The repair engine's hot path: TCP_REPAIR (CONFIG_CHECKPOINT_RESTORE, CAP_NET_ADMIN) over many
+ * sockets a call. The caller stops the owners and holds the packets first; nothing here does that.
+ *
+ * Every call writes one struct sockmi_result for each socket and returns how many of them failed.
+ * A socket that fails is as it was before the call (of a restore: there is none). Not thread-safe
+ * for the same socket; otherwise calls may run in parallel.
+ */
+#ifndef SOCKMI_ENGINE_H
+#define SOCKMI_ENGINE_H
+
+#include "image.h"
+
+enum sockmi_code {
+	SOCKMI_RESULT_OK = 0,
+	SOCKMI_RESULT_FAILED,		/* a system call failed: step, error */
+	SOCKMI_RESULT_NOT_TCP,
+	SOCKMI_RESULT_NO_SOCKET,	/* not an open descriptor of a socket */
+	SOCKMI_RESULT_NO_PRIVILEGE,	/* no CAP_NET_ADMIN over the socket's network namespace */
+	SOCKMI_RESULT_WRONG_STATE,	/* detail: the state (enum sockmi_state) */
+	SOCKMI_RESULT_URGENT_DATA,
+	SOCKMI_RESULT_IN_REPAIR,
+	SOCKMI_RESULT_CHANGED,		/* it moved while it was read, or no longer equals its image */
+	SOCKMI_RESULT_NO_ROOM,		/* capture: the buffer is too small; length: bytes that suffice */
+	SOCKMI_RESULT_TOO_LARGE,	/* more than SOCKMI_IMAGE_LIMIT_BYTES, or the buffers of this host cannot hold it */
+	SOCKMI_RESULT_BAD_IMAGE,	/* detail: enum sockmi_image_error */
+	SOCKMI_RESULT_TUPLE_TAKEN,
+	SOCKMI_RESULT_PORT_TAKEN,
+	SOCKMI_RESULT_NO_ADDRESS,	/* the local address cannot be bound here, or there is no route */
+	SOCKMI_RESULT_SCALE,		/* SYN-SENT: this host offers another window scale; detail: ours */
+	SOCKMI_RESULT_UNIT,		/* this kernel has no microsecond timestamps */
+	SOCKMI_RESULT_NOT_DELIVERED,	/* the FIN or ACK made for the copy did not arrive: see sockmi_restore() */
+};
+
+/* Where a call failed. */
+enum sockmi_step {
+	SOCKMI_STEP_NONE,
+	SOCKMI_STEP_INFO,	/* TCP_INFO */
+	SOCKMI_STEP_NAME,	/* getsockname(), getpeername(), sock_diag */
+	SOCKMI_STEP_OPTION,	/* detail: enum sockmi_option_id */
+	SOCKMI_STEP_REPAIR,
+	SOCKMI_STEP_SEQUENCE,
+	SOCKMI_STEP_QUEUE_LENGTH, /* SIOCINQ, SIOCOUTQ, SIOCOUTQNSD */
+	SOCKMI_STEP_RECEIVE_QUEUE,
+	SOCKMI_STEP_SEND_QUEUE,
+	SOCKMI_STEP_WINDOW,
+	SOCKMI_STEP_TIMESTAMP,
+	SOCKMI_STEP_ENCODE,
+	SOCKMI_STEP_SOCKET,
+	SOCKMI_STEP_BIND,
+	SOCKMI_STEP_CONNECT,
+	SOCKMI_STEP_NEGOTIATED,	/* TCP_REPAIR_OPTIONS */
+	SOCKMI_STEP_SHUTDOWN,
+	SOCKMI_STEP_INJECT,
+	SOCKMI_STEP_LISTEN,
+	SOCKMI_STEP_DISCONNECT,
+};
+
+/* Bits of carried, approximated and reset; sockmi_fidelity_name() has their names. */
+enum sockmi_fidelity_bit {
+	SOCKMI_FIDELITY_RECEIVE_QUEUE,
+	SOCKMI_FIDELITY_SENT_QUEUE,
+	SOCKMI_FIDELITY_UNSENT_QUEUE,
+	SOCKMI_FIDELITY_WINDOW,
+	SOCKMI_FIDELITY_NEGOTIATED,
+	SOCKMI_FIDELITY_TIMESTAMP_CLOCK,
+	SOCKMI_FIDELITY_OPTIONS,
+	SOCKMI_FIDELITY_OWN_FIN,
+	SOCKMI_FIDELITY_PEER_FIN,
+	SOCKMI_FIDELITY_LISTENER,
+	SOCKMI_FIDELITY_BUFFER_SIZES,
+	SOCKMI_FIDELITY_CLOSING_STATE,	/* CLOSING with an unsent FIN becomes LAST-ACK */
+	SOCKMI_FIDELITY_SYN_TIMESTAMP,	/* SYN-SENT: first SYN's time known to some ms only */
+	SOCKMI_FIDELITY_SYN_RETRANSMITTED, /* SYN-SENT: an answer to a later SYN may come too early */
+	SOCKMI_FIDELITY_PATH_MODEL,	/* cwnd, ssthresh, RTT, RTO */
+	SOCKMI_FIDELITY_CONGESTION_STATE,
+	SOCKMI_FIDELITY_ECN,
+	SOCKMI_FIDELITY_TS_RECENT,
+	SOCKMI_FIDELITY_OUT_OF_ORDER,
+	SOCKMI_FIDELITY_SACK_SCOREBOARD,
+	SOCKMI_FIDELITY_TIMERS,
+	SOCKMI_FIDELITY_COUNTERS,
+	SOCKMI_FIDELITY_ERROR_QUEUE,	/* a pending error, or timestamps in the error queue */
+	SOCKMI_FIDELITY_SAVED_SYN,
+	SOCKMI_FIDELITY_FILTER,		/* an eBPF filter cannot be read */
+	SOCKMI_FIDELITY_FLOW_LABEL,
+	SOCKMI_FIDELITY_END
+};
+#define SOCKMI_FIDELITY_BIT(name) ((uint64_t)1 << SOCKMI_FIDELITY_##name)
+
+#define SOCKMI_LOST_OPTIONS 6
+
+struct sockmi_result {
+	int32_t code;		/* enum sockmi_code */
+	int32_t error;		/* errno, or 0 */
+	int32_t step;		/* enum sockmi_step */
+	int32_t detail;		/* see the codes */
+	uint64_t offset;	/* capture: of the image in the buffer */
+	uint64_t length;
+	uint64_t carried;	/* bits of enum sockmi_fidelity_bit */
+	uint64_t approximated;
+	uint64_t reset;
+	uint16_t lost_options[SOCKMI_LOST_OPTIONS]; /* ids that this host does not take; 0: no more */
+	uint32_t lost;		/* how many there were */
+};
+
+struct sockmi_placement {
+	struct sockmi_endpoint local;	/* all zero: as in the image */
+	uint8_t transparent;		/* the address need not be this host's */
+	uint8_t reserved[3];
+};
+
+/* Names for reports; NULL if there is no such. */
+SOCKMI_EXPORT const char *sockmi_fidelity_name(unsigned int bit);
+SOCKMI_EXPORT const char *sockmi_option_name(unsigned int id);
+SOCKMI_EXPORT const char *sockmi_step_name(unsigned int step);
+
+/*
+ * Write the images of the sockets one after the other into @buffer (each at a multiple of 8), queue bytes straight
+ * to their place. TCP_REPAIR is on only meanwhile: afterwards the socket is as it was, SO_REUSEADDR
+ * included. One that is too large for what is left gets NO_ROOM; those after it are still tried.
+ */
+SOCKMI_EXPORT int sockmi_capture(const int *fds, size_t n, void *buffer, size_t capacity,
+				 struct sockmi_result *results);
+
+/*
+ * Make a dormant copy of each image: out_fds[i], close-on-exec, non-blocking, in repair if it is
+ * connected (closing it emits nothing), not yet listening if it is to listen.
+ *
+ * What the peer has closed, or has acknowledged of our close, is told to the copy by a TCP segment made
+ * here, sent with SO_MARK @inject_mark and without timestamps: the hold of the tuple must let that
+ * mark in (and nothing out), and policy routing must deliver it if the local address is not this host's.
+ */
+SOCKMI_EXPORT int sockmi_restore(const void *const *images, const size_t *lengths,
+				 const struct sockmi_placement *placements, size_t n, uint32_t inject_mark,
+				 int *out_fds, struct sockmi_result *results);
+
+/*
+ * Bring dormant copies to life: repair off (which makes the kernel tell the peer), unsent data,
+ * own FIN, sizes and SO_REUSEADDR; listen(). After a failure the copy may be dead: see code.
+ */
+SOCKMI_EXPORT int sockmi_activate(const int *fds, const void *const *images, const size_t *lengths, size_t n,
+				  struct sockmi_result *results);
+
+/*
+ * Close originals for every holder, without a packet, if they still equal their images: the next
+ * call of a holder gets ECONNABORTED, later ones ENOTCONN or EPIPE; a listener's accept EINVAL.
+ * Children in a listener's queue must have been accepted before. The descriptors stay open.
+ */
+SOCKMI_EXPORT int sockmi_release(const int *fds, const void *const *images, const size_t *lengths, size_t n,
+				 struct sockmi_result *results);
+
+/* Close dormant copies without a packet. */
+SOCKMI_EXPORT void sockmi_discard(const int *fds, size_t n);
+
+/* Take what waits in a listener's queue, at most @room descriptors. Their number, or -errno. */
+SOCKMI_EXPORT int sockmi_accept_children(int fd, int *out_fds, size_t room);
+
+#endif

@@ -1,0 +1,57 @@
+"""Addresses of TCP sockets: endpoints and four-tuples, IPv4 and IPv6."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Endpoint:
+    """One end of a TCP connection.
+
+    A v4-mapped IPv6 address is written as the IPv4 address that is on the wire; that the
+    socket itself is an IPv6 one is a property of the socket, not of its endpoint.
+    """
+
+    address: IPv4Address | IPv6Address
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 0xFFFF:
+            raise ValueError(f"port {self.port} is outside 0..65535")
+
+    @property
+    def version(self) -> int:
+        """IP version, 4 or 6."""
+        return self.address.version
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """Read ``192.0.2.1:80`` or ``[2001:db8::1]:80``; raise ValueError otherwise."""
+        host, separator, port = text.rpartition(":")
+        if not separator or not port.isdecimal():
+            raise ValueError(f"{text!r} is not ADDRESS:PORT")
+        if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
+            raise ValueError(f"{text!r}: write an IPv6 address in brackets, [ADDRESS]:PORT")
+        return cls(ip_address(host.strip("[]")), int(port))
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if self.version == 6 else str(self.address)
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class FourTuple:
+    """The two ends of a connection, as the host that holds the socket sees them."""
+
+    local: Endpoint
+    remote: Endpoint
+
+    @property
+    def version(self) -> int:
+        """IP version of the packets, 4 or 6."""
+        return self.local.version
+
+    def __str__(self) -> str:
+        return f"{self.local} <-> {self.remote}"

@@ -1,0 +1,92 @@
+"""Tables for people, JSON for programs, a progress bar for those who wait."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_json(content: Any) -> None:
+    """One JSON document on standard output."""
+    json.dump(content, sys.stdout, indent=2, default=str)
+    print()
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Columns as wide as they need be; numbers to the right. Empty cells show as ``-``."""
+    texts = [["-" if cell is None or cell == "" else str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[n]) for line in [list(columns), *texts]) for n in range(len(columns))]
+    right = [
+        bool(rows) and all(isinstance(row[n], int | float | None) for row in rows)
+        for n in range(len(columns))
+    ]
+
+    def show(cells: Sequence[str]) -> None:
+        padded = [
+            cell.rjust(width) if numeric else cell.ljust(width)
+            for cell, width, numeric in zip(cells, widths, right, strict=True)
+        ]
+        print("  ".join(padded).rstrip())
+
+    show([column.upper() for column in columns])
+    for line in texts:
+        show(line)
+
+
+class ProgressBar:
+    """One line on standard error that is drawn again; nothing if that is not a terminal."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+
+    def show(self, progress: dict[str, Any]) -> None:
+        """Draw the state of a drain."""
+        if not self._shown:
+            return
+        total = max(1, progress["selected"])
+        done = total - progress["remaining"]
+        counts = f"moved {progress['moved']}  refused {progress['refused']}"
+        words = f" {done}/{total}  {counts}  {progress['rate_per_s']:.0f}/s"
+        room = max(10, shutil.get_terminal_size().columns - len(words) - 3)
+        filled = room * done // total
+        sys.stderr.write(f"\r[{'#' * filled}{'.' * (room - filled)}]{words}")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._shown:
+            sys.stderr.write("\n")
+
+
+def show_records(records: Sequence[dict[str, Any]]) -> None:
+    """Migration records, a line each, and why those that did not move did not."""
+    print_table(
+        ("kind", "state", "local", "remote", "from", "to", "outcome", "blackout ms", "mode", "hop"),
+        [
+            (
+                record.get("kind"),
+                record.get("state"),
+                record.get("local"),
+                record.get("remote"),
+                record.get("from"),
+                record.get("to"),
+                record.get("outcome") or record.get("step"),
+                milliseconds(record.get("blackout_us")),
+                record.get("mode"),
+                record.get("hop"),
+            )
+            for record in records
+        ],
+    )
+    for record in records:
+        if record.get("refusal"):
+            why = record["refusal"]
+            print(f"{record.get('local')} -> {record.get('remote')}: {why['code']}: {why['message']}")
+
+
+def milliseconds(microseconds: int | None) -> float | None:
+    """Rounded to microseconds; None stays None."""
+    return None if microseconds is None else round(microseconds / 1000, 3)

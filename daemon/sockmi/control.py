@@ -1,0 +1,256 @@
+"""The control socket's server: lines and descriptors in, lines and descriptors out (docs/control.md).
+
+Plain callbacks on one event loop; nothing here knows what a request means.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from sockmi import api
+from sockmi.refusal import Code, Refusal
+
+_log = logging.getLogger(__name__)
+
+_CREDENTIALS = struct.Struct("3i")
+_READ_BYTES = 65536
+_UNSENT_BYTES_MAX = 16 << 20
+_CLIENTS_MAX = 1024
+
+
+class Handler(Protocol):
+    """What the daemon does with requests."""
+
+    def request(self, client: Client, request: Any, descriptors: list[int]) -> None:
+        """Handle one request; owns ``descriptors`` from now on. Refusals raised become the answer."""
+
+    def gone(self, client: Client) -> None:
+        """The client has closed its connection, or has been disconnected."""
+
+
+class Client:
+    """One connection; ``pid``, ``uid`` and ``gid`` are the kernel's word (SO_PEERCRED)."""
+
+    def __init__(self, server: ControlServer, connection: socket.socket) -> None:
+        self._server = server
+        self._connection = connection
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.pid, self.uid, self.gid = _CREDENTIALS.unpack(credentials)
+        self._received = bytearray()
+        self._descriptors: deque[int] = deque()
+        self._unsent: deque[tuple[memoryview, list[int]]] = deque()
+        self._unsent_bytes = 0
+        self.closed = False
+        connection.setblocking(False)
+        server.loop.add_reader(connection, self._readable)
+
+    @property
+    def administrator(self) -> bool:
+        """Whether this client may act on sockets that are not its own."""
+        return bool(self.uid == 0)
+
+    # -- out
+
+    def respond(self, response: BaseModel, descriptors: Sequence[int] = ()) -> None:
+        """Send one line; ``descriptors`` stay the caller's (they are duplicated until they are sent)."""
+        line = response.model_dump_json(by_alias=True).encode() + b"\n"
+        self._send(line, descriptors)
+
+    def refuse(self, request_id: str | int | None, refusal: Refusal) -> None:
+        """Answer that the whole request failed."""
+        self.respond(api.ErrorResponse(id=request_id, error=api.Why.of(refusal)))
+
+    def _send(self, line: bytes, descriptors: Sequence[int]) -> None:
+        if self.closed:
+            return
+        if self._unsent:
+            if self._unsent_bytes + len(line) > _UNSENT_BYTES_MAX:
+                _log.warning("control client pid %d does not read its answers; disconnected", self.pid)
+                self.close()
+                return
+            self._queue(memoryview(line), [os.dup(one) for one in descriptors])
+            return
+        try:
+            sent = self._sendmsg(line, descriptors)
+        except BlockingIOError:
+            self._queue(memoryview(line), [os.dup(one) for one in descriptors])
+            return
+        except OSError:
+            self.close()
+            return
+        if sent < len(line):
+            self._queue(memoryview(line)[sent:], [])
+
+    def _sendmsg(self, line: bytes | memoryview, descriptors: Sequence[int]) -> int:
+        if not descriptors:
+            return self._connection.send(line)
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+        return self._connection.sendmsg([line], [rights])
+
+    def _queue(self, line: memoryview, descriptors: list[int]) -> None:
+        if not self._unsent:
+            self._server.loop.add_writer(self._connection, self._writable)
+        self._unsent.append((line, descriptors))
+        self._unsent_bytes += len(line)
+
+    def _writable(self) -> None:
+        while self._unsent:
+            line, descriptors = self._unsent[0]
+            try:
+                sent = self._sendmsg(line, descriptors)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.close()
+                return
+            _close_all(descriptors)
+            self._unsent_bytes -= sent
+            if sent < len(line):
+                self._unsent[0] = (line[sent:], [])
+                return
+            self._unsent.popleft()
+        self._server.loop.remove_writer(self._connection)
+
+    # -- in
+
+    def _readable(self) -> None:
+        space = socket.CMSG_SPACE(api.DESCRIPTORS_MAX * 4)
+        try:
+            data, ancillary, flags, _ = self._connection.recvmsg(
+                _READ_BYTES, space, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+            )
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                received = array.array("i")
+                received.frombytes(content[: len(content) // 4 * 4])
+                self._descriptors.extend(received)
+        if flags & socket.MSG_CTRUNC or len(self._descriptors) > 2 * api.DESCRIPTORS_MAX:
+            self.refuse(None, Refusal(Code.BAD_REQUEST, "Too many descriptors came at once; send fewer."))
+            self.close()
+            return
+        if not data:
+            self.close()
+            return
+        self._received += data
+        while not self.closed and (end := self._received.find(b"\n")) >= 0:
+            line = bytes(self._received[:end])
+            del self._received[: end + 1]
+            self._line(line)
+        if len(self._received) > api.LINE_BYTES_MAX:
+            self.refuse(
+                None,
+                Refusal(Code.BAD_REQUEST, f"A line is longer than {api.LINE_BYTES_MAX} bytes; split it."),
+            )
+            self.close()
+
+    def _line(self, line: bytes) -> None:
+        try:
+            request = api.parse_request(line)
+        except Refusal as refusal:
+            # Which descriptors belong to a line that cannot be read is unknown: start afresh.
+            self.refuse(None, refusal)
+            _close_all(self._descriptors)
+            self._descriptors.clear()
+            return
+        if request.fds > len(self._descriptors):
+            self.refuse(request.id, Refusal(Code.BAD_REQUEST, "Fewer descriptors came than the line says."))
+            self.close()
+            return
+        descriptors = [self._descriptors.popleft() for _ in range(request.fds)]
+        try:
+            self._server.handler.request(self, request, descriptors)
+        except Refusal as refusal:
+            self.refuse(request.id, refusal)
+        except Exception as error:
+            _log.exception("request %r of pid %d", request.op, self.pid)
+            self.refuse(
+                request.id,
+                Refusal(
+                    Code.INTERNAL, f"The daemon failed on this request ({error}); its log has the details."
+                ),
+            )
+
+    def close(self) -> None:
+        """Disconnect; what was not yet sent is lost, its descriptors are closed."""
+        if self.closed:
+            return
+        self.closed = True
+        self._server.loop.remove_reader(self._connection)
+        self._server.loop.remove_writer(self._connection)
+        self._connection.close()
+        _close_all(self._descriptors)
+        for _, descriptors in self._unsent:
+            _close_all(descriptors)
+        self._unsent.clear()
+        self._server.forget(self)
+
+
+class ControlServer:
+    """Listens on a unix socket. A stale socket file is replaced; one that answers is an error."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, path: Path, mode: int, handler: Handler) -> None:
+        self.loop = loop
+        self.handler = handler
+        self._path = path
+        self._clients: set[Client] = set()
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if path.exists():
+            with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
+                probe.connect(str(path))
+                raise RuntimeError(
+                    f"{path}: another daemon answers there; stop it, or choose another run_dir"
+                )
+            path.unlink()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        old_mask = os.umask(0o777 & ~mode)
+        try:
+            self._listener.bind(str(path))
+        finally:
+            os.umask(old_mask)
+        self._listener.listen(128)
+        self._listener.setblocking(False)
+        loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            connection, _ = self._listener.accept()
+            if len(self._clients) >= _CLIENTS_MAX:
+                connection.close()
+                return
+            self._clients.add(Client(self, connection))
+
+    def forget(self, client: Client) -> None:
+        """A client has closed."""
+        self._clients.discard(client)
+        self.handler.gone(client)
+
+    def close(self) -> None:
+        """Stop listening, disconnect everybody, remove the socket file."""
+        self.loop.remove_reader(self._listener)
+        self._listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        for client in list(self._clients):
+            client.close()
+
+
+def _close_all(descriptors: Sequence[int] | deque[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

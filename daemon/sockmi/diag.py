@@ -1,0 +1,133 @@
+"""sock_diag(7): is there a socket for this connection, and which connections have just ended.
+
+One netlink request for one question (about 10 us); pyroute2's DiagSocket is made for dumps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address, IPv6Address
+
+from sockmi.addresses import Endpoint, FourTuple
+
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLMSG_ERROR = 2
+_NLM_F_REQUEST = 1
+_DESTROY_GROUPS = {4: 1, 6: 3}  # SKNLGRP_INET_TCP_DESTROY, SKNLGRP_INET6_TCP_DESTROY
+_HEADER = struct.Struct("=IHHII")
+_REQUEST = struct.Struct("=BBBBI")
+_SOCKET_ID = struct.Struct("!HH16s16s4s8s")
+_NO_COOKIE = b"\xff" * 8
+_LISTEN = 10
+_SO_RCVBUFFORCE = 33
+_MAPPED = bytes(10) + b"\xff\xff"
+
+
+class SocketDiag:
+    """Questions about single connections of this network namespace."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG
+        )
+        self._socket.settimeout(1.0)
+        self._sequence = 0
+
+    def state(self, connection: FourTuple) -> int | None:
+        """The kernel's state number (TCP_ESTABLISHED is 1, TCP_TIME_WAIT is 6), or None: no such socket."""
+        self._sequence += 1
+        local, remote = connection.local, connection.remote
+        family = socket.AF_INET if connection.version == 4 else socket.AF_INET6
+        body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + _SOCKET_ID.pack(
+            local.port, remote.port, local.address.packed, remote.address.packed, bytes(4), _NO_COOKIE
+        )
+        self._socket.send(
+            _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, self._sequence, 0)
+            + body
+        )
+        while True:
+            answer = self._socket.recv(8192)
+            _, kind, _, sequence, _ = _HEADER.unpack_from(answer)
+            if sequence != self._sequence:
+                continue
+            if kind == _NLMSG_ERROR:
+                code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
+                if code == errno.ENOENT:
+                    return None
+                raise OSError(code, f"sock_diag about {connection}: {os.strerror(code)}")
+            state = answer[_HEADER.size + 1]
+            # The kernel's look-up falls back to a listener.
+            return None if state == _LISTEN else state
+
+    def close(self) -> None:
+        """Close the netlink socket."""
+        self._socket.close()
+
+
+class DestroyedSockets:
+    """News of TCP sockets that the kernel has destroyed; needs CAP_NET_ADMIN."""
+
+    def __init__(self, ended: Callable[[FourTuple], None], lost: Callable[[], None]) -> None:
+        """``ended`` gets each connection; ``lost``: news were dropped, look for yourself."""
+        self._ended = ended
+        self._lost = lost
+        self.socket = socket.socket(
+            socket.AF_NETLINK,
+            socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
+            _NETLINK_SOCK_DIAG,
+        )
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 4 << 20)
+        groups = sum(1 << (group - 1) for group in _DESTROY_GROUPS.values())
+        self.socket.bind((0, groups))
+
+    def readable(self) -> None:
+        """Read all news; for the event loop."""
+        while True:
+            try:
+                news = self.socket.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno == errno.ENOBUFS:
+                    self._lost()
+                    continue
+                raise
+            for connection in _connections(news):
+                self._ended(connection)
+
+    def close(self) -> None:
+        """Close the netlink socket."""
+        self.socket.close()
+
+
+def _connections(news: bytes) -> Iterator[FourTuple]:
+    offset = 0
+    while offset + _HEADER.size + 4 + _SOCKET_ID.size <= len(news):
+        length, kind, *_ = _HEADER.unpack_from(news, offset)
+        if length < _HEADER.size:
+            return
+        if kind == _SOCK_DIAG_BY_FAMILY:
+            body = offset + _HEADER.size
+            family = news[body]
+            local_port, remote_port, local, remote, _, _ = _SOCKET_ID.unpack_from(news, body + 4)
+            if remote_port:
+                yield FourTuple(
+                    Endpoint(_address(family, local), local_port),
+                    Endpoint(_address(family, remote), remote_port),
+                )
+        offset += (length + 3) & ~3
+
+
+def _address(family: int, packed: bytes) -> IPv4Address | IPv6Address:
+    if family == socket.AF_INET:
+        return IPv4Address(packed[:4])
+    if packed.startswith(_MAPPED):
+        return IPv4Address(packed[12:])
+    return IPv6Address(packed)

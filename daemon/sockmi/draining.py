@@ -1,0 +1,141 @@
+"""A drain: every socket that a filter selects, moved at a rate, with progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Any
+
+from sockmi import api
+from sockmi.engine.duplicate import duplicate
+from sockmi.exporting import Selected
+from sockmi.refusal import Refusal
+
+if TYPE_CHECKING:
+    from sockmi.service import Daemon
+
+_TIMEOUT_S = 60.0
+_PROGRESS_INTERVAL_S = 0.2
+_RATE_TICK_S = 0.1
+_BATCH_MAX = 4096
+
+
+class Drain:
+    """Sockets go in batches: all at once, or as many each tick as the rate allows."""
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        request: api.DrainRequest,
+        target: tuple[bytes | None, IPv4Address | IPv6Address | None],
+        report: Callable[[api.DrainResponse], None],
+    ) -> None:
+        self._daemon = daemon
+        self._request = request
+        self._target = target
+        self._report = report
+        self._started = time.monotonic()
+        self._left: list[api.SocketRow] = []
+        self._counts = dict.fromkeys(api.Outcome, 0)
+        self._selected = 0
+        self._under_way = 0
+        self._news: list[dict[str, Any]] = []
+        self._allowance = 0.0
+        self._cancelled = False
+        self._finished = False
+
+    def start(self, rows: list[api.SocketRow]) -> None:
+        """One socket may have many descriptors: it is moved once."""
+        self._left = list({row.inode: row for row in rows}.values())
+        self._selected = len(self._left)
+        self._progress()
+        self._next()
+
+    def cancel(self) -> None:
+        """Start nothing more; what is under way goes on."""
+        self._cancelled = True
+        self._left.clear()
+
+    def _next(self) -> None:
+        if self._request.rate_per_s is None:
+            take = _BATCH_MAX
+        else:
+            self._allowance = min(self._allowance + self._request.rate_per_s * _RATE_TICK_S, _BATCH_MAX)
+            take = int(self._allowance)
+            self._allowance -= min(take, len(self._left))
+        rows, self._left = self._left[:take], self._left[take:]
+        if rows:
+            self._send(rows)
+        if self._left:
+            self._daemon.loop.call_later(_RATE_TICK_S, self._next)
+        self._check()
+
+    def _send(self, rows: list[api.SocketRow]) -> None:
+        selection = []
+        for row in rows:
+            try:
+                descriptor = duplicate(row.pid, row.fd)
+            except Refusal:
+                # It has been closed since it was listed: nothing is left to move.
+                self._selected -= 1
+                continue
+            selection.append(Selected(descriptor, row.pid, row.fd, row.user_id))
+        if not selection:
+            return
+        self._under_way += len(selection)
+        self._daemon.exporting.export(
+            selection,
+            target=self._target,
+            timeout_s=self._request.timeout_s or _TIMEOUT_S,
+            dry_run=self._request.dry_run,
+            done=lambda records: self._check(),
+            progress=self._ended,
+        )
+
+    def _ended(self, record: dict[str, Any]) -> None:
+        if record.get("listener") is None:
+            self._under_way -= 1
+        else:
+            self._selected += 1
+        self._counts[api.Outcome(record["outcome"])] += 1
+        self._news.append(record)
+
+    def _check(self) -> None:
+        if self._left or self._under_way or self._finished:
+            return
+        self._finished = True
+        self._say(more=False)
+
+    def _progress(self) -> None:
+        if not self._finished and not self._cancelled:
+            self._say(more=True)
+            self._daemon.loop.call_later(_PROGRESS_INTERVAL_S, self._progress)
+
+    def _say(self, *, more: bool) -> None:
+        from sockmi.operations import record_of
+
+        elapsed_s = time.monotonic() - self._started
+        news, self._news = self._news[:500], self._news[500:]
+        if self._news and not more:
+            self._daemon.loop.call_soon(lambda: self._say(more=False))
+            more = True
+        moved = self._counts[api.Outcome.MOVED]
+        self._report(
+            api.DrainResponse(
+                id=self._request.id,
+                more=more,
+                progress=api.Progress(
+                    selected=self._selected,
+                    moved=moved,
+                    refused=self._counts[api.Outcome.REFUSED],
+                    aborted=self._counts[api.Outcome.ABORTED],
+                    failed=self._counts[api.Outcome.FAILED],
+                    planned=self._counts[api.Outcome.PLANNED],
+                    remaining=len(self._left) + self._under_way,
+                    elapsed_s=elapsed_s,
+                    rate_per_s=moved / elapsed_s if elapsed_s else 0.0,
+                ),
+                migrations=[record_of(record) for record in news],
+            )
+        )

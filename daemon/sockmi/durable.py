@@ -1,0 +1,279 @@
+"""The protocol's durable records as JSON, for the journal: what is written here is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import ip_address
+from typing import Any
+
+from sockmi.addresses import Endpoint
+from sockmi.engine.base import Kind, Needs
+from sockmi.journal import Change, Journal, Record
+from sockmi.protocol.events import Started
+from sockmi.protocol.records import (
+    Arrival,
+    ChunkId,
+    Decision,
+    Holding,
+    Item,
+    Notice,
+    Place,
+    PreparedChunk,
+    Route,
+)
+from sockmi.redirect.base import Mode
+
+Durable = Decision | Route | Notice | PreparedChunk | Holding
+
+
+def keep(change: Change, records: Iterable[Durable]) -> None:
+    """Add records to a transaction."""
+    for record in records:
+        kind, name = place_of(record)
+        change.keep.append((kind, name, _WRITERS[kind](record)))
+
+
+def drop(change: Change, records: Iterable[Durable]) -> None:
+    """The inverse of ``keep``."""
+    change.drop.extend(place_of(record) for record in records)
+
+
+def place_of(record: Durable) -> tuple[Record, str]:
+    """Under which kind and name the journal keeps a record."""
+    if isinstance(record, Decision):
+        return Record.DECISION, str(record.chunk)
+    if isinstance(record, PreparedChunk):
+        return Record.PREPARED, str(record.chunk)
+    if isinstance(record, Notice):
+        return Record.NOTICE, notice_name(record.connection, record.hop)
+    return (Record.ROUTE if isinstance(record, Route) else Record.HOLDING), record.connection.hex()
+
+
+def notice_name(connection: bytes, hop: int) -> str:
+    """The name of a notice."""
+    return f"{connection.hex()}/{hop}"
+
+
+def started(journal: Journal) -> Started:
+    """What the journal holds, as the protocol core's first event."""
+
+    def every(kind: Record) -> tuple[Any, ...]:
+        return tuple(_READERS[kind](content) for content in journal.records(kind).values())
+
+    return Started(
+        decisions=every(Record.DECISION),
+        routes=every(Record.ROUTE),
+        notices=every(Record.NOTICE),
+        prepared=every(Record.PREPARED),
+        holdings=every(Record.HOLDING),
+    )
+
+
+# -- parts
+
+
+def write_endpoint(endpoint: Endpoint | None) -> list[Any] | None:
+    """``[address, port]``, or None."""
+    return None if endpoint is None else [str(endpoint.address), endpoint.port]
+
+
+def read_endpoint(content: list[Any] | None) -> Endpoint | None:
+    """The inverse of ``write_endpoint``."""
+    return None if content is None else Endpoint(ip_address(content[0]), content[1])
+
+
+def _write_place(place: Place) -> list[Any]:
+    return [write_endpoint(place.endpoint), place.mode]
+
+
+def _read_place(content: list[Any]) -> Place:
+    return Place(read_endpoint(content[0]), Mode(content[1]) if content[1] else None)
+
+
+def _write_chunk(chunk: ChunkId) -> list[Any]:
+    return [chunk.batch.hex(), chunk.number]
+
+
+def _read_chunk(content: list[Any]) -> ChunkId:
+    return ChunkId(bytes.fromhex(content[0]), content[1])
+
+
+# -- records
+
+
+def _write_decision(one: Decision) -> list[Any]:
+    return [
+        _write_chunk(one.chunk),
+        one.importer.hex(),
+        [migration.hex() for migration in one.migrations],
+        list(one.committed),
+    ]
+
+
+def _read_decision(content: list[Any]) -> Decision:
+    chunk, importer, migrations, committed = content
+    return Decision(
+        _read_chunk(chunk),
+        bytes.fromhex(importer),
+        tuple(bytes.fromhex(migration) for migration in migrations),
+        tuple(committed),
+    )
+
+
+def _write_route(one: Route) -> list[Any]:
+    return [
+        one.connection.hex(),
+        one.migration.hex(),
+        one.kind,
+        one.hop,
+        one.home.hex(),
+        one.holder.hex(),
+        _write_place(one.place),
+        write_endpoint(one.local),
+        write_endpoint(one.remote),
+        write_endpoint(one.origin),
+        one.upstream.hex() if one.upstream else None,
+        one.pinned,
+    ]
+
+
+def _read_route(content: list[Any]) -> Route:
+    connection, migration, kind, hop, home, holder, place, local, remote, origin, upstream, pinned = content
+    return Route(
+        bytes.fromhex(connection),
+        bytes.fromhex(migration),
+        Kind(kind),
+        hop,
+        bytes.fromhex(home),
+        bytes.fromhex(holder),
+        _read_place(place),
+        read_endpoint(local),
+        read_endpoint(remote),
+        read_endpoint(origin),
+        bytes.fromhex(upstream) if upstream else None,
+        pinned,
+    )
+
+
+def _write_notice(one: Notice) -> list[Any]:
+    return [one.connection.hex(), one.hop, one.home.hex(), one.holder.hex(), _write_place(one.place)]
+
+
+def _read_notice(content: list[Any]) -> Notice:
+    connection, hop, home, holder, place = content
+    return Notice(
+        bytes.fromhex(connection), hop, bytes.fromhex(home), bytes.fromhex(holder), _read_place(place)
+    )
+
+
+def _write_item(item: Item) -> list[Any]:
+    return [
+        item.migration.hex(),
+        item.connection.hex(),
+        item.kind,
+        item.state,
+        write_endpoint(item.local),
+        write_endpoint(item.remote),
+        write_endpoint(item.origin),
+        item.hop,
+        item.home.hex(),
+        [item.needs.window_scale, item.needs.timestamp_us, item.needs.image_bytes_max],
+        item.size_bytes,
+        item.listener.hex() if item.listener else None,
+    ]
+
+
+def _read_item(content: list[Any]) -> Item:
+    migration, connection, kind, state, local, remote, origin, hop, home, needs, size_bytes, listener = (
+        content
+    )
+    return Item(
+        bytes.fromhex(migration),
+        bytes.fromhex(connection),
+        Kind(kind),
+        state,
+        read_endpoint(local),
+        read_endpoint(remote),
+        read_endpoint(origin),
+        hop,
+        bytes.fromhex(home),
+        Needs(*needs),
+        size_bytes,
+        bytes.fromhex(listener) if listener else None,
+    )
+
+
+def write_arrival(arrival: Arrival) -> list[Any]:
+    """An item and its place."""
+    return [_write_item(arrival.item), _write_place(arrival.place)]
+
+
+def read_arrival(content: list[Any]) -> Arrival:
+    """The inverse of ``write_arrival``."""
+    return Arrival(_read_item(content[0]), _read_place(content[1]))
+
+
+def _write_prepared(one: PreparedChunk) -> list[Any]:
+    return [
+        _write_chunk(one.chunk),
+        one.exporter.hex(),
+        [write_arrival(arrival) for arrival in one.arrivals],
+        list(one.prepared),
+    ]
+
+
+def _read_prepared(content: list[Any]) -> PreparedChunk:
+    chunk, exporter, arrivals, prepared = content
+    return PreparedChunk(
+        _read_chunk(chunk),
+        bytes.fromhex(exporter),
+        tuple(read_arrival(arrival) for arrival in arrivals),
+        tuple(prepared),
+    )
+
+
+def _write_holding(one: Holding) -> list[Any]:
+    return [
+        one.connection.hex(),
+        one.migration.hex(),
+        one.kind,
+        one.hop,
+        one.home.hex(),
+        one.exporter.hex(),
+        _write_place(one.place),
+        write_endpoint(one.local),
+        write_endpoint(one.remote),
+        write_endpoint(one.origin),
+    ]
+
+
+def _read_holding(content: list[Any]) -> Holding:
+    connection, migration, kind, hop, home, exporter, place, local, remote, origin = content
+    return Holding(
+        bytes.fromhex(connection),
+        bytes.fromhex(migration),
+        Kind(kind),
+        hop,
+        bytes.fromhex(home),
+        bytes.fromhex(exporter),
+        _read_place(place),
+        read_endpoint(local),
+        read_endpoint(remote),
+        read_endpoint(origin),
+    )
+
+
+_WRITERS: dict[Record, Any] = {
+    Record.DECISION: _write_decision,
+    Record.ROUTE: _write_route,
+    Record.NOTICE: _write_notice,
+    Record.PREPARED: _write_prepared,
+    Record.HOLDING: _write_holding,
+}
+_READERS: dict[Record, Any] = {
+    Record.DECISION: _read_decision,
+    Record.ROUTE: _read_route,
+    Record.NOTICE: _read_notice,
+    Record.PREPARED: _read_prepared,
+    Record.HOLDING: _read_holding,
+}

@@ -1,0 +1,142 @@
+"""What an engine does: freeze, capture, release, restore and activate sockets.
+
+One contract test suite runs against every engine. Each step stands beside its inverse:
+``stop``/``resume``, ``capture``/(nothing: reading changes nothing), ``restore``/``discard``.
+All calls are synchronous, batched, and made from one thread (ptrace belongs to a thread).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from sockmi.addresses import Endpoint, FourTuple
+from sockmi.refusal import Refusal
+
+
+class Kind(StrEnum):
+    """Which of the paper's three lists a socket belongs to; unconnected ones count as bound."""
+
+    BOUND = "bound"
+    LISTENING = "listening"
+    CONNECTED = "connected"
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the importer must be able to do for this socket."""
+
+    window_scale: int = 0
+    timestamp_us: bool = False
+    image_bytes_max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SocketFacts:
+    """A socket as preflight sees it; nothing is frozen to learn this.
+
+    ``state`` is the RFC 9293 name (``ESTABLISHED``, ``FIN-WAIT-1``, ``LISTEN``, ``CLOSED`` ...).
+    ``inode`` is the sockfs inode: two descriptors with the same inode share one socket.
+    ``refusal`` is None if it could be moved now.
+    """
+
+    inode: int
+    cookie: int
+    kind: Kind
+    state: str
+    family: int
+    local: Endpoint | None
+    remote: Endpoint | None
+    receive_queue_bytes: int
+    send_queue_bytes: int
+    needs: Needs
+    refusal: Refusal | None = None
+
+    @property
+    def tuple(self) -> FourTuple | None:
+        """Local and remote endpoint of a connected socket, else None."""
+        if self.local is None or self.remote is None or self.kind is not Kind.CONNECTED:
+            return None
+        return FourTuple(self.local, self.remote)
+
+
+@dataclass(slots=True)
+class Fidelity:
+    """What of one socket's state was carried, approximated or reset to a default (names)."""
+
+    carried: list[str] = field(default_factory=list)
+    approximated: list[str] = field(default_factory=list)
+    reset: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """An image, and what the engine could not put into it."""
+
+    image: bytes
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the copy lives on this host.
+
+    ``local`` is the endpoint that the restored socket is bound to: the original's own for
+    address-preserving redirects (then ``transparent`` is set), the importer's for translation.
+    """
+
+    local: Endpoint | None
+    transparent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A dormant copy: in repair, so closing ``fd`` emits nothing."""
+
+    fd: int
+    fidelity: Fidelity
+
+
+class Engine(Protocol):
+    """The contract; see the module docstring."""
+
+    name: str
+
+    def inspect(self, fds: Sequence[int]) -> list[SocketFacts]:
+        """Preflight of each descriptor, in order."""
+
+    def stop(self, inodes: Sequence[int], pids: Sequence[int], timeout_s: float) -> list[Refusal | None]:
+        """Stop every process that holds one of ``inodes``; ``pids`` are the known holders.
+
+        Nested calls count: a process runs again when each stop of it has been resumed.
+        In order of ``inodes``: None, or why its owners cannot be stopped (those already stopped
+        for it alone run again).
+        """
+
+    def resume(self, inodes: Sequence[int]) -> None:
+        """The inverse of ``stop``; never fails."""
+
+    def capture(self, fds: Sequence[int]) -> list[Captured | Refusal]:
+        """Read the whole state of each stopped and held socket; leaves it as it was."""
+
+    def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+        """Close each original without a packet, if it still equals its image.
+
+        The owner keeps a dead descriptor: every blocked call wakes, the next call gets
+        ECONNABORTED, later ones ENOTCONN (receive) or EPIPE (send); a listener's
+        accept gets EINVAL. An empty image: close without comparing (a decision that stands).
+        """
+
+    def accept_children(self, fd: int) -> list[int]:
+        """Take every connection out of a listener's queue, as descriptors of ours; cannot be undone."""
+
+    def restore(self, images: Sequence[bytes], placements: Sequence[Placement]) -> list[Restored | Refusal]:
+        """Make a dormant copy of each image."""
+
+    def discard(self, fds: Sequence[int]) -> None:
+        """The inverse of ``restore``: close dormant copies without a packet."""
+
+    def activate(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+        """Bring dormant copies to life: unsent data, options, repair off. Keeps ``fds`` open."""

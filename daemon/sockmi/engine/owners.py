@@ -1,0 +1,398 @@
+"""Owners: the processes that hold a socket. Who they are, and how they are stopped.
+
+:class:`Owners` finds the holders of a set of sockets (one scan of ``/proc``, in C; run it in a
+worker thread before the freeze), and stops and resumes them (ptrace, in C). The daemon's own
+duplicates never count.
+
+Between the scan and the stop a new holder can appear. Children are caught exactly: each process
+id that the kernel has given out since the scan is looked at, before the owners are stopped and
+again when they are. A descriptor that was *passed* to an older process meanwhile (SCM_RIGHTS,
+pidfd_getfd) shows only in a full scan: :meth:`Owners.strangers`, which may run beside the
+transfer, in any thread. Whatever such a process does to the socket changes its sequence numbers,
+which the engine compares before it closes the original.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sockmi.native import library
+from sockmi.refusal import Code, Refusal
+
+#: Holders by socket: inode -> {pid: [descriptors]}; -1 is a registered file of an io_uring.
+Holders = dict[int, dict[int, list[int]]]
+
+_PROC = Path("/proc")
+_PID_MIN = 300  # RESERVED_PIDS: where process ids go on after a wrap (kernel/pid.c)
+_RESCAN_PIDS = 4096  # more new process ids than this: a full scan is cheaper
+_RESCAN_AGE_S = 60.0  # process ids may have gone round: scan anew
+
+
+class _Holder(ctypes.Structure):
+    """``struct sockmi_holder`` of holders.h."""
+
+    _fields_ = (("inode", ctypes.c_uint64), ("pid", ctypes.c_int32), ("fd", ctypes.c_int32))
+
+
+class _StopResult(ctypes.Structure):
+    """``struct sockmi_stop_result`` of stop.h."""
+
+    _fields_ = (
+        ("code", ctypes.c_int32),
+        ("error", ctypes.c_int32),
+        ("tid", ctypes.c_int32),
+        ("tracer", ctypes.c_int32),
+        ("threads", ctypes.c_uint32),
+        ("adopted", ctypes.c_uint32),
+    )
+
+
+_STOP_OK, _STOP_GONE, _STOP_TRACED, _STOP_TIMEOUT, _STOP_DENIED, _STOP_SELF = range(6)
+
+
+@functools.cache
+def _native() -> Any:
+    lib = library()
+    pid_p, size = ctypes.POINTER(ctypes.c_int32), ctypes.c_size_t
+    lib.sockmi_find_holders.argtypes = [
+        ctypes.POINTER(ctypes.c_uint64), size, pid_p, size, ctypes.c_int32,
+        ctypes.POINTER(_Holder), size, pid_p, size, ctypes.POINTER(size),
+    ]  # fmt: skip
+    lib.sockmi_find_holders.restype = ctypes.c_ssize_t
+    lib.sockmi_stop.argtypes = [pid_p, size, ctypes.c_uint, ctypes.POINTER(_StopResult)]
+    lib.sockmi_stop.restype = ctypes.c_int
+    lib.sockmi_resume.argtypes = [pid_p, size]
+    lib.sockmi_resume.restype = ctypes.c_int
+    lib.sockmi_stop_census.argtypes = [ctypes.POINTER(size), ctypes.POINTER(size)]
+    lib.sockmi_stop_census.restype = None
+    return lib
+
+
+def find_holders(inodes: Iterable[int] | None, pids: Sequence[int] = ()) -> tuple[Holders, set[int]]:
+    """Who holds these sockets (None: all sockets), among ``pids`` (none: all processes).
+
+    Returns the holders, without this process, and those of them that have an io_uring. Processes
+    that end meanwhile are left out; OSError if ``/proc`` cannot be read.
+    """
+    wanted = sorted(set(inodes)) if inodes is not None else []
+    if inodes is not None and not wanted:
+        return {}, set()
+    holder_room, ring_room = max(256, 4 * len(wanted)), 256
+    numbers = (ctypes.c_uint64 * len(wanted))(*wanted)
+    only = (ctypes.c_int32 * len(pids))(*pids)
+    while True:
+        found = (_Holder * holder_room)()
+        rings, ring_count = (ctypes.c_int32 * ring_room)(), ctypes.c_size_t()
+        count = _native().sockmi_find_holders(
+            numbers, len(wanted), only, len(pids), os.getpid(), found, holder_room,
+            rings, ring_room, ctypes.byref(ring_count),
+        )  # fmt: skip
+        if count < 0:
+            raise OSError(-count, f"cannot scan /proc for the holders of sockets: {os.strerror(-count)}")
+        if count <= holder_room and ring_count.value <= ring_room:
+            break
+        holder_room, ring_room = max(holder_room, count * 2), max(ring_room, ring_count.value * 2)
+    holders: Holders = {}
+    for entry in found[:count]:
+        holders.setdefault(entry.inode, {}).setdefault(entry.pid, []).append(entry.fd)
+    return holders, set(rings[: ring_count.value])
+
+
+def process_name(pid: int) -> str:
+    """The command name of a process, ``?`` if it has ended."""
+    try:
+        return (_PROC / str(pid) / "comm").read_text(errors="replace").rstrip("\n")
+    except OSError:
+        return "?"
+
+
+def pids_of_unit(unit: str) -> set[int]:
+    """The processes of a systemd unit (``nginx.service``, also ``nginx``) or of a cgroup (a path, ``/a/b``).
+
+    A slice or a cgroup includes what lies below it. Reads ``/proc/PID/cgroup`` (v2, and systemd's v1 tree).
+    """
+    if not unit.strip("/"):
+        raise ValueError("the unit is empty; name one, such as nginx.service, or a cgroup path, such as /a/b")
+    path = "/" + unit.strip("/") if "/" in unit else None
+    name = unit if "." in unit else f"{unit}.service"
+    pids = set()
+    for entry in os.scandir(_PROC):
+        if not entry.name.isdecimal():
+            continue
+        with suppress(OSError):
+            for line in (_PROC / entry.name / "cgroup").read_text().splitlines():
+                _, controllers, group = line.split(":", 2)
+                if controllers not in ("", "name=systemd"):
+                    continue
+                if (path and (group + "/").startswith(path + "/")) or (not path and name in group.split("/")):
+                    pids.add(int(entry.name))
+    return pids
+
+
+@functools.cache
+def _last_pid_file() -> int:
+    try:
+        return os.open(_PROC / "sys/kernel/ns_last_pid", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # a kernel without CONFIG_CHECKPOINT_RESTORE
+        return os.open(_PROC / "loadavg", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _last_pid() -> int:
+    """The process or thread id that the kernel gave out last."""
+    return int(os.pread(_last_pid_file(), 128, 0).split()[-1])
+
+
+def _pids_between(first: int, last: int) -> list[int]:
+    """The ids given out after ``first``, up to ``last``; they go round (kernel/pid.c alloc_pid())."""
+    if last >= first:
+        return list(range(first + 1, last + 1))
+    pid_max = int((_PROC / "sys/kernel/pid_max").read_text())
+    return [*range(first + 1, pid_max), *range(_PID_MIN, last + 1)]
+
+
+def _status(pid: int, *fields: str) -> list[str]:
+    """Fields of ``/proc/PID/status``; empty strings if the process has ended."""
+    try:
+        text = (_PROC / str(pid) / "status").read_text(errors="replace")
+    except OSError:
+        return ["" for _ in fields]
+    values = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    return [values.get(field, "") for field in fields]
+
+
+def _process(pid: int) -> str:
+    return f"the owner {process_name(pid)} (pid {pid})"
+
+
+def _traced(pid: int, tracer: int) -> Refusal:
+    by = f"{process_name(tracer)}, pid {tracer}" if tracer > 0 else "an unknown process"
+    return Refusal(
+        Code.OWNER_TRACED,
+        f"{_process(pid)} is being traced by {by}, and can have one tracer only; detach that first",
+    )
+
+
+def _io_uring(pid: int) -> Refusal:
+    return Refusal(
+        Code.OWNER_IO_URING,
+        f"{_process(pid)} uses io_uring, whose operations go on while the process is stopped; "
+        "run the application without io_uring",
+    )
+
+
+def _stop_refusal(pid: int, result: _StopResult, timeout_s: float) -> Refusal:
+    if result.code == _STOP_TRACED:
+        return _traced(pid, result.tracer)
+    if result.code == _STOP_SELF:
+        return Refusal(
+            Code.OWNER_IS_DAEMON, f"{_process(pid)} is this daemon; name the application's process"
+        )
+    if result.code == _STOP_DENIED:
+        return Refusal(
+            Code.NO_PRIVILEGE,
+            f"the kernel forbids to stop {_process(pid)}; give the daemon CAP_SYS_PTRACE, and look for a "
+            "security module that limits ptrace",
+        )
+    if result.code == _STOP_TIMEOUT:
+        (state,) = _status(result.tid, "State")
+        return Refusal(
+            Code.OWNER_UNSTOPPABLE,
+            f"thread {result.tid} of {_process(pid)} did not stop within {max(timeout_s, 0) * 1000:.0f} ms"
+            f" (state {state or 'unknown'}); try again when it does not wait for a disk or in vfork",
+        )
+    return Refusal(
+        Code.OWNER_UNSTOPPABLE, f"{_process(pid)} cannot be stopped: {os.strerror(result.error)}; try again"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """When a scan began: the time (monotonic) and the last process id."""
+
+    time_s: float
+    last_pid: int
+
+
+@dataclass(slots=True)
+class _Known:
+    """The holders of one socket, as of a scan."""
+
+    scan: _Scan
+    pids: set[int]
+
+
+class Owners:
+    """Finds, stops and resumes the owners of sockets; see the module docstring.
+
+    ``find`` and ``strangers`` may run in any thread; the others in one.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+        self._rings: set[int] = set()
+        self._stops: dict[int, list[frozenset[int]]] = {}  # inode -> of each stop, for whom it counts
+        self._counts: Counter[int] = Counter()  # pid -> stops not yet resumed
+
+    # -- who --
+
+    def find(self, inodes: Iterable[int]) -> Holders:
+        """All holders of these sockets except this process; one scan of ``/proc``.
+
+        Remembers them for ``stop``, for a minute. Call it shortly before, outside the freeze.
+        """
+        wanted = set(inodes)
+        scan = _Scan(time.monotonic(), _last_pid())
+        holders, rings = find_holders(wanted)
+        for inode, known in list(self._known.items()):
+            if scan.time_s - known.scan.time_s > _RESCAN_AGE_S and inode not in self._stops:
+                self._known.pop(inode, None)
+        self._note_rings(holders, rings)
+        self._known.update({inode: _Known(scan, set(holders.get(inode, ()))) for inode in wanted})
+        return {inode: holders.get(inode, {}) for inode in wanted}
+
+    def _note_rings(self, holders: Holders, rings: set[int]) -> None:
+        self._rings = (self._rings - {pid for by_pid in holders.values() for pid in by_pid}) | rings
+
+    def _catch_up(self, inodes: set[int]) -> None:
+        """Bring the known holders up to date: look at the processes born since their scan."""
+        scan = _Scan(time.monotonic(), _last_pid())
+        oldest = min((self._known[inode].scan for inode in inodes), key=lambda old: old.time_s, default=scan)
+        if oldest.last_pid == scan.last_pid and scan.time_s - oldest.time_s < _RESCAN_AGE_S:
+            return
+        born = _pids_between(oldest.last_pid, scan.last_pid)
+        if len(born) > _RESCAN_PIDS or scan.time_s - oldest.time_s >= _RESCAN_AGE_S:
+            self.find(inodes)
+            return
+        holders, rings = find_holders(inodes, born)
+        self._note_rings(holders, rings)
+        for inode in inodes:
+            self._known[inode].scan = scan
+        for inode, by_pid in holders.items():
+            # /proc answers to the ids of threads too: only leaders stand for a process.
+            self._known[inode].pids.update(pid for pid in by_pid if _status(pid, "Tgid") == [str(pid)])
+
+    def strangers(self, inodes: Iterable[int]) -> dict[int, set[int]]:
+        """Holders that run although the socket is stopped: a descriptor was passed on. Normally empty."""
+        holders, _ = find_holders(inodes)
+        running = {inode: {pid for pid in pids if not self._counts[pid]} for inode, pids in holders.items()}
+        return {inode: pids for inode, pids in running.items() if pids}
+
+    def verdicts(self, inodes: Sequence[int]) -> list[Refusal | None]:
+        """Preflight: what would keep the owners of each socket from being stopped, as far as it shows."""
+        unknown = set(inodes) - self._known.keys()
+        if unknown:
+            self.find(unknown)
+        pids: set[int] = set().union(*(self._known[inode].pids for inode in inodes))
+        by_pid = {pid: self._verdict(pid) for pid in pids}
+        return [
+            next((verdict for pid in sorted(self._known[inode].pids) if (verdict := by_pid[pid])), None)
+            for inode in inodes
+        ]
+
+    def _verdict(self, pid: int) -> Refusal | None:
+        if pid in self._rings:
+            return _io_uring(pid)
+        (tracer,) = _status(pid, "TracerPid")
+        if tracer not in ("", "0") and not self._counts[pid]:
+            return _traced(pid, int(tracer))
+        return None
+
+    # -- stop and resume --
+
+    def stop(self, inodes: Sequence[int], pids: Sequence[int], timeout_s: float) -> list[Refusal | None]:
+        """Stop every process that holds one of ``inodes``; see :meth:`sockmi.engine.base.Engine.stop`.
+
+        ``pids`` are holders that the caller knows of; they count for each socket that ``find`` has
+        not seen (which is then looked for here). ``timeout_s`` is for all of them together.
+        """
+        if os.getpid() in pids:
+            message = f"the owner (pid {os.getpid()}) is this daemon itself; name the application's process"
+            return [Refusal(Code.OWNER_IS_DAEMON, message) for _ in inodes]
+        deadline_s = time.monotonic() + timeout_s
+        wanted = set(inodes)
+        unknown = wanted - self._known.keys()
+        if unknown:
+            self.find(unknown)
+            for inode in unknown:
+                self._known[inode].pids.update(pids)
+        self._catch_up(wanted)
+        refused: dict[int, Refusal] = {}  # by pid
+        stopped: set[int] = set()  # by this call
+        while True:
+            movable = [inode for inode in wanted if not self._known[inode].pids & refused.keys()]
+            owners: set[int] = set().union(*(self._known[inode].pids for inode in movable))
+            fresh = {pid for pid in owners - stopped if not self._counts[pid]}
+            if not fresh:
+                break
+            if fresh & self._rings:
+                refused.update({pid: _io_uring(pid) for pid in fresh & self._rings})
+                continue
+            left_s = deadline_s - time.monotonic()
+            for pid, result in zip(fresh, self._native_stop(list(fresh), left_s), strict=True):
+                if result.code == _STOP_OK:
+                    stopped.add(pid)
+                elif result.code == _STOP_GONE:
+                    for inode in wanted:
+                        self._known[inode].pids.discard(pid)
+                else:
+                    refused[pid] = _stop_refusal(pid, result, timeout_s)
+            self._catch_up(wanted)
+        return self._settle(inodes, refused, stopped)
+
+    def _settle(
+        self, inodes: Sequence[int], refused: Mapping[int, Refusal], stopped: set[int]
+    ) -> list[Refusal | None]:
+        """Count the stops per socket, and let go whom no socket of this call needs."""
+        refusals: list[Refusal | None] = []
+        for inode in inodes:
+            owners = frozenset(self._known[inode].pids)
+            refusals.append(next((refused[pid] for pid in sorted(owners) if pid in refused), None))
+            if refusals[-1] is None:
+                self._stops.setdefault(inode, []).append(owners)
+                self._counts.update(owners)
+        self._native_resume([pid for pid in stopped if not self._counts[pid]])
+        return refusals
+
+    def resume(self, inodes: Sequence[int]) -> None:
+        """The inverse of ``stop``; sockets that are not stopped are ignored. Never fails."""
+        idle = []
+        for inode in inodes:
+            stops = self._stops.get(inode)
+            if not stops:
+                continue
+            for pid in stops.pop():
+                self._counts[pid] -= 1
+                if not self._counts[pid]:
+                    del self._counts[pid]
+                    idle.append(pid)
+            if not stops:
+                del self._stops[inode]
+                self._known.pop(inode, None)
+        self._native_resume(idle)
+
+    def stopped_pids(self) -> set[int]:
+        """The processes that are stopped just now."""
+        return set(self._counts)
+
+    @staticmethod
+    def _native_stop(pids: Sequence[int], timeout_s: float) -> list[_StopResult]:
+        results = (_StopResult * len(pids))()
+        timeout_us = min(max(0, int(timeout_s * 1e6)), 0xFFFFFFFF)
+        error = _native().sockmi_stop((ctypes.c_int32 * len(pids))(*pids), len(pids), timeout_us, results)
+        if error < 0:
+            raise OSError(-error, f"cannot start the thread that stops processes: {os.strerror(-error)}")
+        return list(results)
+
+    @staticmethod
+    def _native_resume(pids: Sequence[int]) -> None:
+        if pids:
+            _native().sockmi_resume((ctypes.c_int32 * len(pids))(*pids), len(pids))

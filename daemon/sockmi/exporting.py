@@ -1,0 +1,563 @@
+"""The exporter's half of the shell: selects, freezes, commits and thaws real sockets.
+
+Order matters in ``freeze`` (owners stop before packets are held, both before anything is read) and
+in ``commit`` (redirect, last comparison, journal, close); each step stands beside its inverse.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+from uuid import UUID, uuid4
+
+from sockmi import durable
+from sockmi.engine.base import Captured, Kind, SocketFacts
+from sockmi.image import Section
+from sockmi.image.native import stamp, with_section
+from sockmi.image.sections import Place as ImagePlace
+from sockmi.journal import Change, Record
+from sockmi.protocol.actions import Commit, Freeze, Outcome, Report, Result, Thaw
+from sockmi.protocol.events import ChildrenFound, CommitDone, FreezeDone, StartExport
+from sockmi.protocol.records import BatchId, ChunkId, Decision, HostId, Item, MigrationId, Route
+from sockmi.redirecting import Redirecting
+from sockmi.refusal import Code, Refusal
+from sockmi.shell import Shell, audit, by_mode, inbound, microseconds_since, now_text, outbound, why
+
+_log = logging.getLogger(__name__)
+
+_STOP_TIMEOUT_S = 0.1
+# The kernel's hold outlasts the freeze by this much; a commit that comes later than half of it is undone.
+_HOLD_MARGIN_S = 1.0
+
+
+@dataclass(slots=True)
+class Selected:
+    """One socket that somebody wants moved; the shell owns ``descriptor`` (a duplicate)."""
+
+    descriptor: int
+    pid: int | None
+    fd: int | None
+    uid: int = 0
+    context: bytes | None = None
+    migration_id: UUID | None = None
+
+
+@dataclass(slots=True)
+class Export:
+    """One migration under way, from selection to its outcome."""
+
+    selected: Selected
+    facts: SocketFacts
+    record: dict[str, Any]
+    holders: list[int] = field(default_factory=list)
+    listener: MigrationId | None = None
+    image: bytes = b""
+    frozen_at: float = 0.0
+    stopped: bool = False
+
+
+@dataclass(slots=True)
+class Batch:
+    """Migrations that were asked for together; ``done`` gets all their records once."""
+
+    done: Callable[[list[dict[str, Any]]], None]
+    progress: Callable[[dict[str, Any]], None] | None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    open_batches: int = 1
+
+
+class Exporting:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        shell: Shell,
+        redirecting: Redirecting,
+        find_holders: Callable[[set[int], Callable[[dict[int, list[int]]], None]], None],
+    ) -> None:
+        """``find_holders`` finds the processes of sockets, and answers later."""
+        self._shell = shell
+        self._redirecting = redirecting
+        self._holding_of = redirecting.holding_of
+        self._find_holders = find_holders
+        self.exports: dict[MigrationId, Export] = {}
+        self._batches: dict[BatchId, Batch] = {}
+        self._inodes: set[int] = set()
+
+    # -- selection
+
+    def export(
+        self,
+        selection: Sequence[Selected],
+        *,
+        target: tuple[HostId | None, IPv4Address | IPv6Address | None],
+        timeout_s: float,
+        dry_run: bool,
+        done: Callable[[list[dict[str, Any]]], None],
+        progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Move sockets; ``done`` gets one record for each, in order, and ``progress`` each as it ends.
+
+        A descriptor whose socket is already migrating, or cannot move, is refused at once.
+        """
+        batch_id = uuid4().bytes
+        batch = Batch(done, progress)
+        going: list[Export] = []
+        facts = self._shell.engine.inspect([one.descriptor for one in selection])
+        for one, fact in zip(selection, facts, strict=True):
+            export = self._register(one, fact, batch_id)
+            batch.records.append(export.record)
+            refusal = fact.refusal
+            if refusal is None and fact.inode in self._inodes:
+                refusal = Refusal(
+                    Code.ALREADY_MIGRATING,
+                    "This socket is being migrated; wait for it (sockmi info), or name it once.",
+                )
+            if refusal is not None:
+                self._end(export, batch, "refused", refusal)
+            elif dry_run:
+                self._end(export, batch, "planned", None)
+            else:
+                self._inodes.add(fact.inode)
+                going.append(export)
+        self._journal_start(batch.records)
+        if not going:
+            done(batch.records)
+            return
+        self._batches[batch_id] = batch
+
+        def found(holders: dict[int, list[int]]) -> None:
+            items = []
+            for export in going:
+                export.holders = holders.get(export.facts.inode, [])
+                items.append(self._item(export))
+            modes = self._shell.config.redirect.modes
+            self._shell.dispatch(StartExport(batch_id, tuple(items), modes, timeout_s, *target))
+
+        self._find_holders({export.facts.inode for export in going}, found)
+
+    def _register(self, selected: Selected, facts: SocketFacts, batch_id: BatchId) -> Export:
+        migration_id = selected.migration_id or uuid4()
+        record: dict[str, Any] = {
+            "migration_id": str(migration_id),
+            "batch_id": str(UUID(bytes=batch_id)),
+            "direction": "export",
+            "kind": facts.kind,
+            "state": facts.state,
+            "local": str(facts.local) if facts.local else None,
+            "remote": str(facts.remote) if facts.remote else None,
+            "from": self._shell.host_name,
+            "to": None,
+            "pid": selected.pid,
+            "fd": selected.fd,
+            "started_at": now_text(),
+            "step": "selected",
+            "receive_queue_bytes": facts.receive_queue_bytes,
+            "sent_bytes": facts.send_queue_bytes,
+            "context_bytes": len(selected.context or b""),
+        }
+        export = Export(selected, facts, record)
+        if migration_id.bytes not in self.exports:
+            self.exports[migration_id.bytes] = export
+        return export
+
+    def _item(self, export: Export) -> Item:
+        facts = export.facts
+        migration = UUID(export.record["migration_id"]).bytes
+        holding = self._holding_of(facts)
+        export.record["hop"] = holding.hop + 1 if holding else 1
+        return Item(
+            migration=migration,
+            connection=holding.connection if holding else migration,
+            kind=facts.kind,
+            state=facts.state,
+            local=facts.local,
+            remote=facts.remote,
+            origin=(holding.origin if holding else None) or facts.local,
+            hop=export.record["hop"],
+            home=holding.home if holding else self._shell.host_id,
+            needs=facts.needs,
+            size_bytes=facts.receive_queue_bytes + facts.send_queue_bytes + 2048,
+            listener=export.listener,
+            handle=export,
+        )
+
+    def _journal_start(self, records: list[dict[str, Any]]) -> None:
+        change = Change()
+        for record in records:
+            change.audit.append((UUID(record["migration_id"]), "export", record))
+        self._shell.journal.write(change)
+
+    # -- freeze and thaw
+
+    def freeze(self, action: Freeze) -> None:
+        """Stop the owners, hold the packets, capture; whatever goes wrong is undone and answered."""
+        exports = [self.exports[item.migration] for item in action.items]
+        try:
+            results = self._freeze(action, exports)
+        except Exception as error:
+            _log.exception("freezing %s", action.chunk)
+            self._undo(exports)
+            refusal = Refusal(
+                Code.INTERNAL, f"The freeze failed ({error}); the daemon's log has the details."
+            )
+            results = [refusal] * len(exports)
+        self._shell.dispatch(FreezeDone(action.chunk, tuple(results)))
+
+    def _freeze(self, action: Freeze, exports: list[Export]) -> list[bytes | Refusal]:
+        shell = self._shell
+        results: list[bytes | Refusal] = [b""] * len(exports)
+        for index, (export, place) in enumerate(zip(exports, action.places, strict=True)):
+            if place.mode is not None and place.endpoint is not None:
+                obstacle = shell.redirects[place.mode].reachable(place.endpoint.address)
+                if obstacle:
+                    results[index] = Refusal(Code.NO_REDIRECT, obstacle)
+            export.frozen_at = time.monotonic()
+        self._stop(exports, results)
+        frozen = [index for index, result in enumerate(results) if isinstance(result, bytes)]
+        self._hold([exports[index] for index in frozen], action.deadline_s + _HOLD_MARGIN_S)
+        captured = shell.engine.capture([exports[index].selected.descriptor for index in frozen])
+        for index, one in zip(frozen, captured, strict=True):
+            if isinstance(one, Captured):
+                results[index] = self._finish_image(exports[index], action.items[index], one)
+            else:
+                results[index] = one
+                self._undo([exports[index]])
+        return results
+
+    def _stop(self, exports: list[Export], results: list[bytes | Refusal]) -> None:
+        going = [index for index, result in enumerate(results) if isinstance(result, bytes)]
+        pids = sorted({pid for index in going for pid in exports[index].holders})
+        inodes = [exports[index].facts.inode for index in going]
+        for index, refusal in zip(going, self._shell.engine.stop(inodes, pids, _STOP_TIMEOUT_S), strict=True):
+            if refusal is None:
+                exports[index].stopped = True
+            else:
+                results[index] = refusal
+
+    def _hold(self, exports: list[Export], timeout_s: float) -> None:
+        tuples = [export.facts.tuple for export in exports if export.facts.tuple]
+        if tuples:
+            self._shell.holds.hold(tuples, timeout_s)
+        listeners = [
+            export.facts.local
+            for export in exports
+            if export.facts.kind is Kind.LISTENING and export.facts.local
+        ]
+        if listeners:
+            self._shell.holds.hold_listeners(listeners, timeout_s)
+
+    def _finish_image(self, export: Export, item: Item, captured: Captured) -> bytes:
+        stamped = bytearray(captured.image)
+        stamp(
+            stamped,
+            migration_id=item.migration,
+            home_id=item.home,
+            listener_id=item.listener,
+            origin=ImagePlace.of(item.origin) if item.origin else None,
+            hop=item.hop,
+        )
+        image = bytes(stamped)
+        if export.selected.context:
+            image = with_section(image, Section.CONTEXT, export.selected.context)
+        export.image = image
+        export.record["image_bytes"] = len(image)
+        export.record["fidelity"] = {
+            "carried": captured.fidelity.carried,
+            "approximated": captured.fidelity.approximated,
+            "reset": captured.fidelity.reset,
+        }
+        return image
+
+    def thaw(self, action: Thaw) -> None:
+        """The inverse of ``freeze``."""
+        self._undo([self.exports[migration] for migration in action.migrations])
+
+    def _undo(self, exports: list[Export]) -> None:
+        """Lift the holds first: a resumed owner's packets must not be dropped."""
+        tuples = [export.facts.tuple for export in exports if export.facts.tuple]
+        if tuples:
+            self._shell.holds.unhold(tuples)
+        listeners = [
+            export.facts.local
+            for export in exports
+            if export.facts.kind is Kind.LISTENING and export.facts.local
+        ]
+        if listeners:
+            self._shell.holds.unhold_listeners(listeners)
+        self._resume(exports)
+
+    def _resume(self, exports: list[Export]) -> None:
+        stopped = [export for export in exports if export.stopped]
+        self._shell.engine.resume([export.facts.inode for export in stopped])
+        for export in stopped:
+            export.stopped = False
+
+    # -- commit
+
+    def commit(self, action: Commit) -> None:
+        """Redirect, compare, journal, close; what fails is undone and goes on where it was."""
+        shell = self._shell
+        exports = [self.exports[route.migration] for route in action.routes]
+        results: list[Refusal | None] = [None] * len(exports)
+        self._send_away(action.routes, results)
+        limit = time.monotonic() - shell.config.timing.freeze_deadline_s - _HOLD_MARGIN_S / 2
+        for index, export in enumerate(exports):
+            if results[index] is None and export.frozen_at < limit:
+                results[index] = Refusal(
+                    Code.FREEZE_DEADLINE,
+                    "The freeze took longer than timing.freeze_deadline_s; the connection goes on here.",
+                )
+        self._take_back(action.routes, exports, results, undone=set())
+        going = [index for index, result in enumerate(results) if result is None]
+        try:
+            self._journal_commit(action, exports, going)
+        except Exception as error:  # a full disk must not cost a connection
+            refusal = Refusal(Code.INTERNAL, f"The journal cannot be written ({error}); see sockmi doctor.")
+            for index in going:
+                results[index] = refusal
+            self._take_back(action.routes, exports, results, undone=set(range(len(exports))) - set(going))
+            going = []
+        children = self._accept_children([exports[index] for index in going])
+        refusals = shell.engine.release(
+            [exports[index].selected.descriptor for index in going],
+            [exports[index].image for index in going],
+        )
+        changed = [index for index, refusal in zip(going, refusals, strict=True) if refusal is not None]
+        if changed:
+            before = set(range(len(exports))) - set(changed)
+            for index, outcome in zip(going, refusals, strict=True):
+                results[index] = outcome
+            going = [index for index in going if index not in changed]
+            self._journal_commit(action, exports, going, undone=[exports[index] for index in changed])
+            self._take_back(action.routes, exports, results, undone=before)
+        self._evict(action.routes, going)
+        self._redirecting.add_routes(action.routes[index] for index in going if action.routes[index].durable)
+        self._resume([exports[index] for index in going])
+        shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))
+        for export, descriptors in children:
+            self._follow(action.decision.importer, export, descriptors)
+
+    def _send_away(self, routes: Sequence[Route], results: list[Refusal | None]) -> None:
+        pairs = [(route.place.mode, index) for index, route in enumerate(routes) if outbound(route)]
+        for mode, indices in by_mode(pairs).items():
+            connections = [one for index in indices if (one := outbound(routes[index]))]
+            try:
+                self._shell.redirects[mode].send_away(connections)
+            except Exception as error:
+                refusal = Refusal(Code.REDIRECT, f"The {mode} redirect could not be set up: {error}.")
+                for index in indices:
+                    results[index] = refusal
+
+    def _take_back(
+        self,
+        routes: Sequence[Route],
+        exports: list[Export],
+        results: list[Refusal | None],
+        *,
+        undone: set[int],
+    ) -> None:
+        """The inverse of ``_send_away``, and thaw, for every refused one that is not yet ``undone``."""
+        failed = [i for i, result in enumerate(results) if result is not None and i not in undone]
+        if not failed:
+            return
+        pairs = [(routes[index].place.mode, index) for index in failed]
+        for mode, indices in by_mode(pairs).items():
+            tuples = [one.tuple for index in indices if (one := outbound(routes[index]))]
+            self._shell.redirects[mode].take_back(tuples)
+        self._undo([exports[index] for index in failed])
+
+    def _journal_commit(
+        self, action: Commit, exports: list[Export], going: list[int], undone: Sequence[Export] = ()
+    ) -> None:
+        """The point of no return: one transaction."""
+        if not going and not undone:
+            return
+        positions = {migration: n for n, migration in enumerate(action.decision.migrations)}
+        committed = tuple(sorted(positions[action.routes[index].migration] for index in going))
+        decision = Decision(
+            action.decision.chunk, action.decision.importer, action.decision.migrations, committed
+        )
+        chosen = {action.routes[index].connection for index in going}
+        change = Change()
+        dropped = [route for route in action.routes if route.connection not in chosen]
+        if undone:
+            durable.drop(change, dropped)
+            durable.drop(change, [one for one in action.notices if one.connection not in chosen])
+        if going:
+            durable.keep(change, [decision])
+            durable.keep(change, [r for index in going if (r := action.routes[index]).durable])
+            durable.keep(change, [one for one in action.notices if one.connection in chosen])
+            originals = [
+                [
+                    exports[index].facts.inode,
+                    str(exports[index].facts.local),
+                    str(exports[index].facts.remote),
+                ]
+                for index in going
+            ]
+            change.keep.append((Record.ORIGINALS, str(action.decision.chunk), originals))
+            change.drop.extend((Record.HOLDING, connection.hex()) for connection in chosen)
+        else:
+            durable.drop(change, [decision])
+            change.drop.append((Record.ORIGINALS, str(action.decision.chunk)))
+        for export in undone:
+            holding = self._holding_of(export.facts)
+            durable.keep(change, [holding] if holding else [])
+        for index in going:
+            audit(change, action.routes[index].migration, "export", step="committed")
+        self._shell.journal.write(change)
+
+    def _evict(self, routes: Sequence[Route], going: list[int]) -> None:
+        """What had been imported here and left again needs no translation here any more."""
+        left = [
+            holding
+            for index in going
+            if (holding := self._redirecting.drop_holding(routes[index].connection)) is not None
+        ]
+        for mode, holdings in by_mode((holding.place.mode, holding) for holding in left).items():
+            self._shell.redirects[mode].evict([one for holding in holdings if (one := inbound(holding))])
+
+    # -- listeners' queues
+
+    def _accept_children(self, exports: list[Export]) -> list[tuple[Export, list[int]]]:
+        """Take the not yet accepted connections out of the queues of listeners that are about to close."""
+        found = []
+        for export in exports:
+            if export.facts.kind is Kind.LISTENING:
+                children = self._shell.engine.accept_children(export.selected.descriptor)
+                if children:
+                    found.append((export, children))
+        return found
+
+    def _follow(self, importer: HostId, listener: Export, descriptors: list[int]) -> None:
+        """They are in nobody's hands but ours now; they follow their listener."""
+        shell = self._shell
+        parent = UUID(listener.record["batch_id"]).bytes
+        batch = self._batches.get(parent)
+        batch_id = uuid4().bytes
+        items = []
+        for descriptor, facts in zip(descriptors, shell.engine.inspect(descriptors), strict=True):
+            child = self._register(Selected(descriptor, None, None, listener.selected.uid), facts, batch_id)
+            child.listener = UUID(listener.record["migration_id"]).bytes
+            child.record["listener"] = listener.record["migration_id"]
+            self._inodes.add(facts.inode)
+            items.append(self._item(child))
+            if batch:
+                batch.records.append(child.record)
+        self._journal_start([item.handle.record for item in items if isinstance(item.handle, Export)])
+        if batch:
+            batch.open_batches += 1
+            self._batches[batch_id] = batch
+        modes = shell.config.redirect.modes
+        timeout_s = shell.config.timing.negotiation_timeout_s
+        shell.dispatch(ChildrenFound(batch_id, importer, tuple(items), modes, timeout_s))
+
+    # -- outcomes
+
+    def report(self, action: Report) -> None:
+        """The core's news of migrations."""
+        change = Change()
+        batch = self._batches.get(action.batch)
+        for result in action.results:
+            export = self.exports.get(result.migration)
+            if export is None:
+                self._report_after_restart(change, result)
+            elif result.outcome is Outcome.COMMITTED:
+                export.record["step"] = "committed"
+            else:
+                self._finish(change, export, result, batch)
+        if change.audit:
+            self._shell.journal.write(change)
+
+    def _finish(self, change: Change, export: Export, result: Result, batch: Batch | None) -> None:
+        record = export.record
+        if result.importer is not None:
+            record["to"] = self._shell.name_of(result.importer)
+        if result.place is not None:
+            record["mode"] = result.place.mode
+        if result.fidelity is not None:
+            _merge_fidelity(record, result.fidelity)
+        if result.outcome is Outcome.ACTIVE:
+            record["step"] = "active"
+            record["blackout_us"] = microseconds_since(export.frozen_at)
+            self._shell.metrics.freeze.observe(record["blackout_us"] / 1e6)
+            self._end(export, batch, "moved", None)
+        elif result.outcome is Outcome.LOST:
+            self._end(export, batch, "failed", result.refusal)
+        else:
+            self._end(export, batch, "aborted" if export.frozen_at else "refused", result.refusal)
+        change.audit.append((UUID(bytes=result.migration), "export", record))
+
+    def _report_after_restart(self, change: Change, result: Result) -> None:
+        """A migration that an earlier run of this daemon had committed."""
+        if result.outcome is Outcome.ACTIVE:
+            audit(change, result.migration, "export", step="active", outcome="moved", ended_at=now_text())
+        elif result.outcome is Outcome.LOST:
+            refusal = why(result.refusal) if result.refusal else None
+            audit(change, result.migration, "export", outcome="failed", refusal=refusal, ended_at=now_text())
+
+    def _end(self, export: Export, batch: Batch | None, outcome: str, refusal: Refusal | None) -> None:
+        record = export.record
+        record["outcome"] = outcome
+        record["ended_at"] = now_text()
+        if refusal is not None:
+            record["refusal"] = why(refusal)
+            self._shell.metrics.refusals.labels(code=refusal.code).inc()
+        self._shell.metrics.migrations.labels(direction="export", outcome=outcome).inc()
+        migration = UUID(record["migration_id"]).bytes
+        if self.exports.get(migration) is export:
+            del self.exports[migration]
+            self._inodes.discard(export.facts.inode)
+        os.close(export.selected.descriptor)
+        export.image = b""
+        if batch is not None and batch.progress is not None:
+            batch.progress(record)
+
+    def batch_done(self, batch_id: BatchId) -> None:
+        """Every migration of the batch has its outcome."""
+        batch = self._batches.pop(batch_id, None)
+        if batch is None:
+            return
+        batch.open_batches -= 1
+        if batch.open_batches == 0:
+            batch.done(batch.records)
+
+    # -- after a restart
+
+    def close_originals(self, find: Callable[[set[int]], dict[int, int]]) -> None:
+        """Close what a committed chunk of an earlier run may have left open.
+
+        ``find`` gives a descriptor of ours for each of the inodes that some process still holds.
+        """
+        shell = self._shell
+        change = Change()
+        for name, originals in shell.journal.records(Record.ORIGINALS).items():
+            wanted = {inode: (local, remote) for inode, local, remote in originals}
+            for inode, descriptor in find(set(wanted)).items():
+                (facts,) = shell.engine.inspect([descriptor])
+                if (str(facts.local), str(facts.remote)) == wanted[inode]:
+                    shell.engine.release([descriptor], [b""])
+                os.close(descriptor)
+            change.drop.append((Record.ORIGINALS, name))
+        if change.drop:
+            shell.journal.write(change)
+
+    def forget_decision(self, chunk: ChunkId) -> None:
+        """The importer is ACTIVE: nothing of the decision is needed any more."""
+        change = Change(drop=[(Record.DECISION, str(chunk)), (Record.ORIGINALS, str(chunk))])
+        self._shell.journal.write(change)
+
+
+def _merge_fidelity(record: dict[str, Any], fidelity: Any) -> None:
+    """What either engine had to approximate or reset is no longer carried."""
+    mine = record.get("fidelity") or {"carried": [], "approximated": [], "reset": []}
+    reset = sorted({*mine["reset"], *fidelity.reset})
+    approximated = sorted({*mine["approximated"], *fidelity.approximated} - set(reset))
+    carried = sorted({*mine["carried"], *fidelity.carried} - set(reset) - set(approximated))
+    record["fidelity"] = {"carried": carried, "approximated": approximated, "reset": reset}

@@ -1,0 +1,610 @@
+"""The importer's half of the shell: places, prepares, activates and hands over copies.
+
+A copy is dormant (in repair, its tuple held) until its application has the descriptor and says so.
+Until then its image is in the spool, so that whatever dies, the copy can be made again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from sockmi import api, durable
+from sockmi.addresses import FourTuple
+from sockmi.config import ImportConfig
+from sockmi.control import Client
+from sockmi.engine.base import Fidelity, Kind, Placement, Restored
+from sockmi.image import Family, ImageError, Section, Summary, peek, section
+from sockmi.image import Kind as ImageKind
+from sockmi.image.native import validate
+from sockmi.imports import Candidate, Criteria, ImportLists, Waiting
+from sockmi.journal import Change, Record
+from sockmi.placing import Placing
+from sockmi.protocol.actions import Activate, Discard, Prepare, Reserve, Unreserve
+from sockmi.protocol.context import Capacity
+from sockmi.protocol.events import ActivateDone, PrepareDone, ReserveDone
+from sockmi.protocol.records import (
+    Arrival,
+    ChunkId,
+    Counts,
+    Holding,
+    MigrationId,
+    Place,
+    PreparedChunk,
+)
+from sockmi.redirecting import Redirecting
+from sockmi.refusal import Code, Refusal
+from sockmi.shell import Shell, by_mode, inbound, now_text, outbound, why
+
+_log = logging.getLogger(__name__)
+
+# An application that has been sent its descriptor and does not answer loses it again.
+_TAKE_TIMEOUT_S = 5.0
+
+
+@dataclass(slots=True)
+class Copy:
+    """One socket that is prepared, listed or being handed over here."""
+
+    arrival: Arrival
+    chunk: str
+    candidate: Candidate
+    placement: Placement
+    facts: Summary
+    record: dict[str, Any]
+    since: datetime
+    fd: int = -1
+    image: bytes = b""
+    holding: Holding | None = None
+
+    @property
+    def tuple(self) -> FourTuple | None:
+        """The connection as it lives here."""
+        if self.candidate.kind is not Kind.CONNECTED:
+            return None
+        if self.placement.local is None or self.candidate.remote is None:
+            return None
+        return FourTuple(self.placement.local, self.candidate.remote)
+
+
+@dataclass(slots=True)
+class Handing:
+    """Descriptors on their way to one client; ``waitings`` in the order of ``copies``."""
+
+    copies: list[Copy]
+    done: Callable[[], None]
+    timer: Any = None
+
+
+class Importing:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        shell: Shell,
+        placing: Placing,
+        capacity: Capacity,
+        redirecting: Redirecting,
+    ) -> None:
+        self._shell = shell
+        self._placing = placing
+        self._capacity = capacity
+        self._redirecting = redirecting
+        self.lists = ImportLists({})
+        self.copies: dict[MigrationId, Copy] = {}
+        self._handings: dict[Client, Handing] = {}
+        self._requests: dict[Client, tuple[api.ImportRequest, Any]] = {}
+        self._spooled: dict[str, set[MigrationId]] = {}
+        self.set_maxima(shell.config.imports)
+
+    # -- reserve
+
+    def reserve(self, action: Reserve) -> None:
+        """Choose the place of each copy, and keep it."""
+        places: list[Place | Refusal] = []
+        for item in action.items:
+            try:
+                places.append(self._placing.choose(item, action.modes))
+            except Refusal as refusal:
+                places.append(refusal)
+        self._shell.dispatch(ReserveDone(action.batch, action.exporter, action.page, tuple(places)))
+
+    def unreserve(self, action: Unreserve) -> None:
+        """The inverse of ``reserve``."""
+        for migration in action.migrations:
+            self._placing.forget(migration)
+
+    # -- prepare and discard
+
+    def prepare(self, action: Prepare) -> None:
+        """Validate, hold, restore dormant, spool, journal; whatever goes wrong is undone and answered."""
+        results: list[Fidelity | Refusal] = []
+        copies: list[Copy | None] = []
+        for arrival, image in zip(action.arrivals, action.images, strict=True):
+            made = self._examine(action.chunk, action.exporter, arrival, image)
+            copies.append(made if isinstance(made, Copy) else None)
+            results.append(made if isinstance(made, Refusal) else Fidelity())
+        try:
+            self._prepare(action, copies, results)
+        except Exception as error:
+            _log.exception("preparing %s", action.chunk)
+            refusal = Refusal(Code.INTERNAL, f"The importer failed ({error}); its log has the details.")
+            for index, copy in enumerate(copies):
+                if copy is not None:
+                    results[index] = refusal
+                    copies[index] = None
+                    self._drop([copy])
+        for arrival, kept in zip(action.arrivals, copies, strict=True):
+            if kept is None:
+                self._placing.forget(arrival.item.migration)
+                continue
+            self.copies[arrival.item.migration] = kept
+            self.lists.claim(kept.candidate)
+        self.update_capacity()
+        self._shell.dispatch(PrepareDone(action.chunk, tuple(results)))
+
+    def _prepare(self, action: Prepare, copies: list[Copy | None], results: list[Fidelity | Refusal]) -> None:
+        shell = self._shell
+        chosen = [(index, copy) for index, copy in enumerate(copies) if copy is not None]
+        tuples = [copy.tuple for _, copy in chosen if copy.tuple]
+        if tuples:
+            shell.holds.hold(tuples, None)
+        restored = shell.engine.restore(
+            [copy.image for _, copy in chosen], [copy.placement for _, copy in chosen]
+        )
+        ready = []
+        for (index, copy), outcome in zip(chosen, restored, strict=True):
+            if isinstance(outcome, Restored):
+                copy.fd = outcome.fd
+                results[index] = outcome.fidelity
+                ready.append((index, copy))
+            else:
+                results[index] = outcome
+                copies[index] = None
+                self._drop([copy])
+        self._promise(action, [index for index, _ in ready], [copy for _, copy in ready])
+
+    def _examine(self, chunk: ChunkId, exporter: bytes, arrival: Arrival, image: bytes) -> Copy | Refusal:
+        item = arrival.item
+        try:
+            validate(image, self._shell.config.image_bytes_max)
+            facts = peek(image)
+        except ImageError as error:
+            return Refusal(Code.IMAGE, f"The image is not valid: {error}.")
+        announced = (item.migration, item.kind, item.local, item.remote, item.hop)
+        if announced != (facts.migration_id, _kind(facts), facts.local, facts.remote, facts.hop):
+            return Refusal(Code.IMAGE, "The image is of another socket than the one that was announced.")
+        if not self.lists.reserve(UUID(bytes=item.migration), item.kind):
+            return Refusal(
+                Code.LIST_FULL, f"The list of {item.kind} sockets is full; raise imports.max_{item.kind}."
+            )
+        return self._copy(_chunk_name(chunk), exporter, arrival, image, facts)
+
+    def _copy(self, chunk: str, exporter: bytes, arrival: Arrival, image: bytes, facts: Summary) -> Copy:
+        item, place = arrival.item, arrival.place
+        migration = UUID(bytes=item.migration)
+        listener = UUID(bytes=item.listener) if item.listener else None
+        record: dict[str, Any] = {
+            "migration_id": str(migration),
+            "direction": "import",
+            "kind": item.kind,
+            "state": item.state,
+            "local": str(item.origin) if item.origin else None,
+            "remote": str(item.remote) if item.remote else None,
+            "from": self._shell.name_of(exporter),
+            "to": self._shell.host_name,
+            "listener": str(listener) if listener else None,
+            "started_at": now_text(),
+            "step": "prepared",
+            "receive_queue_bytes": facts.receive_bytes,
+            "sent_bytes": facts.sent_bytes,
+            "unsent_bytes": facts.unsent_bytes,
+            "image_bytes": len(image),
+            "context_bytes": facts.context_bytes,
+            "mode": place.mode,
+            "hop": item.hop,
+        }
+        return Copy(
+            arrival,
+            chunk,
+            Candidate(migration, item.kind, item.origin, item.remote, facts.owner_uid, listener),
+            self._placing.placement(item, place),
+            facts,
+            record,
+            datetime.now(UTC),
+            image=image,
+        )
+
+    def _promise(self, action: Prepare, positions: list[int], ready: list[Copy]) -> None:
+        """From here on the chunk can be restored whatever happens to this daemon."""
+        if not ready:
+            return
+        name = _chunk_name(action.chunk)
+        self._shell.spool.write(name, {copy.candidate.migration_id: copy.image for copy in ready})
+        self._spooled[name] = {copy.arrival.item.migration for copy in ready}
+        change = Change(audit=[(copy.candidate.migration_id, "import", copy.record) for copy in ready])
+        durable.keep(
+            change, [PreparedChunk(action.chunk, action.exporter, action.arrivals, tuple(positions))]
+        )
+        self._shell.journal.write(change)
+
+    def discard(self, action: Discard) -> None:
+        """The inverse of ``prepare``."""
+        copies = [copy for migration in action.migrations if (copy := self.copies.pop(migration, None))]
+        change = Change()
+        for copy in copies:
+            copy.record.update(outcome="aborted", ended_at=now_text())
+            change.audit.append((copy.candidate.migration_id, "import", copy.record))
+        self._drop(copies)
+        name = _chunk_name(action.chunk)
+        if name not in self._spooled:
+            change.drop.append((Record.PREPARED, str(action.chunk)))
+        if change.audit or change.drop:
+            self._shell.journal.write(change)
+        for migration in action.migrations:
+            self._placing.forget(migration)
+        self.update_capacity()
+
+    def _drop(self, copies: Iterable[Copy]) -> None:
+        """Close dormant copies without a packet, lift their holds, give up their places and images."""
+        copies = list(copies)
+        self._shell.engine.discard([copy.fd for copy in copies if copy.fd >= 0])
+        tuples = [copy.tuple for copy in copies if copy.tuple]
+        if tuples:
+            self._shell.holds.unhold(tuples)
+        for copy in copies:
+            copy.fd = -1
+            self.lists.unreserve(copy.candidate.migration_id)
+            self._unspool(copy)
+
+    def _unspool(self, copy: Copy) -> None:
+        left = self._spooled.get(copy.chunk)
+        if left is not None:
+            left.discard(copy.arrival.item.migration)
+            if not left:
+                del self._spooled[copy.chunk]
+                self._shell.spool.remove(copy.chunk)
+
+    # -- activate
+
+    def activate(self, action: Activate) -> None:
+        """They are ours: to their applications, or into the import lists."""
+        shell = self._shell
+        self._come_home(action.returning)
+        change = Change(drop=[(Record.PREPARED, str(action.chunk))])
+        change.drop.extend((Record.ROUTE, connection.hex()) for connection in action.returning)
+        durable.keep(change, [holding for holding in action.holdings if holding.durable])
+        copies = [self.copies[holding.migration] for holding in action.holdings]
+        for copy, holding in zip(copies, action.holdings, strict=True):
+            copy.holding = holding
+            copy.record["step"] = "committed"
+            change.keep.append((Record.LISTED, copy.candidate.migration_id.hex, _listed(copy)))
+            change.audit.append((copy.candidate.migration_id, "import", copy.record))
+        self._redirecting.add_holdings(action.holdings)
+        shell.journal.write(change)
+        by_client: dict[Client, list[Copy]] = {}
+        for copy in copies:
+            waiting = self.lists.claimed(copy.candidate.migration_id)
+            if waiting is not None and isinstance(waiting.client, Client) and not waiting.client.closed:
+                by_client.setdefault(waiting.client, []).append(copy)
+            else:
+                self._list(copy)
+        pending = len(by_client)
+        answer = ActivateDone(action.chunk, (None,) * len(copies))
+        if not pending:
+            self.update_capacity()
+            shell.dispatch(answer)
+            return
+
+        def handed() -> None:
+            nonlocal pending
+            pending -= 1
+            if pending == 0:
+                shell.dispatch(answer)
+
+        for client, theirs in by_client.items():
+            self._hand(client, theirs, handed)
+
+    def _come_home(self, returning: Sequence[bytes]) -> None:
+        routes = [route for one in returning if (route := self._redirecting.drop_route(one))]
+        for mode, group in by_mode((route.place.mode, route) for route in routes).items():
+            self._shell.redirects[mode].take_back([one.tuple for route in group if (one := outbound(route))])
+
+    def _list(self, copy: Copy) -> None:
+        """No application has it: it waits as an image, its tuple held."""
+        migration = copy.candidate.migration_id
+        self._shell.engine.discard([copy.fd] if copy.fd >= 0 else [])
+        copy.fd = -1
+        copy.image = b""
+        self.lists.unreserve(migration)
+        self.lists.put(copy.candidate)
+
+    # -- applications
+
+    def wait(self, client: Client, request: api.ImportRequest) -> None:
+        """An application wants sockets: give what is listed, else let it wait."""
+        if client in self._requests or client in self._handings:
+            raise Refusal(Code.BAD_REQUEST, "This connection has an import under way; use another one.")
+        waitings = [
+            Waiting(client, index, _criteria(one), client.uid) for index, one in enumerate(request.requests)
+        ]
+        found = [(waiting, one) for waiting in waitings if (one := self.lists.take(waiting))]
+        limit = api.DESCRIPTORS_MAX // 2
+        self.lists.wait(waitings)
+        self._requests[client] = (request, None)
+        if found:
+            copies = []
+            for _waiting, candidate in found[:limit]:
+                copy = self.copies[candidate.migration_id.bytes]
+                if self._wake(copy):
+                    self.lists.remove(candidate.migration_id)
+                    copies.append(copy)
+            if copies:
+                self._hand(client, copies, lambda: None)
+                return
+        if request.timeout_ms == 0:
+            self._answer_nothing(client)
+            return
+        timer = None
+        if request.timeout_ms > 0:
+            timer = self._shell.loop.call_later(request.timeout_ms / 1000, self._answer_nothing, client)
+        self._requests[client] = (request, timer)
+        self.update_capacity()
+
+    def _answer_nothing(self, client: Client) -> None:
+        request, _ = self._requests.pop(client)
+        self.lists.cancel(client)
+        self.update_capacity()
+        client.respond(api.ImportResponse(id=request.id, imported=[]))
+
+    def _wake(self, copy: Copy) -> bool:
+        """Restore a listed socket from its image."""
+        try:
+            copy.image = self._shell.spool.read(copy.chunk)[copy.candidate.migration_id]
+        except KeyError:
+            return False
+        (outcome,) = self._shell.engine.restore([copy.image], [copy.placement])
+        if not isinstance(outcome, Restored):
+            copy.record["refusal"] = why(outcome)
+            return False
+        copy.fd = outcome.fd
+        return True
+
+    def _hand(self, client: Client, copies: list[Copy], done: Callable[[], None]) -> None:
+        """Send dormant descriptors; the client's ``taken`` brings them to life."""
+        request, timer = self._requests.pop(client)
+        if timer is not None:
+            timer.cancel()
+        items, contexts = [], []
+        for copy in copies:
+            waiting = self.lists.claimed(copy.candidate.migration_id)
+            context = section(copy.image, Section.CONTEXT)
+            if context:
+                contexts.append(_memfd(context))
+            items.append(
+                api.ImportedItem(
+                    request=waiting.index if waiting else 0,
+                    family="inet6" if copy.facts.family is Family.INET6 else "inet",
+                    local=str(copy.placement.local) if copy.placement.local else None,
+                    remote=str(copy.candidate.remote) if copy.candidate.remote else None,
+                    origin=str(copy.candidate.local) if copy.candidate.local else None,
+                    context=bool(context),
+                    record=api.MigrationRecord.model_validate_json(_json(copy.record)),
+                )
+            )
+        self.lists.cancel(client)
+        handing = Handing(copies, done)
+        handing.timer = self._shell.loop.call_later(_TAKE_TIMEOUT_S, self._taken_too_late, client)
+        self._handings[client] = handing
+        descriptors = [copy.fd for copy in copies] + contexts
+        client.respond(api.ImportResponse(id=request.id, fds=len(descriptors), imported=items), descriptors)
+        for context_fd in contexts:
+            os.close(context_fd)
+        self.update_capacity()
+
+    def taken(self, client: Client, request: api.TakenRequest) -> None:
+        """The application has its descriptors: bring them to life."""
+        handing = self._handings.pop(client, None)
+        if handing is None:
+            raise Refusal(
+                Code.TIMEOUT, f"Nothing is on its way to you; answer an import within {_TAKE_TIMEOUT_S:g} s."
+            )
+        handing.timer.cancel()
+        wanted = set(request.migrations)
+        taken = [copy for copy in handing.copies if copy.candidate.migration_id in wanted]
+        for copy in handing.copies:
+            if copy not in taken:
+                self._list(copy)
+        failed = self._bring_to_life(taken)
+        live = [copy.candidate.migration_id for copy in taken if copy.candidate.migration_id not in failed]
+        client.respond(
+            api.TakenResponse(
+                id=request.id,
+                live=live,
+                failed=[
+                    api.FailedItem(migration_id=one, refusal=api.Why.of(refusal))
+                    for one, refusal in failed.items()
+                ],
+            )
+        )
+        self.update_capacity()
+        handing.done()
+
+    def _bring_to_life(self, copies: list[Copy]) -> dict[UUID, Refusal]:
+        shell = self._shell
+        pairs = [(copy.arrival.place.mode, copy) for copy in copies]
+        for mode, group in by_mode(pairs).items():
+            admitted = [one for copy in group if copy.holding and (one := inbound(copy.holding))]
+            shell.redirects[mode].admit(admitted)
+        failed: dict[UUID, Refusal] = {}
+        outcomes = shell.engine.activate([copy.fd for copy in copies], [copy.image for copy in copies])
+        change = Change()
+        for copy, refusal in zip(copies, outcomes, strict=True):
+            migration = copy.candidate.migration_id
+            if refusal is not None:
+                failed[migration] = refusal
+                self._fall_back(copy)
+                continue
+            os.close(copy.fd)
+            copy.fd = -1
+            copy.image = b""
+            del self.copies[migration.bytes]
+            self._placing.forget(migration.bytes)
+            self.lists.unreserve(migration)
+            self._unspool(copy)
+            copy.record.update(step="active", outcome="moved", ended_at=now_text())
+            shell.metrics.migrations.labels(direction="import", outcome="moved").inc()
+            change.drop.append((Record.LISTED, migration.hex))
+            change.audit.append((migration, "import", copy.record))
+        if change.drop:
+            shell.journal.write(change)
+        return failed
+
+    def _fall_back(self, copy: Copy) -> None:
+        """A copy that would not come to life is held again and listed: its image is still good."""
+        if copy.tuple:
+            self._shell.holds.hold([copy.tuple], None)
+        if copy.holding and copy.holding.place.mode and (one := inbound(copy.holding)):
+            self._shell.redirects[copy.holding.place.mode].evict([one])
+        self._list(copy)
+
+    def _taken_too_late(self, client: Client) -> None:
+        """The client sits on descriptors that are not live; they are given to the next one."""
+        client.close()
+
+    def gone(self, client: Client) -> None:
+        """A client has disconnected: what was on its way to it is listed."""
+        self.lists.cancel(client)
+        if (waiting := self._requests.pop(client, None)) is not None and waiting[1] is not None:
+            waiting[1].cancel()
+        if (handing := self._handings.pop(client, None)) is not None:
+            handing.timer.cancel()
+            for copy in handing.copies:
+                self._list(copy)
+            handing.done()
+        self.update_capacity()
+
+    # -- after a restart
+
+    def resume(self, prepared: Iterable[PreparedChunk], is_live: Callable[[FourTuple], bool]) -> None:
+        """Make the copies of an earlier run known again, from the journal and the spool."""
+        shell = self._shell
+        known: set[str] = set()
+        for chunk in prepared:
+            name = _chunk_name(chunk.chunk)
+            known.add(name)
+            images = shell.spool.read(name)
+            for position in chunk.prepared:
+                arrival = chunk.arrivals[position]
+                image = images[UUID(bytes=arrival.item.migration)]
+                self._remember(name, chunk.exporter, arrival, image)
+        change = Change()
+        for content in shell.journal.records(Record.LISTED).values():
+            name, exporter, arrival = _read_listed(content)
+            holding = self._redirecting.holdings.get(arrival.item.connection)
+            images = shell.spool.read(name) if name in shell.spool.chunks() else {}
+            found = images.get(UUID(bytes=arrival.item.migration))
+            live = holding is not None and (one := inbound(holding)) is not None and is_live(one.tuple)
+            if found is None or holding is None or live:
+                # It was handed over; only the last line of the journal is missing.
+                change.drop.append((Record.LISTED, UUID(bytes=arrival.item.migration).hex))
+                continue
+            known.add(name)
+            copy = self._remember(name, exporter, arrival, found)
+            copy.holding = holding
+            if (one := inbound(holding)) and holding.place.mode:
+                shell.redirects[holding.place.mode].evict([one])
+                shell.holds.hold([one.tuple], None)
+            self._list(copy)
+        if change.drop:
+            shell.journal.write(change)
+        for name in shell.spool.chunks():
+            if name not in known:
+                shell.spool.remove(name)
+        self.update_capacity()
+
+    def _remember(self, name: str, exporter: bytes, arrival: Arrival, image: bytes) -> Copy:
+        facts = peek(image)
+        copy = self._copy(name, exporter, arrival, image, facts)
+        self._spooled.setdefault(name, set()).add(arrival.item.migration)
+        self.copies[arrival.item.migration] = copy
+        self.lists.reserve(copy.candidate.migration_id, copy.candidate.kind)
+        if copy.tuple:
+            self._shell.holds.hold([copy.tuple], None)
+        return copy
+
+    def set_maxima(self, limits: ImportConfig) -> None:
+        """The lists' maxima; what is listed already stays."""
+        self.lists.maxima = {
+            Kind.BOUND: limits.max_bound,
+            Kind.LISTENING: limits.max_listening,
+            Kind.CONNECTED: limits.max_connected,
+        }
+        self.update_capacity()
+
+    def update_capacity(self) -> None:
+        """Tell the core what there is room for."""
+        rooms = {kind: self.lists.room(kind) for kind in Kind}
+        waiting = {kind: self.lists.waiting_for(kind) for kind in Kind}
+        if not self._shell.config.imports.queue_without_waiting:
+            rooms = {kind: min(rooms[kind], waiting[kind]) for kind in Kind}
+        order = (Kind.BOUND, Kind.LISTENING, Kind.CONNECTED)
+        self._capacity.rooms = Counts(*(rooms[kind] for kind in order))
+        self._capacity.waiting = Counts(*(waiting[kind] for kind in order))
+        maximum = max(1, sum(self.lists.maxima.values()))
+        self._capacity.load = 1000 * sum(self.lists.counts().values()) // maximum
+
+
+def _criteria(wanted: api.ImportCriteria) -> Criteria:
+    from ipaddress import ip_address
+
+    return Criteria(
+        frozenset(wanted.states),
+        frozenset(wanted.preferred),
+        ip_address(wanted.local_address) if wanted.local_address else None,
+        wanted.local_port,
+        ip_address(wanted.remote_address) if wanted.remote_address else None,
+        wanted.remote_port,
+        wanted.listener,
+    )
+
+
+def _kind(facts: Summary) -> Kind:
+    """The import list that an image belongs to; unconnected sockets count as bound."""
+    return Kind.BOUND if facts.kind is ImageKind.UNCONNECTED else Kind[facts.kind.name]
+
+
+def _chunk_name(chunk: ChunkId) -> str:
+    return f"{chunk.batch.hex()}-{chunk.number}"
+
+
+def _memfd(content: bytes) -> int:
+    """A sealed memory file, so that the receiver can trust its size."""
+    import fcntl
+
+    descriptor = os.memfd_create("sockmi-context", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(descriptor, content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
+def _json(record: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(record)
+
+
+def _listed(copy: Copy) -> list[Any]:
+    exporter = copy.holding.exporter.hex() if copy.holding else ""
+    return [copy.chunk, exporter, durable.write_arrival(copy.arrival)]
+
+
+def _read_listed(content: list[Any]) -> tuple[str, bytes, Arrival]:
+    return content[0], bytes.fromhex(content[1]), durable.read_arrival(content[2])

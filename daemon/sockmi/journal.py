@@ -1,0 +1,202 @@
+"""The journal: what became of every migration, and what must be resumed after a restart.
+
+SQLite in WAL mode. A write appends one row for a whole chunk; it reaches the page cache before the
+call returns, so it survives the daemon. It is synchronised to the disk in the background: a host that
+loses power has lost its sockets anyway, and the audit trail may then lack its last second.
+``fold`` turns the appended rows into indexed ones, when there is time for it: those cost ten times
+as much, and appending stands in the freeze.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE event (                -- appended, not yet folded
+    sequence INTEGER PRIMARY KEY,
+    content TEXT NOT NULL           -- JSON of one Change
+);
+CREATE TABLE record (               -- what must be resumed after a restart
+    kind TEXT NOT NULL,
+    name TEXT NOT NULL,
+    content TEXT NOT NULL,          -- JSON
+    PRIMARY KEY (kind, name)
+) WITHOUT ROWID;
+CREATE TABLE migration (            -- the audit trail
+    sequence INTEGER PRIMARY KEY,   -- order of first writing
+    migration_id BLOB NOT NULL,
+    direction TEXT NOT NULL,        -- export | import
+    open INTEGER NOT NULL,          -- 1: no outcome yet
+    updated_at REAL NOT NULL,       -- unix time, s
+    content TEXT NOT NULL           -- JSON: a migration record (docs/control.md)
+);
+CREATE UNIQUE INDEX migration_by_id ON migration (migration_id, direction);
+CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+_UPSERT = """
+INSERT INTO migration (migration_id, direction, open, updated_at, content) VALUES (?,?,?,?,?)
+ON CONFLICT (migration_id, direction) DO UPDATE SET
+    open=min(open, excluded.open), updated_at=excluded.updated_at,
+    content=json_patch(content, excluded.content)
+"""
+
+
+class Record(StrEnum):
+    """What must be resumed; the content of each is written and read by `sockmi.durable`."""
+
+    DECISION = "decision"
+    ROUTE = "route"
+    NOTICE = "notice"
+    PREPARED = "prepared"
+    HOLDING = "holding"
+    ORIGINALS = "originals"  # the sockets that a decision closes
+    LISTED = "listed"  # ours, but no application has it yet
+
+
+class JournalError(Exception):
+    """The journal cannot be used; the text says why and what to do."""
+
+
+@dataclass(slots=True)
+class Change:
+    """One transaction: records to keep, records to drop, news for the audit trail.
+
+    ``audit``: (migration id, direction, fields of its migration record that are new or differ).
+    """
+
+    keep: list[tuple[Record, str, Any]] = field(default_factory=list)
+    drop: list[tuple[Record, str]] = field(default_factory=list)
+    audit: list[tuple[UUID, str, dict[str, Any]]] = field(default_factory=list)
+
+
+class Journal:
+    """All calls are synchronous and short; use it from one thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create; raise JournalError if the file is damaged or from a newer release."""
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                self._database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={_SCHEMA_VERSION};COMMIT")
+        except sqlite3.Error as error:
+            raise JournalError(
+                f"{path}: {error}; if it is damaged, move it away while no migrated connection depends on it"
+            ) from error
+        if version > _SCHEMA_VERSION:
+            raise JournalError(f"{path}: written by a newer release (schema {version}); upgrade this daemon")
+        path.chmod(0o600)
+
+    def close(self) -> None:
+        """Checkpoint and close."""
+        self._database.close()
+
+    def write(self, change: Change) -> None:
+        """Append one transaction; when the call returns it survives the daemon."""
+        content = {
+            "at": time.time(),
+            "keep": change.keep,
+            "drop": change.drop,
+            "audit": [(migration.hex, direction, news) for migration, direction, news in change.audit],
+        }
+        text = json.dumps(content, separators=(",", ":"))
+        self._database.execute("INSERT INTO event (content) VALUES (?)", (text,))
+
+    def fold(self) -> int:
+        """Turn appended rows into indexed ones; returns how many were appended."""
+        events = self._database.execute("SELECT sequence, content FROM event ORDER BY sequence").fetchall()
+        if not events:
+            return 0
+        with self._transaction():
+            for _, content in events:
+                self._apply(json.loads(content))
+            self._database.execute("DELETE FROM event WHERE sequence <= ?", (events[-1][0],))
+        return len(events)
+
+    def records(self, kind: Record) -> dict[str, Any]:
+        """Everything of one kind, by name."""
+        self.fold()
+        rows = self._database.execute("SELECT name, content FROM record WHERE kind=?", (kind,))
+        return {name: json.loads(content) for name, content in rows}
+
+    def migration(self, migration_id: UUID, direction: str) -> dict[str, Any] | None:
+        """One migration record, or None."""
+        self.fold()
+        row = self._database.execute(
+            "SELECT content FROM migration WHERE migration_id=? AND direction=?",
+            (migration_id.bytes, direction),
+        ).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def history(self, *, is_open: bool = False) -> Iterator[dict[str, Any]]:
+        """Migration records that have an outcome (or not yet), newest first."""
+        self.fold()
+        rows = self._database.execute(
+            "SELECT content FROM migration WHERE open=? ORDER BY sequence DESC", (is_open,)
+        )
+        for (content,) in rows:
+            yield json.loads(content)
+
+    def prune(self, keep: int) -> int:
+        """Forget all but the latest ``keep`` migrations that have an outcome; returns how many went."""
+        self.fold()
+        cursor = self._database.execute(
+            "DELETE FROM migration WHERE sequence IN "
+            "(SELECT sequence FROM migration WHERE open=0 ORDER BY sequence DESC LIMIT -1 OFFSET ?)",
+            (keep,),
+        )
+        return cursor.rowcount
+
+    def state(self, name: str) -> str | None:
+        """A value that outlives the daemon, or None."""
+        row = self._database.execute("SELECT value FROM state WHERE name=?", (name,)).fetchone()
+        return row[0] if row else None
+
+    def set_state(self, name: str, value: str) -> None:
+        """Keep a value across restarts."""
+        self._database.execute("INSERT OR REPLACE INTO state VALUES (?,?)", (name, value))
+
+    def _apply(self, content: dict[str, Any]) -> None:
+        """One appended row; applying it twice gives the same as once."""
+        self._database.executemany(
+            "INSERT OR REPLACE INTO record VALUES (?,?,?)",
+            [(kind, name, json.dumps(record)) for kind, name, record in content["keep"]],
+        )
+        self._database.executemany("DELETE FROM record WHERE kind=? AND name=?", content["drop"])
+        self._database.executemany(
+            _UPSERT,
+            [
+                (
+                    bytes.fromhex(migration),
+                    direction,
+                    news.get("outcome") is None,
+                    content["at"],
+                    json.dumps(news, separators=(",", ":")),
+                )
+                for migration, direction, news in content["audit"]
+            ],
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")

@@ -1,0 +1,65 @@
+"""The daemon's log on standard error: text for people, or one JSON object a line.
+
+Extra fields of a record (``migration_id``, ``connection``, ``step``) go into the JSON, and into
+brackets behind the text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+from sockmi.config import Config
+
+_STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__dict__) | {
+    "message",
+    "asctime",
+    "taskName",
+}
+# sd-daemon(3): systemd reads the priority from the start of a line.
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging.Formatter."""
+        content = {
+            "time": round(record.created, 6),
+            "priority": _PRIORITIES.get(record.levelno, 5),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            content["exception"] = self.formatException(record.exc_info)
+        return json.dumps(content, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging.Formatter."""
+        text = super().format(record)
+        fields = " ".join(f"{name}={value}" for name, value in _fields(record).items())
+        return f"{text} [{fields}]" if fields else text
+
+
+def configure(config: Config) -> None:
+    """Send the log to standard error, as the configuration says."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if config.log_format == "json" else text)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("sockmi").setLevel(config.log_level.upper())

@@ -1,0 +1,266 @@
+"""The other daemons: the groups that this host is in, and the streams to their members."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+
+from sockmi import api
+from sockmi.addresses import Endpoint
+from sockmi.config import Config, GroupConfig
+from sockmi.refusal import Code, Refusal
+from sockmi.transport.group import Group, GroupError, GroupSettings, Member
+from sockmi.transport.hello import Introduction
+from sockmi.transport.identity import HostId, Identity
+from sockmi.transport.keyring import KeyFileError, Keyring
+from sockmi.transport.sockaddr import to_endpoint
+from sockmi.transport.stream import QueueFull, StreamPool, StreamSettings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Joined:
+    config: GroupConfig
+    group: Group
+    configured: bool
+
+
+class Members:
+    """Groups and streams under one roof: a host is a host, whichever group it was heard in."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        config: Config,
+        identity: Identity,
+        host_name: str,
+        *,
+        on_datagram: Callable[[HostId, bytes], None],
+        on_frame: Callable[[HostId, int, memoryview], None],
+        on_opened: Callable[[HostId], None],
+        on_lost: Callable[[HostId, str], None],
+        on_count: Callable[[str, int], None],
+    ) -> None:
+        self._loop = loop
+        self._config = config
+        self._identity = identity
+        self._host_name = host_name
+        self._on_datagram = on_datagram
+        self._on_opened = on_opened
+        self._on_count = on_count
+        self._joined: dict[str, _Joined] = {}
+        self._introduction: Introduction | None = None
+        self._streams = StreamPool(
+            loop,
+            identity,
+            StreamSettings(frame_bytes_max=config.image_bytes_max + (1 << 20)),
+            on_message=lambda host, frame: on_frame(host, frame[0], frame[1:]),
+            on_open=on_opened,
+            on_lost=on_lost,
+        )
+
+    # -- life
+
+    def start(self) -> None:
+        """Listen for streams and join the configured groups."""
+        stream = self._config.stream
+        everywhere: list[IPv4Address | IPv6Address] = [IPv4Address(0), IPv6Address(0)]
+        addresses = [stream.address] if stream.address else everywhere
+        listening = self._streams.listen([Endpoint(address, stream.port) for address in addresses])
+        self._introduction = Introduction(
+            certificate=self._identity.certificate,
+            stream_port=listening[0].port,
+            host_name=self._host_name,
+            addresses=(stream.address,) if stream.address else (),
+            engines=("repair",),
+            redirects=tuple(self._config.redirect.modes),
+        )
+        for group in self._config.groups:
+            self._join(group, configured=True)
+
+    def close(self) -> None:
+        """Say farewell, and close everything."""
+        for joined in self._joined.values():
+            joined.group.close()
+        self._joined.clear()
+        self._streams.close()
+
+    def _join(self, config: GroupConfig, *, configured: bool) -> None:
+        assert self._introduction is not None
+        keyring = Keyring.load(config.key_file)
+        name = config.name
+        group = Group(
+            self._loop,
+            GroupSettings(
+                port=config.port,
+                multicast=None if config.members else config.address,
+                members=tuple(_member_endpoint(one, config.port) for one in config.members),
+                interface=config.interface,
+                hops=config.hops,
+                announce_interval_s=config.announce_interval_s,
+            ),
+            keyring,
+            self._identity,
+            self._introduction,
+            on_message=lambda host, _, content: self._on_datagram(host, content),
+            on_member=lambda member: self._came(name, member),
+            on_leave=lambda member, reason: self._left(name, member),
+        )
+        group.start()
+        self._joined[name] = _Joined(config, group, configured)
+
+    def _came(self, group: str, member: Member) -> None:
+        self._streams.update(member, group)
+        self._on_count(group, len(self._joined[group].group.members) if group in self._joined else 0)
+
+    def _left(self, group: str, member: Member) -> None:
+        self._streams.forget(member.host_id, group)
+        self._on_count(group, len(self._joined[group].group.members) if group in self._joined else 0)
+
+    # -- messages
+
+    def send_datagram(self, content: bytes, to: HostId | None) -> None:
+        """Best effort; to every group if ``to`` is None."""
+        for joined in self._joined.values():
+            if to is None or to in joined.group.members:
+                joined.group.send(content, to)
+                if to is not None:
+                    return
+
+    def send_frame(self, to: HostId, kind: int, content: bytes) -> bool:
+        """Send on the open stream; False if there is none."""
+        try:
+            return self._streams.send(to, [bytes([kind]), content])
+        except (QueueFull, ValueError) as error:
+            _log.warning("to %s: %s", self.name_of(to), error)
+            return False
+
+    def open(self, host: HostId) -> None:
+        """Have a stream; ``on_opened`` or ``on_lost`` follows."""
+        if self._streams.open(host):
+            self._loop.call_soon(self._on_opened, host)
+
+    # -- who is there
+
+    def member(self, host: HostId) -> Member | None:
+        """A member of any group."""
+        for joined in self._joined.values():
+            if (member := joined.group.members.get(host)) is not None:
+                return member
+        return None
+
+    def count(self) -> int:
+        """How many other hosts are heard."""
+        return len({host for joined in self._joined.values() for host in joined.group.members})
+
+    def name_of(self, host: HostId) -> str:
+        """A host's name, or its id if it is not (or no longer) a member."""
+        if host == self._identity.host_id:
+            return self._host_name
+        member = self.member(host)
+        return (member.host_name if member else "") or host.hex()
+
+    def target(self, text: str | None) -> tuple[HostId | None, IPv4Address | IPv6Address | None]:
+        """What an operator means by a name, an id or an address; raises Refusal if nobody is meant."""
+        if text is None:
+            return None, None
+        known = {host: one for joined in self._joined.values() for host, one in joined.group.members.items()}
+        try:
+            address = ip_address(text)
+        except ValueError:
+            address = None
+        for host, member in known.items():
+            addresses = {endpoint.address for endpoint in member.endpoints} | {
+                to_endpoint(member.address).address
+            }
+            if text in (member.host_name, host.hex()) or address in addresses:
+                return host, None
+        if address is not None:
+            return None, address
+        if text in (self._host_name, self._identity.host_id.hex()):
+            raise Refusal(Code.NO_SUCH_HOST, f"{text} is this host itself; name another one.")
+        names = ", ".join(sorted(member.host_name for member in known.values())) or "nobody"
+        raise Refusal(Code.NO_SUCH_HOST, f"No member of the group is called {text!r}; heard: {names}.")
+
+    # -- groups, for operators
+
+    def names(self) -> list[str]:
+        """The groups that this host is in."""
+        return list(self._joined)
+
+    def change(self, request: api.GroupsRequest) -> bool:
+        """Join or leave; True if there was something to do."""
+        assert request.name is not None
+        known = self._joined.get(request.name)
+        if request.action is api.GroupsAction.LEAVE:
+            if known is None:
+                return False
+            known.group.close()
+            for member in list(known.group.members.values()):
+                self._streams.forget(member.host_id, request.name)
+            del self._joined[request.name]
+            return True
+        wanted = _group_config(request)
+        if known is not None:
+            if known.config == wanted:
+                return False
+            raise Refusal(
+                Code.BAD_REQUEST,
+                f"Group {request.name!r} has other settings; leave it first, then join again.",
+            )
+        try:
+            self._join(wanted, configured=False)
+        except (GroupError, KeyFileError) as error:
+            raise Refusal(Code.BAD_REQUEST, f"Not joined: {error}") from None
+        return True
+
+    def rows(self) -> list[api.GroupRow]:
+        """The groups and their members."""
+        now = self._loop.time()
+        return [
+            api.GroupRow(
+                name=name,
+                address=None if joined.config.members else str(joined.config.address),
+                port=joined.config.port,
+                interface=joined.config.interface,
+                peers=[str(_member_endpoint(one, joined.config.port)) for one in joined.config.members],
+                configured=joined.configured,
+                members=[
+                    api.Member(
+                        host=member.host_name or member.host_id.hex(),
+                        host_id=member.host_id.hex(),
+                        address=str(to_endpoint(member.address)),
+                        last_heard_s=max(0.0, now - member.last_heard),
+                        connected=self._streams.is_open(member.host_id),
+                    )
+                    for member in joined.group.members.values()
+                ],
+            )
+            for name, joined in self._joined.items()
+        ]
+
+
+def _member_endpoint(text: str, port: int) -> Endpoint:
+    """``ADDRESS`` or ``ADDRESS:PORT``."""
+    try:
+        return Endpoint(ip_address(text), port)
+    except ValueError:
+        return Endpoint.parse(text)
+
+
+def _group_config(request: api.GroupsRequest) -> GroupConfig:
+    assert request.name is not None and request.key_file is not None
+    values: dict[str, object] = {"name": request.name, "key_file": Path(request.key_file)}
+    values |= {"address": request.address} if request.address else {}
+    values |= {"port": request.port} if request.port else {}
+    values |= {"interface": request.interface} if request.interface else {}
+    values |= {"members": tuple(request.peers)} if request.peers else {}
+    try:
+        return GroupConfig.model_validate(values)
+    except ValueError as error:
+        raise Refusal(Code.BAD_REQUEST, f"Not a group: {error}") from None

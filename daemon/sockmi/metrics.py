@@ -1,0 +1,61 @@
+"""Prometheus metrics of the daemon, served over HTTP on a loopback address."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+
+class Metrics:
+    """What an operator watches; names follow Prometheus' conventions (base units, ``_total``)."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.migrations = Counter(
+            "sockmi_migrations",
+            "Migrations that ended, by side (export, import) and outcome",
+            ["direction", "outcome"],
+            registry=self._registry,
+        )
+        self.refusals = Counter(
+            "sockmi_refusals", "Sockets that were not moved, by code", ["code"], registry=self._registry
+        )
+        self.freeze = Histogram(
+            "sockmi_freeze_seconds",
+            "From the freeze of a chunk to its importer's ACTIVE, as the exporter saw it",
+            buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+            registry=self._registry,
+        )
+        self.image_bytes = Counter(
+            "sockmi_image_bytes", "Bytes of images shipped, by side", ["direction"], registry=self._registry
+        )
+        self.redirects = Gauge(
+            "sockmi_redirects", "Redirects in force, by side", ["direction"], registry=self._registry
+        )
+        self.import_list = Gauge(
+            "sockmi_import_list_length",
+            "Sockets that wait for an application",
+            ["kind"],
+            registry=self._registry,
+        )
+        self.waiting = Gauge(
+            "sockmi_import_requests_waiting",
+            "Import requests that wait for a socket",
+            registry=self._registry,
+        )
+        self.members = Gauge(
+            "sockmi_group_members", "Other daemons heard", ["group"], registry=self._registry
+        )
+        self._server: Any = None
+
+    def serve(self, address: str, port: int) -> None:
+        """Serve on ``http://address:port/metrics`` from a thread; raise OSError if the port is taken."""
+        self._server, _ = start_http_server(port, address, registry=self._registry)
+
+    def close(self) -> None:
+        """The inverse of ``serve``."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None

@@ -1,0 +1,37 @@
+"""Loads the engine's C library, once.
+
+The parts that call it declare the prototypes of the functions they use, beside their use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """libsockmi-engine.so: from ``$SOCKMI_ENGINE_LIBRARY``, the package, or the source tree's build.
+
+    Raises FileNotFoundError with the places that were tried. Calls keep errno (``ctypes.get_errno``).
+    """
+    named = os.environ.get("SOCKMI_ENGINE_LIBRARY")
+    places = (
+        [Path(named)]
+        if named
+        else [
+            _PACKAGE / "libsockmi-engine.so",
+            _PACKAGE.parent / "libsockmi" / "build" / "libsockmi-engine.so",
+        ]
+    )
+    for place in places:
+        if place.is_file():
+            return ctypes.CDLL(str(place), use_errno=True)
+    tried = ", ".join(map(str, places))
+    raise FileNotFoundError(
+        f"libsockmi-engine.so is not at {tried}; build it with `make -C daemon/libsockmi`"
+    )

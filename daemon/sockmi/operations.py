@@ -1,0 +1,477 @@
+"""The control socket's requests, each carried out by the part that it concerns (docs/control.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import time
+from collections.abc import Callable
+from datetime import datetime
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sockmi import api
+from sockmi.config import ConfigError
+from sockmi.control import Client
+from sockmi.doctor import examine
+from sockmi.draining import Drain
+from sockmi.engine.base import Kind
+from sockmi.engine.duplicate import duplicate
+from sockmi.engine.listing import Holder, ListedSocket, list_sockets
+from sockmi.exporting import Selected
+from sockmi.refusal import Code, Refusal
+from sockmi.shell import close_all, inbound, outbound
+
+if TYPE_CHECKING:
+    from sockmi.service import Daemon
+
+_ROWS_PER_LINE = 200
+_EXPORT_TIMEOUT_S = 30.0
+
+
+class Operations:
+    """Handles the requests of the control socket."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._drains: dict[Client, Drain] = {}
+        self._handlers: dict[str, Callable[[Client, Any, list[int]], None]] = {
+            "export": self._export,
+            "import": self._import,
+            "taken": self._taken,
+            "list": self._list,
+            "status": self._status,
+            "info": self._info,
+            "history": self._history,
+            "drain": self._drain,
+            "groups": self._groups,
+            "reload": self._reload,
+            "doctor": self._doctor,
+        }
+
+    def request(self, client: Client, request: Any, descriptors: list[int]) -> None:
+        """See control.Handler."""
+        try:
+            if request.op in api.ADMINISTRATOR_OPS and not client.administrator:
+                raise Refusal(Code.NO_PRIVILEGE, f"{request.op} is for administrators; run it as root.")
+            self._handlers[request.op](client, request, descriptors)
+        except BaseException:
+            close_all(descriptors)
+            raise
+
+    def gone(self, client: Client) -> None:
+        """See control.Handler."""
+        self._daemon.importing.gone(client)
+        if (drain := self._drains.pop(client, None)) is not None:
+            drain.cancel()
+
+    # -- export
+
+    def _export(self, client: Client, request: api.ExportRequest, descriptors: list[int]) -> None:
+        if self._daemon.stopping:
+            raise Refusal(Code.SHUTTING_DOWN, "This daemon is stopping; try again when it runs.")
+        target = self._daemon.members.target(request.to)
+        done_before = self._already_done(request)
+        if done_before is not None:
+            close_all(descriptors)
+            client.respond(api.ExportResponse(id=request.id, migrations=done_before))
+            return
+        selection = self._select(client, request, descriptors)
+
+        def done(records: list[dict[str, Any]]) -> None:
+            # Connections that follow a listener are in the history, tagged with it.
+            asked = [record_of(one) for one in records[: len(request.sockets)]]
+            client.respond(api.ExportResponse(id=request.id, migrations=asked))
+
+        self._daemon.exporting.export(
+            selection,
+            target=target,
+            timeout_s=request.timeout_s or _EXPORT_TIMEOUT_S,
+            dry_run=request.dry_run,
+            done=done,
+        )
+
+    def _already_done(self, request: api.ExportRequest) -> list[api.MigrationRecord] | None:
+        """Asked again under the same migration ids: the records, if all of them have moved."""
+        ids = [item.migration_id for item in request.sockets]
+        if None in ids:
+            return None
+        records = [
+            self._daemon.journal.migration(migration, "export") for migration in ids if migration is not None
+        ]
+        if all(record is not None and record.get("outcome") == "moved" for record in records):
+            return [record_of(record) for record in records if record is not None]
+        return None
+
+    def _select(self, client: Client, request: api.ExportRequest, descriptors: list[int]) -> list[Selected]:
+        """Pair items with their descriptors; the daemon takes only what an administrator names."""
+        remaining = iter(list(descriptors))
+        selection: list[Selected] = []
+        taken: list[int] = []
+        try:
+            for item in request.sockets:
+                if item.descriptor:
+                    descriptor = next(remaining)
+                elif client.administrator:
+                    assert item.pid is not None and item.fd is not None
+                    descriptor = duplicate(item.pid, item.fd)
+                    taken.append(descriptor)
+                else:
+                    raise Refusal(
+                        Code.NO_PRIVILEGE,
+                        "Only administrators may name a socket by pid and fd alone; pass its descriptor.",
+                    )
+                selection.append(
+                    Selected(descriptor, item.pid or client.pid, item.fd, client.uid, None, item.migration_id)
+                )
+            for one, item in zip(selection, request.sockets, strict=True):
+                if item.context:
+                    one.context = _read_memfd(next(remaining))
+        except BaseException:
+            close_all(taken)
+            raise
+        kept = {one.descriptor for one in selection}
+        close_all([one for one in descriptors if one not in kept])
+        return selection
+
+    # -- import
+
+    def _import(self, client: Client, request: api.ImportRequest, descriptors: list[int]) -> None:
+        self._daemon.importing.wait(client, request)
+
+    def _taken(self, client: Client, request: api.TakenRequest, descriptors: list[int]) -> None:
+        self._daemon.importing.taken(client, request)
+
+    # -- reading
+
+    def _list(self, client: Client, request: api.ListRequest, descriptors: list[int]) -> None:
+        if request.table is api.Table.SOCKETS:
+            self.find_sockets(
+                request.filter,
+                lambda rows: _respond_rows(client, request.id, "sockets", rows),
+                only_uid=None if client.administrator else client.uid,
+            )
+        elif request.table is api.Table.IMPORTS:
+            _respond_rows(client, request.id, "imports", self._import_rows())
+        else:
+            _respond_rows(client, request.id, "redirects", self._redirect_rows())
+
+    def find_sockets(
+        self,
+        wanted: api.SocketFilter,
+        found: Callable[[list[api.SocketRow]], None],
+        *,
+        only_uid: int | None = None,
+    ) -> None:
+        """List this host's sockets; the look through /proc is made in a thread."""
+        _check_addresses(wanted)
+        future = self._daemon.loop.run_in_executor(None, list_sockets)
+
+        def finish(listed: list[ListedSocket]) -> None:
+            units: dict[int, str | None] = {}
+            rows = []
+            for one in listed:
+                for holder in one.holders:
+                    if holder.pid not in units:
+                        units[holder.pid] = unit_of(holder.pid)
+                    unit = units[holder.pid]
+                    if only_uid in (None, one.uid) and _matches(wanted, one, holder, unit):
+                        rows.append(self._row(one, holder, unit))
+            found(rows)
+
+        future.add_done_callback(lambda one: finish(one.result()))
+
+    def _row(self, listed: ListedSocket, holder: Holder, unit: str | None) -> api.SocketRow:
+        refusal = self._verdict(holder)
+        listening = listed.state == "LISTEN"
+        return api.SocketRow(
+            pid=holder.pid,
+            fd=holder.fd,
+            process=holder.name,
+            unit=unit,
+            user_id=listed.uid,
+            inode=listed.inode,
+            kind=_kind(listed),
+            state=listed.state,
+            local=str(listed.local),
+            remote=str(listed.remote) if listed.remote else None,
+            receive_queue_bytes=0 if listening else listed.receive_queue,
+            send_queue_bytes=0 if listening else listed.send_queue,
+            movable=refusal is None,
+            refusal=api.Why.of(refusal) if refusal else None,
+        )
+
+    def _verdict(self, holder: Holder) -> Refusal | None:
+        try:
+            descriptor = duplicate(holder.pid, holder.fd)
+        except Refusal as refusal:
+            return refusal
+        try:
+            (facts,) = self._daemon.shell.engine.inspect([descriptor])
+        finally:
+            os.close(descriptor)
+        return facts.refusal
+
+    def _import_rows(self) -> list[api.ImportRow]:
+        rows = []
+        for candidate in self._daemon.importing.lists.listed():
+            copy = self._daemon.importing.copies[candidate.migration_id.bytes]
+            rows.append(
+                api.ImportRow(
+                    migration_id=candidate.migration_id,
+                    kind=candidate.kind,
+                    state=copy.arrival.item.state,
+                    local=str(copy.placement.local) if copy.placement.local else None,
+                    remote=str(candidate.remote) if candidate.remote else None,
+                    origin=str(candidate.local) if candidate.local else None,
+                    from_=copy.record["from"],
+                    listener=candidate.listener,
+                    waiting_since=copy.since,
+                    context_bytes=copy.facts.context_bytes,
+                    image_bytes=copy.record["image_bytes"],
+                )
+            )
+        return rows
+
+    def _redirect_rows(self) -> list[api.RedirectRow]:
+        rows = []
+        for route in self._daemon.redirecting.routes.values():
+            if (away := outbound(route)) and route.place.mode:
+                rows.append(
+                    api.RedirectRow(
+                        migration_id=UUID(bytes=route.migration),
+                        direction=api.Direction.EXPORT,
+                        mode=route.place.mode,
+                        local=str(away.tuple.local),
+                        remote=str(away.tuple.remote),
+                        other=str(away.importer),
+                        hop=route.hop,
+                        since=None,
+                    )
+                )
+        for holding in self._daemon.redirecting.holdings.values():
+            if (came := inbound(holding)) and holding.place.mode:
+                rows.append(
+                    api.RedirectRow(
+                        migration_id=UUID(bytes=holding.migration),
+                        direction=api.Direction.IMPORT,
+                        mode=holding.place.mode,
+                        local=str(came.tuple.local),
+                        remote=str(came.tuple.remote),
+                        other=str(came.origin),
+                        hop=holding.hop,
+                        since=None,
+                    )
+                )
+        return rows
+
+    def _status(self, client: Client, request: api.StatusRequest, descriptors: list[int]) -> None:
+        daemon = self._daemon
+        lists = daemon.importing.lists
+        counts = lists.counts()
+        outcomes: dict[api.Outcome, int] = {}
+        for metric in daemon.metrics.migrations.collect():
+            for sample in metric.samples:
+                if sample.name.endswith("_total"):
+                    outcome = api.Outcome(sample.labels["outcome"])
+                    outcomes[outcome] = outcomes.get(outcome, 0) + int(sample.value)
+        client.respond(
+            api.StatusResponse(
+                id=request.id,
+                version=daemon.version,
+                host=daemon.host_name,
+                host_id=daemon.identity.host_id.hex(),
+                pid=os.getpid(),
+                engine=daemon.shell.engine.name,
+                modes=list(daemon.config.redirect.modes),
+                uptime_s=time.monotonic() - daemon.started_at,
+                stopping=daemon.stopping,
+                groups=daemon.members.names(),
+                import_lists={
+                    kind: api.ListLength(
+                        length=counts[kind] + lists.reserved(kind),
+                        maximum=lists.maxima[kind],
+                        waiting=lists.waiting_for(kind),
+                    )
+                    for kind in Kind
+                },
+                migrations_under_way=len(daemon.exporting.exports),
+                redirects_out=len(daemon.redirecting.routes),
+                redirects_in=len(daemon.redirecting.holdings),
+                outcomes=outcomes,
+            )
+        )
+
+    def _info(self, client: Client, request: api.InfoRequest, descriptors: list[int]) -> None:
+        deadline = time.monotonic() + request.wait_s
+
+        def answer() -> None:
+            records = self._known(request.migration_ids)
+            waiting = any(record.get("outcome") is None for record in records)
+            if waiting and time.monotonic() < deadline and not client.closed:
+                self._daemon.loop.call_later(0.02, answer)
+                return
+            client.respond(api.InfoResponse(id=request.id, migrations=[record_of(one) for one in records]))
+
+        answer()
+
+    def _known(self, ids: list[UUID]) -> list[dict[str, Any]]:
+        exports = self._daemon.exporting.exports
+        if not ids:
+            return [export.record for export in exports.values()]
+        records = []
+        for migration in ids:
+            if (export := exports.get(migration.bytes)) is not None:
+                records.append(export.record)
+                continue
+            for direction in ("export", "import"):
+                if (record := self._daemon.journal.migration(migration, direction)) is not None:
+                    records.append(record)
+        return records
+
+    def _history(self, client: Client, request: api.HistoryRequest, descriptors: list[int]) -> None:
+        chosen: list[api.MigrationRecord] = []
+        for content in self._daemon.journal.history():
+            record = record_of(content)
+            if _in_history(request, record):
+                chosen.append(record)
+                if len(chosen) == request.limit:
+                    break
+        for start in range(0, max(1, len(chosen)), _ROWS_PER_LINE):
+            more = start + _ROWS_PER_LINE < len(chosen)
+            page = chosen[start : start + _ROWS_PER_LINE]
+            client.respond(api.HistoryResponse(id=request.id, more=more, migrations=page))
+
+    # -- acting
+
+    def _drain(self, client: Client, request: api.DrainRequest, descriptors: list[int]) -> None:
+        target = self._daemon.members.target(request.to)
+        if client in self._drains:
+            raise Refusal(Code.BAD_REQUEST, "This connection drains already; use another one.")
+
+        def report(response: api.DrainResponse) -> None:
+            client.respond(response)
+            if not response.more:
+                self._drains.pop(client, None)
+
+        drain = Drain(self._daemon, request, target, report)
+        self._drains[client] = drain
+        self.find_sockets(request.filter, drain.start)
+
+    def _groups(self, client: Client, request: api.GroupsRequest, descriptors: list[int]) -> None:
+        changed = False
+        if request.action is not api.GroupsAction.LIST:
+            if not client.administrator:
+                raise Refusal(
+                    Code.NO_PRIVILEGE, "Joining and leaving are for administrators; run it as root."
+                )
+            changed = self._daemon.members.change(request)
+        client.respond(api.GroupsResponse(id=request.id, groups=self._daemon.members.rows(), changed=changed))
+
+    def _reload(self, client: Client, request: api.ReloadRequest, descriptors: list[int]) -> None:
+        try:
+            changed, restart_needed = self._daemon.reload()
+        except ConfigError as error:
+            raise Refusal(Code.BAD_REQUEST, f"Not reloaded, the old settings stay: {error}") from None
+        client.respond(api.ReloadResponse(id=request.id, changed=changed, restart_needed=restart_needed))
+
+    def _doctor(self, client: Client, request: api.DoctorRequest, descriptors: list[int]) -> None:
+        checks = examine(self._daemon)
+        healthy = all(check.status is not api.CheckStatus.ERROR for check in checks)
+        client.respond(api.DoctorResponse(id=request.id, healthy=healthy, checks=checks))
+
+
+def record_of(content: dict[str, Any]) -> api.MigrationRecord:
+    """A journal record as the control socket has it."""
+    import json
+
+    return api.MigrationRecord.model_validate_json(json.dumps(content))
+
+
+def _read_memfd(descriptor: int) -> bytes:
+    """An application's context; it must be sealed, so that its size cannot change while it is read."""
+    import fcntl
+
+    size = os.fstat(descriptor).st_size
+    if size > api.CONTEXT_BYTES_MAX:
+        raise Refusal(
+            Code.TOO_LARGE, f"The context has {size} bytes; at most {api.CONTEXT_BYTES_MAX} travel."
+        )
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if not seals & fcntl.F_SEAL_SHRINK or not seals & fcntl.F_SEAL_GROW:
+        raise Refusal(
+            Code.BAD_REQUEST, "The context must come as a memfd sealed against growing and shrinking."
+        )
+    return os.pread(descriptor, size, 0)
+
+
+def _respond_rows(client: Client, request_id: str | int | None, table: str, rows: list[Any]) -> None:
+    for start in range(0, max(1, len(rows)), _ROWS_PER_LINE):
+        more = start + _ROWS_PER_LINE < len(rows)
+        response = api.ListResponse(id=request_id, more=more)
+        client.respond(response.model_copy(update={table: rows[start : start + _ROWS_PER_LINE]}))
+
+
+def _kind(listed: ListedSocket) -> Kind:
+    if listed.state == "LISTEN":
+        return Kind.LISTENING
+    return Kind.CONNECTED if listed.remote else Kind.BOUND
+
+
+def _matches(wanted: api.SocketFilter, listed: ListedSocket, holder: Holder, unit: str | None) -> bool:
+    local, remote = listed.local, listed.remote
+    checks = (
+        holder.fd >= 0,
+        wanted.pid in (None, holder.pid),
+        wanted.fd in (None, holder.fd),
+        wanted.process is None or fnmatch.fnmatchcase(holder.name, wanted.process),
+        wanted.unit is None or (unit is not None and fnmatch.fnmatchcase(unit, wanted.unit)),
+        wanted.kinds is None or _kind(listed) in wanted.kinds,
+        wanted.states is None or listed.state in {one.upper().replace("_", "-") for one in wanted.states},
+        wanted.local_port in (None, local.port),
+        wanted.remote_port is None or (remote is not None and remote.port == wanted.remote_port),
+        wanted.local_address is None or local.address in _network(wanted.local_address),
+        wanted.remote_address is None
+        or (remote is not None and remote.address in _network(wanted.remote_address)),
+    )
+    return all(checks)
+
+
+def _network(text: str) -> IPv4Network | IPv6Network:
+    return ip_network(text, strict=False)
+
+
+def _check_addresses(wanted: api.SocketFilter) -> None:
+    for text in (wanted.local_address, wanted.remote_address):
+        try:
+            _network(text or "0.0.0.0/0")
+        except ValueError as error:
+            raise Refusal(Code.BAD_REQUEST, f"{text!r} is no address and no network: {error}.") from None
+
+
+def _in_history(request: api.HistoryRequest, record: api.MigrationRecord) -> bool:
+    started: datetime = record.started_at
+    return (
+        (request.since is None or started >= request.since)
+        and (request.until is None or started < request.until)
+        and (request.outcomes is None or record.outcome in request.outcomes)
+        and request.direction in (None, record.direction)
+        and request.batch_id in (None, record.batch_id)
+        and request.host in (None, record.from_, record.to)
+    )
+
+
+def unit_of(pid: int) -> str | None:
+    """The systemd unit of a process (the last unit in its cgroup path), or None."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            for part in reversed(line.split(":", 2)[2].split("/")):
+                if part.endswith((".service", ".scope", ".socket")):
+                    return part
+    return None

@@ -1,0 +1,132 @@
+"""Where a copy will live on this host: which redirect leads to it, at which address and port."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
+
+from sockmi.addresses import Endpoint, FourTuple
+from sockmi.engine.base import Kind, Placement
+from sockmi.protocol.records import Item, MigrationId, Place
+from sockmi.redirect.base import Mode
+from sockmi.redirect.routes import ARPHRD_ETHER, RTN_LOCAL, RTN_UNICAST, Way, apart
+from sockmi.refusal import Code, Refusal
+
+_PATH_TTL_S = 2.0
+_PORT_TRIES = 64
+_EPHEMERAL = (32768, 60999)
+_PRESERVING = frozenset({Mode.FORWARD, Mode.TAKEOVER})
+
+
+class Placing:
+    """Chooses places, and keeps those it has given until they are taken or forgotten."""
+
+    def __init__(
+        self,
+        modes: Sequence[Mode],
+        path_to: Callable[[IPv4Address | IPv6Address], Way | None],
+        exists: Callable[[FourTuple], bool],
+    ) -> None:
+        """``path_to``: this host's route to an address. ``exists``: whether a connection lives here."""
+        self._modes = frozenset(modes)
+        self._path_to = path_to
+        self._exists = exists
+        self._paths: dict[IPv4Address | IPv6Address, tuple[float, Way | None]] = {}
+        self._given: dict[MigrationId, FourTuple] = {}
+        self._taken: set[FourTuple] = set()
+
+    def choose(self, item: Item, modes: Sequence[Mode]) -> Place:
+        """A place for one socket; raises Refusal if there is none."""
+        if item.kind is not Kind.CONNECTED or item.local is None or item.remote is None:
+            return Place()
+        origin = item.origin or item.local
+        path = self._path(item.local.address)
+        home = self._path(origin.address)
+        if home is not None and home.kind == RTN_LOCAL:
+            mode = Mode.FORWARD if origin == item.local else Mode.NAT
+            return self._keep(item, Place(origin, mode), FourTuple(origin, item.remote))
+        for mode in modes:
+            if mode in self._modes and (place := self._try(item, origin, mode, path)):
+                return place
+        raise Refusal(
+            Code.NO_REDIRECT,
+            f"No redirect of {', '.join(modes)} can lead packets for {item.local} to this host; "
+            "allow nat (redirect.modes) on both, or use a host on the same segment.",
+        )
+
+    def _try(self, item: Item, origin: Endpoint, mode: Mode, path: Way | None) -> Place | None:
+        assert item.local is not None and item.remote is not None
+        if path is None or path.kind != RTN_UNICAST or path.source is None:
+            return None
+        if mode in _PRESERVING:
+            direct = path.gateway is None and path.device_type == ARPHRD_ETHER
+            if not direct or origin != item.local:
+                return None
+            connection = FourTuple(item.local, item.remote)
+            if self._is_taken(connection):
+                raise Refusal(
+                    Code.TUPLE_TAKEN, f"{connection} exists at the importer already; close it there first."
+                )
+            return self._keep(item, Place(Endpoint(path.source, item.local.port), mode), connection)
+        for port in _ports(item.local.port):
+            connection = FourTuple(Endpoint(path.source, port), item.remote)
+            if not self._is_taken(connection):
+                return self._keep(item, Place(connection.local, mode), connection)
+        raise Refusal(
+            Code.PORT_TAKEN, f"The importer found no free port on {path.source} towards {item.remote}."
+        )
+
+    def placement(self, item: Item, place: Place) -> Placement:
+        """How the engine must bind the copy."""
+        if place.mode is None or item.local is None:
+            transparent = item.local is not None and not self._is_local(item.local.address)
+            return Placement(item.local, transparent)
+        if place.mode in _PRESERVING:
+            return Placement(item.local, not self._is_local(item.local.address))
+        return Placement(place.endpoint, False)
+
+    def forget(self, migration: MigrationId) -> None:
+        """Give up a place (the copy is there, or will not come)."""
+        if (connection := self._given.pop(migration, None)) is not None:
+            self._taken.discard(connection)
+
+    def _keep(self, item: Item, place: Place, connection: FourTuple) -> Place:
+        self.forget(item.migration)
+        self._given[item.migration] = connection
+        self._taken.add(connection)
+        return place
+
+    def _is_taken(self, connection: FourTuple) -> bool:
+        return connection in self._taken or self._exists(connection)
+
+    def _is_local(self, address: IPv4Address | IPv6Address) -> bool:
+        if address.is_unspecified:
+            return True
+        path = self._path(address)
+        return path is not None and path.kind == RTN_LOCAL
+
+    def _path(self, address: IPv4Address | IPv6Address) -> Way | None:
+        now = time.monotonic()
+        known = self._paths.get(address)
+        if known is None or known[0] < now:
+            if len(self._paths) > 4096:
+                self._paths.clear()
+            known = self._paths[address] = (now + _PATH_TTL_S, self._path_to(address))
+        return known[1]
+
+
+def local_addresses() -> frozenset[IPv4Address | IPv6Address]:
+    """All addresses of this host."""
+
+    def work(ip: Any) -> frozenset[IPv4Address | IPv6Address]:
+        return frozenset(ip_address(one.get("local") or one.get("address")) for one in ip.get_addr())
+
+    return apart(work)
+
+
+def _ports(preferred: int) -> list[int]:
+    """The exporter's own port first: it is what operators expect to see."""
+    return [preferred, *(random.randint(*_EPHEMERAL) for _ in range(_PORT_TRIES))]  # noqa: S311

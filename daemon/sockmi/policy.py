@@ -1,0 +1,121 @@
+"""Which importers get how much of a batch: one small class per policy. No I/O, no clock, no chance."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from sockmi.protocol.records import Counts, HostId
+
+
+class Candidate(NamedTuple):
+    """A host with a valid offer. Fields as in ``messages.Offer``."""
+
+    host: HostId
+    rooms: Counts
+    waiting: Counts
+    load: int
+    weight: int
+
+
+class Share(NamedTuple):
+    """What one host shall get; never more than its rooms."""
+
+    host: HostId
+    counts: Counts
+
+
+class Policy(ABC):
+    """Divides a batch among the offers that are there. What no one has room for is left out:
+    the exporter goes on asking for it."""
+
+    name: str
+
+    @abstractmethod
+    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Best first; ``candidates`` come in order of arrival."""
+
+    def assign(self, wanted: Counts, candidates: Sequence[Candidate]) -> list[Share]:
+        """Fill the best host first, then the next."""
+        return fill(wanted, self.order(candidates))
+
+
+def fill(wanted: Iterable[int], candidates: Iterable[Candidate]) -> list[Share]:
+    """Give each candidate in turn as much as it has room for."""
+    left = list(wanted)
+    shares = []
+    for candidate in candidates:
+        given = Counts(*(min(want, room) for want, room in zip(left, candidate.rooms, strict=True)))
+        if given.total:
+            shares.append(Share(candidate.host, given))
+            left = [want - got for want, got in zip(left, given, strict=True)]
+    return shares
+
+
+class FirstValid(Policy):
+    """The paper's: the first valid offer, but one with a waiting importer before one without."""
+
+    name = "first"
+
+    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Stable, so that order of arrival decides among equals."""
+        return sorted(candidates, key=lambda candidate: not candidate.waiting.total)
+
+
+class LeastLoaded(Policy):
+    """The host whose import lists are the emptiest; a waiting importer decides among equals."""
+
+    name = "least-loaded"
+
+    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Lowest load first."""
+        return sorted(candidates, key=lambda candidate: (candidate.load, not candidate.waiting.total))
+
+
+class Weighted(Policy):
+    """In proportion to the hosts' weights, over all batches of this daemon's life.
+
+    Each host has a credit: it earns its share of all sockets moved while it was a candidate, and
+    pays for what it got; who has the most credit goes first. Weight 0 gets only what no one
+    else has room for.
+    """
+
+    name = "weighted"
+
+    def __init__(self) -> None:
+        self._credit: dict[HostId, float] = {}
+
+    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Most credit first, then the heaviest."""
+        return sorted(
+            candidates, key=lambda one: (one.weight == 0, -self._credit.get(one.host, 0.0), -one.weight)
+        )
+
+    def assign(self, wanted: Counts, candidates: Sequence[Candidate]) -> list[Share]:
+        """Shares by earned credit, rounded down; what is left goes to whom has the most credit then."""
+        weights = sum(candidate.weight for candidate in candidates)
+        if not weights:
+            return super().assign(wanted, candidates)
+        for candidate in candidates:
+            earned = wanted.total * candidate.weight / weights
+            self._credit[candidate.host] = self._credit.get(candidate.host, 0.0) + earned
+        given: dict[HostId, list[int]] = {candidate.host: [0, 0, 0] for candidate in candidates}
+        left = list(wanted)
+        for capped in (True, False):
+            for candidate in self.order(candidates):
+                allowance = int(self._credit[candidate.host] + 1e-9) if capped else sum(left)
+                for index in range(3):
+                    room = candidate.rooms[index] - given[candidate.host][index]
+                    got = max(0, min(left[index], room, allowance))
+                    given[candidate.host][index] += got
+                    self._credit[candidate.host] -= got
+                    left[index] -= got
+                    allowance -= got
+        bound = float(max(wanted.total, 1))  # a host that was full does not claim it all back later
+        for candidate in candidates:
+            self._credit[candidate.host] = max(-bound, min(bound, self._credit[candidate.host]))
+        return [Share(host, Counts(*counts)) for host, counts in given.items() if any(counts)]
+
+
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (FirstValid, LeastLoaded, Weighted)}

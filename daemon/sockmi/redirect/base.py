@@ -1,0 +1,113 @@
+"""What a redirect does: lead the peer's packets from the exporter to the importer.
+
+One contract test suite runs against every mode. Each call is one kernel transaction for the
+whole chunk, and idempotent: repeating it after a crash is safe. Tuples are written as the
+host that makes the call sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address
+from typing import Protocol
+
+from sockmi.addresses import Endpoint, FourTuple
+
+
+class Mode(StrEnum):
+    """The redirects, in order of preference where each is possible."""
+
+    FORWARD = "forward"
+    NAT = "nat"
+    TAKEOVER = "takeover"
+    IPTABLES = "iptables"
+
+
+@dataclass(frozen=True, slots=True)
+class Outbound:
+    """A connection that has left this host.
+
+    ``tuple``: as the peer's packets arrive here (local is this host's end).
+    ``importer``: the importer's endpoint; for ``forward`` and ``takeover`` its address is the
+    next hop on the segment and its port is ``tuple.local.port``.
+    """
+
+    tuple: FourTuple
+    importer: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Inbound:
+    """A connection that has come to this host.
+
+    ``tuple``: the socket as it lives here. ``origin``: the endpoint that the peer knows;
+    equal to ``tuple.local`` for address-preserving modes.
+    """
+
+    tuple: FourTuple
+    origin: Endpoint
+
+
+class Holds(Protocol):
+    """The hold: nothing of a tuple in or out; needed by every mode on both hosts."""
+
+    def hold(self, tuples: Sequence[FourTuple], timeout_s: float | None) -> None:
+        """Drop all packets of ``tuples``, both ways.
+
+        The kernel lifts it after ``timeout_s`` (None: never); repeated, the new timeout holds.
+        """
+
+    def hold_listeners(self, endpoints: Sequence[Endpoint], timeout_s: float | None) -> None:
+        """Drop SYNs to ``endpoints`` (an unspecified address: any address of this host)."""
+
+    def unhold(self, tuples: Sequence[FourTuple]) -> None:
+        """The inverse of ``hold``."""
+
+    def unhold_listeners(self, endpoints: Sequence[Endpoint]) -> None:
+        """The inverse of ``hold_listeners``."""
+
+
+class Redirect(Protocol):
+    """One mode; see the module docstring."""
+
+    mode: Mode
+
+    def setup(self) -> None:
+        """Make the tables, rules and routes that all connections share. Idempotent."""
+
+    def teardown(self) -> None:
+        """The inverse of ``setup``; leaves nothing."""
+
+    def reachable(self, importer: IPv4Address | IPv6Address) -> str | None:
+        """None if this mode can lead packets from here to ``importer``, else why not."""
+
+    def send_away(self, connections: Sequence[Outbound]) -> None:
+        """Exporter, at COMMIT: divert the peer's packets, drop the late and mute our own
+        stack for these tuples, and lift the hold, in one transaction."""
+
+    def reroute(self, connections: Sequence[Outbound]) -> None:
+        """Exporter, after a further hop: replace the importer of existing entries."""
+
+    def take_back(self, tuples: Sequence[FourTuple]) -> None:
+        """Exporter: remove the entries of ``send_away`` (undone before COMMIT, or the connection is home)."""
+
+    def expire(self, tuples: Sequence[FourTuple], linger_s: float) -> None:
+        """Exporter: the connection has ended; stop diverting, but go on dropping late packets
+        silently for ``linger_s`` (no RST), then nothing is left."""
+
+    def admit(self, connections: Sequence[Inbound]) -> None:
+        """Importer, at activation: translation or marking in place, the hold lifted, in one transaction.
+
+        For a connection that has come home it also does what ``take_back`` does.
+        """
+
+    def evict(self, connections: Sequence[Inbound]) -> None:
+        """Importer: the inverse of ``admit``."""
+
+    def outbound(self) -> list[Outbound]:
+        """What ``send_away`` has installed in this kernel, read back (for reconciling after a restart)."""
+
+    def inbound(self) -> list[Inbound]:
+        """What ``admit`` has installed in this kernel, read back."""

@@ -1,0 +1,164 @@
+"""The text of our nftables tables.
+
+Sets and maps keep their elements when the text is loaded again: it only adds them if they are
+missing, and replaces the rules, all in one transaction.
+
+A packet of no moved connection costs two hash look-ups in each direction (three for a SYN that
+comes in) and one at ingress. The flow map yields a mark whose bits say what to do (settings.Tag), so
+each connection is one element there, whatever its state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from sockmi.redirect.settings import Settings, Tag
+
+HOOK_PRIORITY = -310  # raw - 10: before connection tracking, and before others' raw rules
+
+
+def _key(version: int, outgoing: bool) -> str:
+    """remote address . remote port . local address . local port, as a packet has them."""
+    ip = "ip" if version == 4 else "ip6"
+    remote, local = ("d", "s") if outgoing else ("s", "d")
+    return f"{ip} {remote}addr . tcp {remote}port . {ip} {local}addr . tcp {local}port"
+
+
+def chain_of(device: str) -> str:
+    """Name of a device's ingress chain; nftables names cannot hold all that device names can."""
+    plain = re.fullmatch(r"[A-Za-z0-9_]+", device)
+    return f"in_{device}" if plain else f"inx_{device.encode().hex()}"
+
+
+def _family(settings: Settings, version: int) -> str:
+    address = "ipv4_addr" if version == 4 else "ipv6_addr"
+    ip = "ip" if version == 4 else "ip6"
+    v = version
+    conn = f"{address} . inet_service . {address} . inet_service"
+    table = f"inet {settings.table}"
+    words = 32 if version == 4 else 128
+
+    def mark(tag: Tag) -> str:
+        return f"{settings.marked(tag):#x}"
+
+    into, out = _key(version, False), _key(version, True)
+    port = "meta mark & 0xffff map @ports"
+    chains = (
+        "in",
+        "syn",
+        "did_in",
+        "local_in",
+        "nat_out",
+        "nat_in",
+        "out",
+        "did_out",
+        "local_out",
+        "nat_src",
+    )
+    lines = [
+        f"add set {table} hold{v} {{ type {conn}; flags timeout; }}",
+        f"add set {table} hold_syn{v} {{ type {address} . inet_service; flags timeout; }}",
+        f"add set {table} hold_port{v} {{ type inet_service; flags timeout; }}",
+        f"add map {table} flow{v} {{ type {conn} : mark; flags timeout; }}",
+        f"add map {table} addr{v} {{ type {conn} : {address}; }}",
+        f"add set {table} importers{v} {{ typeof @th,192,{words}; }}",
+        *(f"add chain {table} {chain}{v}" for chain in chains),
+        *(f"flush chain {table} {chain}{v}" for chain in chains),
+    ]
+    rules = (
+        ("in", f"{into} @hold{v} drop"),
+        ("in", f"meta mark set {into} map @flow{v} goto did_in{v}"),
+        ("in", f"tcp flags & (fin | syn | rst | ack) == syn goto syn{v}"),
+        ("syn", f"{ip} daddr . tcp dport @hold_syn{v} drop"),
+        ("syn", f"tcp dport @hold_port{v} drop"),
+        (
+            "did_in",
+            f"meta mark & 0xffff0000 vmap {{ {mark(Tag.MOVED)} : drop, {mark(Tag.LOCAL)} : goto local_in{v}, "
+            f"{mark(Tag.NAT_OUT)} : goto nat_out{v}, {mark(Tag.NAT_IN)} : goto nat_in{v} }}",
+        ),
+        ("local_in", "notrack accept"),  # the mark stays: the ip rule delivers by it
+        ("nat_in", "meta mark set 0 notrack accept"),
+        (
+            "nat_out",
+            f"{ip} daddr set {into} map @addr{v} tcp dport set {port} meta mark set 0 notrack accept",
+        ),
+        ("nat_out", "drop"),
+        ("out", f"{out} @hold{v} drop"),
+        ("out", f"meta mark set {out} map @flow{v} goto did_out{v}"),
+        (
+            "did_out",
+            f"meta mark & 0xffff0000 vmap {{ {mark(Tag.MOVED)} : drop, "
+            f"{mark(Tag.LOCAL)} : goto local_out{v}, "
+            f"{mark(Tag.NAT_OUT)} : drop, {mark(Tag.NAT_IN)} : goto nat_src{v} }}",
+        ),
+        ("local_out", "meta mark set 0 notrack accept"),
+        ("nat_src", f"{ip} saddr set {out} map @addr{v} tcp sport set {port} meta mark set 0 notrack accept"),
+        ("nat_src", "drop"),
+    )
+    return "\n".join((*lines, *(f"add rule {table} {chain}{v} {rule}" for chain, rule in rules)))
+
+
+def inet(settings: Settings) -> str:
+    """Holds, flow maps and translation, for both families."""
+    table = f"inet {settings.table}"
+    inject, passing = (f"{settings.marked(tag):#x}" for tag in (Tag.INJECT, Tag.PASS))
+    base = {"prerouting": "in", "output": "out"}
+    lines = [f"add table {table}", f"add map {table} ports {{ type mark : inet_service; }}"]
+    lines += [_family(settings, version) for version in (4, 6)]
+    for hook, chain in base.items():
+        lines += [
+            f"add chain {table} {hook} "
+            f"{{ type filter hook {hook} priority {HOOK_PRIORITY}; policy accept; }}",
+            f"flush chain {table} {hook}",
+            f"add rule {table} {hook} meta mark {inject} notrack accept",
+            f"add rule {table} {hook} meta l4proto tcp meta nfproto vmap "
+            f"{{ ipv4 : goto {chain}4, ipv6 : goto {chain}6 }}",
+        ]
+    # What this host itself says of packets whose destination it has translated: ICMP errors show the
+    # importer's address, which the peer does not know, so they are led to our own daemon (redirect/icmp.py);
+    # ICMP redirects would tell the peer about the importer. The offsets are those of the importer's
+    # address in the quoted packet or, for ICMPv6, in the redirect itself.
+    lines += [
+        f"add chain {table} reroute {{ type route hook output priority mangle; policy accept; }}",
+        f"flush chain {table} reroute",
+        f"add rule {table} reroute meta mark {passing} accept",
+        f"add rule {table} reroute icmp type redirect @th,192,32 @importers4 drop",
+        f"add rule {table} reroute icmpv6 type nd-redirect @th,192,128 @importers6 drop",
+        f"add rule {table} reroute icmp type destination-unreachable @th,192,32 @importers4 "
+        f"fib daddr type != local meta mark set {inject}",
+        f"add rule {table} reroute icmpv6 type {{ destination-unreachable, packet-too-big }} "
+        f"@th,256,128 @importers6 fib daddr type != local meta mark set {inject}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def netdev(settings: Settings, devices: Sequence[str]) -> str:
+    """Forwarding at ingress: one chain for each device, and a packet leaves by the device it came by.
+
+    Only frames that are addressed to this host and carry no VLAN tag of another device.
+    """
+    table = f"netdev {settings.table}"
+    lines = [f"add table {table}"]
+    for version, address in ((4, "ipv4_addr"), (6, "ipv6_addr")):
+        conn = f"{address} . inet_service . {address} . inet_service"
+        lines.append(f"add map {table} next{version} {{ type {conn} : {address}; }}")
+    for device in devices:
+        chain = chain_of(device)
+        lines += [
+            f'add chain {table} {chain} {{ type filter hook ingress device "{device}" '
+            f"priority {HOOK_PRIORITY}; policy accept; }}",
+            f"flush chain {table} {chain}",
+        ]
+        for version, ip in ((4, "ip"), (6, "ip6")):
+            lines.append(
+                f"add rule {table} {chain} meta pkttype host ether type {ip} "
+                f'fwd {ip} to {_key(version, False)} map @next{version} device "{device}"'
+            )
+    return "\n".join(lines) + "\n"
+
+
+def gone(settings: Settings) -> str:
+    """Remove both tables, also if they are not there."""
+    tables = (f"inet {settings.table}", f"netdev {settings.table}")
+    return "".join(f"add table {table}\ndelete table {table}\n" for table in tables)

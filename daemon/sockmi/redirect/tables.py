@@ -1,0 +1,316 @@
+"""Our nftables tables on this host: made once, then changed element by element.
+
+One ``Tables`` serves all modes of a daemon and is itself the ``Holds`` of base.py. The
+entries live in the kernel only: a daemon that restarts finds them as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+import subprocess
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import IPv4Address, IPv6Address
+from typing import TypeVar
+
+from sockmi.addresses import Endpoint, FourTuple
+from sockmi.redirect import ruleset
+from sockmi.redirect.base import Inbound, Mode, Outbound
+from sockmi.redirect.nftset import INET, NETDEV, Batch, NftSet, NftSocket
+from sockmi.redirect.routes import Address, Routes
+from sockmi.redirect.settings import Settings, Tag
+
+_KEY4 = struct.Struct("!4sHxx4sHxx")
+_KEY6 = struct.Struct("!16sHxx16sHxx")
+_MARK = struct.Struct("=I")  # nftables keeps marks in host order
+_PORT = struct.Struct("!H")
+_NUMBER = {Mode.FORWARD: 1, Mode.NAT: 2, Mode.TAKEOVER: 3, Mode.IPTABLES: 4}  # in marks: never renumber
+_NFT_TIMEOUT_S = 30
+
+Row = TypeVar("Row", Inbound, Outbound)
+
+
+def key_of(t: FourTuple) -> bytes:
+    """The element key of a connection: remote and local end, as every set of ours has it."""
+    pack = _KEY4.pack if t.version == 4 else _KEY6.pack
+    return pack(t.remote.address.packed, t.remote.port, t.local.address.packed, t.local.port)
+
+
+def tuple_of(key: bytes) -> FourTuple:
+    """The inverse of ``key_of``."""
+    if len(key) == _KEY4.size:
+        remote, rport, local, lport = _KEY4.unpack(key)
+        return FourTuple(Endpoint(IPv4Address(local), lport), Endpoint(IPv4Address(remote), rport))
+    remote, rport, local, lport = _KEY6.unpack(key)
+    return FourTuple(Endpoint(IPv6Address(local), lport), Endpoint(IPv6Address(remote), rport))
+
+
+def address_of(data: bytes) -> Address:
+    """An IPv4 or IPv6 address from its 4 or 16 bytes."""
+    return IPv4Address(data) if len(data) == 4 else IPv6Address(data)
+
+
+def by_version(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row], list[bytes]]]:
+    """Connections of each IP version that occurs, and their element keys."""
+    sorted_rows: dict[int, list[Row]] = {}
+    for row in rows:
+        sorted_rows.setdefault(row.tuple.version, []).append(row)
+    for version, members in sorted_rows.items():
+        yield version, members, [key_of(row.tuple) for row in members]
+
+
+def keys_by_version(tuples: Iterable[FourTuple]) -> Iterator[tuple[int, list[bytes]]]:
+    """Element keys of each IP version that occurs."""
+    found: dict[int, list[bytes]] = {}
+    for t in tuples:
+        found.setdefault(t.version, []).append(key_of(t))
+    yield from found.items()
+
+
+class Tables:
+    """The shared tables, the holds, and the elements of all modes.
+
+    ``holds``, ``flows``, ``addresses``, ``nexts``, ``importers``: the sets by IP version.
+    """
+
+    def __init__(self, settings: Settings | None = None, use_destroy: bool = True) -> None:
+        """Opens netlink in the caller's network namespace; changes nothing before ``setup``."""
+        self.settings = settings or Settings()
+        self.routes = Routes(self.settings)
+        self._nft = NftSocket(use_destroy)
+        self._lock = threading.RLock()
+        self._known_ports: set[int] = set()
+        self._users: set[object] = set()
+        table = self.settings.table
+
+        def each(family: int, name: str, ends: int, data_ends: int = 0, data: int = 0) -> dict[int, NftSet]:
+            """A set whose key is ``ends`` endpoints, with ``data_ends`` addresses or ``data`` bytes."""
+            return {
+                version: NftSet(family, table, f"{name}{version}", ends * (wide + 4), data_ends * wide + data)
+                for version, wide in ((4, 4), (6, 16))
+            }
+
+        self.holds = each(INET, "hold", 2)
+        self.flows = each(INET, "flow", 2, data=4)
+        self.addresses = each(INET, "addr", 2, 1)
+        self.nexts = each(NETDEV, "next", 2, 1)
+        self.importers = {v: NftSet(INET, table, f"importers{v}", wide) for v, wide in ((4, 4), (6, 16))}
+        self._syn_holds = each(INET, "hold_syn", 1)
+        self._port_holds = {version: NftSet(INET, table, f"hold_port{version}", 2) for version in (4, 6)}
+        self._ports = NftSet(INET, table, "ports", 4, 2)
+
+    # --- made once ---------------------------------------------------------------------------
+
+    def setup(self, user: object = None) -> None:
+        """Make the tables, rules and routes, or renew their rules; elements stay. Idempotent.
+
+        ``user``: who needs them; they go when the last user has called ``teardown``.
+        """
+        with self._lock:
+            devices = self.routes.devices()
+            text = ruleset.inet(self.settings) + ruleset.netdev(self.settings, devices)
+            self._load(text + self._stale_chains(devices))
+            self.routes.install(devices)
+            self._users.add(user)
+
+    def teardown(self, user: object = None) -> None:
+        """Remove all that ``setup`` made, with all elements, when ``user`` was the last; idempotent."""
+        with self._lock:
+            self._users.discard(user)
+            if self._users:
+                return
+            self.routes.remove()
+            self._load(ruleset.gone(self.settings))
+            self._known_ports.clear()
+
+    def close(self) -> None:
+        """Close the sockets; the tables stay."""
+        self._nft.close()
+
+    def _load(self, text: str) -> None:
+        done = _nft(["-f", "-"], text)
+        if done.returncode:
+            raise OSError(
+                f"nft refused table {self.settings.table}: {done.stderr.strip()[:500]}; if another version "
+                f"made the table, drain this host and run `nft delete table inet {self.settings.table}`"
+            )
+
+    def _stale_chains(self, devices: Sequence[str]) -> str:
+        """Commands that remove the ingress chains of devices that are no longer ours."""
+        listed = _nft(["-j", "list", "chains", "netdev"], "")
+        if listed.returncode:
+            return ""
+        wanted = {ruleset.chain_of(device) for device in devices}
+        chains = [item["chain"] for item in json.loads(listed.stdout)["nftables"] if "chain" in item]
+        names = [c["name"] for c in chains if c["table"] == self.settings.table and c["name"] not in wanted]
+        table = f"netdev {self.settings.table}"
+        return "".join(f"flush chain {table} {name}\ndelete chain {table} {name}\n" for name in names)
+
+    # --- holds (base.Holds) ------------------------------------------------------------------
+
+    def hold(self, tuples: Sequence[FourTuple], timeout_s: float | None) -> None:
+        """See base.Holds; a hold that is there gets the new timeout."""
+        with self.transaction() as batch:
+            for version, keys in keys_by_version(tuples):
+                batch.put(self.holds[version], keys, [b""] * len(keys), _milliseconds(timeout_s))
+
+    def unhold(self, tuples: Sequence[FourTuple]) -> None:
+        """See base.Holds."""
+        with self.transaction() as batch:
+            for version, keys in keys_by_version(tuples):
+                batch.remove(self.holds[version], keys)
+
+    def held(self) -> list[FourTuple]:
+        """All holds, read back from the kernel."""
+        with self._lock:
+            return [tuple_of(key) for s in self.holds.values() for key, _ in self._nft.dump(s)]
+
+    def hold_listeners(self, endpoints: Sequence[Endpoint], timeout_s: float | None) -> None:
+        """See base.Holds; ``::`` holds IPv4 too, as a listener there accepts both."""
+        with self.transaction() as batch:
+            for nftset, keys in self._listener_keys(endpoints):
+                batch.put(nftset, keys, [b""] * len(keys), _milliseconds(timeout_s))
+
+    def unhold_listeners(self, endpoints: Sequence[Endpoint]) -> None:
+        """See base.Holds."""
+        with self.transaction() as batch:
+            for nftset, keys in self._listener_keys(endpoints):
+                batch.remove(nftset, keys)
+
+    def _listener_keys(self, endpoints: Sequence[Endpoint]) -> Iterator[tuple[NftSet, list[bytes]]]:
+        found: dict[NftSet, dict[bytes, None]] = {}
+        for endpoint in endpoints:
+            port = _PORT.pack(endpoint.port)
+            if not endpoint.address.is_unspecified:
+                key = endpoint.address.packed + port + b"\0\0"
+                found.setdefault(self._syn_holds[endpoint.version], {})[key] = None
+                continue
+            for version in (4,) if endpoint.version == 4 else (4, 6):
+                found.setdefault(self._port_holds[version], {})[port] = None
+        for nftset, keys in found.items():
+            yield nftset, list(keys)
+
+    # --- elements of the modes ---------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Batch]:
+        """A batch that is committed at the end of the block, all or nothing."""
+        batch = Batch()
+        yield batch
+        with self._lock:
+            self._nft.commit(batch)
+
+    def moved(self, mode: Mode) -> bytes:
+        """Flow data: the connection left; drop its packets both ways."""
+        return self._mark(Tag.MOVED, _NUMBER[mode])
+
+    def local(self, mode: Mode) -> bytes:
+        """Flow data: the connection came and kept its address."""
+        return self._mark(Tag.LOCAL, _NUMBER[mode])
+
+    def nat_out(self, port: int) -> bytes:
+        """Flow data: the connection left; ``port`` is the importer's."""
+        return self._mark(Tag.NAT_OUT, port)
+
+    def nat_in(self, port: int) -> bytes:
+        """Flow data: the connection came; ``port`` is the one that the peer knows."""
+        return self._mark(Tag.NAT_IN, port)
+
+    def _mark(self, tag: Tag, low: int) -> bytes:
+        return _MARK.pack(self.settings.marked(tag, low))
+
+    def need_ports(self, batch: Batch, ports: Iterable[int]) -> None:
+        """Ports that translation writes; the map from mark to port only ever grows (65,536 at most)."""
+        new = set(ports) - self._known_ports
+        batch.add(self._ports, ((_MARK.pack(port), _PORT.pack(port)) for port in new))
+        batch.then(lambda: self._known_ports.update(new))
+
+    def expire(
+        self, mode: Mode, tuples: Sequence[FourTuple], linger_s: float, *maps: dict[int, NftSet]
+    ) -> None:
+        """Forget where connections went, but drop their packets for ``linger_s`` more; 0: not at all."""
+        with self.transaction() as batch:
+            for version, keys in keys_by_version(tuples):
+                for each in maps:
+                    batch.remove(each[version], keys)
+                if linger_s > 0:
+                    batch.put(
+                        self.flows[version], keys, [self.moved(mode)] * len(keys), _milliseconds(linger_s)
+                    )
+                else:
+                    batch.remove(self.flows[version], keys)
+
+    def forget(self, tuples: Sequence[FourTuple], *maps: dict[int, NftSet]) -> None:
+        """Connections are ordinary ones again: no flow and no element in ``maps``."""
+        with self.transaction() as batch:
+            for version, keys in keys_by_version(tuples):
+                for each in (*maps, self.flows):
+                    batch.remove(each[version], keys)
+
+    def clear(self, batch: Batch, tuples: Iterable[FourTuple]) -> None:
+        """No flow and no hold, for modes that keep their entries elsewhere."""
+        for version, keys in keys_by_version(tuples):
+            batch.remove(self.flows[version], keys)
+            batch.remove(self.holds[version], keys)
+
+    # --- read back -----------------------------------------------------------------------------
+
+    def read(self, maps: dict[int, NftSet]) -> dict[FourTuple, Address]:
+        """Every element of an address map (``addresses`` or ``nexts``)."""
+        with self._lock:
+            return {tuple_of(k): address_of(d) for s in maps.values() for k, d in self._nft.dump(s)}
+
+    def read_flows(self) -> dict[FourTuple, tuple[Tag, int]]:
+        """Every flow: its tag, and its port or mode number."""
+        with self._lock:
+            return {tuple_of(k): _tag(d) for s in self.flows.values() for k, d in self._nft.dump(s)}
+
+    def read_mode(self, tag: Tag, mode: Mode) -> list[FourTuple]:
+        """The flows that ``mode`` tagged ``tag`` (MOVED or LOCAL)."""
+        wanted = (tag, _NUMBER[mode])
+        return [t for t, found in self.read_flows().items() if found == wanted]
+
+    def flow(self, t: FourTuple) -> tuple[Tag, int] | None:
+        """One connection's flow, or None."""
+        with self._lock:
+            data = self._nft.get(self.flows[t.version], key_of(t))
+        return None if data is None else _tag(data)
+
+    def address(self, maps: dict[int, NftSet], t: FourTuple) -> Address | None:
+        """One connection's element of an address map, or None."""
+        with self._lock:
+            data = self._nft.get(maps[t.version], key_of(t))
+        return None if data is None else address_of(data)
+
+    def is_importer(self, address: Address) -> bool:
+        """Whether a connection was ever translated to ``address`` from here."""
+        with self._lock:
+            return self._nft.get(self.importers[address.version], address.packed) is not None
+
+
+def _tag(data: bytes) -> tuple[Tag, int]:
+    (mark,) = _MARK.unpack(data)
+    return Tag(mark >> 16 & 0xF), mark & 0xFFFF
+
+
+def _milliseconds(timeout_s: float | None) -> int:
+    """Element timeout: at least 1 ms, as 0 would mean for ever; None is for ever."""
+    if timeout_s is None:
+        return 0
+    return min(max(1, round(timeout_s * 1000)), 0xFFFFFFFF)
+
+
+def _nft(arguments: list[str], text: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            ["nft", *arguments],
+            input=text,
+            text=True,
+            capture_output=True,
+            timeout=_NFT_TIMEOUT_S,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise FileNotFoundError("the program nft is not installed; install the package nftables") from None

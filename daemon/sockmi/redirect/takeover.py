@@ -1,0 +1,189 @@
+"""``takeover``: the address itself moves; for service addresses that leave with all their connections.
+
+The exporter removes the address, the importer adds it as an alias and announces it. So it
+can only be done when everything that uses the address moves at once: see ``conflicts``.
+Where each connection went is kept in the map ``addr``, for ``outbound``; no packet looks there.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection, Sequence
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+from sockmi.addresses import Endpoint, FourTuple
+from sockmi.redirect.announce import Announcer, Scheduler, in_thread
+from sockmi.redirect.base import Inbound, Mode, Outbound
+from sockmi.redirect.forward import off_segment
+from sockmi.redirect.routes import Address, Held
+from sockmi.redirect.settings import Tag
+from sockmi.redirect.tables import Tables, by_version
+
+_LISTEN, _TIME_WAIT, _CLOSE = 0x0A, 0x06, 0x07
+
+
+def _endpoint(text: str) -> Endpoint:
+    """``0100007F:0050`` of /proc/net/tcp: each 32-bit word in host order, the port in hexadecimal."""
+    address, _, port = text.partition(":")
+    words = bytes.fromhex(address)
+    packed = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+    if len(packed) == 4:
+        return Endpoint(IPv4Address(packed), int(port, 16))
+    v6 = IPv6Address(packed)
+    return Endpoint(v6.ipv4_mapped or v6, int(port, 16))
+
+
+def users(addresses: Collection[Address]) -> list[tuple[Endpoint, Endpoint, bool]]:
+    """(local, remote, is a listener) of each TCP socket on ``addresses`` that is not in TIME-WAIT."""
+    found = []
+    for name in ("tcp", "tcp6"):
+        path = Path("/proc/thread-self/net", name)
+        if not path.exists():
+            continue
+        for line in path.read_text().splitlines()[1:]:
+            words = line.split()
+            local, state = _endpoint(words[1]), int(words[3], 16)
+            if local.address in addresses and state not in (_TIME_WAIT, _CLOSE):
+                found.append((local, _endpoint(words[2]), state == _LISTEN))
+    return found
+
+
+class Takeover:
+    """base.Redirect"""
+
+    mode = Mode.TAKEOVER
+
+    def __init__(self, tables: Tables, scheduler: Scheduler = in_thread) -> None:
+        """``scheduler(delay_s, call)`` makes the later announcement, and returns what can ``cancel`` it."""
+        self._tables = tables
+        self._announcer = Announcer(tables.routes, scheduler)
+        self._given_up: dict[Address, Held] = {}
+
+    def setup(self) -> None:
+        """See base.Redirect."""
+        self._tables.setup(self.mode)
+
+    def teardown(self) -> None:
+        """See base.Redirect; addresses stay with whom they are."""
+        self._announcer.close()
+        self._tables.teardown(self.mode)
+
+    def reachable(self, importer: IPv4Address | IPv6Address) -> str | None:
+        """None if ``importer`` is on a segment of ours, where it can be heard announcing an address."""
+        return off_segment(self._tables.routes, importer)
+
+    def conflicts(self, leaving: Collection[FourTuple], listeners: Collection[Endpoint] = ()) -> list[str]:
+        """Why the local addresses of ``leaving`` cannot be given up; empty if they can.
+
+        ``leaving``, ``listeners``: all that is in the batch. A listener on the unspecified
+        address is no obstacle: it goes on serving the other addresses.
+        """
+        reasons = []
+        addresses = {t.local.address for t in leaving}
+        for address in sorted(addresses, key=str):
+            held = self._tables.routes.held(address)
+            if held is None:
+                reasons.append(f"{address} is not an address of this host")
+            elif held.alone:
+                reasons.append(f"{address} is the only address of {held.device}: this host would be cut off")
+            elif held.has_dependents:
+                reasons.append(
+                    f"{address} is the primary address of others on {held.device}, which would go with it; "
+                    f"run `sysctl -w net.ipv4.conf.{held.device}.promote_secondaries=1`"
+                )
+        tuples, bound = set(leaving), set(listeners)
+        gone = {t for t, (tag, _) in self._tables.read_flows().items() if tag == Tag.MOVED}
+        for local, remote, listening in users(addresses):
+            if listening and local not in bound:
+                reasons.append(f"a listener on {local} is not in the batch; move or close it too")
+            elif not listening and FourTuple(local, remote) not in tuples | gone:
+                reasons.append(f"connection {local} <-> {remote} is not in the batch; move or close it too")
+        return reasons
+
+    def send_away(self, connections: Sequence[Outbound]) -> None:
+        """See base.Redirect. OSError (EBUSY), and nothing is changed, if others use the address."""
+        listeners = {
+            local for local, _, listening in users({c.tuple.local.address for c in connections}) if listening
+        }
+        here = [c.tuple for c in connections if c.tuple.local.address not in self._given_up]
+        reasons = self.conflicts(here, listeners) if here else []
+        if reasons:
+            raise OSError(errno.EBUSY, f"takeover: {'; '.join(reasons[:5])}")
+        self.reroute(connections)
+        for address in sorted({t.local.address for t in here}, key=str):
+            held = self._tables.routes.held(address)
+            if held is not None:
+                self._given_up[address] = held
+                self._announcer.withdraw(address)
+                self._tables.routes.remove_address(address)
+
+    def reroute(self, connections: Sequence[Outbound]) -> None:
+        """See base.Redirect; the address has left already, only the record changes."""
+        t = self._tables
+        moved = t.moved(self.mode)
+        with t.transaction() as batch:
+            for version, rows, keys in by_version(connections):
+                batch.put(t.addresses[version], keys, [row.importer.address.packed for row in rows])
+                batch.put(t.flows[version], keys, [moved] * len(keys))
+                batch.remove(t.holds[version], keys)
+
+    def take_back(self, tuples: Sequence[FourTuple]) -> None:
+        """See base.Redirect; this host has the address again."""
+        for address in {t.local.address for t in tuples}:
+            self._take(address)
+        self._tables.forget(tuples, self._tables.addresses)
+
+    def expire(self, tuples: Sequence[FourTuple], linger_s: float) -> None:
+        """See base.Redirect."""
+        self._tables.expire(self.mode, tuples, linger_s, self._tables.addresses)
+
+    def admit(self, connections: Sequence[Inbound]) -> None:
+        """See base.Redirect; the address is announced once the packets would be received."""
+        t = self._tables
+        local = t.local(self.mode)
+        with t.transaction() as batch:
+            for version, _, keys in by_version(connections):
+                batch.remove(t.addresses[version], keys)
+                batch.put(t.flows[version], keys, [local] * len(keys))
+                batch.remove(t.holds[version], keys)
+        for address, remote in {c.tuple.local.address: c.tuple.remote.address for c in connections}.items():
+            self._take(address, remote)
+
+    def _take(self, address: Address, towards: Address | None = None) -> None:
+        """Have and announce ``address``, as it was here, or else as a host address on the way to the peer."""
+        routes = self._tables.routes
+        held = routes.held(address) or self._given_up.get(address)
+        if held is None:
+            # the address is of a network of ours if its own route says so, else the peer's route has to do
+            ways = [routes.path(each) for each in (address, towards) if each is not None]
+            device = next((way.device for way in ways if way and way.device in routes.devices()), None)
+            if device is None:
+                raise OSError(errno.ENODEV, f"takeover: no device of this host leads to {address}'s network")
+            held = Held(address, device, address.max_prefixlen, False, False)
+        routes.add_address(address, held.device, held.prefix_length)
+        self._given_up.pop(address, None)
+        self._announcer.announce(address, held.device)
+
+    def evict(self, connections: Sequence[Inbound]) -> None:
+        """See base.Redirect; an alias goes with its last connection."""
+        self._tables.forget([c.tuple for c in connections], self._tables.addresses)
+        left = {c.tuple.local.address for c in self.inbound()}
+        for address in {c.tuple.local.address for c in connections} - left:
+            held = self._tables.routes.held(address)
+            if held is not None and held.prefix_length == address.max_prefixlen:
+                self._announcer.withdraw(address)
+                self._tables.routes.remove_address(address)
+
+    def outbound(self) -> list[Outbound]:
+        """See base.Redirect."""
+        addresses = self._tables.read(self._tables.addresses)
+        return [
+            Outbound(t, Endpoint(addresses[t], t.local.port))
+            for t in self._tables.read_mode(Tag.MOVED, self.mode)
+            if t in addresses
+        ]
+
+    def inbound(self) -> list[Inbound]:
+        """See base.Redirect."""
+        return [Inbound(t, t.local) for t in self._tables.read_mode(Tag.LOCAL, self.mode)]

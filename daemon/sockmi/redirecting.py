@@ -1,0 +1,196 @@
+"""The shell's keeping of redirects: routes that lead away, holdings that came, and their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from sockmi import durable
+from sockmi.addresses import FourTuple
+from sockmi.engine.base import SocketFacts
+from sockmi.journal import Change, Record
+from sockmi.protocol.actions import Collect, ForgetHoldings, ForgetNotices, Reroute, SaveRoutes
+from sockmi.protocol.events import CollectDone, ConnectionsEnded, RerouteDone
+from sockmi.protocol.records import Holding, Route
+from sockmi.refusal import Code, Refusal
+from sockmi.shell import Shell, by_mode, inbound, outbound
+
+_TIME_WAIT = 6
+# TIME-WAIT lasts 60 s on Linux; until then late packets belong to the copy's host.
+_LOOK_AGAIN_S = 15.0
+_AT_ONCE_S = 0.2
+
+
+class Redirecting:
+    """``routes`` and ``holdings`` (by connection id) are what the journal holds of them."""
+
+    def __init__(
+        self,
+        shell: Shell,
+        routes: dict[bytes, Route],
+        holdings: dict[bytes, Holding],
+        state_of: Callable[[FourTuple], int | None],
+        is_waiting: Callable[[Holding], bool],
+    ) -> None:
+        """``state_of``: the kernel's state of a connection. ``is_waiting``: no application has it yet."""
+        self._shell = shell
+        self.routes = routes
+        self.holdings = holdings
+        self._state_of = state_of
+        self._is_waiting = is_waiting
+        self._by_tuple: dict[FourTuple, bytes] = {}
+        self._routes_by_tuple: dict[FourTuple, bytes] = {}
+
+    # -- what is where
+
+    def add_routes(self, routes: Iterable[Route]) -> None:
+        """A chunk was committed."""
+        for route in routes:
+            self.routes[route.connection] = route
+            if (one := outbound(route)) is not None:
+                self._routes_by_tuple[one.tuple] = route.connection
+        self._count()
+
+    def drop_route(self, connection: bytes) -> Route | None:
+        """It came home, or has ended."""
+        route = self.routes.pop(connection, None)
+        if route is not None and (one := outbound(route)) is not None:
+            self._routes_by_tuple.pop(one.tuple, None)
+        self._count()
+        return route
+
+    def add_holdings(self, holdings: Iterable[Holding]) -> None:
+        """A chunk was activated."""
+        for holding in holdings:
+            self.holdings[holding.connection] = holding
+            if (one := inbound(holding)) is not None:
+                self._by_tuple[one.tuple] = holding.connection
+        self._count()
+
+    def drop_holding(self, connection: bytes) -> Holding | None:
+        """It left again, or has ended."""
+        holding = self.holdings.pop(connection, None)
+        if holding is not None and (one := inbound(holding)) is not None:
+            self._by_tuple.pop(one.tuple, None)
+        self._count()
+        return holding
+
+    def holding_of(self, facts: SocketFacts) -> Holding | None:
+        """The holding of a socket of this host, if it was imported."""
+        if facts.tuple is None or (connection := self._by_tuple.get(facts.tuple)) is None:
+            return None
+        return self.holdings.get(connection)
+
+    def route_of(self, connection: FourTuple) -> Route | None:
+        """The route that leads a connection's packets away."""
+        found = self._routes_by_tuple.get(connection)
+        return self.routes.get(found) if found else None
+
+    def _count(self) -> None:
+        self._shell.metrics.redirects.labels(direction="export").set(len(self.routes))
+        self._shell.metrics.redirects.labels(direction="import").set(len(self.holdings))
+
+    # -- the core's actions
+
+    def reroute(self, action: Reroute) -> None:
+        """Lead connections straight to their new holders."""
+        results: list[tuple[bytes, int, Refusal | None]] = []
+        change = Change()
+        for route in action.routes:
+            refusal = self._reroute_one(route)
+            if refusal is None:
+                self.routes[route.connection] = route
+                durable.keep(change, [route])
+            results.append((route.connection, route.hop, refusal))
+        if change.keep:
+            self._shell.journal.write(change)
+        self._shell.dispatch(RerouteDone(tuple(results)))
+
+    def _reroute_one(self, route: Route) -> Refusal | None:
+        old, new = self.routes.get(route.connection), outbound(route)
+        if old is None or new is None or route.place.mode is None:
+            return Refusal(Code.REDIRECT, "This host has no redirect for that connection.")
+        redirect = self._shell.redirects.get(route.place.mode)
+        if redirect is None:
+            return Refusal(Code.NO_REDIRECT, f"The redirect {route.place.mode} is not enabled here.")
+        if obstacle := redirect.reachable(new.importer.address):
+            return Refusal(Code.NO_REDIRECT, obstacle)
+        try:
+            if old.place.mode is route.place.mode:
+                redirect.reroute([new])
+            else:
+                # New before old, so that no packet meets neither.
+                redirect.send_away([new])
+                if old.place.mode is not None:
+                    self._shell.redirects[old.place.mode].take_back([new.tuple])
+                redirect.send_away([new])
+        except Exception as error:
+            return Refusal(Code.REDIRECT, f"The redirect could not be changed: {error}.")
+        return None
+
+    def save_routes(self, action: SaveRoutes) -> None:
+        """Journal routes whose bookkeeping changed."""
+        change = Change()
+        durable.keep(change, action.routes)
+        self.routes.update((route.connection, route) for route in action.routes)
+        self._shell.journal.write(change)
+
+    def collect(self, action: Collect) -> None:
+        """The connection has ended, or is led past this host: stop diverting."""
+        change = Change()
+        gone = [
+            route
+            for route in action.routes
+            if (known := self.routes.get(route.connection)) is not None and known.hop == route.hop
+        ]
+        for mode, routes in by_mode((route.place.mode, route) for route in gone).items():
+            tuples = [one.tuple for route in routes if (one := outbound(route))]
+            self._shell.redirects[mode].expire(tuples, self._shell.config.timing.linger_s)
+        for route in gone:
+            self.drop_route(route.connection)
+        durable.drop(change, gone)
+        if change.drop:
+            self._shell.journal.write(change)
+        self._shell.dispatch(CollectDone(tuple((route.connection, route.hop) for route in action.routes)))
+
+    def forget_notices(self, action: ForgetNotices) -> None:
+        """The home has answered."""
+        names = [durable.notice_name(connection, hop) for connection, hop in action.notices]
+        self._shell.journal.write(Change(drop=[(Record.NOTICE, name) for name in names]))
+
+    def forget_holdings(self, action: ForgetHoldings) -> None:
+        """Ended and collected everywhere: remove the translation."""
+        change = Change()
+        gone = []
+        for connection, hop in action.holdings:
+            known = self.holdings.get(connection)
+            if known is not None and known.hop == hop:
+                self.drop_holding(connection)
+                gone.append(known)
+        for mode, holdings in by_mode((one.place.mode, one) for one in gone).items():
+            self._shell.redirects[mode].evict([one for holding in holdings if (one := inbound(holding))])
+        durable.drop(change, gone)
+        if change.drop:
+            self._shell.journal.write(change)
+
+    # -- ends
+
+    def destroyed(self, connection: FourTuple) -> None:
+        """The kernel has destroyed a socket; if it was imported, see what is left of it."""
+        if connection in self._by_tuple:
+            self._shell.loop.call_later(_AT_ONCE_S, self._look, self._by_tuple[connection])
+
+    def look_at_all(self) -> None:
+        """After a restart, or when news of the kernel were lost."""
+        for connection in list(self.holdings):
+            self._look(connection)
+
+    def _look(self, connection: bytes) -> None:
+        holding = self.holdings.get(connection)
+        if holding is None or self._is_waiting(holding):
+            return
+        one = inbound(holding)
+        state = self._state_of(one.tuple) if one is not None else None
+        if state == _TIME_WAIT:
+            self._shell.loop.call_later(_LOOK_AGAIN_S, self._look, connection)
+        elif state is None:
+            self._shell.dispatch(ConnectionsEnded((connection,)))

@@ -1,0 +1,481 @@
+"""The daemon: one event loop, the protocol core, and the parts that carry out its actions.
+
+What arrives (datagrams, stream messages, control requests, timers, the kernel's news) becomes an
+event; the core answers with actions; they are carried out in order, and their answers are events
+again. Nothing here decides anything that the core could decide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Any
+
+from sockmi import durable, logs, notify
+from sockmi.config import Config, ConfigError
+from sockmi.control import ControlServer
+from sockmi.diag import DestroyedSockets, SocketDiag
+from sockmi.engine.duplicate import duplicate
+from sockmi.engine.owners import find_holders
+from sockmi.engine.repair import RepairEngine
+from sockmi.exporting import Exporting
+from sockmi.importing import Importing
+from sockmi.journal import Journal, JournalError
+from sockmi.members import Members
+from sockmi.metrics import Metrics
+from sockmi.operations import Operations
+from sockmi.placing import Placing, local_addresses
+from sockmi.policy import POLICIES
+from sockmi.protocol import actions, events, messages
+from sockmi.protocol.codec import CodecError, decode, encode
+from sockmi.protocol.context import Capacity
+from sockmi.protocol.context import Settings as CoreSettings
+from sockmi.protocol.core import Core
+from sockmi.protocol.records import Holding, HostId, Route
+from sockmi.redirect.base import Mode, Outbound, Redirect
+from sockmi.redirect.factory import make_redirects
+from sockmi.redirect.icmp import IcmpError, IcmpInjector, IcmpRelay
+from sockmi.redirecting import Redirecting
+from sockmi.refusal import Refusal
+from sockmi.shell import Shell, inbound, outbound, unknown
+from sockmi.spool import Spool, SpoolError
+from sockmi.transport.group import GroupError
+from sockmi.transport.identity import Identity, IdentityError
+from sockmi.transport.keyring import KeyFileError
+from sockmi.transport.stream import StreamError
+from sockmi.version import VERSION
+
+_log = logging.getLogger(__name__)
+
+_FRAME_PROTOCOL = 0
+_FRAME_ICMP = 1
+_FOLD_INTERVAL_S = 1.0
+_ADDRESSES_INTERVAL_S = 10.0
+_KEEP_HISTORY = 100_000
+_STOP_GRACE_S = 5.0
+
+
+class StartError(Exception):
+    """The daemon cannot start; the text says what, where and what to do."""
+
+
+_START_ERRORS = (
+    ConfigError,
+    StartError,
+    JournalError,
+    SpoolError,
+    IdentityError,
+    KeyFileError,
+    GroupError,
+    StreamError,
+)
+
+
+class Daemon:
+    """One host's daemon. ``start`` and ``run`` belong to one thread and one event loop."""
+
+    def __init__(self, config: Config, config_path: Path | None = None) -> None:
+        self.config = config
+        self.config_path = config_path
+        self.loop = asyncio.new_event_loop()
+        self.version = VERSION
+        self.started_at = time.monotonic()
+        self.stopping = False
+        self.metrics = Metrics()
+        self._events: deque[events.Event] = deque()
+        self._draining = False
+        self._timer: asyncio.TimerHandle | None = None
+        config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.journal = Journal(config.journal_path)
+        self.identity = Identity.load_or_create(config.state_dir)
+        self.host_name = config.host_name or socket.gethostname()
+        self.redirects, self.tables = make_redirects(config.redirect)
+        self.diag = SocketDiag()
+        self.capacity = Capacity(modes=config.redirect.modes, weight=round(config.weight * 100))
+        self.core = Core(
+            self.identity.host_id, core_settings(config), self.capacity, POLICIES[config.policy]()
+        )
+        self.members = Members(
+            self.loop,
+            config,
+            self.identity,
+            self.host_name,
+            on_datagram=self._datagram,
+            on_frame=self._frame,
+            on_opened=lambda host: self.dispatch(events.StreamOpened(host)),
+            on_lost=lambda host, reason: self.dispatch(events.StreamLost(host, reason)),
+            on_count=lambda group, count: self.metrics.members.labels(group=group).set(count),
+        )
+        self.engine = RepairEngine(inject_mark=self.tables.settings.inject_mark)
+        self.shell = Shell(
+            config=config,
+            host_id=self.identity.host_id,
+            host_name=self.host_name,
+            loop=self.loop,
+            engine=self.engine,
+            holds=self.tables,
+            redirects=self.redirects,
+            journal=self.journal,
+            spool=Spool(config.spool_dir),
+            metrics=self.metrics,
+            dispatch=self.dispatch,
+            name_of=self.members.name_of,
+        )
+        routes: dict[bytes, Route] = {}
+        holdings: dict[bytes, Holding] = {}
+        self.redirecting = Redirecting(
+            self.shell, routes, holdings, self.diag.state, self._waits_for_application
+        )
+        self.exporting = Exporting(self.shell, self.redirecting, self._find_holders)
+        self.importing = Importing(
+            self.shell,
+            Placing(
+                config.redirect.modes, self.tables.routes.path, lambda one: self.diag.state(one) is not None
+            ),
+            self.capacity,
+            self.redirecting,
+        )
+        self.operations = Operations(self)
+        self._icmp_relay = IcmpRelay(self.tables, list(self.redirects.values()), self._ship_icmp)
+        self._icmp_injector = IcmpInjector(self.tables)
+        self._destroyed: DestroyedSockets | None = None
+        self._control: ControlServer | None = None
+        self._carry_out: dict[type, Callable[[Any], None]] = {
+            actions.Send: self._send,
+            actions.OpenStream: lambda action: self.members.open(action.host),
+            actions.Report: self.exporting.report,
+            actions.BatchDone: lambda action: self.exporting.batch_done(action.batch),
+            actions.Ignored: self._ignored,
+            actions.Quiet: lambda action: self.loop.stop(),
+            actions.Freeze: self.exporting.freeze,
+            actions.Thaw: self.exporting.thaw,
+            actions.Commit: self.exporting.commit,
+            actions.ForgetDecision: lambda action: self.exporting.forget_decision(action.chunk),
+            actions.Reserve: self.importing.reserve,
+            actions.Unreserve: self.importing.unreserve,
+            actions.Prepare: self.importing.prepare,
+            actions.Activate: self.importing.activate,
+            actions.Discard: self.importing.discard,
+            actions.Reroute: self.redirecting.reroute,
+            actions.SaveRoutes: self.redirecting.save_routes,
+            actions.Collect: self.redirecting.collect,
+            actions.ForgetNotices: self.redirecting.forget_notices,
+            actions.ForgetHoldings: self.redirecting.forget_holdings,
+        }
+
+    # -- life
+
+    def start(self) -> None:
+        """Reconcile with the journal and the kernel, then open for business."""
+        for redirect in self.redirects.values():
+            redirect.setup()
+        started = durable.started(self.journal)
+        self.redirecting.add_routes(started.routes)
+        self.redirecting.add_holdings(started.holdings)
+        self._reconcile()
+        self.importing.resume(started.prepared, lambda one: self.diag.state(one) is not None)
+        self.exporting.close_originals(self._duplicates)
+        self.dispatch(started)
+        self._destroyed = DestroyedSockets(self.redirecting.destroyed, self.redirecting.look_at_all)
+        self.loop.add_reader(self._destroyed.socket, self._destroyed.readable)
+        for descriptor in self._icmp_relay.filenos():
+            self.loop.add_reader(descriptor, self._icmp_relay.work)
+        self.members.start()
+        self.redirecting.look_at_all()
+        if self.config.metrics_port:
+            self.metrics.serve(str(self.config.metrics_address), self.config.metrics_port)
+        self._control = ControlServer(
+            self.loop, self.config.control_path, self.config.control_mode, self.operations
+        )
+        self._fold()
+        self._learn_addresses()
+        _log.info("host %s (%s) is ready", self.host_name, self.identity.host_id.hex())
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT; finishes or undoes what is under way."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self.stop)
+        self.loop.add_signal_handler(signal.SIGHUP, self._hangup)
+        notify.ready()
+        watchdog_s = notify.watchdog_interval_s()
+        if watchdog_s:
+            self._watchdog(watchdog_s)
+        try:
+            self.loop.run_forever()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Finish what is committed, undo what is not, then end."""
+        if self.stopping:
+            return
+        self.stopping = True
+        notify.stopping()
+        self.dispatch(events.Stop(_STOP_GRACE_S))
+
+    def close(self) -> None:
+        """Close everything; redirects, holds, journal and spool stay for the next run."""
+        if self._control is not None:
+            self._control.close()
+        self.members.close()
+        for descriptor in self._icmp_relay.filenos():
+            self.loop.remove_reader(descriptor)
+        self._icmp_relay.close()
+        self._icmp_injector.close()
+        if self._destroyed is not None:
+            self.loop.remove_reader(self._destroyed.socket)
+            self._destroyed.close()
+        self.metrics.close()
+        self.diag.close()
+        self.journal.prune(_KEEP_HISTORY)
+        self.journal.close()
+        self.loop.close()
+
+    def _watchdog(self, interval_s: float) -> None:
+        notify.alive()
+        self.loop.call_later(interval_s, self._watchdog, interval_s)
+
+    def _hangup(self) -> None:
+        try:
+            changed, restart_needed = self.reload()
+        except ConfigError as error:
+            _log.error("not reloaded: %s", error)
+        else:
+            _log.info(
+                "reloaded: %s changed, %s need a restart", changed or "nothing", restart_needed or "none"
+            )
+
+    def reload(self) -> tuple[list[str], list[str]]:
+        """Read the configuration file again; returns (settings changed now, settings that need a restart)."""
+        if self.config_path is None:
+            raise ConfigError("this daemon was started without a configuration file")
+        notify.reloading()
+        try:
+            new = Config.load(self.config_path)
+            live = {"timing", "imports", "policy", "weight", "chunk_size", "pipeline_depth", "log_level"}
+            differing = [
+                name for name in Config.model_fields if getattr(new, name) != getattr(self.config, name)
+            ]
+            changed = [name for name in differing if name in live]
+            self.config = self.shell.config = self.config.model_copy(
+                update={name: getattr(new, name) for name in changed}
+            )
+            self.core.settings = core_settings(self.config)
+            self.core.policy = POLICIES[self.config.policy]()
+            self.capacity.weight = round(self.config.weight * 100)
+            self.importing.set_maxima(self.config.imports)
+            logging.getLogger("sockmi").setLevel(self.config.log_level.upper())
+        finally:
+            notify.ready()
+        return changed, [name for name in differing if name not in live]
+
+    def _learn_addresses(self) -> None:
+        """An exporter may name its target by any address of that host."""
+        future = self.loop.run_in_executor(None, local_addresses)
+
+        def learnt(one: asyncio.Future[frozenset[IPv4Address | IPv6Address]]) -> None:
+            if not one.cancelled() and one.exception() is None:
+                self.capacity.addresses = one.result()
+
+        future.add_done_callback(learnt)
+        self.loop.call_later(_ADDRESSES_INTERVAL_S, self._learn_addresses)
+
+    def _fold(self) -> None:
+        """Off the freeze: index what the journal has appended."""
+        if self.core.idle:
+            self.journal.fold()
+        self.loop.call_later(_FOLD_INTERVAL_S, self._fold)
+
+    # -- events and actions
+
+    def dispatch(self, event: events.Event) -> None:
+        """Feed an event to the core and carry out what it answers, in order."""
+        self._events.append(event)
+        if self._draining:
+            return
+        self._draining = True
+        try:
+            while self._events:
+                self._perform(self.core.handle(self._events.popleft(), time.monotonic()))
+        finally:
+            self._draining = False
+        self._set_timer()
+
+    def _perform(self, todo: list[actions.Action]) -> None:
+        for action in todo:
+            carry_out = self._carry_out.get(type(action))
+            if carry_out is None:
+                raise unknown(action)
+            carry_out(action)
+
+    def _set_timer(self) -> None:
+        deadline = self.core.next_deadline()
+        if self._timer is not None:
+            if deadline is not None and abs(self._timer.when() - deadline) < 1e-6:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if deadline is not None:
+            # asyncio's clock is time.monotonic too.
+            self._timer = self.loop.call_at(deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._draining = True
+        try:
+            self._perform(self.core.handle_timer(time.monotonic()))
+        finally:
+            self._draining = False
+        if self._events:
+            self.dispatch(self._events.popleft())
+        else:
+            self._set_timer()
+
+    # -- messages
+
+    def _send(self, action: actions.Send) -> None:
+        encoded = encode(action.message)
+        if action.channel is messages.Channel.STREAM and action.to is not None:
+            if not self.members.send_frame(action.to, _FRAME_PROTOCOL, encoded):
+                self._events.append(events.StreamLost(action.to, "no stream"))
+        else:
+            self.members.send_datagram(encoded, action.to)
+
+    def _datagram(self, source: HostId, content: bytes) -> None:
+        self._received(source, content, messages.Channel.DATAGRAM)
+
+    def _frame(self, source: HostId, kind: int, content: memoryview) -> None:
+        if kind == _FRAME_PROTOCOL:
+            self._received(source, content, messages.Channel.STREAM)
+        elif kind == _FRAME_ICMP:
+            self._received_icmp(source, bytes(content))
+        else:
+            _log.warning("%s sent a frame of unknown kind %d", self.members.name_of(source), kind)
+
+    def _received(self, source: HostId, content: bytes | memoryview, channel: messages.Channel) -> None:
+        try:
+            message = decode(content)
+        except CodecError as error:
+            _log.warning("%s sent a malformed message: %s", self.members.name_of(source), error)
+            return
+        self.dispatch(events.Received(source, message, channel))
+
+    def _ignored(self, action: actions.Ignored) -> None:
+        name = type(action.message).__name__
+        _log.debug("ignored %s of %s: %s", name, self.members.name_of(action.source), action.why)
+
+    # -- ICMP errors about connections that have left
+
+    def _ship_icmp(self, away: Outbound, error: IcmpError) -> None:
+        route = self.redirecting.route_of(away.tuple)
+        if route is not None:
+            self.members.send_frame(route.holder, _FRAME_ICMP, error.to_bytes())
+
+    def _received_icmp(self, source: HostId, content: bytes) -> None:
+        try:
+            error = IcmpError.from_bytes(content)
+        except ValueError as malformed:
+            _log.warning("%s sent a malformed ICMP error: %s", self.members.name_of(source), malformed)
+            return
+        self._icmp_injector.inject(error)
+
+    # -- helpers of the halves
+
+    def _find_holders(self, inodes: set[int], found: Callable[[dict[int, list[int]]], None]) -> None:
+        """Look through /proc in a thread: it takes milliseconds, and nothing is frozen yet."""
+        future = self.loop.run_in_executor(None, self.engine.owners.find, inodes)
+        future.add_done_callback(
+            lambda one: found({inode: sorted(holders) for inode, holders in one.result().items()})
+        )
+
+    def _duplicates(self, inodes: set[int]) -> dict[int, int]:
+        """A descriptor of ours for each of the sockets that some process still holds."""
+        found: dict[int, int] = {}
+        for inode, holders in find_holders(inodes)[0].items():
+            for pid, descriptors in holders.items():
+                with contextlib.suppress(Refusal):
+                    found[inode] = duplicate(pid, descriptors[0])
+                    break
+        return found
+
+    def _waits_for_application(self, holding: Holding) -> bool:
+        return holding.migration in self.importing.copies
+
+    def _reconcile(self) -> None:
+        """The kernel and the journal after a crash: the journal decides, the kernel is made to agree."""
+        for mode, redirect in self.redirects.items():
+            self._reconcile_routes(mode, redirect)
+            self._reconcile_holdings(mode, redirect)
+
+    def _reconcile_routes(self, mode: Mode, redirect: Redirect) -> None:
+        wanted = {
+            one.tuple: one
+            for route in self.redirecting.routes.values()
+            if route.place.mode is mode and (one := outbound(route))
+        }
+        present = {one.tuple for one in redirect.outbound()}
+        redirect.take_back([connection for connection in present if connection not in wanted])
+        redirect.send_away([one for connection, one in wanted.items() if connection not in present])
+
+    def _reconcile_holdings(self, mode: Mode, redirect: Redirect) -> None:
+        wanted = {
+            one.tuple: one
+            for holding in self.redirecting.holdings.values()
+            if holding.place.mode is mode and (one := inbound(holding))
+        }
+        present = {one.tuple: one for one in redirect.inbound()}
+        redirect.evict([one for connection, one in present.items() if connection not in wanted])
+        missing = [one for connection, one in wanted.items() if connection not in present]
+        redirect.admit([one for one in missing if self.diag.state(one.tuple) is not None])
+
+
+def core_settings(config: Config) -> CoreSettings:
+    """The protocol core's settings from the configuration."""
+    timing = config.timing
+    return CoreSettings(
+        request_interval_s=timing.request_interval_s,
+        lease_s=timing.lease_s,
+        freeze_deadline_s=timing.freeze_deadline_s,
+        audit_interval_s=timing.audit_interval_s,
+        chunk_items=config.chunk_size,
+        pipeline_depth=config.pipeline_depth,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``sockmid``: 0 after a clean stop, 1 if it cannot start, 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(prog="sockmid", description="Moves live TCP sockets between hosts.")
+    parser.add_argument("--config", type=Path, default=Path("/etc/sockmi/sockmi.yml"), metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--version", action="version", version=f"sockmid {VERSION}")
+    options = parser.parse_args(arguments)
+    try:
+        config = Config.load(options.config)
+        if options.check:
+            print(f"{options.config}: good")
+            return 0
+        logs.configure(config)
+        if os.geteuid() != 0:
+            raise StartError("sockmid needs root, or CAP_NET_ADMIN, CAP_NET_RAW and CAP_SYS_PTRACE")
+        daemon = Daemon(config, options.config)
+        daemon.start()
+    except (*_START_ERRORS, RuntimeError, OSError) as error:
+        print(f"sockmid: {error}", file=sys.stderr)
+        return 1
+    daemon.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What the halves of the daemon's I/O shell share: the host's parts, and small conversions."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol, TypeVar
+from uuid import UUID
+
+from sockmi.addresses import FourTuple
+from sockmi.config import Config
+from sockmi.engine.base import Engine
+from sockmi.journal import Change, Journal
+from sockmi.metrics import Metrics
+from sockmi.protocol.actions import Action
+from sockmi.protocol.events import Event
+from sockmi.protocol.records import Holding, HostId, Route
+from sockmi.redirect.base import Holds, Inbound, Mode, Outbound, Redirect
+from sockmi.refusal import Refusal
+from sockmi.spool import Spool
+
+T = TypeVar("T")
+
+
+class Loop(Protocol):
+    """The part of an event loop that the shell uses."""
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> Any:
+        """As asyncio's."""
+
+
+@dataclass(slots=True)
+class Shell:
+    """This host's parts. ``dispatch`` feeds an event to the protocol core; its actions follow in order."""
+
+    config: Config
+    host_id: HostId
+    host_name: str
+    loop: Loop
+    engine: Engine
+    holds: Holds
+    redirects: dict[Mode, Redirect]
+    journal: Journal
+    spool: Spool
+    metrics: Metrics
+    dispatch: Callable[[Event], None]
+    name_of: Callable[[HostId], str]
+
+
+def outbound(route: Route) -> Outbound | None:
+    """What a route installs in the kernel; None if nothing is redirected."""
+    if route.place.mode is None or route.place.endpoint is None or not route.local or not route.remote:
+        return None
+    return Outbound(FourTuple(route.local, route.remote), route.place.endpoint)
+
+
+def inbound(holding: Holding) -> Inbound | None:
+    """What a holding installs in the kernel; None if nothing is translated."""
+    if holding.place.mode is None or not holding.local or not holding.remote:
+        return None
+    return Inbound(FourTuple(holding.local, holding.remote), holding.origin or holding.local)
+
+
+def by_mode(pairs: Iterable[tuple[Mode | None, T]]) -> dict[Mode, list[T]]:
+    """Group by redirect mode, leaving out what has none."""
+    groups: dict[Mode, list[T]] = {}
+    for mode, one in pairs:
+        if mode is not None:
+            groups.setdefault(mode, []).append(one)
+    return groups
+
+
+def audit(change: Change, migration: bytes, direction: str, **news: Any) -> None:
+    """Add news of a migration to a transaction."""
+    change.audit.append((UUID(bytes=migration), direction, news))
+
+
+def why(refusal: Refusal) -> dict[str, str]:
+    """A refusal as a migration record has it."""
+    from sockmi.api import ERRNO
+
+    return {"code": refusal.code, "message": refusal.message, "errno": ERRNO[refusal.code]}
+
+
+def now_text() -> str:
+    """The time as migration records have it: ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat()
+
+
+def microseconds_since(start: float) -> int:
+    """Whole microseconds since ``start`` (time.monotonic())."""
+    return round((time.monotonic() - start) * 1e6)
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close descriptors that are ours."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def unknown(actions: Action) -> AssertionError:
+    """For an action that nobody carries out."""
+    return AssertionError(f"no part of the shell carries out {type(actions).__name__}")

@@ -1,0 +1,1 @@
+"""How daemons reach each other: sealed datagrams in a group, TLS streams between two."""

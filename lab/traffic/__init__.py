@@ -1,0 +1,1 @@
+"""Real servers and clients: every byte checked, and servers that can be handed over."""

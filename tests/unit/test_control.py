@@ -1,0 +1,179 @@
+"""The control socket's server: lines, descriptors, limits, hostile clients."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sockmi import api
+from sockmi.control import Client, ControlServer
+from sockmi.refusal import Code, Refusal
+
+
+class Recorder:
+    """Answers every request with its descriptors' names, or as told."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[Any, list[int]]] = []
+        self.gone_clients = 0
+        self.fail: Exception | None = None
+
+    def request(self, client: Client, request: Any, descriptors: list[int]) -> None:
+        self.requests.append((request, [os.fstat(one).st_ino for one in descriptors]))
+        if self.fail:
+            for one in descriptors:
+                os.close(one)
+            raise self.fail
+        client.respond(api.InfoResponse(id=request.id, migrations=[]), descriptors)
+        for one in descriptors:
+            os.close(one)
+
+    def gone(self, client: Client) -> None:
+        self.gone_clients += 1
+
+
+class Setting:
+    """A server on a loop that runs as long as a client call takes."""
+
+    def __init__(self, path: Path) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.handler = Recorder()
+        self.server = ControlServer(self.loop, path, 0o660, self.handler)
+        self.path = path
+
+    def connect(self) -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(self.path))
+        client.settimeout(5)
+        return client
+
+    def turn(self, times: int = 8) -> None:
+        for _ in range(times):
+            self.loop.run_until_complete(asyncio.sleep(0))
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Iterator[Setting]:
+    one = Setting(tmp_path / "run" / "control.sock")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    yield one
+    one.server.close()
+    one.loop.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before, "descriptors leaked"
+
+
+def answer(client: socket.socket) -> dict[str, Any]:
+    line = client.recv(1 << 20)
+    assert line.endswith(b"\n")
+    return dict(json.loads(line.splitlines()[-1]))
+
+
+def test_lines_and_descriptors_belong_together(setting: Setting) -> None:
+    reader, writer = os.pipe()
+    with setting.connect() as client:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reader]))
+        line = b'{"op":"info","id":1}\n{"op":"info","id":2,"fds":1}\n'
+        client.sendmsg([line], [rights])
+        setting.turn()
+        assert [len(fds) for _, fds in setting.handler.requests] == [0, 1]
+        assert setting.handler.requests[1][1] == [os.fstat(reader).st_ino]
+        data, ancillary, _, _ = client.recvmsg(65536, 1024)
+        assert [json.loads(one)["id"] for one in data.splitlines()] == [1, 2]
+        received = array.array("i", ancillary[0][2])
+        assert os.fstat(received[0]).st_ino == os.fstat(reader).st_ino
+        os.close(received[0])
+    setting.turn()
+    assert setting.handler.gone_clients == 1
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b"nonsense\n", "JSON"),
+        (b'{"op":"dance"}\n', "dance"),
+        (b'{"op":"info","wait":3}\n', "wait"),
+        (b'{"op":"info","fds":2}\n', "descriptors"),
+        (b"[]\n", ""),
+    ],
+)
+def test_bad_lines_get_a_sentence(setting: Setting, line: bytes, says: str) -> None:
+    with setting.connect() as client:
+        client.sendall(line)
+        setting.turn()
+        error = answer(client)["error"]
+        assert error["code"] == "bad-request"
+        assert error["errno"] == "EINVAL"
+        assert says in error["message"]
+    setting.turn()
+
+
+def test_refusals_and_failures_are_answers(setting: Setting) -> None:
+    with setting.connect() as client:
+        setting.handler.fail = Refusal(Code.LIST_FULL, "Full; raise imports.max_connected.")
+        client.sendall(b'{"op":"info","id":"x"}\n')
+        setting.turn()
+        got = answer(client)
+        assert (got["id"], got["error"]["code"], got["error"]["errno"]) == ("x", "list-full", "ENOBUFS")
+        setting.handler.fail = ZeroDivisionError("oops")
+        client.sendall(b'{"op":"info"}\n')
+        setting.turn()
+        assert answer(client)["error"]["code"] == "internal"
+        setting.handler.fail = None
+        client.sendall(b'{"op":"info","id":3}\n')
+        setting.turn()
+        assert answer(client)["ok"] is True
+
+
+def test_an_endless_line_is_cut_off(setting: Setting) -> None:
+    with setting.connect() as client:
+        client.setblocking(False)
+        sent = 0
+        while sent <= api.LINE_BYTES_MAX + 65536:
+            try:
+                sent += client.send(bytes(65536))
+            except BlockingIOError:
+                setting.turn(2)
+            except (BrokenPipeError, ConnectionResetError):
+                break
+        setting.turn(40)
+    assert setting.handler.gone_clients == 1
+    assert setting.handler.requests == []
+
+
+def test_a_client_that_does_not_read_is_disconnected(setting: Setting) -> None:
+    with setting.connect() as client:
+        for _ in range(2000):
+            with_id = b'{"op":"info","id":"' + b"x" * 60000 + b'"}\n'
+            client.setblocking(False)
+            while with_id:
+                try:
+                    with_id = with_id[client.send(with_id) :]
+                except BlockingIOError:
+                    setting.turn(1)
+                except (BrokenPipeError, ConnectionResetError):
+                    break
+            if setting.handler.gone_clients:
+                break
+        assert setting.handler.gone_clients == 1
+
+
+def test_a_living_socket_is_not_taken_over_but_a_stale_one_is(setting: Setting, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="another daemon"):
+        ControlServer(setting.loop, setting.path, 0o660, setting.handler)
+    stale = tmp_path / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(stale))
+    server = ControlServer(setting.loop, stale, 0o600, setting.handler)
+    assert stale.stat().st_mode & 0o777 == 0o600
+    server.close()
+    assert not stale.exists()

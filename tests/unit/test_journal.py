@@ -1,0 +1,83 @@
+"""The journal outlives its daemon, writes all or nothing, and forgets only what has an outcome."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import pytest
+
+from sockmi.journal import Change, Journal, JournalError, Record
+
+
+def audit(outcome: str | None = None, **news: object) -> tuple[UUID, str, dict[str, object]]:
+    return (uuid4(), "export", {"pid": 7, **({"outcome": outcome} if outcome else {}), **news})
+
+
+def test_what_was_written_comes_back_after_reopening(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "journal.db"
+    journal = Journal(path)
+    migration, _, _ = first = audit(local="192.0.2.1:80")
+    journal.write(Change(keep=[(Record.ROUTE, "r1", {"hop": 1}), (Record.ROUTE, "r2", [2])], audit=[first]))
+    journal.write(Change(keep=[(Record.ROUTE, "r2", [3])], drop=[(Record.ROUTE, "r1"), (Record.ROUTE, "r9")]))
+    journal.write(Change(audit=[(migration, "export", {"outcome": "moved", "blackout_us": 900})]))
+    journal.set_state("host", "x")
+    journal.close()
+    again = Journal(path)
+    assert again.state("host") == "x"
+    assert again.state("nothing") is None
+    assert again.records(Record.ROUTE) == {"r2": [3]}
+    assert again.records(Record.HOLDING) == {}
+    moved = {"pid": 7, "local": "192.0.2.1:80", "outcome": "moved", "blackout_us": 900}
+    assert again.migration(migration, "export") == moved
+    assert again.migration(migration, "import") is None
+    assert list(again.history()) == [moved]
+    assert list(again.history(is_open=True)) == []
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_failing_write_leaves_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    with pytest.raises(TypeError, match="JSON"):
+        journal.write(Change(keep=[(Record.ROUTE, "a", 1), (Record.ROUTE, "b", object())]))
+    assert journal.records(Record.ROUTE) == {}
+
+
+def test_prune_keeps_what_is_open_and_the_latest(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    journal.write(Change(audit=[audit() for _ in range(5)]))
+    journal.write(Change(audit=[audit("moved", n=n) for n in range(20)]))
+    assert journal.prune(keep=3) == 17
+    assert [one["n"] for one in journal.history()] == [19, 18, 17]
+    assert len(list(journal.history(is_open=True))) == 5
+
+
+def test_what_was_written_survives_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    program = (
+        "import os,signal;from pathlib import Path;from sockmi.journal import *;"
+        f"j=Journal(Path({str(path)!r}));"
+        "[j.write(Change(keep=[(Record.DECISION,str(n),n)])) for n in range(9)];"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", program], check=False, timeout=30, env=environment)
+    assert run.returncode == -signal.SIGKILL
+    assert len(Journal(path).records(Record.DECISION)) == 9
+
+
+def test_damaged_and_newer_journals_are_refused(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.db"
+    damaged.write_bytes(b"not a database" * 100)
+    with pytest.raises(JournalError, match=r"damaged\.db"):
+        Journal(damaged)
+    path = tmp_path / "newer.db"
+    journal = Journal(path)
+    journal._database.execute("PRAGMA user_version=99")
+    journal.close()
+    with pytest.raises(JournalError, match="newer release"):
+        Journal(path)
