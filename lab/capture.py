@@ -58,8 +58,8 @@ class Capture:
         first = self._process.stderr.readline() if ready else ""
         if "listening on" not in first:
             self._process.kill()
-            rest = self._process.stderr.read()
-            self._process.wait()
+            _, rest = self._process.communicate()
+            self._process = None
             raise LabError(f"tcpdump on {self.host.name} does not record: {first}{rest}".strip())
 
     def stop(self, settle_s: float = 0.05) -> None:
@@ -233,8 +233,8 @@ class _Direction:
         return offset
 
     def see(self, begin: int, end: int) -> bool:
-        """Segment [begin, end) was seen; True if all of it had been sent before."""
-        again = end <= self.sent_to
+        """Segment [begin, end) is seen; True if all of it had been seen before."""
+        again = end <= self.covered_to or any(a <= begin and end <= b for a, b in self.beyond)
         self.sent_to = max(self.sent_to, end)
         spans = sorted([*self.beyond, (begin, end)])
         self.beyond = []

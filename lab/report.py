@@ -386,8 +386,8 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """No more points than pixels: first, lowest and last of each column stay."""
     kept: list[tuple[float, float]] = []
     for index, point in enumerate(points):
-        ends_column = index + 1 == len(points) or int(points[index + 1][0] * 2) != int(point[0] * 2)
-        begins_column = not kept or int(kept[-1][0] * 2) != int(point[0] * 2)
+        ends_column = index + 1 == len(points) or int(points[index + 1][0]) != int(point[0])
+        begins_column = not kept or int(kept[-1][0]) != int(point[0])
         if ends_column or begins_column:
             kept.append(point)
     return kept

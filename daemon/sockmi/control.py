@@ -52,6 +52,7 @@ class Client:
         self._descriptors: deque[int] = deque()
         self._unsent: deque[tuple[memoryview, list[int]]] = deque()
         self._unsent_bytes = 0
+        self._busy = False
         self.closed = False
         connection.setblocking(False)
         server.loop.add_reader(connection, self._readable)
@@ -67,6 +68,10 @@ class Client:
         """Send one line; ``descriptors`` stay the caller's (they are duplicated until they are sent)."""
         line = response.model_dump_json(by_alias=True).encode() + b"\n"
         self._send(line, descriptors)
+        if self._busy and not getattr(response, "more", False):
+            self._busy = False
+            if self._received:
+                self._server.loop.call_soon(self._next_lines)
 
     def refuse(self, request_id: str | int | None, refusal: Refusal) -> None:
         """Answer that the whole request failed."""
@@ -149,16 +154,21 @@ class Client:
             self.close()
             return
         self._received += data
-        while not self.closed and (end := self._received.find(b"\n")) >= 0:
+        self._next_lines()
+
+    def _next_lines(self) -> None:
+        """Requests are answered one after the other, in order."""
+        while not self.closed and not self._busy and (end := self._received.find(b"\n")) >= 0:
             line = bytes(self._received[:end])
             del self._received[: end + 1]
             self._line(line)
-        if len(self._received) > api.LINE_BYTES_MAX:
-            self.refuse(
-                None,
-                Refusal(Code.BAD_REQUEST, f"A line is longer than {api.LINE_BYTES_MAX} bytes; split it."),
-            )
-            self.close()
+        if self.closed or len(self._received) <= api.LINE_BYTES_MAX:
+            return
+        if not self._busy:
+            message = f"A line is longer than {api.LINE_BYTES_MAX} bytes; split it."
+            self.refuse(None, Refusal(Code.BAD_REQUEST, message))
+        # While a request is under way a client has no need to send more than one other.
+        self.close()
 
     def _line(self, line: bytes) -> None:
         try:
@@ -174,6 +184,7 @@ class Client:
             self.close()
             return
         descriptors = [self._descriptors.popleft() for _ in range(request.fds)]
+        self._busy = True
         try:
             self._server.handler.request(self, request, descriptors)
         except Refusal as refusal:

@@ -22,7 +22,7 @@ from sockmi.image.native import stamp, with_section
 from sockmi.image.sections import Place as ImagePlace
 from sockmi.journal import Change, Record
 from sockmi.protocol.actions import Commit, Freeze, Outcome, Report, Result, Thaw
-from sockmi.protocol.events import ChildrenFound, CommitDone, FreezeDone, StartExport
+from sockmi.protocol.events import CancelExport, ChildrenFound, CommitDone, FreezeDone, StartExport
 from sockmi.protocol.records import BatchId, ChunkId, Decision, HostId, Item, MigrationId, Route
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
@@ -69,6 +69,7 @@ class Batch:
     progress: Callable[[dict[str, Any]], None] | None
     records: list[dict[str, Any]] = field(default_factory=list)
     open_batches: int = 1
+    waiting: list[Export] = field(default_factory=list)
 
 
 class Exporting:
@@ -100,10 +101,11 @@ class Exporting:
         dry_run: bool,
         done: Callable[[list[dict[str, Any]]], None],
         progress: Callable[[dict[str, Any]], None] | None = None,
-    ) -> None:
+    ) -> BatchId:
         """Move sockets; ``done`` gets one record for each, in order, and ``progress`` each as it ends.
 
-        A descriptor whose socket is already migrating, or cannot move, is refused at once.
+        A descriptor whose socket is already migrating, or cannot move, is refused at once. Returns
+        the batch id, for ``CancelExport``.
         """
         batch_id = uuid4().bytes
         batch = Batch(done, progress)
@@ -128,10 +130,14 @@ class Exporting:
         self._journal_start(batch.records)
         if not going:
             done(batch.records)
-            return
+            return batch_id
         self._batches[batch_id] = batch
+        batch.waiting = going
 
         def found(holders: dict[int, list[int]]) -> None:
+            if not batch.waiting:
+                return  # cancelled meanwhile
+            batch.waiting = []
             items = []
             for export in going:
                 export.holders = holders.get(export.facts.inode, [])
@@ -140,6 +146,25 @@ class Exporting:
             self._shell.dispatch(StartExport(batch_id, tuple(items), modes, timeout_s, *target))
 
         self._find_holders({export.facts.inode for export in going}, found)
+        return batch_id
+
+    def cancel(self, batch_id: BatchId) -> None:
+        """Undo what of the batch is not yet committed."""
+        batch = self._batches.get(batch_id)
+        if batch is None:
+            return
+        refusal = Refusal(Code.TIMEOUT, "Whoever asked for this migration has gone; ask again.")
+        waiting, batch.waiting = batch.waiting, []
+        for export in waiting:
+            self._end(export, batch, "refused", refusal)
+        if waiting:
+            self.batch_done(batch_id)
+        else:
+            self._shell.dispatch(CancelExport(batch_id))
+
+    def is_open(self, batch_id: BatchId) -> bool:
+        """Whether some migration of the batch has no outcome yet."""
+        return batch_id in self._batches
 
     def _register(self, selected: Selected, facts: SocketFacts, batch_id: BatchId) -> Export:
         migration_id = selected.migration_id or uuid4()

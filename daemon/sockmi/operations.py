@@ -38,6 +38,7 @@ class Operations:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._drains: dict[Client, Drain] = {}
+        self._exports: dict[Client, bytes] = {}
         self._handlers: dict[str, Callable[[Client, Any, list[int]], None]] = {
             "export": self._export,
             "import": self._import,
@@ -67,6 +68,8 @@ class Operations:
         self._daemon.importing.gone(client)
         if (drain := self._drains.pop(client, None)) is not None:
             drain.cancel()
+        if (batch := self._exports.pop(client, None)) is not None:
+            self._daemon.exporting.cancel(batch)
 
     # -- export
 
@@ -82,17 +85,20 @@ class Operations:
         selection = self._select(client, request, descriptors)
 
         def done(records: list[dict[str, Any]]) -> None:
+            self._exports.pop(client, None)
             # Connections that follow a listener are in the history, tagged with it.
             asked = [record_of(one) for one in records[: len(request.sockets)]]
             client.respond(api.ExportResponse(id=request.id, migrations=asked))
 
-        self._daemon.exporting.export(
+        batch = self._daemon.exporting.export(
             selection,
             target=target,
             timeout_s=request.timeout_s or _EXPORT_TIMEOUT_S,
             dry_run=request.dry_run,
             done=done,
         )
+        if self._daemon.exporting.is_open(batch):
+            self._exports[client] = batch
 
     def _already_done(self, request: api.ExportRequest) -> list[api.MigrationRecord] | None:
         """Asked again under the same migration ids: the records, if all of them have moved."""

@@ -31,7 +31,9 @@ def local_text(connection: socket.socket) -> str:
 
 
 def endpoint_text(name: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """A socket name as text."""
+    """A socket name as text; ValueError if it is not of an IP socket."""
+    if not isinstance(name, tuple):
+        raise ValueError(f"{name!r} is not the name of an IP socket")
     address = ip_address(name[0].partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     address = mapped or address
@@ -141,11 +143,18 @@ class Importer:
                 self._stopping.wait(0.2)
                 continue
             for connection, context in got:
-                try:
-                    self._deliver(connection, context or self._rendezvous.take(remote_text(connection)))
-                except (TimeoutError, OSError) as error:
-                    self._failed(str(error))
-                    connection.close()
+                if context:
+                    self._adopt(connection, context)
+                else:
+                    # The former owner may be slow to notice; the others need not wait for it.
+                    threading.Thread(target=self._adopt, args=(connection, context), daemon=True).start()
+
+    def _adopt(self, connection: socket.socket, context: bytes) -> None:
+        try:
+            self._deliver(connection, context or self._rendezvous.take(remote_text(connection)))
+        except (TimeoutError, OSError, ValueError) as error:
+            self._failed(str(error))
+            connection.close()
 
 
 def adopted(descriptors: Iterable[int]) -> list[socket.socket]:

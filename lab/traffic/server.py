@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from lab.traffic.download import Download
 from lab.traffic.duplex import Duplex
-from lab.traffic.handover import Export, Rendezvous, remote_text
+from lab.traffic.handover import Export, Rendezvous, endpoint_text, remote_text
 from lab.traffic.lines import Lines
 from lab.traffic.session import MOVED, Session
 
@@ -160,8 +160,8 @@ class Server:
     def _accept(self) -> None:
         assert self._listener is not None
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            connection, _ = self._listener.accept()
-            remote = remote_text(connection)
+            connection, name = self._listener.accept()
+            remote = endpoint_text(name)  # the peer may have gone already: not getpeername
             self.rendezvous.forget(remote)
             self._sessions[self.kind(connection)] = remote
             self.counts.accepted += 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import ctypes
 import functools
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -26,6 +28,7 @@ STATES = {"bound": 1, "listening": 2, "connected": 4}
 def build(flags: str = "", compiler: str = "cc") -> Path:
     """Directory with libsockmi.so and sockmi.pc, built with additional flags."""
     place = Path(tempfile.mkdtemp(prefix="smt-client-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
     subprocess.run(
         ["make", "-s", "-C", ROOT / "daemon/libsockmi", f"B={place}", "client", f"CC={compiler} {flags}"],
         check=True,

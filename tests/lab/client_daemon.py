@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from sockmi import api
 from sockmi.refusal import Refusal
 
+Socket = socket.socket
 TCP_REPAIR = 19
 REPAIR_OFF = 0
 
@@ -29,8 +30,8 @@ REPAIR_OFF = 0
 class Dormant:
     """A socket in the import list; ``peer`` is the other end of its connection."""
 
-    socket: socket.socket
-    peer: socket.socket | None
+    socket: Socket
+    peer: Socket | None
     kind: str = "connected"
     context: bytes | None = None
     listener: UUID | None = None
@@ -311,7 +312,8 @@ class FakeDaemon:
         self.requests.append(request)
         if self.break_at == "taken":
             raise EOFError
-        live, failed = [], []
+        live: list[str] = []
+        failed: list[dict[str, Any]] = []
         for dormant in handed:
             if dormant.migration_id not in request.migrations:
                 continue

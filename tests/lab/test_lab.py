@@ -57,6 +57,7 @@ def test_up_and_down(lab_name: Names) -> None:
         stubborn = lab.host("c").popen(
             ["sh", "-c", "trap '' TERM; echo ready; sleep 600"], stdout=subprocess.PIPE
         )
+        assert stubborn.stdout is not None
         assert stubborn.stdout.readline()
         stubborn.stdout.close()
     assert sleeper.wait(5) == -signal.SIGTERM
@@ -207,8 +208,7 @@ def test_command_line(lab_name: Names) -> None:
         assert status["up"] is True
         processes = {host["host"]: host["processes"] for host in status["hosts"]}
         assert processes == {host: [sleeper.pid] if host == "b" else [] for host in HOSTS}
-        assert "7 hosts" not in (text := _lab("status", "--lab", name).stdout)
-        assert "10.77.1.11" in text
+        assert "10.77.1.11" in _lab("status", "--lab", name).stdout
         shown = _lab("exec", "--lab", name, "a", "--", "sh", "-c", "ip -o address; exit 5")
         assert shown.returncode == 5
         assert "10.77.1.11/24" in shown.stdout

@@ -389,9 +389,8 @@ class Host:
             good.append(position)
         yield
         if good:
-            self.journal_prepared(PreparedChunk(action.chunk, action.exporter, action.arrivals, tuple(good)), action.images)
-        else:
-            pass
+            record = PreparedChunk(action.chunk, action.exporter, action.arrivals, tuple(good))
+            self.journal_prepared(record, action.images)
         yield
         self.do(events.PrepareDone(action.chunk, tuple(results)))
 
@@ -404,9 +403,10 @@ class Host:
     def on_discard(self, action: actions.Discard) -> Iterator[None]:
         for migration in action.migrations:
             key = (action.chunk, migration)
-            image = self.journal.spool.pop(key)
-            del self.dormant[key]
-            self.guarded.pop(image[:16], None)
+            image = self.journal.spool.pop(key, None)  # None: a crash came between this and Activate
+            if image is not None:
+                del self.dormant[key]
+                self.guarded.pop(image[:16], None)
         if not any(chunk == action.chunk for chunk, _ in self.journal.spool):
             del self.journal.prepared[action.chunk]
         yield
@@ -520,6 +520,7 @@ class World:
         self.ended: set[bytes] = set()
         self.version: dict[bytes, int] = {}
         self.home: dict[bytes, Host] = {}
+        self.kind: dict[bytes, Kind] = {}
         self.hops: dict[bytes, int] = {}
         self.outcomes: dict[actions.Outcome, int] = dict.fromkeys(actions.Outcome, 0)
         for number in range(connections):
@@ -527,6 +528,7 @@ class World:
             home = self.random.choice(self.hosts)
             home.live[connection] = Socket(0, 0, Place())
             self.home[connection], self.version[connection] = home, 0
+            self.kind[connection] = Kind.LISTENING if self.random.random() < 0.2 else Kind.CONNECTED
         for host in self.hosts:
             host.start()
 
@@ -706,13 +708,17 @@ class World:
             migration = connection if hop == 1 and self.random.random() < 0.5 else self.random.randbytes(16)
             items.append(
                 Item(
-                    migration, connection, Kind.CONNECTED, "ESTABLISHED", local, PEER,
+                    migration, connection, self.kind[connection], "ESTABLISHED", local, PEER,
                     local if holding is None else holding.origin, hop, home,
                 )
             )  # fmt: skip
         batch = self.random.randbytes(16)
         self.open_batches.add(batch)
         self.batch_hosts[batch] = (host, host.epoch)
+        if target is not None and target is not host and self.random.random() < 0.2:
+            modes = (Mode.FORWARD, Mode.NAT)
+            host.do(events.ChildrenFound(batch, target.id, tuple(items), modes, timeout_s))
+            return
         wanted: dict[str, Any] = {}
         if target is not None:
             wanted = {"target": target.id} if self.random.random() < 0.5 else {"target_address": target.address}
@@ -913,5 +919,51 @@ def random_run(seed: int) -> World:
         world.operate()
         world.run(world.time + draw.random() * 0.4)
     world.heal()
+    world.settle()
+    return world
+
+
+def first_hop(world: World) -> None:
+    """a -> b, then the connections end."""
+    a, b, _ = world.hosts
+    world.export(a, sorted(a.live), b)
+    world.run(1.0)
+    for connection in sorted(b.live)[:1]:
+        world.end(b, connection)
+
+
+def two_hops(world: World) -> None:
+    """a -> b -> c: the home leads straight to c."""
+    a, b, c = world.hosts
+    world.export(a, sorted(a.live), b)
+    world.run(1.0)
+    world.export(b, sorted(b.live), c)
+    world.run(2.0)
+
+
+def home_again(world: World) -> None:
+    """a -> b -> a."""
+    a, b, _ = world.hosts
+    world.export(a, sorted(a.live), b)
+    world.run(1.0)
+    world.export(b, sorted(b.live), a)
+    world.run(2.0)
+
+
+SCENARIOS: dict[str, Callable[[World], None]] = {
+    "first hop": first_hop,
+    "two hops": two_hops,
+    "home again": home_again,
+}
+
+
+def scripted_run(scenario: str, crash_after: tuple[int, int] | None = None, seed: int = 1) -> World:
+    """A calm run of three connections at host 0, with one crash (step, host number) if wanted."""
+    world = World(seed, hosts=3, connections=3)
+    for connection, home in world.home.items():
+        world.hosts[0].live[connection] = home.live.pop(connection)
+        world.home[connection] = world.hosts[0]
+    world.crash_after = crash_after
+    SCENARIOS[scenario](world)
     world.settle()
     return world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import time
@@ -37,7 +38,7 @@ def host(name: bytes, *keys: bytes, group: bytes = GROUP) -> Seal:
 
 def deliver(datagram: bytes, to: Seal, back: Seal, now: float = 0.0) -> list[Received]:
     """Give a datagram and every answer to it to whom it concerns; what each meant, in order."""
-    meant = []
+    meant: list[Received] = []
     for _ in range(10):
         received = to.receive(datagram, "anywhere", now)
         if received is None:
@@ -313,7 +314,7 @@ class TestFlood:
         grown = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
         assert grown < 20_000
-        assert bob.counters["forged"] <= 200  # that many were deciphered, the others not
+        assert bob.counters["forged"] <= 40  # that many were deciphered, the others not
         assert bob.counters["unknown_session_rate"] >= 6800
 
     def test_recorded_sessions_are_not_answered_more_than_the_limit(self) -> None:
@@ -400,7 +401,7 @@ class TestKeyFile:
             Keyring.load(path)
 
     def test_missing_directory_fifo_and_foreign_owner(self, tmp_path: Path) -> None:
-        with pytest.raises(KeyFileError, match="No such file.*make a key"):
+        with pytest.raises(KeyFileError, match=r"No such file.*make a key"):
             Keyring.load(tmp_path / "none")
         with pytest.raises(KeyFileError, match="not a regular file"):
             Keyring.load(tmp_path)
@@ -443,7 +444,7 @@ class TestIdentity:
         identity = Identity.load_or_create(tmp_path)
         pem = identity.path.read_bytes()
         identity.path.write_bytes(pem[: len(pem) // 2])
-        with pytest.raises(IdentityError, match="damaged.*backup"):
+        with pytest.raises(IdentityError, match=r"damaged.*backup"):
             Identity.load_or_create(tmp_path)
         (tmp_path / "other").mkdir()
         other = Identity.load_or_create(tmp_path / "other").path.read_bytes()
@@ -502,7 +503,7 @@ class TestIntroduction:
         _NAMES,
     )
     @settings(max_examples=100, deadline=None)
-    def test_round_trip(
+    def test_round_trip(  # noqa: PLR0917
         self,
         certificate: bytes,
         port: int,
@@ -518,10 +519,8 @@ class TestIntroduction:
     @settings(max_examples=300, deadline=None)
     def test_garbage_is_a_value_error(self, garbage: bytes) -> None:
         for encoded in (garbage, Introduction(b"c", 1).encode() + garbage):
-            try:
+            with contextlib.suppress(ValueError):
                 Introduction.decode(encoded)
-            except ValueError:
-                pass
 
     def test_unknown_fields_are_skipped_and_repeated_ones_refused(self) -> None:
         says = Introduction(b"certificate", 7781)
@@ -549,7 +548,7 @@ class TestIntroduction:
             {"engines": ("e" * 33,)},
             {"redirects": ("r",) * 9},
         ):
-            with pytest.raises(ValueError):  # noqa: PT011
+            with pytest.raises(ValueError):
                 Introduction(**{"certificate": b"c", "stream_port": 1, **bad})  # type: ignore[arg-type]
 
 

@@ -2,7 +2,7 @@
 /*
  * What only inet_diag tells of a socket: MD5 keys, and the length of the receive queue behind an
  * urgent mark (SIOCINQ stops at the mark). One request per connection, packed; for sockets that
- * cannot be looked up by their tuple (listeners, bound ones) a dump of their states.
+ * cannot be looked up by their tuple (listeners, SYN-SENT) a dump of their states.
  */
 #include <errno.h>
 #include <linux/inet_diag.h>
@@ -24,10 +24,11 @@
 #define PACK 64			/* requests in one send; their answers fit into the receive buffer */
 #define ANSWER_BYTES 8192
 #define RECEIVE_BUFFER (1 << 20)
-#define BOUND_INACTIVE 13	/* TCP_BOUND_INACTIVE, Linux 6.8: bound, neither listening nor connected */
 #define TRIES 3
+/* net/ipv4/inet_diag.c inet_sk_diag_fill(): MD5 keys come along with INET_DIAG_INFO only. */
+#define EXTENSIONS (1 << (INET_DIAG_INFO - 1))
 
-enum { CLOSED = 7, LISTEN = 10 };
+enum { SYN_SENT = 2, CLOSED = 7, LISTEN = 10 };
 
 struct request {
 	struct nlmsghdr header;
@@ -36,7 +37,8 @@ struct request {
 
 static bool looked_up(const struct sockmi_facts *f)
 {
-	return f->state && f->state != CLOSED && f->state != LISTEN && !(f->findings & SOCKMI_OTHER_NETNS);
+	return f->state && f->state != CLOSED && f->state != LISTEN && f->state != SYN_SENT &&
+	       !(f->findings & SOCKMI_OTHER_NETNS);
 }
 
 static void fill(struct request *r, const struct sockmi_facts *f, uint32_t sequence)
@@ -45,7 +47,7 @@ static void fill(struct request *r, const struct sockmi_facts *f, uint32_t seque
 		.header = { .nlmsg_len = sizeof(*r), .nlmsg_type = SOCK_DIAG_BY_FAMILY,
 			    .nlmsg_flags = NLM_F_REQUEST, .nlmsg_seq = sequence },
 		.body = { .sdiag_family = f->version == 4 ? AF_INET : AF_INET6, .sdiag_protocol = IPPROTO_TCP,
-			  .idiag_states = ~0U,
+			  .idiag_ext = EXTENSIONS, .idiag_states = ~0U,
 			  .id = { .idiag_sport = htons(f->local_port), .idiag_dport = htons(f->remote_port),
 				  .idiag_cookie = { (uint32_t)f->cookie, (uint32_t)(f->cookie >> 32) } } },
 	};
@@ -80,6 +82,21 @@ static bool behind_mark(int fd, const struct sockmi_facts *f, uint32_t received)
 	return !ioctl(fd, SIOCINQ, &now) && received > (uint32_t)now + 1;
 }
 
+/* In SYN-SENT getpeername(2) does not tell yet. */
+static void set_remote(struct sockmi_facts *f, const struct inet_diag_msg *m)
+{
+	const uint8_t *address = (const uint8_t *)m->id.idiag_dst;
+
+	f->remote_port = ntohs(m->id.idiag_dport);
+	if (f->version == 6) {
+		memcpy(f->remote, address, 16);
+		if (IN6_IS_ADDR_LINKLOCAL((const struct in6_addr *)f->remote))
+			f->findings |= SOCKMI_LINK_LOCAL;
+	} else {
+		memcpy(f->remote, address + (m->idiag_family == AF_INET6 ? 12 : 0), 4);
+	}
+}
+
 struct check {
 	const int *fds;
 	struct sockmi_facts *facts;
@@ -92,6 +109,8 @@ static void answered(struct check *c, size_t i, const struct nlmsghdr *h)
 	const struct inet_diag_msg *m = NLMSG_DATA(h);
 
 	c->known[i] = 1;
+	if (c->facts[i].state == SYN_SENT)
+		set_remote(&c->facts[i], m);
 	if (has_md5(h))
 		c->facts[i].findings |= SOCKMI_MD5;
 	c->again[i] = c->facts[i].state != LISTEN && behind_mark(c->fds[i], &c->facts[i], m->idiag_rqueue);
@@ -130,7 +149,8 @@ static int dump(int netlink, struct check *c, const size_t *which, size_t n, int
 	struct request r = {
 		.header = { .nlmsg_len = sizeof(r), .nlmsg_type = SOCK_DIAG_BY_FAMILY,
 			    .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP },
-		.body = { .sdiag_family = (uint8_t)family, .sdiag_protocol = IPPROTO_TCP, .idiag_states = states },
+		.body = { .sdiag_family = (uint8_t)family, .sdiag_protocol = IPPROTO_TCP,
+			  .idiag_ext = EXTENSIONS, .idiag_states = states },
 	};
 	_Alignas(struct nlmsghdr) char answer[4 * ANSWER_BYTES];
 
@@ -183,8 +203,9 @@ static int check_others(int netlink, struct check *c, size_t n)
 	int error = which ? 0 : ENOMEM;
 
 	for (size_t i = 0; which && i < n; i++)
-		if (c->facts[i].state && !c->known[i] && !(c->facts[i].findings & SOCKMI_OTHER_NETNS)) {
-			states |= 1U << (c->facts[i].state == CLOSED ? BOUND_INACTIVE : c->facts[i].state);
+		if (c->facts[i].state && c->facts[i].state != CLOSED && !c->known[i] &&
+		    !(c->facts[i].findings & SOCKMI_OTHER_NETNS)) {
+			states |= 1U << c->facts[i].state;
 			which[count++] = i;
 		}
 	if (states)
@@ -213,7 +234,7 @@ int sockmi_diag_check(const int *fds, struct sockmi_facts *facts, size_t n)
 	for (size_t i = 0; i < n; i++) {
 		if (c.again && c.again[i])
 			facts[i].findings |= SOCKMI_URGENT;
-		/* A socket without a port is in no table: nothing can be learned of it. */
+		/* Of a socket that is neither connected nor listening the kernel tells no keys. */
 		if (facts[i].state && (error || (!c.known[i] && facts[i].state != CLOSED)) &&
 		    !(facts[i].findings & SOCKMI_OTHER_NETNS)) {
 			facts[i].findings |= SOCKMI_MD5_UNKNOWN;

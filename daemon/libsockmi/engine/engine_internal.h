@@ -47,6 +47,15 @@ static inline int sockmi_repair(int fd, int on)
 	return sockmi_set_int(fd, IPPROTO_TCP, TCP_REPAIR, on);
 }
 
+/* enum sockmi_state, or -1 with errno. */
+static inline int sockmi_state(int fd)
+{
+	uint8_t state;
+	socklen_t length = sizeof(state); /* the first byte of TCP_INFO */
+
+	return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &state, &length) < 0 ? -1 : state;
+}
+
 /* Select TCP_RECV_QUEUE or TCP_SEND_QUEUE and read, or set, its end. */
 static inline int sockmi_get_queue_seq(int fd, int queue, uint32_t *seq)
 {
@@ -64,6 +73,8 @@ static inline int sockmi_set_queue_seq(int fd, int queue, uint32_t seq)
 
 /* sockmi_result for "this descriptor cannot be read at all", from errno. */
 int sockmi_fail_access(struct sockmi_result *result, int step);
+
+int sockmi_decode_own(const void *bytes, size_t length, struct sockmi_image *image, struct sockmi_result *result);
 
 /* addresses.c */
 union sockmi_sockaddr {
@@ -105,6 +116,8 @@ struct sockmi_host {
 /* For sockets in the network namespace of @fd. NULL with errno set. */
 const struct sockmi_fresh *sockmi_fresh(struct sockmi_host *host, int family, int fd);
 void sockmi_fresh_buffers(const struct sockmi_fresh *fresh, int64_t *receive, int64_t *send);
+/* The number that a fresh socket has of an option. */
+int64_t sockmi_fresh_number(const struct sockmi_fresh *fresh, uint16_t id, int64_t otherwise);
 void sockmi_host_end(struct sockmi_host *host);
 
 /* Write the options that differ from a fresh Linux socket's; also tell SO_PEEK_OFF. */
@@ -144,15 +157,17 @@ int sockmi_inject(const struct sockmi_endpoint *from, const struct sockmi_endpoi
 /* syn_sent.c */
 struct sockmi_syn {
 	struct sockmi_endpoint remote;
-	uint32_t first_age_ms; /* since the first SYN was sent, at least */
-	uint32_t last_age_ms;  /* since the last one, at least */
+	uint32_t first_age_ms; /* since the first SYN was sent: never too little, SLACK_MS too much at most */
+	uint32_t last_age_ms;
 	uint32_t retransmissions;
 };
 
-#define SOCKMI_SYN_SLACK_MS 12 /* by so much may first_age_ms be too large */
+/* Timers fire late, by up to one part in eight of a long one; plus rounding. */
+#define SOCKMI_SYN_SLACK_MS 12
 
+/* By cookie, among the sockets in SYN-SENT of this namespace. -1 with errno (ENOENT: not there any more). */
 int sockmi_syn_find(int fd, struct sockmi_syn *syn);
-/* What this host's SYN offers (SOCKMI_NEGOTIATED_* flags and rcv_wscale). */
-void sockmi_syn_offer(struct sockmi_negotiated *offer);
+/* What the SYN of a socket in SYN-SENT offers: SOCKMI_NEGOTIATED_* flags and rcv_wscale. */
+void sockmi_syn_offer(int fd, struct sockmi_negotiated *offer);
 
 #endif

@@ -406,6 +406,13 @@ void sockmi_fresh_buffers(const struct sockmi_fresh *fresh, int64_t *receive, in
 	*send = fresh->buffer[1];
 }
 
+int64_t sockmi_fresh_number(const struct sockmi_fresh *fresh, uint16_t id, int64_t otherwise)
+{
+	unsigned int row = row_of_id[id];
+
+	return row && fresh->known[row - 1] ? fresh->number[row - 1] : otherwise;
+}
+
 /* ---- All options of a socket ---- */
 
 static bool applies(const struct row *row, const struct sockmi_option_scope *scope)

@@ -74,3 +74,11 @@ int sockmi_fail_access(struct sockmi_result *result, int step)
 
 	return sockmi_fail(result, code, step, error);
 }
+
+int sockmi_decode_own(const void *bytes, size_t length, struct sockmi_image *image, struct sockmi_result *result)
+{
+	int error = sockmi_image_decode(bytes, length, SOCKMI_IMAGE_LIMIT_BYTES, image, NULL);
+
+	result->detail = error;
+	return error ? sockmi_fail(result, SOCKMI_RESULT_BAD_IMAGE, SOCKMI_STEP_NONE, 0) : 0;
+}

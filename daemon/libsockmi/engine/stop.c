@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -29,6 +30,7 @@
 #define OPTIONS (PTRACE_O_TRACECLONE | PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_TRACEEXEC)
 /* Only what this thread traces, never the children of the program around us. */
 #define WAIT_FLAGS (__WALL | __WNOTHREAD | WNOHANG)
+#define VFORK_US 500		/* who has not stopped by then may be waiting in vfork(2) */
 #define SPIN_US 40		/* waiting by sched_yield(): the usual stop takes less */
 #define NAP_MIN_US 10
 #define NAP_MAX_US 200
@@ -60,7 +62,12 @@ static void pause_briefly(uint64_t began_us, long *nap_us)
 
 /* ---- threads and processes ---- */
 
-enum thread_state { THREAD_PENDING, THREAD_STOPPED, THREAD_GONE };
+enum thread_state {
+	THREAD_PENDING,
+	THREAD_STOPPED,
+	THREAD_IN_VFORK,	/* waits for its child, and will stop before it acts again: as good as stopped */
+	THREAD_GONE,
+};
 
 struct thread {
 	pid_t tid;
@@ -359,24 +366,63 @@ static void process_begin(struct process *p)
 		p->settled = alone;
 }
 
-static size_t process_count(const struct process *p, enum thread_state state)
+static size_t process_count(const struct process *p, enum thread_state first, enum thread_state last)
 {
 	size_t count = 0;
 
 	for (size_t i = 0; i < p->n; i++)
-		count += p->threads[i].state == state;
+		count += p->threads[i].state >= first && p->threads[i].state <= last;
 	return count;
 }
 
+/*
+ * Does the thread sleep uninterruptibly in the creation of a child? A parent in vfork(2) does so
+ * until its child execs or ends, which that cannot while it is stopped. The parent has been
+ * interrupted, so it stops before its next instruction, and in there it touches no socket.
+ */
+static bool in_vfork(pid_t pid, pid_t tid)
+{
+	char path[64], text[512];
+	long number = -1;
+
+	snprintf(path, sizeof(path), "/proc/%d/task/%d/stat", pid, tid);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t length = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+
+	if (fd >= 0)
+		close(fd);
+	text[length < 0 ? 0 : length] = 0;
+	const char *name_end = strrchr(text, ')');
+
+	if (!name_end || strncmp(name_end, ") D", 3))
+		return false;
+	snprintf(path, sizeof(path), "/proc/%d/task/%d/syscall", pid, tid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	length = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	if (fd >= 0)
+		close(fd);
+	text[length < 0 ? 0 : length] = 0;
+	if (sscanf(text, "%ld", &number) != 1)
+		return false;
+#ifdef SYS_vfork
+	if (number == SYS_vfork)
+		return true;
+#endif
+	return number == SYS_clone || number == SYS_clone3;
+}
+
 /* One look at every thread that has not stopped yet (@all: at every one). True if @p is done. */
-static bool process_poll(struct process *p, bool all)
+static bool process_poll(struct process *p, bool all, bool look)
 {
 	if (p->result.code > SOCKMI_STOP_GONE)
 		return true;
-	for (size_t i = 0; i < p->n; i++)
-		if (p->threads[i].state == THREAD_PENDING || (all && p->threads[i].state == THREAD_STOPPED))
+	for (size_t i = 0; i < p->n; i++) {
+		if (p->threads[i].state == THREAD_PENDING || (all && p->threads[i].state != THREAD_GONE))
 			thread_poll(p, i);
-	if (process_count(p, THREAD_PENDING))
+		if (look && p->threads[i].state == THREAD_PENDING && in_vfork(p->pid, p->threads[i].tid))
+			p->threads[i].state = THREAD_IN_VFORK;
+	}
+	if (process_count(p, THREAD_PENDING, THREAD_PENDING))
 		return false;
 	if (!p->settled && process_list(p))
 		return false;
@@ -384,21 +430,18 @@ static bool process_poll(struct process *p, bool all)
 	return true;
 }
 
-/* Let one thread run; what is not stopped yet is let go when it stops. */
-static void thread_release(pid_t tid, enum thread_state state, int signal)
+/* Let one thread run; what is not in a stop (on its way into one, or killed) is let go by strays_poll(). */
+static void thread_release(const struct thread *t)
 {
-	int status;
-
-	if (state == THREAD_GONE)
+	if (t->state == THREAD_GONE)
 		return;
-	if (state == THREAD_STOPPED && !ptrace(PTRACE_DETACH, tid, NULL, (long)signal))
-		return;
-	/* Not in a stop: still on its way into one, or killed meanwhile and to be reaped for its parent. */
-	pid_t got = waitpid(tid, &status, WAIT_FLAGS);
-
-	if (got == 0 || (got > 0 && WIFSTOPPED(status) &&
-			 ptrace(PTRACE_DETACH, tid, NULL, (long)(status >> 16 ? 0 : WSTOPSIG(status)))))
-		stray_add(tid);
+	if (t->state == THREAD_STOPPED) {
+		if (!t->signal)
+			sockmi_restart_release(t->tid, &t->restart);
+		if (!ptrace(PTRACE_DETACH, t->tid, NULL, (long)t->signal))
+			return;
+	}
+	stray_add(t->tid);
 }
 
 static struct process *process_adopted_by(pid_t pid)
@@ -416,11 +459,8 @@ static void process_release(struct process *p)
 	bool adopted = p->result.adopted;
 	struct process *child;
 
-	for (size_t i = 0; i < p->n; i++) {
-		if (p->threads[i].state == THREAD_STOPPED && !p->threads[i].signal)
-			sockmi_restart_release(p->threads[i].tid, &p->threads[i].restart);
-		thread_release(p->threads[i].tid, p->threads[i].state, p->threads[i].signal);
-	}
+	for (size_t i = 0; i < p->n; i++)
+		thread_release(&p->threads[i]);
 	process_free(p);
 	while (adopted && (child = process_adopted_by(pid))) {
 		child->adopter = 0;
@@ -473,12 +513,13 @@ static void stop_wait(unsigned int timeout_us)
 	uint64_t began = now_us();
 	long nap_us = NAP_MIN_US;
 
-	for (bool slow = false;; slow = now_us() - began > SPIN_US) {
+	for (;;) {
 		const struct process *newest = new_processes;
+		uint64_t waited = now_us() - began;
 		bool done = true;
 
 		for (struct process *p = new_processes; p; p = p->next_new)
-			done &= process_poll(p, slow);
+			done &= process_poll(p, waited > SPIN_US, waited > VFORK_US);
 		done &= newest == new_processes;	/* a newborn is put in front */
 		if (done || now_us() - began >= timeout_us)
 			return;
@@ -495,7 +536,7 @@ static void stop_judge(void)
 				process_fail(p, SOCKMI_STOP_TIMEOUT, ETIMEDOUT, p->threads[i].tid, 0);
 		if (!p->settled && p->n)
 			process_fail(p, SOCKMI_STOP_TIMEOUT, ETIMEDOUT, p->pid, 0);
-		p->result.threads = (uint32_t)process_count(p, THREAD_STOPPED);
+		p->result.threads = (uint32_t)process_count(p, THREAD_STOPPED, THREAD_IN_VFORK);
 		if (p->result.code == SOCKMI_STOP_OK && !p->result.threads)
 			p->result.code = SOCKMI_STOP_GONE;
 		if (p->tasks >= 0)
@@ -604,6 +645,8 @@ static void *tracing_thread(void *unused)
 			run_stop(command);
 		else
 			run_resume(command);
+		if (stray_count)
+			strays_poll();
 		command = NULL;
 		pthread_cond_broadcast(&finished);
 	}
@@ -688,7 +731,7 @@ API void sockmi_stop_census(size_t *stopped, size_t *stray)
 	pthread_mutex_lock(&lock);
 	for (size_t b = 0; b < BUCKETS; b++)
 		for (const struct process *p = processes[b]; p; p = p->next)
-			count += process_count(p, THREAD_STOPPED);
+			count += process_count(p, THREAD_STOPPED, THREAD_IN_VFORK);
 	if (stopped)
 		*stopped = count;
 	if (stray)

@@ -379,6 +379,10 @@ class Owners:
                 self._known.pop(inode, None)
         self._native_resume(idle)
 
+    def resume_all(self) -> None:
+        """Undo every stop (shutting down); never fails."""
+        self.resume([inode for inode, stops in list(self._stops.items()) for _ in stops])
+
     def stopped_pids(self) -> set[int]:
         """The processes that are stopped just now."""
         return set(self._counts)

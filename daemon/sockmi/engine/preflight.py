@@ -5,7 +5,7 @@ findings become :class:`~sockmi.engine.base.SocketFacts` and refusals in words.
 
 Cannot be seen from user space, and is not claimed to be: outgoing urgent data that the peer has
 not acknowledged (``snd_up``), an announced urgent byte that has not arrived yet, and TCP-MD5 keys of
-a socket without a port (before Linux 6.8: of any that is neither connected nor listening).
+a socket that is neither connected nor listening.
 """
 
 from __future__ import annotations

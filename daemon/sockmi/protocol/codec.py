@@ -193,6 +193,7 @@ def _endpoint_parts(value: Endpoint | None) -> tuple[int, int, bytes]:
     return _NO_ENDPOINT if value is None else (value.address.version, value.port, _packed(value.address))
 
 
+@lru_cache(maxsize=65536)
 def _endpoint(version: int, port: int, packed: bytes) -> Endpoint | None:
     address = _address(version, packed)
     if address is None:

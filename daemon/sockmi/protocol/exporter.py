@@ -82,6 +82,7 @@ class _Chunk:
     retry: bool = False  # given up, but its items may try another importer
     fidelity: dict[int, Fidelity] = field(default_factory=dict)
     prepared: tuple[int, ...] = ()
+    routes: tuple[Route, ...] = ()  # of what is prepared
     committed: tuple[int, ...] = ()
     attempt: int = 0
 
@@ -217,7 +218,7 @@ class ExporterCore:
         committed: list[int] = []
         results: list[Result] = []
         refused: list[Result] = []
-        for position, refusal in zip(chunk.prepared, event.results, strict=True):
+        for position, route, refusal in zip(chunk.prepared, chunk.routes, event.results, strict=True):
             migration = chunk.migrations[position]
             if refusal is None:
                 committed.append(position)
@@ -225,8 +226,7 @@ class ExporterCore:
                 results.append(
                     Result(migration, Outcome.COMMITTED, chunk.host, place=place, fidelity=fidelity)
                 )
-                item = chunk.items[position]
-                self._routes.departed(self._route(item, chunk.host, place))
+                self._routes.departed(route)
             else:
                 refused.append(Result(migration, Outcome.REFUSED, refusal=refusal))
         chunk.state = step(EXPORT, chunk.state, "committed" if committed else "none committed")
@@ -384,16 +384,16 @@ class ExporterCore:
         if refused:
             self._thaw(chunk.id, [result.migration for result in refused])
         if prepared:
-            routes = tuple(
+            chunk.routes = tuple(
                 self._route(chunk.items[position], source, chunk.places[position]) for position in prepared
             )
             notices = tuple(
                 Notice(route.connection, route.hop, route.home, route.holder, route.place)
-                for route in routes
+                for route in chunk.routes
                 if route.durable and route.home != self._context.host
             )
             decision = Decision(chunk.id, source, chunk.migrations, chunk.prepared)
-            self._context.out.append(actions.Commit(decision, routes, notices))
+            self._context.out.append(actions.Commit(decision, chunk.routes, notices))
             self._report(batch, refused)
         else:
             self._report(batch, refused)

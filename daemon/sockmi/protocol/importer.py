@@ -59,6 +59,7 @@ class _Chunk:
     prepared: tuple[int, ...] = ()
     answer: messages.Prepared | None = None
     committed: tuple[int, ...] = ()
+    holdings: tuple[Holding, ...] = ()  # of what is committed
     reply: Channel = Channel.STREAM
     attempt: int = 0
 
@@ -164,8 +165,7 @@ class ImporterCore:
             raise UndeclaredTransition(f"ActivateDone does not fit chunk {event.chunk}")
         chunk.state = step(IMPORT, chunk.state, "activated")
         refused: list[tuple[int, Code]] = []
-        for position, refusal in zip(chunk.committed, event.results, strict=True):
-            holding = self._holding(chunk, position)
+        for position, holding, refusal in zip(chunk.committed, chunk.holdings, event.results, strict=True):
             self._routes.arrived(holding, alive=refusal is None)
             if refusal is not None:
                 refused.append((position, refusal.code))
@@ -321,7 +321,7 @@ class ImporterCore:
         reserved = len(set(message.migrations)) == len(message.migrations) and all(
             migration in known
             and known[migration].place == place
-            and known[migration].item.connection not in self._arriving
+            and self._acceptable(known[migration].item) is None  # it may have come another way
             for migration, place in zip(message.migrations, message.places, strict=True)
         )
         if context.stopping or lease is None or not reserved:
@@ -371,9 +371,9 @@ class ImporterCore:
         context.timers.cancel(("query", chunk.id))
         chunk.committed, chunk.reply = committed, channel
         self._discard(chunk, tuple(one for one in chunk.prepared if one not in set(committed)))
-        holdings = tuple(self._holding(chunk, position) for position in committed)
-        returning = self._routes.returning(holdings)
-        context.out.append(actions.Activate(chunk.id, holdings, returning))
+        chunk.holdings = tuple(self._holding(chunk, position) for position in committed)
+        returning = self._routes.returning(chunk.holdings)
+        context.out.append(actions.Activate(chunk.id, chunk.holdings, returning))
 
     def on_abort(self, source: HostId, message: messages.Abort, _: Channel) -> None:
         """The decision is ABORT: no trace is left."""

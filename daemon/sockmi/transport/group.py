@@ -111,6 +111,7 @@ class Group:
 
     ``on_message(sender, address, message)``; ``on_member(member)`` when a member is new, has
     restarted or says something else of itself; ``on_leave(member, reason)``.
+    ``alive(host)``: whether a silent member is known to live by other means (an open stream).
     Exceptions of the callbacks go to the loop's exception handler.
     """
 
@@ -125,6 +126,7 @@ class Group:
         on_message: Callable[[HostId, SockAddr, bytes], None],
         on_member: Callable[[Member], None] = lambda member: None,
         on_leave: Callable[[Member, str], None] = lambda member, reason: None,
+        alive: Callable[[HostId], bool] = lambda host: False,
         limits: Limits | None = None,
     ) -> None:
         self.settings = settings
@@ -137,6 +139,7 @@ class Group:
         self._on_message = on_message
         self._on_member = on_member
         self._on_leave = on_leave
+        self._alive = alive
         self._listener: socket.socket | None = None  # bound to the multicast address
         self._sockets: dict[int, socket.socket] = {}  # by family; all that we send
         self._joined: tuple[int, Address | None] = (0, None)  # see _where
@@ -187,11 +190,6 @@ class Group:
             return self._to_all(self._seal.message(message, None))
         member = self.members.get(to)
         return member is not None and self._sendto(self._seal.message(message, to), member.address)
-
-    def heard(self, host: HostId) -> None:
-        """Another part (the stream) has heard of this member: it does not expire."""
-        if (member := self.members.get(host)) is not None:
-            member.last_heard = self._loop.time()
 
     # --- sockets ---
 
@@ -301,7 +299,7 @@ class Group:
         self._to_all(self._seal.hello())
         now = self._loop.time()
         for member in list(self.members.values()):
-            if now - member.last_heard > self.settings.silence_s:
+            if now - member.last_heard > self.settings.silence_s and not self._alive(member.host_id):
                 self._seal.forget(member.host_id)
                 self._gone(member.host_id, f"not heard for {now - member.last_heard:.1f} s")
 

@@ -298,7 +298,8 @@ class Link:
                 self._watch_writable(True)
                 return
             except (OSError, ValueError) as error:
-                self.fail(_reason(error))
+                # Not now: whoever calls send must not be called back from within.
+                self._loop.call_soon(self.fail, _reason(error))
                 return
             self._chunk = self._chunk[count:]
             self.queued_bytes -= count

@@ -86,7 +86,7 @@ class Received:
 class Limits:
     """Rates per second, each for one of 256 hash buckets; a burst is twice the rate."""
 
-    unknown_sessions_per_source: float = 100.0
+    unknown_sessions_per_source: float = 20.0
     challenges_per_session: float = 2.0
     hellos_per_session: float = 5.0
 

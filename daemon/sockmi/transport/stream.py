@@ -85,7 +85,8 @@ class StreamPool:
 
     ``on_message(host, payload)``: the memoryview is the receiver's to keep. ``on_open(host)``:
     messages can be sent; ``on_lost(host, reason)``: what was sent may or may not have arrived, or a
-    stream that ``open`` asked for could not be had. Each on_open is followed by one on_lost before the next.
+    stream that ``open`` asked for could not be had. Each on_open is followed by one on_lost before the
+    next. No callback comes from within ``open`` or ``send``; ``update`` and ``forget`` may call on_lost.
     """
 
     def __init__(
@@ -126,7 +127,6 @@ class StreamPool:
             one = socket.socket(
                 family_of(endpoint.address), socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
             )
-            self._listeners.append(one)
             try:
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if endpoint.version == 6:
@@ -134,10 +134,12 @@ class StreamPool:
                 one.bind(to_sockaddr(endpoint))
                 one.listen(128)
             except OSError as error:
+                one.close()
                 raise StreamError(
                     f"cannot listen at {endpoint}: {error.strerror}; "
                     "choose another stream.address or stream.port"
                 ) from error
+            self._listeners.append(one)
             self._loop.add_reader(one.fileno(), self._accept, one)
         return tuple(to_endpoint(one.getsockname()) for one in self._listeners)
 
@@ -266,9 +268,14 @@ class StreamPool:
             except OSError as error:
                 reason = f"{endpoint}: {error.strerror}"
                 continue
-            if peer.context is None:
-                peer.context = self._context(ssl.PROTOCOL_TLS_CLIENT, [peer.member])
-            peer.attempt = self._link(sock, peer.context, server=False)
+            try:
+                if peer.context is None:
+                    peer.context = self._context(ssl.PROTOCOL_TLS_CLIENT, [peer.member])
+                peer.attempt = self._link(sock, peer.context, server=False)
+            except OSError as error:  # our identity file has gone
+                sock.close()
+                reason = f"{self._identity.path}: {error.strerror}"
+                continue
             self._links[peer.attempt] = peer.host_id
             return
         peer.failures += 1
@@ -317,12 +324,13 @@ class StreamPool:
                 self.counters["refused_unproven"] += 1
                 sock.close()
                 continue
-            if self._server_context is None:
-                members = [peer.member for peer in self._peers.values() if peer.members]
-                self._server_context = self._context(ssl.PROTOCOL_TLS_SERVER, members)
             try:
+                if self._server_context is None:
+                    members = [peer.member for peer in self._peers.values()]
+                    self._server_context = self._context(ssl.PROTOCOL_TLS_SERVER, members)
                 link = self._link(sock, self._server_context, server=True)
-            except OSError:  # reset before we looked
+            except OSError as error:  # reset before we looked, or our identity file has gone
+                log.debug("an incoming stream failed: %s", error)
                 sock.close()
                 continue
             self._unproven[link] = address

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT
+/* Closes originals, for every process that holds them, without a packet. */
+#include <fcntl.h>
+#include <unistd.h>
+
+#include "engine_internal.h"
+
+static int failed_call(struct sockmi_result *result, int step)
+{
+	return sockmi_fail(result, errno == EPERM ? SOCKMI_RESULT_NO_PRIVILEGE : SOCKMI_RESULT_FAILED, step, errno);
+}
+
+static int changed(struct sockmi_result *result, int step)
+{
+	return sockmi_fail(result, SOCKMI_RESULT_CHANGED, step, 0);
+}
+
+/* Children in a listener's queue would be reset. */
+static int release_listener(int fd, struct sockmi_result *result)
+{
+	struct tcp_info info = { 0 };
+	socklen_t length = sizeof(info);
+
+	if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) < 0)
+		return sockmi_fail_access(result, SOCKMI_STEP_INFO);
+	if (info.tcpi_unacked) /* of a listener: the length of its queue */
+		return changed(result, SOCKMI_STEP_QUEUE_LENGTH);
+	/* Wakes every accept() with EINVAL; poll() says POLLHUP. */
+	return shutdown(fd, SHUT_RDWR) < 0 ? failed_call(result, SOCKMI_STEP_DISCONNECT) : 0;
+}
+
+/* In repair: is it still what the image says? 0 or -1. */
+static int compare(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+{
+	const struct sockmi_sequence *s = &image->sequence;
+	uint32_t snd_end, rcv_end;
+	int outq, unsent, inq;
+
+	if (sockmi_get_queue_seq(fd, TCP_SEND_QUEUE, &snd_end) < 0)
+		return failed_call(result, SOCKMI_STEP_SEQUENCE);
+	if (snd_end != s->write_seq)
+		return changed(result, SOCKMI_STEP_SEQUENCE);
+	if (image->identity.state == SOCKMI_SYN_SENT)
+		return 0;
+	if (sockmi_get_queue_seq(fd, TCP_RECV_QUEUE, &rcv_end) < 0)
+		return failed_call(result, SOCKMI_STEP_SEQUENCE);
+	if (ioctl(fd, SOCKMI_SIOCOUTQ, &outq) < 0 || ioctl(fd, SOCKMI_SIOCOUTQNSD, &unsent) < 0 ||
+	    ioctl(fd, SOCKMI_SIOCINQ, &inq) < 0)
+		return failed_call(result, SOCKMI_STEP_QUEUE_LENGTH);
+	if (rcv_end != s->rcv_nxt || (uint32_t)outq != s->write_seq - s->snd_una ||
+	    (uint32_t)unsent != s->write_seq - s->snd_nxt || (size_t)inq != image->receive_queue.length)
+		return changed(result, SOCKMI_STEP_SEQUENCE);
+	return 0;
+}
+
+/* The silent close: in repair, disconnecting sends nothing. */
+static int disconnect(int fd, struct sockmi_result *result)
+{
+	struct sockaddr unspecified = { .sa_family = AF_UNSPEC };
+
+	if (connect(fd, &unspecified, sizeof(unspecified)) < 0)
+		return failed_call(result, SOCKMI_STEP_DISCONNECT);
+	sockmi_repair(fd, TCP_REPAIR_OFF_NO_WP);
+	/*
+	 * Wakes all who wait, and leaves a mark that does not go away when the first of them takes the
+	 * error: later sends get EPIPE. (Not SHUT_RD: receivers would see an end of file that is none.)
+	 */
+	shutdown(fd, SHUT_WR);
+	return 0;
+}
+
+static int release_connection(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+{
+	int reuse = (int)sockmi_options_find(image->socket_options, SOCKMI_OPT_REUSEADDR, 0, NULL);
+
+	if (sockmi_repair(fd, TCP_REPAIR_ON) < 0)
+		return sockmi_fail_access(result, SOCKMI_STEP_REPAIR);
+	if (compare(fd, image, result) == 0 && disconnect(fd, result) == 0)
+		return 0;
+	sockmi_repair(fd, TCP_REPAIR_OFF_NO_WP);
+	if (reuse)
+		sockmi_set_int(fd, SOL_SOCKET, SO_REUSEADDR, reuse);
+	return -1;
+}
+
+static int release(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+{
+	int state = sockmi_state(fd);
+
+	if (state < 0)
+		return sockmi_fail_access(result, SOCKMI_STEP_INFO);
+	if (state != image->identity.state) {
+		result->detail = state;
+		return changed(result, SOCKMI_STEP_INFO);
+	}
+	switch (image->identity.kind) {
+	case SOCKMI_KIND_CONNECTED:
+		return release_connection(fd, image, result);
+	case SOCKMI_KIND_LISTENING:
+		return release_listener(fd, result);
+	default:
+		/* Nothing to say to anybody; what waits for it to become something is told. */
+		shutdown(fd, SHUT_WR);
+		return 0;
+	}
+}
+
+int sockmi_release(const int *fds, const void *const *images, const size_t *lengths, size_t n,
+		   struct sockmi_result *results)
+{
+	int count = 0;
+
+	memset(results, 0, n * sizeof(*results));
+	for (size_t i = 0; i < n; i++) {
+		struct sockmi_image image;
+
+		if (sockmi_decode_own(images[i], lengths[i], &image, &results[i]) < 0 ||
+		    release(fds[i], &image, &results[i]) < 0)
+			count++;
+	}
+	return count;
+}
+
+int sockmi_accept_children(int fd, int *out_fds, size_t room)
+{
+	int flags = fcntl(fd, F_GETFL);
+	int error = 0;
+	size_t n = 0;
+
+	/* The file is the owner's too, but the owner is stopped. */
+	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
+		return -errno;
+	while (n < room && !error) {
+		int child = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+
+		if (child >= 0)
+			out_fds[n++] = child;
+		else if (errno != ECONNABORTED && errno != EINTR && errno != EPROTO)
+			error = errno;
+	}
+	fcntl(fd, F_SETFL, flags);
+	return error && error != EAGAIN && !n ? -error : (int)n;
+}
