@@ -446,7 +446,8 @@ class Exporting:
             if (holding := self._redirecting.drop_holding(routes[index].connection)) is not None
         ]
         for mode, holdings in by_mode((holding.place.mode, holding) for holding in left).items():
-            self._shell.redirects[mode].evict([one for holding in holdings if (one := inbound(holding))])
+            came = [one for holding in holdings if (one := inbound(holding, self._shell.host_id))]
+            self._shell.redirects[mode].evict(came)
 
     # -- listeners' queues
 

@@ -39,7 +39,7 @@ from sockmi.protocol.records import (
 )
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, by_mode, inbound, now_text, outbound, why
+from sockmi.shell import Shell, by_mode, inbound, living, now_text, outbound, why
 
 _log = logging.getLogger(__name__)
 
@@ -439,8 +439,11 @@ class Importing:
         shell = self._shell
         pairs = [(copy.arrival.place.mode, copy) for copy in copies]
         for mode, group in by_mode(pairs).items():
-            admitted = [one for copy in group if copy.holding and (one := inbound(copy.holding))]
-            shell.redirects[mode].admit(admitted)
+            held = [copy.holding for copy in group if copy.holding]
+            shell.redirects[mode].admit([one for each in held if (one := inbound(each, shell.host_id))])
+            home = [lives for each in held if each.home == shell.host_id and (lives := living(each))]
+            if home:
+                shell.holds.unhold(home)
         failed: dict[UUID, Refusal] = {}
         outcomes = shell.engine.activate([copy.fd for copy in copies], [copy.image for copy in copies])
         change = Change()
@@ -469,7 +472,7 @@ class Importing:
         """A copy that would not come to life is held again and listed: its image is still good."""
         if copy.tuple:
             self._shell.holds.hold([copy.tuple], None)
-        if copy.holding and copy.holding.place.mode and (one := inbound(copy.holding)):
+        if copy.holding and copy.holding.place.mode and (one := inbound(copy.holding, self._shell.host_id)):
             self._shell.redirects[copy.holding.place.mode].evict([one])
         self._list(copy)
 
@@ -509,7 +512,7 @@ class Importing:
             holding = self._redirecting.holdings.get(arrival.item.connection)
             images = shell.spool.read(name) if name in shell.spool.chunks() else {}
             found = images.get(UUID(bytes=arrival.item.migration))
-            live = holding is not None and (one := inbound(holding)) is not None and is_live(one.tuple)
+            live = holding is not None and (lives := living(holding)) is not None and is_live(lives)
             if found is None or holding is None or live:
                 # It was handed over; only the last line of the journal is missing.
                 change.drop.append((Record.LISTED, UUID(bytes=arrival.item.migration).hex))
@@ -517,9 +520,10 @@ class Importing:
             known.add(name)
             copy = self._remember(name, exporter, arrival, found)
             copy.holding = holding
-            if (one := inbound(holding)) and holding.place.mode:
+            if (one := inbound(holding, shell.host_id)) and holding.place.mode:
                 shell.redirects[holding.place.mode].evict([one])
-                shell.holds.hold([one.tuple], None)
+            if lives := living(holding):
+                shell.holds.hold([lives], None)
             self._list(copy)
         if change.drop:
             shell.journal.write(change)

@@ -12,7 +12,7 @@ from sockmi.protocol.actions import Collect, ForgetHoldings, ForgetNotices, Rero
 from sockmi.protocol.events import CollectDone, ConnectionsEnded, RerouteDone
 from sockmi.protocol.records import Holding, Route
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, by_mode, inbound, outbound
+from sockmi.shell import Shell, by_mode, inbound, living, outbound
 
 _TIME_WAIT = 6
 # TIME-WAIT lasts 60 s on Linux; until then late packets belong to the copy's host.
@@ -62,15 +62,15 @@ class Redirecting:
         """A chunk was activated."""
         for holding in holdings:
             self.holdings[holding.connection] = holding
-            if (one := inbound(holding)) is not None:
-                self._by_tuple[one.tuple] = holding.connection
+            if (lives := living(holding)) is not None:
+                self._by_tuple[lives] = holding.connection
         self._count()
 
     def drop_holding(self, connection: bytes) -> Holding | None:
         """It left again, or has ended."""
         holding = self.holdings.pop(connection, None)
-        if holding is not None and (one := inbound(holding)) is not None:
-            self._by_tuple.pop(one.tuple, None)
+        if holding is not None and (lives := living(holding)) is not None:
+            self._by_tuple.pop(lives, None)
         self._count()
         return holding
 
@@ -167,7 +167,8 @@ class Redirecting:
                 self.drop_holding(connection)
                 gone.append(known)
         for mode, holdings in by_mode((one.place.mode, one) for one in gone).items():
-            self._shell.redirects[mode].evict([one for holding in holdings if (one := inbound(holding))])
+            came = [one for holding in holdings if (one := inbound(holding, self._shell.host_id))]
+            self._shell.redirects[mode].evict(came)
         durable.drop(change, gone)
         if change.drop:
             self._shell.journal.write(change)
@@ -188,8 +189,8 @@ class Redirecting:
         holding = self.holdings.get(connection)
         if holding is None or self._is_waiting(holding):
             return
-        one = inbound(holding)
-        state = self._state_of(one.tuple) if one is not None else None
+        lives = living(holding)
+        state = self._state_of(lives) if lives is not None else None
         if state == _TIME_WAIT:
             self._shell.loop.call_later(_LOOK_AGAIN_S, self._look, connection)
         elif state is None:

@@ -432,7 +432,7 @@ class Daemon:
         wanted = {
             one.tuple: one
             for holding in self.redirecting.holdings.values()
-            if holding.place.mode is mode and (one := inbound(holding))
+            if holding.place.mode is mode and (one := inbound(holding, self.identity.host_id))
         }
         present = {one.tuple: one for one in redirect.inbound()}
         redirect.evict([one for connection, one in present.items() if connection not in wanted])

@@ -24,6 +24,8 @@ from sockmi.spool import Spool
 
 T = TypeVar("T")
 
+_TRANSLATING = frozenset({Mode.NAT, Mode.IPTABLES})
+
 
 class Loop(Protocol):
     """The part of an event loop that the shell uses."""
@@ -57,11 +59,20 @@ def outbound(route: Route) -> Outbound | None:
     return Outbound(FourTuple(route.local, route.remote), route.place.endpoint)
 
 
-def inbound(holding: Holding) -> Inbound | None:
-    """What a holding installs in the kernel; None if nothing is translated."""
-    if holding.place.mode is None or not holding.local or not holding.remote:
+def living(holding: Holding) -> FourTuple | None:
+    """A holding's connection as it lives on this host; None if it is none."""
+    if holding.remote is None:
         return None
-    return Inbound(FourTuple(holding.local, holding.remote), holding.origin or holding.local)
+    local = holding.place.endpoint if holding.place.mode in _TRANSLATING else holding.local
+    return FourTuple(local, holding.remote) if local else None
+
+
+def inbound(holding: Holding, host: HostId) -> Inbound | None:
+    """What a holding installs in the kernel of ``host``; None if it is no connection, or came home."""
+    connection = living(holding)
+    if connection is None or holding.place.mode is None or holding.home == host:
+        return None
+    return Inbound(connection, holding.origin or connection.local)
 
 
 def by_mode(pairs: Iterable[tuple[Mode | None, T]]) -> dict[Mode, list[T]]:

@@ -106,7 +106,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         server.adopt(connection, arguments.context.read_bytes() if arguments.context else b"")
     _on(signal.SIGTERM, server.stop)
     _on(signal.SIGINT, server.stop)
-    _on(signal.SIGUSR1, lambda: server.hand_over(handover.library_export(arguments.to)))
+    # Loaded now, not when connections wait for it.
+    export = handover.library_export(arguments.to)
+    _on(signal.SIGUSR1, lambda: server.hand_over(export))
     print("ready", flush=True)
     server.serve()
     if importer is not None:
@@ -128,6 +130,9 @@ def main(words: list[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     try:
         return _serve(arguments) if arguments.command == "serve" else _client(arguments)
+    except ModuleNotFoundError as error:
+        print(f"traffic: {error}; install it, or add daemon/ to PYTHONPATH", file=sys.stderr)
+        return 1
     except OSError as error:
         where = getattr(arguments, "listen", None) or getattr(arguments, "address", "")
         print(f"traffic: {where} port {arguments.port}: {error}", file=sys.stderr)

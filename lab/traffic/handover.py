@@ -103,9 +103,11 @@ def library_export(to: str | None = None, timeout_s: float | None = None) -> Exp
     """An `Export` through this host's daemon, to a host or to any, all in one batch."""
     import sockmi
 
+    make, send = sockmi.Export, sockmi.export_sockets
+
     def export(handed: Sequence[Handed]) -> list[str]:
-        exports = [sockmi.Export(connection, context=context) for connection, context in handed]
-        records = sockmi.export_sockets(exports, to, timeout_s=timeout_s)
+        exports = [make(connection, context=context) for connection, context in handed]
+        records = send(exports, to, timeout_s=timeout_s)
         return ["" if record.outcome == "moved" else f"{record.code}: {record.message}" for record in records]
 
     return export

@@ -35,9 +35,11 @@ _RULES = f"""
 table inet hold {{
   set in {{ type inet_service; }}
   set out {{ type inet_service; }}
+  set deaf {{ type inet_service; }}
   chain pre {{ type filter hook prerouting priority -310;
     meta mark {INJECT_MARK} accept
     tcp dport @in counter drop
+    tcp sport @deaf counter drop
   }}
   chain out {{ type filter hook output priority -310;
     meta mark {INJECT_MARK} accept
@@ -117,10 +119,10 @@ class Lab:
         subprocess.run(run, input="\n".join(lines), text=True, check=True, timeout=20)
         for host in hosts:
             self._namespaces[host] = os.open(f"/run/netns/{self.name(host)}", os.O_RDONLY)
-        lines = ["link add br type bridge", "link set br up"]
+        lines = ["link add wire0 type bridge", "link set wire0 up"]
         for host in MAC:
-            lines.append(f"link add {host} type veth peer name eth0 netns {self.name(host)}")
-            lines.append(f"link set {host} master br up")
+            lines.append(f"link add to-{host} type veth peer name eth0 netns {self.name(host)}")
+            lines.append(f"link set to-{host} master wire0 up")
         subprocess.run(
             ["ip", "-n", self.name("wire"), *run[1:]], input="\n".join(lines), text=True, check=True, timeout=20
         )
@@ -138,8 +140,7 @@ class Lab:
             with self.host(host):
                 for path in Path("/proc/sys/net/ipv6/conf").glob("*/accept_dad"):
                     path.write_text("0")
-                if host != "peer":
-                    subprocess.run(["nft", "-f", "-"], input=_RULES, text=True, check=True, timeout=20)
+                subprocess.run(["nft", "-f", "-"], input=_RULES, text=True, check=True, timeout=20)
         self.switch("a")
         with self.host("peer"):
             self._recorder = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
@@ -177,7 +178,10 @@ class Lab:
             subprocess.run(["nft", "-f", "-"], input=lines, text=True, check=True, timeout=20)
 
     def hold(self, host: str, port: int, which: str = "both") -> None:
-        """Nothing of the local ``port`` in or out (or one of the two)."""
+        """Nothing of the local ``port`` in or out (``both``), or one of these.
+
+        ``deaf``: nothing from the remote ``port`` arrives. (What ``out`` drops, TCP takes for unsent.)
+        """
         self._elements("add", host, port, which)
 
     def unhold(self, host: str, port: int, which: str = "both") -> None:

@@ -306,6 +306,7 @@ def _ioctl_int(sock: socket.socket, number: int) -> int:
 
 def dump(sock: socket.socket) -> Image:
     """Read a connection; leaves it in repair mode, so that ``close`` says nothing."""
+    sock.setblocking(False)
     sock.setsockopt(_TCP, _REPAIR, 1)
     unsent = _ioctl_int(sock, 0x894B)
     queued = _ioctl_int(sock, 0x5411)

@@ -125,6 +125,7 @@ def test_next_start_cleans_after_a_killed_one_and_only_that(lab_name: Names) -> 
                 assert not stays.missing()
                 assert namespaces.exists(foreign)
             ours.host("peer").run(["ping", "-c", "1", "-W", "5", ours.host("a").address(4)])
+        kept.wait(5)
     finally:
         creator.kill()
         stays.down()

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from sockmi.engine.listing import list_sockets
+
 from sockmi.engine import owners as engine_owners
+from sockmi.engine.listing import list_sockets
 from sockmi.engine.owners import find_holders, pids_of_unit, process_name
 from sockmi.refusal import Code
 
@@ -160,7 +161,7 @@ CALLS = {
         """,
         "send", ("1", "0"), None,
     ),
-    "epoll-short": ("epoll(400)", "", ("0", "0"), (0.4, 2)),
+    "epoll-short": ("epoll(400)", "", ("0", "0"), (0.4, 3)),
     "recv": ("call('recv', FD, ctypes.create_string_buffer(64), 64, 0)", "send", ("1", "0"), None),
     "read": ("call('read', FD, ctypes.create_string_buffer(64), 64)", "send", ("1", "0"), None),
     "recv-timeout": (
@@ -175,12 +176,13 @@ CALLS = {
     "accept-timeout": ("s = socket.create_server(('127.0.0.1', 0)); say(s.getsockname()[1])\n"
                        "libc.setsockopt(s.fileno(), 1, 20, struct.pack('=qq', 30, 0), 16)\n"
                        "call('accept', s.fileno(), None, None)", "connect", None, None),
-    "poll": ("call('poll', struct.pack('=ihh', FD, 1, 0), 1, 300)", "", ("0", "0"), (0.3, 0.9)),
-    "select": ("call('select', 0, None, None, None, ctypes.create_string_buffer(struct.pack('=qq', 0, 300000)))",
-               "", ("0", "0"), (0.3, 0.9)),
-    "nanosleep": ("call('nanosleep', struct.pack('=qq', 0, 300000000), None)", "", ("0", "0"), (0.3, 0.9)),
+    "poll": ("call('poll', struct.pack('=ihh', FD, 1, 0), 1, 300)", "", ("0", "0"), (0.3, 3)),
+    "select": ("call('select', 0, None, None, None,"
+               " ctypes.create_string_buffer(struct.pack('=qq', 0, 300000)))",
+               "", ("0", "0"), (0.3, 3)),
+    "nanosleep": ("call('nanosleep', struct.pack('=qq', 0, 300000000), None)", "", ("0", "0"), (0.3, 3)),
     "futex": ("word = ctypes.c_int(0)\ncall('syscall', 202, ctypes.byref(word), 0, 0,"
-              " struct.pack('=qq', 0, 300000000), None, 0)", "", ("-1", str(ETIMEDOUT)), (0.3, 0.9)),
+              " struct.pack('=qq', 0, 300000000), None, 0)", "", ("-1", str(ETIMEDOUT)), (0.3, 3)),
     "sigwaitinfo": ("signal.pthread_sigmask(signal.SIG_BLOCK, [10])\n"
                     "call('sigwaitinfo', ctypes.create_string_buffer(struct.pack('=Q', 1 << 9), 128), None)",
                     "usr1", ("10", "0"), None),
@@ -436,8 +438,8 @@ STORMS = {
     "exec": """
         say("ready")
         os.set_inheritable(FD, True)
-        os.execv("/bin/sh", ["sh", "-c", 'n=$0; [ $n = 0 ] || { sleep 0.001; exec sh -c "$1" $((n-1)) "$1"; }',
-                 "100000", 'n=$0; [ $n = 0 ] || { sleep 0.001; exec sh -c "$1" $((n-1)) "$1"; }'])
+        again = 'n=$0; [ $n = 0 ] || { sleep 0.001; exec sh -c "$1" $((n-1)) "$1"; }'
+        os.execv("/bin/sh", ["sh", "-c", again, "100000", again])
     """,
     "orphan": """
         say("ready")
@@ -493,7 +495,9 @@ def test_a_process_stopped_by_a_signal_stays_stopped(
     assert os.WIFSTOPPED(os.waitpid(owner.pid, os.WUNTRACED)[1])
     stop_and_resume(owned, 3)
     eventually(lambda: owner.state() == "T", "it is stopped as it was")
-    assert os.waitpid(owner.pid, os.WUNTRACED | os.WNOHANG | os.WCONTINUED) == (0, 0), "its parent saw nothing"
+    assert os.waitpid(owner.pid, os.WUNTRACED | os.WNOHANG | os.WCONTINUED) == (0, 0), (
+        "its parent saw nothing"
+    )
     owners = Owners()
     assert owners.stop([inode(owned)], [], 2) == [None]
     os.kill(owner.pid, signal.SIGCONT)
@@ -578,9 +582,7 @@ def test_io_uring_is_refused(start: Callable[..., Owner], pair: tuple[socket.soc
     """
     plain = start(script.format(more=""), owned.fileno())
     registered = start(
-        script.format(
-            more="assert not libc.syscall(427, ring, 2, (ctypes.c_int * 1)(FD), 1); os.close(FD)"
-        ),
+        script.format(more="assert not libc.syscall(427, ring, 2, (ctypes.c_int * 1)(FD), 1); os.close(FD)"),
         peer.fileno(),
     )
     assert plain.line() == registered.line() == ["ready"]
@@ -726,7 +728,9 @@ def test_units_are_found_by_cgroup() -> None:
     )
     if group != "/":
         assert os.getpid() in pids_of_unit(group)
-        assert os.getpid() in pids_of_unit(group.rsplit("/", 1)[1] if "." in group.rsplit("/", 1)[1] else group)
+        assert os.getpid() in pids_of_unit(
+            group.rsplit("/", 1)[1] if "." in group.rsplit("/", 1)[1] else group
+        )
     assert pids_of_unit("no-such-unit.service") == set()
     with pytest.raises(ValueError, match=r"nginx\.service"):
         pids_of_unit("/")

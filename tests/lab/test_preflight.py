@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
+
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import Kind, SocketFacts
 from sockmi.engine.preflight import inspect
@@ -36,7 +37,7 @@ def code(sock: socket.socket) -> Code | None:
     refusal = facts(sock).refusal
     if refusal is not None:
         assert len(refusal.message) > 40 and "{" not in refusal.message, refusal
-    return refusal and refusal.code
+    return refusal.code if refusal else None
 
 
 def eventually(condition: Callable[[], object], what: str, timeout_s: float = 5) -> None:
@@ -46,7 +47,9 @@ def eventually(condition: Callable[[], object], what: str, timeout_s: float = 5)
         time.sleep(0.002)
 
 
-def connected(family: int = socket.AF_INET, address: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
+def connected(
+    family: int = socket.AF_INET, address: str = "127.0.0.1"
+) -> tuple[socket.socket, socket.socket]:
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, 0))
@@ -120,9 +123,12 @@ def test_the_send_queue(pair: tuple[socket.socket, socket.socket]) -> None:
 
 
 def test_unconnected_bound_and_listening() -> None:
-    with socket.socket() as fresh, socket.socket(socket.AF_INET6) as bound, socket.create_server(
-        ("", 0), family=socket.AF_INET6, dualstack_ipv6=True
-    ) as listener, socket.socket() as waiting:
+    with (
+        socket.socket() as fresh,
+        socket.socket(socket.AF_INET6) as bound,
+        socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener,
+        socket.socket() as waiting,
+    ):
         bound.bind(("::1", 0))
         waiting.connect(("127.0.0.1", listener.getsockname()[1]))
         seen = inspect([fresh.fileno(), bound.fileno(), listener.fileno()])
@@ -143,7 +149,9 @@ def test_half_closed_states(pair: tuple[socket.socket, socket.socket]) -> None:
 
 
 def test_syn_sent(namespace: None) -> None:
-    subprocess.run(["ip", "link", "add", "d0", "up", "type", "veth", "peer", "name", "d1"], check=True, timeout=10)
+    subprocess.run(
+        ["ip", "link", "add", "d0", "up", "type", "veth", "peer", "name", "d1"], check=True, timeout=10
+    )
     subprocess.run(["ip", "addr", "add", "192.0.2.1/24", "dev", "d0"], check=True, timeout=10)
     with socket.socket() as opening:
         opening.setblocking(False)
@@ -376,9 +384,10 @@ def test_sockmap(kind: int, value_bytes: int, pair: tuple[socket.socket, socket.
 def test_link_local(namespace: None) -> None:
     run = ["ip", "-6", "addr", "add", "fe80::1/64", "dev", "lo", "nodad"]
     subprocess.run(run, check=True, timeout=10)
-    with socket.create_server(("fe80::1", 0, 0, 1), family=socket.AF_INET6) as listener, socket.socket(
-        socket.AF_INET6
-    ) as client:
+    with (
+        socket.create_server(("fe80::1", 0, 0, 1), family=socket.AF_INET6) as listener,
+        socket.socket(socket.AF_INET6) as client,
+    ):
         client.connect(listener.getsockname())
         assert code(client) is code(listener) is Code.LINK_LOCAL
 
@@ -398,7 +407,9 @@ def test_fast_open_pending(namespace: None) -> None:
 
 
 def test_fast_open_data_under_way(namespace: None) -> None:
-    subprocess.run(["ip", "link", "add", "d0", "up", "type", "veth", "peer", "name", "d1"], check=True, timeout=10)
+    subprocess.run(
+        ["ip", "link", "add", "d0", "up", "type", "veth", "peer", "name", "d1"], check=True, timeout=10
+    )
     subprocess.run(["ip", "addr", "add", "192.0.2.1/24", "dev", "d0"], check=True, timeout=10)
     Path("/proc/sys/net/ipv4/tcp_fastopen").write_text(str(0x5))
     with socket.socket() as client:

@@ -31,7 +31,9 @@ def run_seed(seed: int) -> World:
         raise AssertionError(f"SOCKMI_SIM_SEED={seed}: {type(error).__name__}: {error}") from error
 
 
-@pytest.mark.parametrize("start", [0, RUNS, FRESH, FRESH + RUNS], ids=["fixed-1", "fixed-2", "fresh-1", "fresh-2"])
+@pytest.mark.parametrize(
+    "start", [0, RUNS, FRESH, FRESH + RUNS], ids=["fixed-1", "fixed-2", "fresh-1", "fresh-2"]
+)
 def test_random_runs(start: int) -> None:
     """Lost, late, repeated, reordered, forged messages; broken streams; crashes; partitions; skew."""
     one = os.environ.get("SOCKMI_SIM_SEED")
@@ -207,7 +209,12 @@ def return_to_another_port(patch: pytest.MonkeyPatch) -> None:
         return original(
             self,
             actions.Reserve(
-                action.batch, action.exporter, action.page, action.items, action.modes, (None,) * len(action.items)
+                action.batch,
+                action.exporter,
+                action.page,
+                action.items,
+                action.modes,
+                (None,) * len(action.items),
             ),
         )
 
@@ -230,7 +237,9 @@ FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_planted_faults_are_found(fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_faults_are_found(
+    fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each of these faults breaks a law within some hundred runs."""
     fault(monkeypatch)
     for seed in range(1500):

@@ -148,7 +148,9 @@ class Host:
             for arrival in chunk.arrivals
             if (chunk.chunk, arrival.item.migration) in journal.spool
         }
-        self.guarded = {one: chunk for one, chunk in self.guarded.items() if one in prepared or one in journal.arrived}
+        self.guarded = {
+            one: chunk for one, chunk in self.guarded.items() if one in prepared or one in journal.arrived
+        }
         for (chunk, migration), image in journal.spool.items():
             self.dormant[chunk, migration] = self.restore(image, Place())
         for connection in list(journal.arrived):
@@ -316,7 +318,12 @@ class Host:
         for position, route in zip(action.decision.committed, action.routes, strict=True):
             image, socket = self.images.pop(route.migration), self.live.get(route.connection)
             held = self.frozen.get(route.connection, 0.0) > self.world.time
-            if socket is None or not held or int.from_bytes(image[16:], "big") != socket.version or self.refuses():
+            if (
+                socket is None
+                or not held
+                or int.from_bytes(image[16:], "big") != socket.version
+                or self.refuses()
+            ):
                 del self.away[route.connection]
                 self.frozen.pop(route.connection, None)
                 results.append(Refusal(Code.CHANGED, "changed"))
@@ -324,7 +331,9 @@ class Host:
                 committed.append(position)
                 results.append(None)
         yield
-        moved = {route.connection: route for route, no in zip(action.routes, results, strict=True) if no is None}
+        moved = {
+            route.connection: route for route, no in zip(action.routes, results, strict=True) if no is None
+        }
         if moved:
             self.journal_commit(replace(action.decision, committed=tuple(committed)), moved, action.notices)
         yield
@@ -334,7 +343,9 @@ class Host:
         yield
         self.do(events.CommitDone(action.decision.chunk, tuple(results)))
 
-    def journal_commit(self, decision: Decision, moved: dict[bytes, Route], notices: tuple[Notice, ...]) -> None:
+    def journal_commit(
+        self, decision: Decision, moved: dict[bytes, Route], notices: tuple[Notice, ...]
+    ) -> None:
         """The decision itself: one transaction."""
         self.journal.decisions[decision.chunk] = decision
         self.world.decided[decision.chunk] = decision
@@ -381,7 +392,7 @@ class Host:
             if self.refuses():
                 results.append(Refusal(Code.RESTORE, "no"))
                 continue
-            if connection in self.guarded or connection in self.live and connection not in self.away:
+            if connection in self.guarded or (connection in self.live and connection not in self.away):
                 raise LawBroken("a second copy on one host")
             self.guarded[connection] = action.chunk
             self.dormant[action.chunk, migration] = self.restore(action.images[position], arrival.place)
@@ -500,7 +511,7 @@ class World:
     """All hosts, the network, the operator, and the laws."""
 
     def __init__(self, seed: int, hosts: int = 3, connections: int = 3, chaos: Chaos | None = None) -> None:
-        self.random = random.Random(seed)
+        self.random = random.Random(seed)  # noqa: S311 - a repeatable run is the point
         self.chaos = chaos or Chaos()
         self.time = 0.0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -586,7 +597,9 @@ class World:
             if self.random.random() >= self.chaos.loss:
                 self.deliver(source, to, message, channel, self.delay())
 
-    def deliver(self, source: Host, to: Host, message: messages.Message, channel: Channel, delay: float) -> None:
+    def deliver(
+        self, source: Host, to: Host, message: messages.Message, channel: Channel, delay: float
+    ) -> None:
         """After ``delay``, unless there is a partition then."""
 
         def arrive() -> None:
@@ -624,12 +637,16 @@ class World:
         stream = self.stream(source, to)
         epoch = source.epoch
         if not stream.open:
-            self.later(0, lambda: source.do(events.StreamLost(to.id, "none")) if source.epoch == epoch else None)
+            self.later(
+                0, lambda: source.do(events.StreamLost(to.id, "none")) if source.epoch == epoch else None
+            )
             return
         if self.random.random() < self.chaos.stream_break or not self.connected(source, to):
             self.break_stream(source, to)
             return
-        when = max(stream.free_at.get(source.number, 0.0), self.time + self.random.random() * self.chaos.delay_s)
+        when = max(
+            stream.free_at.get(source.number, 0.0), self.time + self.random.random() * self.chaos.delay_s
+        )
         stream.free_at[source.number] = when + 1e-9
         generation = stream.generation
 
@@ -670,7 +687,8 @@ class World:
         """Something that a member once said, again, to somebody else, or with wrong ids."""
         if not self.sent:
             return
-        source, to, message, channel = self.random.choice(self.sent)
+        source, to, said, channel = self.random.choice(self.sent)
+        message: Any = said
         dice = self.random.random()
         if dice < 0.2:
             to = self.random.choice([host for host in self.hosts if host is not source])
@@ -690,12 +708,18 @@ class World:
     def parties(self, chunk: ChunkId) -> set[bytes]:
         """Who may rightly speak about a chunk."""
         found = {host.id for host in self.hosts if host is self.batch_hosts.get(chunk.batch, (None, 0))[0]}
-        found |= {to.id for _, to, message, _ in self.sent if isinstance(message, messages.Ship) and message.chunk == chunk}
+        found |= {
+            to.id
+            for _, to, message, _ in self.sent
+            if isinstance(message, messages.Ship) and message.chunk == chunk
+        }
         return found
 
     # --- operator and applications ---------------------------------------------------------
 
-    def export(self, host: Host, connections: list[bytes], target: Host | None = None, timeout_s: float = 1.0) -> None:
+    def export(
+        self, host: Host, connections: list[bytes], target: Host | None = None, timeout_s: float = 1.0
+    ) -> None:
         """Ask a host to export some of its connections."""
         if host.core is None:
             return
@@ -721,7 +745,9 @@ class World:
             return
         wanted: dict[str, Any] = {}
         if target is not None:
-            wanted = {"target": target.id} if self.random.random() < 0.5 else {"target_address": target.address}
+            wanted = (
+                {"target": target.id} if self.random.random() < 0.5 else {"target_address": target.address}
+            )
         host.do(events.StartExport(batch, tuple(items), (Mode.FORWARD, Mode.NAT), timeout_s, **wanted))
 
     def progress(self) -> None:
@@ -773,7 +799,7 @@ class World:
 
     def check(self) -> None:
         """Raise LawBroken if any connection has two owners, is lost, or goes back a hop."""
-        for connection, home in self.home.items():
+        for connection in self.home:
             if connection in self.ended:
                 continue
             senders = claims = 0
@@ -806,11 +832,18 @@ class World:
             if claims != 1:
                 raise LawBroken(f"connection {connection[0]:x} can come to life in {claims} places")
             if hop < self.hops.get(connection, 0):
-                raise LawBroken(f"connection {connection[0]:x} went back from hop {self.hops[connection]} to {hop}")
+                raise LawBroken(
+                    f"connection {connection[0]:x} went back from hop {self.hops[connection]} to {hop}"
+                )
             self.hops[connection] = hop
             end, place = self.follow(connection)
             live = end.live.get(connection)
-            if live is not None and place is not None and connection not in end.guarded and live.place != place:
+            if (
+                live is not None
+                and place is not None
+                and connection not in end.guarded
+                and live.place != place
+            ):
                 raise LawBroken(f"packets of {connection[0]:x} reach a wrong port on {end.number}")
             if (
                 live is None
@@ -894,7 +927,9 @@ class World:
 
     def pinned(self, connection: bytes) -> bool:
         """Whether the home could not reach a later holder."""
-        return any(route.pinned for host in self.hosts for one, route in host.away.items() if one == connection) or any(
+        return any(
+            route.pinned for host in self.hosts for one, route in host.away.items() if one == connection
+        ) or any(
             host.journal.routes[connection].pinned for host in self.hosts if connection in host.journal.routes
         )
 
@@ -907,7 +942,7 @@ BAD = Chaos(
 
 def random_run(seed: int) -> World:
     """One whole random run: a bad world for a while, then a good one until all is settled."""
-    draw = random.Random(~seed)
+    draw = random.Random(~seed)  # noqa: S311
     chaos = replace(
         BAD,
         crash=draw.choice([0, 0.003, 0.02]), loss=draw.choice([0, 0.1, 0.3]), refuse=draw.choice([0, 0.05]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import random
 import signal
 import socket
@@ -438,6 +439,7 @@ def test_line_answers(said: bytes, answer: bytes, tmp_path: Path) -> None:
 def traffic(*words: str | Path, **options: Any) -> subprocess.Popen[str]:
     """``python -m lab.traffic``."""
     command = [sys.executable, "-m", "lab.traffic", *map(str, words)]
+    options |= {"env": os.environ | {"PYTHONPATH": f"{PROJECT / 'daemon'}"}}
     return subprocess.Popen(
         command, cwd=PROJECT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )

@@ -13,7 +13,9 @@ A, B, C = (bytes([letter]) * 16 for letter in b"ABC")
 ROOM = Counts(10, 10, 10)
 
 
-def candidate(host: bytes, rooms: Counts = ROOM, waiting: int = 0, load: int = 0, weight: int = 1) -> Candidate:
+def candidate(
+    host: bytes, rooms: Counts = ROOM, waiting: int = 0, load: int = 0, weight: int = 1
+) -> Candidate:
     return Candidate(host, rooms, Counts(0, 0, waiting), load, weight)
 
 
@@ -29,7 +31,9 @@ def test_no_one_gets_more_than_there_is(policy: FirstValid) -> None:
     offers = [candidate(A, Counts(0, 5, 10)), candidate(B, Counts(1, 0, 7)), candidate(C, Counts(0, 0, 0))]
     shares = policy.assign(wanted, offers)
     rooms = {one.host: one.rooms for one in offers}
-    assert all(got <= room for share in shares for got, room in zip(share.counts, rooms[share.host], strict=True))
+    assert all(
+        got <= room for share in shares for got, room in zip(share.counts, rooms[share.host], strict=True)
+    )
     assert [sum(column) for column in zip(*(share.counts for share in shares), strict=True)] == [1, 0, 17]
     assert policy.assign(wanted, []) == []
 
@@ -37,7 +41,9 @@ def test_no_one_gets_more_than_there_is(policy: FirstValid) -> None:
 def test_first_valid_prefers_a_waiting_importer() -> None:
     policy = FirstValid()
     assert policy.assign(Counts(0, 0, 1), [candidate(A), candidate(B)]) == [Share(A, Counts(0, 0, 1))]
-    assert policy.assign(Counts(0, 0, 1), [candidate(A), candidate(B, waiting=1)]) == [Share(B, Counts(0, 0, 1))]
+    assert policy.assign(Counts(0, 0, 1), [candidate(A), candidate(B, waiting=1)]) == [
+        Share(B, Counts(0, 0, 1))
+    ]
     big = policy.assign(Counts(0, 0, 12), [candidate(A), candidate(B, waiting=1)])
     assert big == [Share(B, Counts(0, 0, 10)), Share(A, Counts(0, 0, 2))]
 

@@ -45,7 +45,7 @@ static const struct row rows[] = {
 	{ SOCKMI_OPT_IP_LOCAL_PORT_RANGE, F4, SOCKMI_BEFORE_BIND, INT, 0 },
 	{ SOCKMI_OPT_IPV6_FREEBIND, F6, SOCKMI_BEFORE_BIND, INT, 0 },
 	{ SOCKMI_OPT_IPV6_TRANSPARENT, F6, SOCKMI_BEFORE_BIND, INT, 0 },
-	{ SOCKMI_OPT_IPV6_ADDR_PREFERENCES, F6, SOCKMI_BEFORE_BIND, INT, 0x402 },
+	{ SOCKMI_OPT_IPV6_ADDR_PREFERENCES, F6, SOCKMI_BEFORE_BIND, INT, 0x500 },
 	{ SOCKMI_OPT_IP_TOS, F4, SOCKMI_BEFORE_CONNECT, INT, 0 },
 	{ SOCKMI_OPT_IP_MTU_DISCOVER, F4, SOCKMI_BEFORE_CONNECT, INT, 1 },
 	{ SOCKMI_OPT_IP_UNICAST_IF, F4, SOCKMI_BEFORE_CONNECT, INT, 0 },
@@ -166,6 +166,12 @@ static const struct number numbers[ID_END] = {
 const char *sockmi_option_name(unsigned int id)
 {
 	return id < ID_END ? numbers[id].name : NULL;
+}
+
+/* An IPv6 socket's IPv4 half is not initialized as inet_create() does it. */
+static int64_t fresh_constant(const struct row *row, int family)
+{
+	return row->id == SOCKMI_OPT_IP_MULTICAST_ALL && family == AF_INET6 ? 0 : row->fresh;
 }
 
 /* ---- One option ---- */
@@ -342,7 +348,7 @@ static void read_fresh(int fd, int family, struct sockmi_fresh *fresh)
 		const struct row *row = &rows[i];
 
 		fresh->known[i] = row->flags & LISTENING;
-		fresh->number[i] = row->fresh;
+		fresh->number[i] = fresh_constant(row, family);
 		if (row->flags & LISTENING || !(row->flags & (family == AF_INET ? F4 : ALL)))
 			continue;
 		if (is_bytes(row)) {
@@ -450,7 +456,7 @@ int sockmi_options_read(int fd, const struct sockmi_option_scope *scope, const s
 			goto failed;
 		if (row->id == SOCKMI_OPT_PEEK_OFF)
 			*peek_offset = (int)number;
-		if (number != row->fresh)
+		if (number != fresh_constant(row, scope->family))
 			sockmi_writer_option_int(writer, row->id, 0, number);
 		continue;
 failed:
@@ -503,7 +509,7 @@ void sockmi_options_plan(struct sockmi_view options, const struct sockmi_option_
 			continue;
 		p->row = (uint8_t)i;
 		p->when = row->when;
-		p->number = named ? all[i].number : row->fresh;
+		p->number = named ? all[i].number : fresh_constant(row, scope->family);
 		p->bytes = named ? all[i].bytes : (struct sockmi_view){ NULL, 0 };
 		/* An interface's index means another interface on another host. */
 		if (named && (row->id == SOCKMI_OPT_IP_UNICAST_IF || row->id == SOCKMI_OPT_IPV6_UNICAST_IF)) {

@@ -229,8 +229,8 @@ class Activate:
 class Discard:
     """The inverse of ``Prepare`` for these: closed without a packet, unheld, image and spool
     entry deleted, reservation given up; if it is all that was left of the chunk, its PreparedChunk
-    deleted. Idempotent: what is already gone is skipped. No answer. ``leading``: routes that ``Prepare`` had put out of force and that are in
-    force again (``send_away``)."""
+    deleted. Idempotent: what is already gone is skipped. No answer. ``leading``: routes that
+    ``Prepare`` had put out of force and that are in force again (``send_away``)."""
 
     chunk: ChunkId
     migrations: tuple[MigrationId, ...]

@@ -1,0 +1,385 @@
+"""The engine's contract: every state, moved from one host to another, byte-exact."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from sockmi import image as codec
+from sockmi.engine.base import Captured, Placement, Restored
+from sockmi.engine.repair import RepairEngine
+from sockmi.refusal import Code, Refusal
+from tests.lab import engine_lab as el
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+KINDS = ["v4", "v6", "mapped"]
+FIN, SYN, RST = 1, 2, 4
+HERE = Placement(None, False)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[el.Lab]:
+    with el.lab() as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def engine() -> RepairEngine:
+    return RepairEngine()
+
+
+def captured(lab: el.Lab, engine: RepairEngine, sock: socket.socket) -> Captured:
+    """The image of one socket, which the codec's other implementation accepts too."""
+    with lab.host("a"):
+        (item,) = engine.capture([sock.fileno()])
+    assert isinstance(item, Captured), item
+    codec.decode(item.image)
+    return item
+
+
+def restored(lab: el.Lab, engine: RepairEngine, image: bytes, host: str = "b") -> int:
+    with lab.host(host):
+        (item,) = engine.restore([image], [HERE])
+    assert isinstance(item, Restored), item
+    return item.fd
+
+
+def move(lab: el.Lab, engine: RepairEngine, sock: socket.socket, port: int) -> tuple[socket.socket, bytes]:
+    """From a to b, as the daemons do it; both sides' packets are held meanwhile. Returns the copy."""
+    lab.hold("a", port)
+    lab.hold("b", port)
+    image = captured(lab, engine, sock).image
+    fd = restored(lab, engine, image)
+    assert engine.release([sock.fileno()], [image]) == [None]
+    lab.switch("b")
+    lab.unhold("b", port)
+    with lab.host("b"):
+        assert engine.activate([fd], [image]) == [None]
+    copy = socket.socket(fileno=fd)
+    copy.settimeout(10)
+    return copy, image
+
+
+def receive(sock: socket.socket, count: int) -> bytes:
+    """Exactly ``count`` bytes (fewer at the end of the stream)."""
+    data = bytearray()
+    while len(data) < count and (part := sock.recv(count - len(data))):
+        data += part
+    return bytes(data)
+
+
+def quiet(lab: el.Lab, port: int, fins: int | None = None) -> None:
+    """No RST passed, and not more FIN sequence numbers than ``fins``."""
+    seen = lab.recorded(port)
+    assert seen
+    assert not [s for s in seen if s.flags & RST]
+    if fins is not None:
+        assert len({(s.from_peer, s.seq + s.length) for s in seen if s.flags & FIN}) <= fins
+
+
+@dataclass
+class Case:
+    """A connection in some state, and what has still to arrive at each end."""
+
+    ours: socket.socket
+    peer: socket.socket
+    port: int
+    to_us: bytes = b""
+    to_peer: bytes = b""
+    fins: int = 0
+    options: list[str] = field(default_factory=list)
+
+
+def make_case(lab: el.Lab, kind: str, state: str, queued: bool) -> Case:
+    """Bring a connection of a into ``state``, with bytes in all three queues if ``queued``."""
+    lab.switch("a")
+    port = lab.port()
+    ours, peer = lab.pair(kind, port)
+    case = Case(ours, peer, port)
+    randomness = random.Random(f"{kind}{state}{queued}")  # noqa: S311
+    if queued:
+        case.to_us = randomness.randbytes(70_001)
+        peer.sendall(case.to_us)
+        el.wait_for(lambda: unread(ours) == len(case.to_us))
+    peer_fin = state in ("CLOSE-WAIT", "CLOSING", "LAST-ACK")
+    if state in ("CLOSE-WAIT", "LAST-ACK"):
+        peer.shutdown(socket.SHUT_WR)
+        el.wait_for(lambda: el.state(ours) == "CLOSE-WAIT")
+    if queued or state in ("FIN-WAIT-1", "CLOSING", "LAST-ACK"):
+        if state != "FIN-WAIT-2":
+            lab.hold("peer", port, "deaf")  # what we send is sent, and not acknowledged
+        if queued:
+            case.to_peer = randomness.randbytes(60_007)
+            ours.setblocking(False)
+            assert ours.send(case.to_peer) == len(case.to_peer)
+    if state in ("FIN-WAIT-1", "FIN-WAIT-2", "CLOSING", "LAST-ACK"):
+        ours.shutdown(socket.SHUT_WR)
+        case.fins += 1
+    if state == "FIN-WAIT-2":
+        assert receive(peer, len(case.to_peer)) == case.to_peer
+        case.to_peer = b""
+    if state == "CLOSING":
+        peer.shutdown(socket.SHUT_WR)
+    case.fins += peer_fin
+    el.wait_for(lambda: el.state(ours) == state)
+    return case
+
+
+def unread(sock: socket.socket) -> int:
+    import fcntl
+    import termios
+
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))[0])
+
+
+def finish(lab: el.Lab, case: Case, copy: socket.socket, state: str) -> None:
+    """Everything arrives, both directions go on as far as the state allows, and then it ends well."""
+    peer = case.peer
+    assert receive(copy, len(case.to_us)) == case.to_us
+    assert receive(peer, len(case.to_peer)) == case.to_peer
+    ours_closed = state in ("FIN-WAIT-1", "FIN-WAIT-2", "CLOSING", "LAST-ACK")
+    peer_closed = state in ("CLOSE-WAIT", "CLOSING", "LAST-ACK")
+    if not ours_closed:
+        more = os.urandom(200_000)
+        copy.sendall(more)
+        assert hashlib.sha256(receive(peer, len(more))).digest() == hashlib.sha256(more).digest()
+        copy.shutdown(socket.SHUT_WR)
+    assert peer.recv(1) == b""
+    if not peer_closed:
+        more = os.urandom(200_000)
+        peer.sendall(more)
+        assert hashlib.sha256(receive(copy, len(more))).digest() == hashlib.sha256(more).digest()
+        peer.shutdown(socket.SHUT_WR)
+    assert copy.recv(1) == b""
+    el.wait_for(lambda: el.state(copy) == "CLOSED", 8)
+    quiet(lab, case.port, 2)
+    copy.close()
+    peer.close()
+    case.ours.close()
+
+
+@pytest.mark.parametrize("queued", [False, True], ids=["empty", "queued"])
+@pytest.mark.parametrize(
+    "state",
+    ["ESTABLISHED", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT", "CLOSING", "LAST-ACK"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_moves(lab: el.Lab, engine: RepairEngine, kind: str, state: str, queued: bool) -> None:
+    case = make_case(lab, kind, state, queued)
+    lab.hold("a", case.port)
+    before = codec.decode(captured(lab, engine, case.ours).image)
+    lab.unhold("a", case.port)
+    if queued and state != "FIN-WAIT-2":
+        assert before.sent_queue and before.receive_queue == case.to_us
+        assert before.sent_queue + before.unsent_queue == case.to_peer
+    copy, _ = move(lab, engine, case.ours, case.port)
+    expected = "LAST-ACK" if state == "CLOSING" and before.unsent_queue else state
+    assert el.state(copy) == expected
+    if state in ("CLOSING", "FIN-WAIT-1", "LAST-ACK") or queued and state != "FIN-WAIT-2":
+        lab.unhold("peer", case.port, "deaf")
+    finish(lab, case, copy, state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_windows_both_ways(lab: el.Lab, engine: RepairEngine, kind: str) -> None:
+    """Both receivers full, both senders with unsent data: all of it arrives, after the move."""
+    lab.switch("a")
+    port = lab.port()
+    ours, peer = lab.pair(kind, port)
+    sent = {}
+    for sock in (ours, peer):
+        sock.setblocking(False)
+        data = os.urandom(1 << 20)
+        total = 0
+        for _ in range(200):
+            try:
+                total += sock.send(data[total : total + 65536])
+            except BlockingIOError:
+                select.select([], [sock], [], 0.02)
+            if total >= len(data):
+                data += os.urandom(1 << 20)
+        sent[sock] = data[:total]
+    copy, image = move(lab, engine, ours, port)
+    facts = codec.decode(image)
+    assert facts.window is not None and facts.window.snd_wnd < 65536 and facts.unsent_queue
+    peer.settimeout(10)
+    results = {}
+    for sock, data in ((copy, sent[peer]), (peer, sent[ours])):
+        results[sock] = receive(sock, len(data)) == data
+    assert all(results.values())
+    quiet(lab, port, 0)
+    for sock in (ours, peer, copy):
+        sock.close()
+
+
+def repair_pair(lab: el.Lab, kind: str, port: int, ours_seq: int, peer_seq: int) -> list[socket.socket]:
+    """A connection made by hand, so that its sequence numbers can be chosen."""
+    family = socket.AF_INET6 if kind == "v6" else socket.AF_INET
+    us, them = (el.HOST6, el.PEER6) if kind == "v6" else (el.HOST4, el.PEER4)
+    made = []
+    for host, local, remote, snd, rcv in (
+        ("a", (us, port), (them, port), ours_seq, peer_seq),
+        ("peer", (them, port), (us, port), peer_seq, ours_seq),
+    ):
+        with lab.host(host):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(el.TCP, el.REPAIR, 1)
+        sock.bind(local)
+        for queue, seq in ((2, snd), (1, rcv)):
+            sock.setsockopt(el.TCP, el.REPAIR_QUEUE, queue)
+            sock.setsockopt(el.TCP, el.QUEUE_SEQ, struct.pack("I", seq))
+        sock.setsockopt(el.TCP, socket.TCP_MAXSEG, 1460)
+        sock.connect(remote)
+        options = struct.pack("8I", 2, 1460, 3, 7 | 7 << 16, 4, 0, 8, 0)
+        sock.setsockopt(el.TCP, el.REPAIR_OPTIONS, options)
+        sock.setsockopt(el.TCP, el.REPAIR_WINDOW, struct.pack("5I", rcv, 60000, 60000, 60000, rcv))
+        made.append(sock)
+    for sock in made:
+        sock.setsockopt(el.TCP, el.REPAIR, -1)
+        sock.settimeout(10)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["v4", "v6"])
+@pytest.mark.parametrize("before_wrap", [1, 1000, 20_000, 50_000])
+def test_sequence_wrap(lab: el.Lab, engine: RepairEngine, kind: str, before_wrap: int) -> None:
+    """2^32 lies inside the receive queue, the sent data or the unsent data."""
+    lab.switch("a")
+    port = lab.port()
+    start = 2**32 - before_wrap
+    ours, peer = repair_pair(lab, kind, port, start, start)
+    to_us, to_peer = os.urandom(30_000), os.urandom(55_000)
+    peer.sendall(to_us)
+    el.wait_for(lambda: unread(ours) == len(to_us))
+    lab.hold("peer", port, "deaf")
+    ours.setblocking(False)
+    assert ours.send(to_peer) == len(to_peer)
+    copy, image = move(lab, engine, ours, port)
+    sequence = codec.decode(image).sequence
+    assert sequence is not None and sequence.copied_seq == start == sequence.snd_una
+    lab.unhold("peer", port, "deaf")
+    finish(lab, Case(ours, peer, port, to_us, to_peer), copy, "ESTABLISHED")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("answered", [False, True], ids=["syn-lost", "syn-ack-held"])
+def test_syn_sent(lab: el.Lab, engine: RepairEngine, kind: str, answered: bool) -> None:
+    """The SYN was lost, or its answer waits outside: the copy's connect() succeeds, with the same ISN."""
+    lab.switch("a")
+    port = lab.port()
+    target = el.PEER6 if kind == "v6" else el.PEER4
+    with lab.host("peer"):
+        family = socket.AF_INET6 if kind == "v6" else socket.AF_INET
+        listener = socket.create_server((target, port), family=family)
+    with lab.host("a"):
+        ours = socket.socket(socket.AF_INET if kind == "v4" else socket.AF_INET6, socket.SOCK_STREAM)
+    ours.setblocking(False)
+    ours.bind((el.HOST4 if kind == "v4" else f"::ffff:{el.HOST4}" if kind == "mapped" else el.HOST6, port))
+    if answered:
+        lab.hold("a", port, "in")  # the SYN arrives, its answer does not
+    else:
+        lab.hold("peer", port, "deaf")
+    ours.connect_ex((f"::ffff:{target}" if kind == "mapped" else target, port))
+    assert el.state(ours) == "SYN-SENT"
+    if answered:
+        lab.unhold("a", port, "in")
+        first = [s for s in lab.recorded(port) if s.flags & SYN]
+        assert len(first) >= 2
+    else:
+        first = [s for s in lab.recorded(port) if s.flags & SYN]
+    lab.hold("a", port)
+    copy, image = move(lab, engine, ours, port)
+    if not answered:
+        lab.unhold("peer", port, "deaf")
+    facts = codec.decode(image)
+    assert facts.sequence is not None and facts.sequence.iss == first[0].seq
+    peer, _ = listener.accept()
+    peer.settimeout(10)
+    copy.settimeout(10)
+    copy.sendall(b"hello")
+    assert receive(peer, 5) == b"hello"
+    assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+    seen = lab.recorded(port)
+    assert {s.seq for s in seen if s.flags & SYN and not s.from_peer} <= {first[0].seq}
+    assert not [s for s in seen if s.flags & RST]
+    for sock in (ours, peer, copy, listener):
+        sock.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_listener_with_children(lab: el.Lab, engine: RepairEngine, kind: str) -> None:
+    """Each child moves as a connection; the listener listens on, with its backlog."""
+    lab.switch("a")
+    port = lab.port()
+    listener = lab.listener(kind, port)
+    clients = []
+    for i in range(5):
+        client, address = lab.client(kind)
+        client.connect((address, port))
+        client.sendall(b"%d" % i)
+        clients.append(client)
+    lab.hold("a", port)
+    image = captured(lab, engine, listener).image
+    assert codec.decode(image).listener.backlog == 1024  # type: ignore[union-attr]
+    (refused,) = engine.release([listener.fileno()], [image])
+    assert isinstance(refused, Refusal) and refused.code == Code.CHANGED
+    children = [socket.socket(fileno=fd) for fd in engine.accept_children(listener.fileno())]
+    assert len(children) == len(clients) and engine.accept_children(listener.fileno()) == []
+    copies = []
+    moved, _ = move(lab, engine, listener, port)
+    for child in children:
+        lab.hold("a", port)
+        copies.append(move(lab, engine, child, port)[0])
+    assert sorted(receive(copy, 1) for copy in copies) == [b"%d" % i for i in range(5)]
+    assert el.state(moved) == "LISTEN" and el.state(listener) == "CLOSED"
+    late, address = lab.client(kind)
+    late.connect((address, port))
+    accepted, _ = moved.accept()
+    late.sendall(b"late")
+    assert receive(accepted, 4) == b"late"
+    quiet(lab, port, 0)
+    for sock in (late, accepted, moved, listener, *copies, *children, *clients):
+        sock.close()
+
+
+@pytest.mark.parametrize("kind", ["v4", "v6", "dual", "v6only"])
+@pytest.mark.parametrize("bound", [False, True])
+def test_unconnected(lab: el.Lab, engine: RepairEngine, kind: str, bound: bool) -> None:
+    family = socket.AF_INET if kind == "v4" else socket.AF_INET6
+    with lab.host("a"):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    if kind in ("dual", "v6only"):
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, kind == "v6only")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    port = lab.port() if bound else 0
+    if bound:
+        sock.bind({"v4": (el.HOST4, port), "v6": (el.HOST6, port)}.get(kind, ("::", port)))
+    image = captured(lab, engine, sock).image
+    fd = restored(lab, engine, image)
+    assert engine.release([sock.fileno()], [image]) == [None]
+    with lab.host("b"):
+        assert engine.activate([fd], [image]) == [None]
+    copy = socket.socket(fileno=fd)
+    assert copy.getsockname() == sock.getsockname() and copy.family == family
+    assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    if family == socket.AF_INET6:
+        wanted = sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        assert copy.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == wanted
+    if bound:
+        (refused,) = restore_again(lab, engine, image)
+        assert isinstance(refused, Refusal) and refused.code == Code.PORT_TAKEN
+    sock.close()
+    copy.close()
+
+
+def restore_again(lab: el.Lab, engine: RepairEngine, image: bytes) -> list[Restored | Refusal]:
+    with lab.host("b"):
+        return engine.restore([image], [HERE])

@@ -1,0 +1,137 @@
+"""Whole migrations: real daemons, servers and clients; every byte checked, the wire recorded."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from lab.labs import Lab
+from tests.lab.scenario import ask, daemons, drain, service, status, until
+
+CLIENTS = {
+    "duplex": ("duplex", "--pace", "4000000"),
+    "lines": ("lines", "--interval-s", "0.005"),
+    "download": ("curl", "--bytes", "12000000", "--pace", "3000000"),
+}
+
+
+def pause(seconds: float = 0.3) -> None:
+    """Let traffic flow: that much of it is part of the test."""
+    threading.Event().wait(seconds)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("kind", list(CLIENTS))
+@pytest.mark.parametrize("mode", ["forward", "nat"])
+def test_passive_over_hops(lab: Lab, tmp_path: Path, kind: str, version: int, mode: str) -> None:
+    """a -> b -> c -> a under load, two clients; at the end nothing is left."""
+    with (
+        daemons(lab, "abc", redirect={"devices": ["eth0"], "modes": [mode]}),
+        service(lab, kind, "abc", tmp_path, version=version) as serving,
+    ):
+        for _ in range(2):
+            serving.client(*CLIENTS[kind])
+        serving.connected(2)
+        for source, target in ("ab", "bc", "ca"):
+            pause()
+            records = serving.move(source, target)
+            assert {record["mode"] for record in records} == {mode}
+        pause()
+        serving.finish()
+        for name in "bc":
+            until(lambda name=name: status(lab.host(name))["redirects_out"] == 0, 30)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("kind", list(CLIENTS))
+def test_active_with_context(lab: Lab, tmp_path: Path, kind: str, version: int) -> None:
+    """The server hands its sessions over itself."""
+    with (
+        daemons(lab, "ab"),
+        service(
+            lab, kind, "ab", tmp_path, version=version, active_targets={"a": "b", "b": "a"}
+        ) as serving,
+    ):
+        for _ in range(2):
+            serving.client(*CLIENTS[kind])
+        serving.connected(2)
+        for source, target in ("ab", "ba"):
+            pause()
+            serving.move_actively(source, target)
+        pause()
+        serving.finish()
+
+
+def test_behind_a_router_with_a_smaller_mtu(lab: Lab, tmp_path: Path) -> None:
+    """a -> d: no multicast, another segment, path MTU 1400."""
+    with daemons(lab, "ad", unicast=True), service(lab, "duplex", "ad", tmp_path) as serving:
+        serving.client(*CLIENTS["duplex"])
+        serving.connected(1)
+        pause()
+        [record] = serving.move("a", "d")
+        assert record["mode"] == "nat"
+        pause(1.0)
+        serving.finish()
+
+
+def test_both_ends_at_once(lab: Lab, tmp_path: Path) -> None:
+    """The client's end too: here between two servers' hosts."""
+    with daemons(lab, "abc"), service(lab, "lines", "ab", tmp_path) as serving:
+        serving.client(*CLIENTS["lines"])
+        serving.connected(1)
+        pause()
+        serving.move("a", "b")
+        serving.finish()
+
+
+def test_nobody_offers(lab: Lab, tmp_path: Path) -> None:
+    """Without a target that takes it the connection goes on as if nothing had happened."""
+    with daemons(lab, "a"), service(lab, "lines", "a", tmp_path) as serving:
+        serving.client(*CLIENTS["lines"])
+        serving.connected(1)
+        [answer] = ask(lab.host("a"), "list", filter={"local_port": 7000, "kinds": ["connected"]})
+        [row] = answer["sockets"]
+        [done] = ask(
+            lab.host("a"), "export", sockets=[{"pid": row["pid"], "fd": row["fd"]}], timeout_s=0.5
+        )
+        [record] = done["migrations"]
+        assert record["outcome"] == "refused"
+        assert record["refusal"]["code"] == "no-offer"
+        pause()
+        serving.finish()
+
+
+def test_full_list_declines(lab: Lab, tmp_path: Path) -> None:
+    with (
+        daemons(lab, "ab", imports={"max_connected": 0}),
+        service(lab, "lines", "a", tmp_path) as serving,
+    ):
+        serving.client(*CLIENTS["lines"])
+        serving.connected(1)
+        [record] = [one for one in drain_with_timeout(lab, 0.5) if one["outcome"]]
+        assert record["refusal"]["code"] == "no-offer"
+        serving.finish()
+
+
+def drain_with_timeout(lab: Lab, timeout_s: float) -> list[dict[str, object]]:
+    answers = ask(
+        lab.host("a"), "drain", filter={"local_port": 7000, "kinds": ["connected"]}, timeout_s=timeout_s
+    )
+    return [record for answer in answers for record in answer["migrations"]]
+
+
+def test_listed_until_an_application_comes(lab: Lab, tmp_path: Path) -> None:
+    """Nobody waits at b: the connection stays in the import list, silent, and is then taken."""
+    with daemons(lab, "ab"), service(lab, "lines", "a", tmp_path) as first:
+        first.client("lines", "--interval-s", "0.005", "--silence-s", "30")
+        first.connected(1)
+        [record] = drain(lab.host("a"), "b", local_port=7000)
+        assert record["outcome"] == "moved"
+        assert status(lab.host("b"))["import_lists"]["connected"]["length"] == 1
+        with service(lab, "lines", "b", tmp_path / "later") as second:
+            second.directory = tmp_path
+            until(lambda: status(lab.host("b"))["import_lists"]["connected"]["length"] == 0)
+            pause(1.0)
+            first.finish()
