@@ -26,7 +26,7 @@ from sockmi.protocol.events import CancelExport, ChildrenFound, CommitDone, Free
 from sockmi.protocol.records import BatchId, ChunkId, Decision, HostId, Item, MigrationId, Route
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, audit, by_mode, inbound, microseconds_since, now_text, outbound, why
+from sockmi.shell import Shell, audit, by_mode, microseconds_since, now_text, outbound, why
 
 _log = logging.getLogger(__name__)
 
@@ -361,7 +361,7 @@ class Exporting:
             going = [index for index in going if index not in changed]
             self._journal_commit(action, exports, going, undone=[exports[index] for index in changed])
             self._take_back(action.routes, exports, results, undone=before)
-        self._evict(action.routes, going)
+        self._drop_holdings(action.routes, going)
         self._redirecting.add_routes(action.routes[index] for index in going if action.routes[index].durable)
         self._resume([exports[index] for index in going])
         shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))
@@ -438,16 +438,13 @@ class Exporting:
             audit(change, action.routes[index].migration, "export", step="committed")
         self._shell.journal.write(change)
 
-    def _evict(self, routes: Sequence[Route], going: list[int]) -> None:
-        """What had been imported here and left again needs no translation here any more."""
-        left = [
-            holding
-            for index in going
-            if (holding := self._redirecting.drop_holding(routes[index].connection)) is not None
-        ]
-        for mode, holdings in by_mode((holding.place.mode, holding) for holding in left).items():
-            came = [one for holding in holdings if (one := inbound(holding, self._shell.host_id))]
-            self._shell.redirects[mode].evict(came)
+    def _drop_holdings(self, routes: Sequence[Route], going: list[int]) -> None:
+        """What had been imported here and left again is held here no more.
+
+        Its translation needs no removing: the redirect that leads it away has replaced it.
+        """
+        for index in going:
+            self._redirecting.drop_holding(routes[index].connection)
 
     # -- listeners' queues
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -39,7 +39,7 @@ from sockmi.protocol.records import (
 )
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, by_mode, inbound, living, now_text, outbound, why
+from sockmi.shell import Shell, by_mode, inbound, living, now_text, why
 
 _log = logging.getLogger(__name__)
 
@@ -107,9 +107,9 @@ class Importing:
     def reserve(self, action: Reserve) -> None:
         """Choose the place of each copy, and keep it."""
         places: list[Place | Refusal] = []
-        for item in action.items:
+        for item, former in zip(action.items, action.former, strict=True):
             try:
-                places.append(self._placing.choose(item, action.modes))
+                places.append(self._placing.choose(item, action.modes, former))
             except Refusal as refusal:
                 places.append(refusal)
         self._shell.dispatch(ReserveDone(action.batch, action.exporter, action.page, tuple(places)))
@@ -139,6 +139,13 @@ class Importing:
                     results[index] = refusal
                     copies[index] = None
                     self._drop([copy])
+        self._redirecting.lead_again(
+            [
+                arrival.item.connection
+                for arrival, kept in zip(action.arrivals, copies, strict=True)
+                if not kept
+            ]
+        )
         for arrival, kept in zip(action.arrivals, copies, strict=True):
             if kept is None:
                 self._placing.forget(arrival.item.migration)
@@ -154,6 +161,7 @@ class Importing:
         tuples = [copy.tuple for _, copy in chosen if copy.tuple]
         if tuples:
             shell.holds.hold(tuples, None)
+        self._redirecting.suspend(action.returning)
         restored = shell.engine.restore(
             [copy.image for _, copy in chosen], [copy.placement for _, copy in chosen]
         )
@@ -241,6 +249,7 @@ class Importing:
             copy.record.update(outcome="aborted", ended_at=now_text())
             change.audit.append((copy.candidate.migration_id, "import", copy.record))
         self._drop(copies)
+        self._redirecting.lead_again([route.connection for route in action.leading])
         name = _chunk_name(action.chunk)
         if name not in self._spooled:
             change.drop.append((Record.PREPARED, str(action.chunk)))
@@ -275,7 +284,9 @@ class Importing:
     def activate(self, action: Activate) -> None:
         """They are ours: to their applications, or into the import lists."""
         shell = self._shell
-        self._come_home(action.returning)
+        self._redirecting.suspend(action.returning)
+        for connection in action.returning:
+            self._redirecting.drop_route(connection)
         change = Change(drop=[(Record.PREPARED, str(action.chunk))])
         change.drop.extend((Record.ROUTE, connection.hex()) for connection in action.returning)
         durable.keep(change, [holding for holding in action.holdings if holding.durable])
@@ -309,11 +320,6 @@ class Importing:
 
         for client, theirs in by_client.items():
             self._hand(client, theirs, handed)
-
-    def _come_home(self, returning: Sequence[bytes]) -> None:
-        routes = [route for one in returning if (route := self._redirecting.drop_route(one))]
-        for mode, group in by_mode((route.place.mode, route) for route in routes).items():
-            self._shell.redirects[mode].take_back([one.tuple for route in group if (one := outbound(route))])
 
     def _list(self, copy: Copy) -> None:
         """No application has it: it waits as an image, its tuple held."""
@@ -440,10 +446,7 @@ class Importing:
         pairs = [(copy.arrival.place.mode, copy) for copy in copies]
         for mode, group in by_mode(pairs).items():
             held = [copy.holding for copy in group if copy.holding]
-            shell.redirects[mode].admit([one for each in held if (one := inbound(each, shell.host_id))])
-            home = [lives for each in held if each.home == shell.host_id and (lives := living(each))]
-            if home:
-                shell.holds.unhold(home)
+            shell.redirects[mode].admit([one for each in held if (one := inbound(each))])
         failed: dict[UUID, Refusal] = {}
         outcomes = shell.engine.activate([copy.fd for copy in copies], [copy.image for copy in copies])
         change = Change()
@@ -472,7 +475,7 @@ class Importing:
         """A copy that would not come to life is held again and listed: its image is still good."""
         if copy.tuple:
             self._shell.holds.hold([copy.tuple], None)
-        if copy.holding and copy.holding.place.mode and (one := inbound(copy.holding, self._shell.host_id)):
+        if copy.holding and copy.holding.place.mode and (one := inbound(copy.holding)):
             self._shell.redirects[copy.holding.place.mode].evict([one])
         self._list(copy)
 
@@ -520,7 +523,7 @@ class Importing:
             known.add(name)
             copy = self._remember(name, exporter, arrival, found)
             copy.holding = holding
-            if (one := inbound(holding, shell.host_id)) and holding.place.mode:
+            if (one := inbound(holding)) and holding.place.mode:
                 shell.redirects[holding.place.mode].evict([one])
             if lives := living(holding):
                 shell.holds.hold([lives], None)

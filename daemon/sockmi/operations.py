@@ -259,7 +259,7 @@ class Operations:
                     )
                 )
         for holding in self._daemon.redirecting.holdings.values():
-            if (came := inbound(holding, self._daemon.identity.host_id)) and holding.place.mode:
+            if (came := inbound(holding)) and holding.place.mode:
                 rows.append(
                     api.RedirectRow(
                         migration_id=UUID(bytes=holding.migration),

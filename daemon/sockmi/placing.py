@@ -38,16 +38,20 @@ class Placing:
         self._given: dict[MigrationId, FourTuple] = {}
         self._taken: set[FourTuple] = set()
 
-    def choose(self, item: Item, modes: Sequence[Mode]) -> Place:
-        """A place for one socket; raises Refusal if there is none."""
+    def choose(self, item: Item, modes: Sequence[Mode], former: Endpoint | None = None) -> Place:
+        """A place for one socket; raises Refusal if there is none.
+
+        ``former``: where this host had the connection before it led it away. Others still send
+        there, so it must be there again.
+        """
         if item.kind is not Kind.CONNECTED or item.local is None or item.remote is None:
             return Place()
         origin = item.origin or item.local
+        if former is None and self._is_local(origin.address):
+            former = origin
+        if former is not None:
+            return self._return(item, modes, former, item.remote)
         path = self._path(item.local.address)
-        home = self._path(origin.address)
-        if home is not None and home.kind == RTN_LOCAL:
-            mode = Mode.FORWARD if origin == item.local else Mode.NAT
-            return self._keep(item, Place(origin, mode), FourTuple(origin, item.remote))
         for mode in modes:
             if mode in self._modes and (place := self._try(item, origin, mode, path)):
                 return place
@@ -56,6 +60,24 @@ class Placing:
             f"No redirect of {', '.join(modes)} can lead packets for {item.local} to this host; "
             "allow nat (redirect.modes) on both, or use a host on the same segment.",
         )
+
+    def _return(self, item: Item, modes: Sequence[Mode], former: Endpoint, remote: Endpoint) -> Place:
+        """Back to where it has been: unchanged if its address still is the same, else by translation."""
+        mine = self._is_local(former.address)
+        if former == item.local:
+            fitting = [mode for mode in modes if mode in _PRESERVING]
+            path = self._path(former.address)
+            address = former.address if mine else path.source if path else None
+        else:
+            fitting = [mode for mode in modes if mode not in _PRESERVING] if mine else []
+            address = former.address
+        if not fitting or address is None:
+            raise Refusal(
+                Code.NO_REDIRECT,
+                f"The connection was at {former} here and must be there again, but none of {', '.join(modes)} "
+                f"can lead packets for {item.local} to it; export it to another host.",
+            )
+        return self._keep(item, Place(Endpoint(address, former.port), fitting[0]), FourTuple(former, remote))
 
     def _try(self, item: Item, origin: Endpoint, mode: Mode, path: Way | None) -> Place | None:
         assert item.local is not None and item.remote is not None

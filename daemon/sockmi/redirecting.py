@@ -80,6 +80,18 @@ class Redirecting:
             return None
         return self.holdings.get(connection)
 
+    def suspend(self, connections: Iterable[bytes]) -> None:
+        """They come back: out of the kernel, though not yet out of the journal."""
+        routes = [route for one in connections if (route := self.routes.get(one))]
+        for mode, group in by_mode((route.place.mode, route) for route in routes).items():
+            self._shell.redirects[mode].take_back([one.tuple for route in group if (one := outbound(route))])
+
+    def lead_again(self, connections: Iterable[bytes]) -> None:
+        """The inverse of ``suspend``; connections that have no route here are skipped."""
+        routes = [route for one in connections if (route := self.routes.get(one))]
+        for mode, group in by_mode((route.place.mode, route) for route in routes).items():
+            self._shell.redirects[mode].send_away([one for route in group if (one := outbound(route))])
+
     def route_of(self, connection: FourTuple) -> Route | None:
         """The route that leads a connection's packets away."""
         found = self._routes_by_tuple.get(connection)
@@ -167,8 +179,7 @@ class Redirecting:
                 self.drop_holding(connection)
                 gone.append(known)
         for mode, holdings in by_mode((one.place.mode, one) for one in gone).items():
-            came = [one for holding in holdings if (one := inbound(holding, self._shell.host_id))]
-            self._shell.redirects[mode].evict(came)
+            self._shell.redirects[mode].evict([one for holding in holdings if (one := inbound(holding))])
         durable.drop(change, gone)
         if change.drop:
             self._shell.journal.write(change)

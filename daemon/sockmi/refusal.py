@@ -56,11 +56,12 @@ class Code(StrEnum):
     INTERNAL = "internal"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(unsafe_hash=True)
 class Refusal(Exception):
     """One socket is not moved, and it goes on where it was.
 
-    ``message`` says what, where, why and what to do next, in one or two sentences.
+    ``message`` says what, where, why and what to do next, in one or two sentences. A value, though
+    not a frozen one: whoever raises an exception sets its traceback.
     """
 
     code: Code

@@ -183,7 +183,7 @@ class Daemon:
         started = durable.started(self.journal)
         self.redirecting.add_routes(started.routes)
         self.redirecting.add_holdings(started.holdings)
-        self._reconcile()
+        self._reconcile(started)
         self.importing.resume(started.prepared, lambda one: self.diag.state(one) is not None)
         self.exporting.close_originals(self._duplicates)
         self.dispatch(started)
@@ -412,17 +412,25 @@ class Daemon:
     def _waits_for_application(self, holding: Holding) -> bool:
         return holding.migration in self.importing.copies
 
-    def _reconcile(self) -> None:
-        """The kernel and the journal after a crash: the journal decides, the kernel is made to agree."""
+    def _reconcile(self, started: events.Started) -> None:
+        """The kernel and the journal after a crash: the journal decides, the kernel is made to agree.
+
+        A connection that is prepared to come back is led nowhere until that is decided.
+        """
+        returning = {
+            chunk.arrivals[position].item.connection
+            for chunk in started.prepared
+            for position in chunk.prepared
+        }
         for mode, redirect in self.redirects.items():
-            self._reconcile_routes(mode, redirect)
+            self._reconcile_routes(mode, redirect, returning)
             self._reconcile_holdings(mode, redirect)
 
-    def _reconcile_routes(self, mode: Mode, redirect: Redirect) -> None:
+    def _reconcile_routes(self, mode: Mode, redirect: Redirect, returning: set[bytes]) -> None:
         wanted = {
             one.tuple: one
             for route in self.redirecting.routes.values()
-            if route.place.mode is mode and (one := outbound(route))
+            if route.place.mode is mode and route.connection not in returning and (one := outbound(route))
         }
         present = {one.tuple for one in redirect.outbound()}
         redirect.take_back([connection for connection in present if connection not in wanted])
@@ -432,7 +440,7 @@ class Daemon:
         wanted = {
             one.tuple: one
             for holding in self.redirecting.holdings.values()
-            if holding.place.mode is mode and (one := inbound(holding, self.identity.host_id))
+            if holding.place.mode is mode and (one := inbound(holding))
         }
         present = {one.tuple: one for one in redirect.inbound()}
         redirect.evict([one for connection, one in present.items() if connection not in wanted])

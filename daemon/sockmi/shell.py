@@ -67,10 +67,10 @@ def living(holding: Holding) -> FourTuple | None:
     return FourTuple(local, holding.remote) if local else None
 
 
-def inbound(holding: Holding, host: HostId) -> Inbound | None:
-    """What a holding installs in the kernel of ``host``; None if it is no connection, or came home."""
+def inbound(holding: Holding) -> Inbound | None:
+    """What a holding installs in this kernel; None if it is no connection."""
     connection = living(holding)
-    if connection is None or holding.place.mode is None or holding.home == host:
+    if connection is None or holding.place.mode is None:
         return None
     return Inbound(connection, holding.origin or connection.local)
 

@@ -58,6 +58,9 @@ class Site:
 
     def restart(self, host: Host) -> Redirect:
         """A new daemon: nothing in memory, setup over live tables."""
+        old = self.redirects.get(host.name)
+        if isinstance(old, Iptables):
+            old.close()
         with host.inside():
             host.restart()
             self.redirects[host.name] = MAKE[self.mode](host.tables)
@@ -230,9 +233,6 @@ def test_two_hops_collapse(lab: Lab, mode: Mode, version: int) -> None:
         assert site.inbound(lab.b) == [Inbound(c.tuple, c.home.local)]
         c.move(lab.c)
         c.progress()
-        if mode is Mode.IPTABLES:
-            with lab.b.inside():
-                site.on(lab.b).evict([Inbound(FourTuple(c.placed(lab.b), c.home.remote), c.home.local)])
         c.collapse(lab.b)
         assert site.outbound(lab.a) == [Outbound(c.home, c.importer(lab.c))]
         assert site.outbound(lab.b) == [] and site.inbound(lab.b) == []
@@ -270,6 +270,8 @@ def test_undone_before_commit(lab: Lab, mode: Mode, version: int) -> None:
     with connection(site, version) as c:
         redirect = site.on(lab.a)
         out = [Outbound(c.home, c.importer(lab.b))]
+        site.on(lab.b)
+        lab.b.tables.hold([FourTuple(c.placed(lab.b), c.home.remote)], 10)  # as while it is PREPARED
         with lab.a.inside():
             for _ in range(2):
                 lab.a.tables.hold([c.home], 5)
@@ -351,12 +353,10 @@ def test_outlives_daemons(lab: Lab, mode: Mode, version: int) -> None:
     with connection(site, version) as c:
         c.move(lab.b)
         c.progress()
-        stop = threading.Event()
         for _ in range(4):
             for host in (lab.a, lab.b):
                 site.restart(host)
         c.progress()
-        stop.set()
         assert site.outbound(lab.a) == [Outbound(c.home, c.importer(lab.b))]
         assert site.inbound(lab.b) == [Inbound(c.tuple, c.home.local)]
         c.finish()
@@ -659,8 +659,7 @@ def test_injected_segment_passes_the_hold(lab: Lab, mode: Mode, version: int) ->
         receive, send = image.sequences
         turned = FourTuple(c.tuple.remote, c.tuple.local)
         mark = lab.b.tables.settings.inject_mark
-        # without timestamps Linux takes a segment that lacks the agreed option, but drops it with PAWS on;
-        # the socket's own options decide, so the segment is only counted where it must arrive: at the socket
+        # whether TCP likes the segment is not the subject: the socket counts it
         with lab.b.inside():
 
             def received() -> int:
@@ -668,7 +667,8 @@ def test_injected_segment_passes_the_hold(lab: Lab, mode: Mode, version: int) ->
                 return int(text.split("segs_in:")[1].split()[0]) if "segs_in:" in text else 0
 
             before = received()
-            segment(lab.b, turned, b"x", 0, receive, send)
+            with contextlib.suppress(PermissionError):  # what a firewall's drop looks like to a sender
+                segment(lab.b, turned, b"x", 0, receive, send)
             assert received() == before  # the hold is there
             segment(lab.b, turned, b"x", mark, receive, send)
             until(lambda: received() > before, "the segment reaches the socket", 3)
@@ -677,7 +677,6 @@ def test_injected_segment_passes_the_hold(lab: Lab, mode: Mode, version: int) ->
 
 def test_bulk_install(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     """10,000 connections in one transaction; prints what it takes (not a timed test)."""
-    site = Site(lab, Mode.NAT)
     peer, here, there = (ip_address(h.address(4)) for h in (lab.peer, lab.a, lab.b))
     out = [
         Outbound(FourTuple(Endpoint(here, 80), Endpoint(peer, port)), Endpoint(there, port))
@@ -685,8 +684,7 @@ def test_bulk_install(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     lines = []
     for mode in (Mode.FORWARD, Mode.NAT):
-        site.redirects.clear()
-        site.mode = mode
+        site = Site(lab, mode)
         redirect = site.on(lab.a)
         start = time.perf_counter()
         redirect.send_away(out)
@@ -707,9 +705,9 @@ def test_bulk_install(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
         redirect.take_back([each.tuple for each in out])
         lines.append(f"{mode}: 10,000 removed in {(time.perf_counter() - start) * 1e3:.0f} ms")
         assert redirect.outbound() == []
+        site.teardown()
     with capsys.disabled():
         print("\n" + "\n".join(lines))
-    site.teardown()
 
 
 def test_two_daemons_on_one_host(lab: Lab) -> None:

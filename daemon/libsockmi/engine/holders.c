@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -178,6 +179,16 @@ static void scan_process(struct scan *s, pid_t pid)
 	closedir(dir);
 }
 
+/* /proc answers to the ids of threads too; a pidfd is given for a process only (kernel/pid.c). */
+static bool is_process(pid_t pid)
+{
+	int fd = (int)syscall(SYS_pidfd_open, pid, 0);
+
+	if (fd >= 0)
+		close(fd);
+	return fd >= 0 || errno == ENOSYS || errno == EMFILE || errno == ENFILE;
+}
+
 API ssize_t sockmi_find_holders(const uint64_t *inodes, size_t n_inodes, const pid_t *pids, size_t n_pids,
 				pid_t except, struct sockmi_holder *holders, size_t room,
 				pid_t *rings, size_t rings_room, size_t *n_rings)
@@ -190,7 +201,8 @@ API ssize_t sockmi_find_holders(const uint64_t *inodes, size_t n_inodes, const p
 		return -errno;
 	if (n_pids) {
 		for (size_t i = 0; i < n_pids; i++)
-			scan_process(&s, pids[i]);
+			if (is_process(pids[i]))
+				scan_process(&s, pids[i]);
 		close(s.proc);
 	} else {
 		DIR *dir = fdopendir(s.proc);

@@ -16,7 +16,8 @@ struct sockmi_holder {
 
 /*
  * Find the descriptors of the @n_inodes sockets in @inodes (sorted; 0: of all sockets) in the
- * @n_pids processes of @pids (0: in all), the process @except left out. Writes at most @room
+ * @n_pids processes of @pids (0: in all; ids of
+ * threads are passed over), the process @except left out. Writes at most @room
  * holders. Returns how many there are (more than @room: call again with more), or -errno.
  *
  * The pids of those among the holders that have an io_uring go to @rings, at most @rings_room,

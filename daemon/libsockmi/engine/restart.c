@@ -34,6 +34,7 @@ static bool timespec_short(pid_t tid, unsigned long address)
 /* Must this interrupted system call be restarted? */
 static bool restartable(pid_t tid, unsigned long number, const unsigned long argument[6])
 {
+	(void)tid;	/* not needed if the headers are older than epoll_pwait2 */
 	switch (number) {
 #ifdef SYS_epoll_wait
 	case SYS_epoll_wait:

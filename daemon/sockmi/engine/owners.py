@@ -33,8 +33,10 @@ Holders = dict[int, dict[int, list[int]]]
 
 _PROC = Path("/proc")
 _PID_MIN = 300  # RESERVED_PIDS: where process ids go on after a wrap (kernel/pid.c)
-_RESCAN_PIDS = 4096  # more new process ids than this: a full scan is cheaper
-_RESCAN_AGE_S = 60.0  # process ids may have gone round: scan anew
+# A process in the middle of fork(2) has its id, but cannot be seen yet: look that many ids further back.
+_UNSEEN_PIDS = 32
+_RESCAN_PIDS = 256  # more ids than this since the scan: a new one, before the freeze, is cheaper
+_RESCAN_AGE_S = 60.0  # the ids may have gone round: scan anew
 
 
 class _Holder(ctypes.Structure):
@@ -189,6 +191,14 @@ def _io_uring(pid: int) -> Refusal:
     )
 
 
+def _restless(pid: int, timeout_s: float) -> Refusal:
+    return Refusal(
+        Code.OWNER_UNSTOPPABLE,
+        f"{_process(pid)} may have children that run: for {timeout_s * 1000:.0f} ms processes were born "
+        "faster than they could be looked at; try again when the host is calmer",
+    )
+
+
 def _stop_refusal(pid: int, result: _StopResult, timeout_s: float) -> Refusal:
     if result.code == _STOP_TRACED:
         return _traced(pid, result.tracer)
@@ -216,10 +226,15 @@ def _stop_refusal(pid: int, result: _StopResult, timeout_s: float) -> Refusal:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """When a scan began: the time (monotonic) and the last process id."""
+    """When a scan began: the time (monotonic), and the process id after which it may have missed one."""
 
     time_s: float
     last_pid: int
+
+    @classmethod
+    def now(cls) -> _Scan:
+        last = _last_pid()
+        return cls(time.monotonic(), max(min(last, _PID_MIN), last - _UNSEEN_PIDS))
 
 
 @dataclass(slots=True)
@@ -250,10 +265,10 @@ class Owners:
         Remembers them for ``stop``, for a minute. Call it shortly before, outside the freeze.
         """
         wanted = set(inodes)
-        scan = _Scan(time.monotonic(), _last_pid())
+        scan = _Scan.now()
         holders, rings = find_holders(wanted)
         for inode, known in list(self._known.items()):
-            if scan.time_s - known.scan.time_s > _RESCAN_AGE_S and inode not in self._stops:
+            if scan.time_s - known.scan.time_s > 2 * _RESCAN_AGE_S and inode not in self._stops:
                 self._known.pop(inode, None)
         self._note_rings(holders, rings)
         self._known.update({inode: _Known(scan, set(holders.get(inode, ()))) for inode in wanted})
@@ -262,23 +277,33 @@ class Owners:
     def _note_rings(self, holders: Holders, rings: set[int]) -> None:
         self._rings = (self._rings - {pid for by_pid in holders.values() for pid in by_pid}) | rings
 
-    def _catch_up(self, inodes: set[int]) -> None:
-        """Bring the known holders up to date: look at the processes born since their scan."""
-        scan = _Scan(time.monotonic(), _last_pid())
-        oldest = min((self._known[inode].scan for inode in inodes), key=lambda old: old.time_s, default=scan)
-        if oldest.last_pid == scan.last_pid and scan.time_s - oldest.time_s < _RESCAN_AGE_S:
-            return
-        born = _pids_between(oldest.last_pid, scan.last_pid)
-        if len(born) > _RESCAN_PIDS or scan.time_s - oldest.time_s >= _RESCAN_AGE_S:
+    def _born(self, inodes: set[int], last_pid: int) -> list[int]:
+        """The ids given out since the oldest scan of these sockets, but for the holders known already."""
+        scans = {self._known[inode].scan for inode in inodes}
+        known = set().union(*(self._known[inode].pids for inode in inodes))
+        oldest = min(scans, key=lambda scan: scan.time_s)
+        return [pid for pid in _pids_between(oldest.last_pid, last_pid) if pid not in known]
+
+    def _refresh(self, inodes: set[int]) -> None:
+        """Before the freeze: scan anew if the known holders are old."""
+        oldest_s = min(self._known[inode].scan.time_s for inode in inodes)
+        if time.monotonic() - oldest_s > _RESCAN_AGE_S or len(self._born(inodes, _last_pid())) > _RESCAN_PIDS:
             self.find(inodes)
-            return
-        holders, rings = find_holders(inodes, born)
-        self._note_rings(holders, rings)
-        for inode in inodes:
-            self._known[inode].scan = scan
-        for inode, by_pid in holders.items():
-            # /proc answers to the ids of threads too: only leaders stand for a process.
-            self._known[inode].pids.update(pid for pid in by_pid if _status(pid, "Tgid") == [str(pid)])
+
+    def _catch_up(self, inodes: set[int]) -> bool:
+        """Look at the processes born since the scan. True if another look is needed.
+
+        In ascending order: if a process has ended before it is looked at, the child that it may
+        have left (of a higher id) has been visible since.
+        """
+        last_pid = _last_pid()
+        born = self._born(inodes, last_pid)
+        if born:
+            holders, rings = find_holders(inodes, born)
+            self._note_rings(holders, rings)
+            for inode, by_pid in holders.items():
+                self._known[inode].pids.update(by_pid)
+        return _last_pid() != last_pid
 
     def strangers(self, inodes: Iterable[int]) -> dict[int, set[int]]:
         """Holders that run although the socket is stopped: a descriptor was passed on. Normally empty."""
@@ -324,17 +349,17 @@ class Owners:
             self.find(unknown)
             for inode in unknown:
                 self._known[inode].pids.update(pids)
-        self._catch_up(wanted)
+        if not wanted:
+            return []
+        self._refresh(wanted)
         refused: dict[int, Refusal] = {}  # by pid
         stopped: set[int] = set()  # by this call
         while True:
             movable = [inode for inode in wanted if not self._known[inode].pids & refused.keys()]
             owners: set[int] = set().union(*(self._known[inode].pids for inode in movable))
             fresh = {pid for pid in owners - stopped if not self._counts[pid]}
-            if not fresh:
-                break
+            refused.update({pid: _io_uring(pid) for pid in fresh & self._rings})
             if fresh & self._rings:
-                refused.update({pid: _io_uring(pid) for pid in fresh & self._rings})
                 continue
             left_s = deadline_s - time.monotonic()
             for pid, result in zip(fresh, self._native_stop(list(fresh), left_s), strict=True):
@@ -345,7 +370,12 @@ class Owners:
                         self._known[inode].pids.discard(pid)
                 else:
                     refused[pid] = _stop_refusal(pid, result, timeout_s)
-            self._catch_up(wanted)
+            if not (self._catch_up(wanted) or fresh):
+                break
+            if left_s < 0:
+                owners = set().union(*(self._known[inode].pids for inode in movable))
+                refused.update({pid: _restless(pid, timeout_s) for pid in owners})
+                break
         return self._settle(inodes, refused, stopped)
 
     def _settle(

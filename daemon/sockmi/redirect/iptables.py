@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import re
+import importlib.util
+import json
+import os
 import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from collections.abc import Callable, Iterable, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -27,14 +31,14 @@ from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.redirect.base import Inbound, Mode, Outbound
 from sockmi.redirect.nat import not_forwarding
-from sockmi.redirect.routes import RTN_UNICAST, read_sysctl
+from sockmi.redirect.routes import RTN_UNICAST, apart, read_sysctl
 from sockmi.redirect.tables import Tables
 
 _TCP = 6
 _FAMILY = {4: 2, 6: 10}
 _AWAY, _HOME, _UNTRACKED, _MUTE = "away", "home", "raw", "mute"
-_HOOK = {_AWAY: ("nat", "PREROUTING"), _HOME: ("nat", "POSTROUTING"), _UNTRACKED: ("raw", "PREROUTING"),
-         _MUTE: ("filter", "OUTPUT")}  # fmt: skip
+_PACKAGES = str(Path(__file__).resolve().parents[2])
+_Target = tuple[str, dict[str, str]]
 
 
 def unusable(command: str = "iptables") -> str | None:
@@ -53,11 +57,54 @@ def unusable(command: str = "iptables") -> str | None:
             f"{command} is {version.strip()}, which does not see legacy rules; use redirect mode nat, or "
             "`update-alternatives --set iptables /usr/sbin/iptables-legacy`"
         )
-    try:
-        import iptc  # noqa: F401
-    except Exception as error:  # it raises its own XTablesError when a library is missing
-        return f"python-iptables cannot be loaded ({error}); `pip install python-iptables`, or use mode nat"
+    if importlib.util.find_spec("iptc") is None:
+        return "python-iptables is not installed; `pip install python-iptables`, or use redirect mode nat"
     return None
+
+
+class _Worker:
+    """iptables_worker for one IP version, started in the caller's network namespace when first needed."""
+
+    def __init__(self, version: int, prefix: str) -> None:
+        self._arguments = (str(version), prefix)
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The worker's answer; OSError if it says no or has ended."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                command = (sys.executable, "-W", "ignore", "-m", "sockmi.redirect.iptables_worker")
+                path = os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH"))))
+                self._process = subprocess.Popen(
+                    command + self._arguments,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, "PYTHONPATH": path},
+                )
+            process = self._process
+            assert process.stdin and process.stdout
+            line = ""
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps([method, *arguments]) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "python-iptables has ended its process"}
+        if "error" in answer:
+            raise OSError(f"iptables, IPv{self._arguments[0]}: {answer['error']}")
+        return answer["result"]
+
+    def close(self) -> None:
+        """End the worker; the rules stay."""
+        with self._lock:
+            if self._process is not None:
+                assert self._process.stdin and self._process.stdout
+                with contextlib.suppress(BrokenPipeError):
+                    self._process.stdin.close()
+                self._process.stdout.close()
+                self._process.wait(10)
+                self._process = None
 
 
 class Iptables:
@@ -66,38 +113,11 @@ class Iptables:
     mode = Mode.IPTABLES
 
     def __init__(self, tables: Tables, command: str = "iptables") -> None:
+        """``command``: this host's iptables program; see ``unusable``."""
         self._tables = tables
         self._command = command
-        self._lock = threading.Lock()
-
-    # --- chains and rules --------------------------------------------------------------------
-
-    def _name(self, role: str) -> str:
-        return f"{self._tables.settings.table[:20]}_{role}"  # 28 characters at most
-
-    @contextlib.contextmanager
-    def _changing(self, version: int, role: str) -> Iterator[Any]:
-        """The chain of ``role``; changes are committed at the end of the block."""
-        import iptc
-
-        kind, _ = _HOOK[role]
-        with self._lock:
-            table = (iptc.Table if version == 4 else iptc.Table6)(kind)
-            table.autocommit = False
-            table.refresh()
-            try:
-                yield iptc.Chain(table, self._name(role))
-                table.commit()
-            finally:
-                table.refresh()
-                table.autocommit = True
-
-    def _hooks(self, chain: Any, role: str) -> tuple[Any, list[Any]]:
-        """The built-in chain of ``role`` and our jumps in it."""
-        import iptc
-
-        hook = iptc.Chain(chain.table, _HOOK[role][1])
-        return hook, [rule for rule in hook.rules if rule.target and rule.target.name == chain.name]
+        prefix = f"{tables.settings.table[:20]}_"  # chain names have at most 28 characters
+        self._workers = {version: _Worker(version, prefix) for version in (4, 6)}
 
     def setup(self) -> None:
         """See base.Redirect. OSError says why when this host cannot do it."""
@@ -110,64 +130,40 @@ class Iptables:
         if reason:
             raise OSError(errno.EOPNOTSUPP, f"redirect mode iptables: {reason}")
         self._tables.setup(self.mode)
-        for version in (4, 6):
-            for role in _HOOK:
-                with self._changing(version, role) as chain:
-                    if not chain.table.is_chain(chain.name):
-                        chain.table.create_chain(chain.name)
-                    hook, jumps = self._hooks(chain, role)
-                    if not jumps:
-                        hook.insert_rule(self._rule(version, chain.name))
+        for worker in self._workers.values():
+            worker.call("install")
 
     def teardown(self) -> None:
         """See base.Redirect."""
-        if unusable(self._command) is None:
-            for version in (4, 6):
-                for role in _HOOK:
-                    with self._changing(version, role) as chain:
-                        if not chain.table.is_chain(chain.name):
-                            continue
-                        hook, jumps = self._hooks(chain, role)
-                        for jump in jumps:
-                            hook.delete_rule(jump)
-                        chain.flush()
-                        chain.table.delete_chain(chain.name)
+        for worker in self._workers.values():
+            if unusable(self._command) is None:
+                worker.call("uninstall")
+            worker.close()
         self._tables.teardown(self.mode)
 
-    def _rule(self, version: int, target: str, ends: FourTuple | None = None, **options: str) -> Any:
-        """A rule for segments from ``ends.local`` to ``ends.remote``."""
-        import iptc
+    def close(self) -> None:
+        """End the workers; the rules stay."""
+        for worker in self._workers.values():
+            worker.close()
 
-        rule = iptc.Rule() if version == 4 else iptc.Rule6()
-        if ends is not None:
-            rule.protocol = "tcp"
-            rule.src, rule.dst = str(ends.local.address), str(ends.remote.address)
-            match = rule.create_match("tcp")
-            match.sport, match.dport = str(ends.local.port), str(ends.remote.port)
-        rule.target = iptc.Target(rule, target)
-        for name, value in options.items():
-            setattr(rule.target, name, value)
-        return rule
-
-    def _edit(self, role: str, tuples: Iterable[FourTuple], make: Callable[[FourTuple], Any] | None) -> None:
+    def _edit(
+        self, role: str, tuples: Iterable[FourTuple], make: Callable[[FourTuple], _Target] | None
+    ) -> None:
         """Remove the rules of ``tuples`` (as the segments have them) in a chain, and put new ones, if any."""
         by_version: dict[int, set[FourTuple]] = {}
         for t in tuples:
             by_version.setdefault(t.version, set()).add(t)
         for version, members in by_version.items():
-            with self._changing(version, role) as chain:
-                for rule in [rule for rule in chain.rules if _ends(rule) in members]:
-                    chain.delete_rule(rule)
-                if make is not None:
-                    for t in members:
-                        chain.append_rule(make(t))
+            new = [(_ends(t), *make(t)) for t in members] if make else []
+            self._workers[version].call("edit", role, [_ends(t) for t in members], new)
 
-    def _list(self, role: str) -> list[tuple[FourTuple, Any]]:
+    def _list(self, role: str) -> list[tuple[FourTuple, Endpoint]]:
         found = []
-        for version in (4, 6):
-            with self._changing(version, role) as chain:
-                if chain.table.is_chain(chain.name):
-                    found += [(ends, _target(rule)) for rule in chain.rules if (ends := _ends(rule))]
+        for worker in self._workers.values():
+            for ends, other in worker.call("rules", role):
+                source, sport, destination, dport = ends
+                t = FourTuple(Endpoint(ip_address(source), sport), Endpoint(ip_address(destination), dport))
+                found.append((t, Endpoint.parse(other)))
         return found
 
     # --- base.Redirect -----------------------------------------------------------------------
@@ -182,8 +178,12 @@ class Iptables:
     def send_away(self, connections: Sequence[Outbound]) -> None:
         """See base.Redirect; one transaction for each table, in an order that lets nothing slip."""
         to = {_turned(c.tuple): c.importer for c in connections}
-        self._edit(_MUTE, (c.tuple for c in connections), lambda t: self._rule(t.version, "DROP", t))
-        self._edit(_AWAY, to, lambda t: self._rule(t.version, "DNAT", t, to_destination=str(to[t])))
+        tuples = [c.tuple for c in connections]
+        # what came here and goes on: untracked packets would pass DNAT by
+        self._edit(_UNTRACKED, to, None)
+        self._edit(_HOME, tuples, None)
+        self._edit(_MUTE, (c.tuple for c in connections), lambda t: ("DROP", {}))
+        self._edit(_AWAY, to, lambda t: ("DNAT", {"to_destination": str(to[t])}))
         self._forget_tracked([c.tuple for c in connections])
         with self._tables.transaction() as batch:
             self._tables.clear(batch, [c.tuple for c in connections])
@@ -207,8 +207,8 @@ class Iptables:
         origins = {c.tuple: c.origin for c in connections if c.origin != c.tuple.local}
         if home:
             self.take_back(home)
-        self._edit(_UNTRACKED, map(_turned, origins), lambda t: self._rule(t.version, "CT", t, notrack=""))
-        self._edit(_HOME, origins, lambda t: self._rule(t.version, "SNAT", t, to_source=str(origins[t])))
+        self._edit(_UNTRACKED, map(_turned, origins), lambda t: ("CT", {"notrack": ""}))
+        self._edit(_HOME, origins, lambda t: ("SNAT", {"to_source": str(origins[t])}))
         self._forget_tracked(list(origins))
         with self._tables.transaction() as batch:
             self._tables.clear(batch, [c.tuple for c in connections])
@@ -222,15 +222,14 @@ class Iptables:
 
     def outbound(self) -> list[Outbound]:
         """See base.Redirect."""
-        return [Outbound(_turned(ends), to) for ends, to in self._list(_AWAY) if to]
+        return [Outbound(_turned(ends), to) for ends, to in self._list(_AWAY)]
 
     def inbound(self) -> list[Inbound]:
         """See base.Redirect; connections that came home have no rule and are not listed."""
-        return [Inbound(ends, to) for ends, to in self._list(_HOME) if to]
+        return [Inbound(ends, to) for ends, to in self._list(_HOME)]
 
     def _forget_tracked(self, tuples: Sequence[FourTuple]) -> None:
         """Delete the conntrack entries of connections, whichever end is taken for the first."""
-        from sockmi.redirect.routes import apart
 
         def work(_: Any) -> None:
             with NFCTSocket() as conntrack:
@@ -258,16 +257,5 @@ def _turned(t: FourTuple) -> FourTuple:
     return FourTuple(t.remote, t.local)
 
 
-def _ends(rule: Any) -> FourTuple | None:
-    """Source and destination of a rule of ours, as local and remote."""
-    if rule.protocol != "tcp" or not rule.matches:
-        return None
-    match = rule.matches[0]
-    source, destination = (ip_network(text).network_address for text in (rule.src, rule.dst))
-    return FourTuple(Endpoint(source, int(match.sport)), Endpoint(destination, int(match.dport)))
-
-
-def _target(rule: Any) -> Endpoint | None:
-    text = rule.target.to_destination if rule.target.name == "DNAT" else rule.target.to_source
-    found = re.fullmatch(r"\[?([0-9a-fA-F.:]+?)\]?:(\d+)", text or "")
-    return Endpoint(ip_address(found[1]), int(found[2])) if found else None
+def _ends(t: FourTuple) -> list[Any]:
+    return [str(t.local.address), t.local.port, str(t.remote.address), t.remote.port]

@@ -1,0 +1,314 @@
+"""The engine's contract: every option that an application can set and read travels."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from sockmi import image as codec
+from sockmi.engine.base import Captured, Placement, Restored
+from sockmi.engine.repair import RepairEngine
+from tests.lab import engine_lab as el
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+SOL, TCP, IP, IP6 = socket.SOL_SOCKET, socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6
+
+
+def number(value: int) -> bytes:
+    return struct.pack("i", value)
+
+
+_FILTER = struct.pack("HBBI", 6, 0, 0, 0xFFFFFFFF)  # BPF: accept all
+
+#: name, level, option, value: none of these is a fresh socket's.
+GENERAL: list[tuple[str, int, int, bytes]] = [
+    ("SO_DEBUG", SOL, 1, number(1)),
+    ("SO_REUSEADDR", SOL, 2, number(1)),
+    ("SO_DONTROUTE", SOL, 5, number(1)),
+    ("SO_BROADCAST", SOL, 6, number(1)),
+    ("SO_SNDBUF", SOL, 7, number(50_000)),
+    ("SO_RCVBUF", SOL, 8, number(60_000)),
+    ("SO_KEEPALIVE", SOL, 9, number(1)),
+    ("SO_OOBINLINE", SOL, 10, number(1)),
+    ("SO_NO_CHECK", SOL, 11, number(1)),
+    ("SO_PRIORITY", SOL, 12, number(3)),
+    ("SO_LINGER", SOL, 13, struct.pack("ii", 1, 17)),
+    ("SO_REUSEPORT", SOL, 15, number(1)),
+    ("SO_RCVLOWAT", SOL, 18, number(9)),
+    ("SO_RCVTIMEO", SOL, 20, struct.pack("qq", 3, 252_000)),
+    ("SO_SNDTIMEO", SOL, 21, struct.pack("qq", 4, 500_000)),
+    ("SO_TIMESTAMP", SOL, 29, number(1)),
+    ("SO_MARK", SOL, 36, number(0x77)),
+    ("SO_RXQ_OVFL", SOL, 40, number(1)),
+    ("SO_WIFI_STATUS", SOL, 41, number(1)),
+    ("SO_PEEK_OFF", SOL, 42, number(5)),
+    ("SO_NOFCS", SOL, 43, number(1)),
+    ("SO_SELECT_ERR_QUEUE", SOL, 45, number(1)),
+    ("SO_BUSY_POLL", SOL, 46, number(30)),
+    ("SO_MAX_PACING_RATE", SOL, 47, struct.pack("Q", 10**10)),
+    ("SO_ZEROCOPY", SOL, 60, number(1)),
+    ("SO_PREFER_BUSY_POLL", SOL, 69, number(1)),
+    ("SO_BUSY_POLL_BUDGET", SOL, 70, number(16)),
+    ("SO_TXREHASH", SOL, 74, number(0)),
+    ("SO_RCVMARK", SOL, 75, number(1)),
+    ("SO_RCVPRIORITY", SOL, 82, number(1)),
+    ("TCP_NODELAY", TCP, 1, number(1)),
+    ("TCP_CORK", TCP, 3, number(1)),
+    ("TCP_KEEPIDLE", TCP, 4, number(1234)),
+    ("TCP_KEEPINTVL", TCP, 5, number(12)),
+    ("TCP_KEEPCNT", TCP, 6, number(4)),
+    ("TCP_SYNCNT", TCP, 7, number(3)),
+    ("TCP_LINGER2", TCP, 8, number(25)),
+    ("TCP_DEFER_ACCEPT", TCP, 9, number(7)),
+    ("TCP_CONGESTION", TCP, 13, b"reno"),
+    ("TCP_THIN_LINEAR_TIMEOUTS", TCP, 16, number(1)),
+    ("TCP_USER_TIMEOUT", TCP, 18, number(12_345)),
+    ("TCP_NOTSENT_LOWAT", TCP, 25, number(4096)),
+    ("TCP_FASTOPEN_NO_COOKIE", TCP, 34, number(1)),
+    ("TCP_INQ", TCP, 36, number(1)),
+    ("TCP_TX_DELAY", TCP, 37, number(100)),
+    ("TCP_RTO_MAX_MS", TCP, 44, number(5000)),
+    ("TCP_RTO_MIN_US", TCP, 45, number(48_000)),
+    ("TCP_DELACK_MAX_US", TCP, 46, number(40_000)),
+]
+INET: list[tuple[str, int, int, bytes]] = [
+    ("IP_TOS", IP, 1, number(0x48)),
+    ("IP_TTL", IP, 2, number(99)),
+    ("IP_RECVOPTS", IP, 6, number(1)),
+    ("IP_RETOPTS", IP, 7, number(1)),
+    ("IP_PKTINFO", IP, 8, number(1)),
+    ("IP_MTU_DISCOVER", IP, 10, number(3)),
+    ("IP_RECVERR", IP, 11, number(1)),
+    ("IP_RECVTTL", IP, 12, number(1)),
+    ("IP_RECVTOS", IP, 13, number(1)),
+    ("IP_FREEBIND", IP, 15, number(1)),
+    ("IP_PASSSEC", IP, 18, number(1)),
+    ("IP_TRANSPARENT", IP, 19, number(1)),
+    ("IP_RECVORIGDSTADDR", IP, 20, number(1)),
+    ("IP_MINTTL", IP, 21, number(7)),
+    ("IP_BIND_ADDRESS_NO_PORT", IP, 24, number(1)),
+    ("IP_RECVFRAGSIZE", IP, 25, number(1)),
+    ("IP_RECVERR_RFC4884", IP, 26, number(1)),
+    ("IP_MULTICAST_LOOP", IP, 34, number(0)),
+    ("IP_MULTICAST_ALL", IP, 49, number(0)),
+    ("IP_LOCAL_PORT_RANGE", IP, 51, struct.pack("I", 50000 | 60000 << 16)),
+]
+INET6: list[tuple[str, int, int, bytes]] = [
+    ("IPV6_FLOWINFO", IP6, 11, number(1)),
+    ("IPV6_UNICAST_HOPS", IP6, 16, number(88)),
+    ("IPV6_MULTICAST_LOOP", IP6, 19, number(0)),
+    ("IPV6_MTU_DISCOVER", IP6, 23, number(3)),
+    ("IPV6_RECVERR", IP6, 25, number(1)),
+    ("IPV6_MULTICAST_ALL", IP6, 29, number(0)),
+    ("IPV6_RECVERR_RFC4884", IP6, 31, number(1)),
+    ("IPV6_RECVPKTINFO", IP6, 49, number(1)),
+    ("IPV6_RECVHOPLIMIT", IP6, 51, number(1)),
+    ("IPV6_RECVHOPOPTS", IP6, 53, number(1)),
+    ("IPV6_RECVRTHDR", IP6, 56, number(1)),
+    ("IPV6_RECVDSTOPTS", IP6, 58, number(1)),
+    ("IPV6_RECVPATHMTU", IP6, 60, number(1)),
+    ("IPV6_DONTFRAG", IP6, 62, number(1)),
+    ("IPV6_RECVTCLASS", IP6, 66, number(1)),
+    ("IPV6_TCLASS", IP6, 67, number(0x48)),
+    ("IPV6_AUTOFLOWLABEL", IP6, 70, number(0)),
+    ("IPV6_ADDR_PREFERENCES", IP6, 72, number(0x0002)),
+    ("IPV6_MINHOPCOUNT", IP6, 73, number(9)),
+    ("IPV6_RECVORIGDSTADDR", IP6, 74, number(1)),
+    ("IPV6_TRANSPARENT", IP6, 75, number(1)),
+    ("IPV6_RECVFRAGSIZE", IP6, 77, number(1)),
+    ("IPV6_FREEBIND", IP6, 78, number(1)),
+    ("SO_ATTACH_FILTER", SOL, 26, b""),
+    ("SO_LOCK_FILTER", SOL, 44, number(1)),
+]
+#: Only before connect(), or only readable on a socket without a connection.
+UNCONNECTED: list[tuple[str, int, int, bytes]] = [
+    ("TCP_MAXSEG", TCP, 2, number(1000)),
+    ("TCP_WINDOW_CLAMP", TCP, 10, number(40_000)),
+    ("TCP_SAVE_SYN", TCP, 27, number(1)),
+    ("SO_INCOMING_CPU", SOL, 49, number(1)),
+]
+
+
+def table(kind: str) -> list[tuple[str, int, int, bytes]]:
+    return GENERAL + ([] if kind == "v6" else INET) + ([] if kind == "v4" else INET6)
+
+
+def set_option(sock: socket.socket, name: str, level: int, option: int, value: bytes) -> None:
+    if name == "SO_ATTACH_FILTER":
+        import ctypes
+
+        code = ctypes.create_string_buffer(_FILTER)
+        value = struct.pack("HxxxxxxQ", 1, ctypes.addressof(code))
+        sock.setsockopt(level, option, value)
+        return
+    sock.setsockopt(level, option, value)
+
+
+def read(sock: socket.socket, level: int, option: int) -> bytes | None:
+    """The option as the kernel tells it, or None. (A filter's length counts instructions.)"""
+    try:
+        return sock.getsockopt(level, option, 1 if option == 26 and level == SOL else 64)
+    except OSError as error:
+        assert error.errno == errno.ENOPROTOOPT
+        return None
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[el.Lab]:
+    with el.lab() as it:
+        yield it
+
+
+def copy_of(lab: el.Lab, sock: socket.socket) -> tuple[socket.socket, bytes, Restored]:
+    engine = RepairEngine()
+    with lab.host("a"):
+        (item,) = engine.capture([sock.fileno()])
+    assert isinstance(item, Captured), item
+    with lab.host("b"):
+        (made,) = engine.restore([item.image], [Placement(None, False)])
+        assert isinstance(made, Restored), made
+        assert engine.activate([made.fd], [item.image]) == [None]
+    return socket.socket(fileno=made.fd), item.image, made
+
+
+def compare(sock: socket.socket, copy: socket.socket, options: list[tuple[str, int, int, bytes]]) -> None:
+    different = []
+    for name, level, option, _ in options:
+        before, after = read(sock, level, option), read(copy, level, option)
+        if before != after:
+            different.append((name, before.hex(), after.hex()))
+    assert not different
+
+
+@pytest.mark.parametrize("kind", ["v4", "v6", "mapped"])
+def test_each_option_alone(lab: el.Lab, kind: str) -> None:
+    """One socket for each option, set after connect(); the copy has it, and nothing else that is new."""
+    lab.switch("a")
+    taken = 0
+    port = lab.port()
+    lab.hold("b", port)
+    for name, level, option, value in table(kind):
+        sock, peer = lab.pair(kind, port)
+        fresh = read(sock, level, option)
+        try:
+            if fresh is None:
+                continue
+            if name == "SO_LOCK_FILTER":
+                set_option(sock, "SO_ATTACH_FILTER", SOL, 26, b"")
+            set_option(sock, name, level, option, value)
+        except OSError:
+            continue
+        finally:
+            peer.close()
+        taken += 1
+        # SO_DEBUG and the like: a value that is not the fresh one must be there to be carried.
+        if name != "SO_REUSEADDR":
+            assert read(sock, level, option) != fresh, name
+        copy, _, made = copy_of(lab, sock)
+        compare(sock, copy, [(name, level, option, value)])
+        assert not [r for r in made.fidelity.reset if r.startswith("option")], name
+        sock.close()
+        copy.close()
+    assert taken >= len(table(kind)) - 8
+
+
+@pytest.mark.parametrize("kind", ["v4", "v6", "mapped"])
+@pytest.mark.parametrize("what", ["connected", "bound", "listening"])
+def test_all_options_together(lab: el.Lab, kind: str, what: str) -> None:
+    lab.switch("a")
+    port = lab.port()
+    lab.hold("b", port)
+    options = table(kind) + (UNCONNECTED if what != "connected" else [])
+    peer = None
+    if what == "connected":
+        sock, peer = lab.pair(kind, port)
+    elif what == "listening":
+        sock = lab.listener(kind, port)
+    else:
+        with lab.host("a"):
+            sock = socket.socket(socket.AF_INET if kind == "v4" else socket.AF_INET6, socket.SOCK_STREAM)
+        sock.bind(({"v4": el.HOST4, "v6": el.HOST6, "mapped": "::"}[kind], port))
+    for name, level, option, value in options:
+        with contextlib.suppress(OSError):
+            set_option(sock, name, level, option, value)
+    copy, image, _ = copy_of(lab, sock)
+    assert len(codec.decode(image).socket_options) > 40
+    compare(sock, copy, options)
+    for each in (sock, copy, peer):
+        if each:
+            each.close()
+
+
+def test_hosts_with_other_defaults(lab: el.Lab) -> None:
+    """What was a default at the exporter is kept where the default is another."""
+    lab.switch("a")
+    port = lab.port()
+    lab.hold("b", port)
+    sock, peer = lab.pair("v4", port)
+    names = {
+        "net/ipv4/tcp_keepalive_time": "100",
+        "net/ipv4/tcp_keepalive_probes": "3",
+        "net/ipv4/ip_default_ttl": "33",
+        "net/ipv4/tcp_congestion_control": "reno",
+        "net/ipv4/tcp_fin_timeout": "5",
+    }
+    with lab.host("b"):
+        from pathlib import Path
+
+        old = {name: Path("/proc/sys", name).read_text() for name in names}
+        for name, value in names.items():
+            Path("/proc/sys", name).write_text(value)
+    try:
+        import time
+
+        time.sleep(1.1)  # fresh sockets' options are remembered for a second
+        copy, _, _ = copy_of(lab, sock)
+        compare(sock, copy, table("v4"))
+        copy.close()
+    finally:
+        with lab.host("b"):
+            for name, value in old.items():
+                Path("/proc/sys", name).write_text(value)
+    sock.close()
+    peer.close()
+
+
+def test_buffers_stay_tunable(lab: el.Lab) -> None:
+    """A copy's buffers are fixed if the application has fixed them, else the kernel goes on tuning them."""
+    lab.switch("a")
+    for fixed in (False, True):
+        port = lab.port()
+        lab.hold("b", port)
+        sock, peer = lab.pair("v4", port)
+        if fixed:
+            sock.setsockopt(SOL, socket.SO_RCVBUF, 300_000)
+            sock.setsockopt(SOL, socket.SO_SNDBUF, 300_000)
+        peer.sendall(bytes(100_000))
+        el.wait_for(lambda sock=sock: sock.recv(100_000, socket.MSG_PEEK | socket.MSG_WAITALL) != b"")  # type: ignore[misc]
+        copy, _, _ = copy_of(lab, sock)
+        assert read(copy, SOL, 72) == read(sock, SOL, 72) == number(3 if fixed else 0)  # SO_BUF_LOCK
+        if fixed:
+            compare(sock, copy, [("", SOL, 7, b""), ("", SOL, 8, b"")])
+        for each in (sock, copy, peer):
+            each.close()
+
+
+def test_option_that_this_host_does_not_take(lab: el.Lab) -> None:
+    """It is named in the fidelity, and the socket moves all the same."""
+    lab.switch("a")
+    port = lab.port()
+    lab.hold("b", port)
+    sock, peer = lab.pair("v4", port)
+    with lab.host("a"):
+        el.subprocess.run(["ip", "link", "add", "only-a", "type", "dummy"], check=False)
+        sock.setsockopt(IP, 50, struct.pack("!I", 1))  # IP_UNICAST_IF: an index means nothing elsewhere
+    copy, _, made = copy_of(lab, sock)
+    assert "option:ip_unicast_if" in made.fidelity.reset
+    for each in (sock, copy, peer):
+        each.close()
