@@ -1,7 +1,8 @@
-"""``python3 -m lab``: make, remove and look at labs, and run commands on their hosts.
+"""``python3 -m lab``: make, remove and look at labs and their daemons, and run commands on their hosts.
 
 Exit codes: 0 done (also if nothing was to do); 1 it failed, the reason is on standard error;
-2 wrong usage; ``exec`` ends with the command's own code. ``status`` is 3 if the lab is not up.
+2 wrong usage; ``exec`` ends with the command's own code. ``status`` is 3 if the lab is not up,
+``daemons status`` if one of the daemons is not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-from lab import labs, namespaces, record
+from lab import labs, namespaces, record, standing
 from lab.plan import HOSTS, LabError, checked_name, namespaces_of
 
 NOT_UP = 3
@@ -22,14 +23,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python3 -m lab", description="Labs of network namespaces; needs root.", allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="up|down|status|exec")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="up|down|status|daemons|exec")
     up = commands.add_parser("up", help="make a lab that stays until it is taken down")
     down = commands.add_parser("down", help="end everything in a lab and remove it")
     status = commands.add_parser("status", help="show a lab, its addresses and processes")
-    for command in (up, down, status):
+    daemons = commands.add_parser("daemons", help="start, stop and look at the daemons on a lab's hosts")
+    daemons.add_argument("action", choices=("up", "down", "status"))
+    daemons.add_argument(
+        "--hosts", default="a,b,c", metavar="NAMES", help="on which hosts (default: a,b,c; possible too: d)"
+    )
+    for command in (up, down, status, daemons):
         command.add_argument("--lab", default="demo", metavar="NAME", help="name of the lab (default: demo)")
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-    for command in (up, down):
+    for command in (up, down, daemons):
         command.add_argument("--check", action="store_true", help="only say whether there is something to do")
     execute = commands.add_parser("exec", help="run a command on a host: exec HOST -- COMMAND ...")
     execute.add_argument("--lab", default="demo", metavar="NAME", help="name of the lab (default: demo)")
@@ -84,6 +90,25 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0 if up else NOT_UP
 
 
+def _daemons(arguments: argparse.Namespace) -> int:
+    lab = labs.Lab(arguments.lab, persistent=True)
+    hosts = standing.chosen_hosts(lab, arguments.hosts)
+    if arguments.action == "status":
+        rows = standing.status(lab, hosts)
+    else:
+        change = standing.up if arguments.action == "up" else standing.down
+        rows = change(lab, hosts, check=arguments.check)
+    changed = any(row["changed"] for row in rows)
+    if arguments.json:
+        print(json.dumps({"lab": lab.name, "action": arguments.action, "changed": changed, "hosts": rows}))
+    else:
+        for row in rows:
+            state = f"runs (pid {row['pid']})" if row["pid"] else "does not run"
+            note = ", would be changed" if row["changed"] and arguments.check else ""
+            print(f"daemon on {row['host']} {state}{note}")
+    return NOT_UP if arguments.action == "status" and not all(row["pid"] for row in rows) else 0
+
+
 def _exec(arguments: argparse.Namespace) -> int:
     host = labs.Lab(checked_name(arguments.lab)).host(arguments.host)
     words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
@@ -101,7 +126,13 @@ def main(words: list[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     try:
         checked_name(arguments.lab)
-        actions = {"up": _change, "down": _change, "status": _status, "exec": _exec}
+        actions = {
+            "up": _change,
+            "down": _change,
+            "status": _status,
+            "daemons": _daemons,
+            "exec": _exec,
+        }
         return actions[arguments.command](arguments)
     except LabError as error:
         print(f"lab: {error}", file=sys.stderr)

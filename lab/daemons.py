@@ -69,8 +69,11 @@ class Daemon:
         self.log_file = host.run_dir / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, timeout_s: float = 15.0) -> None:
-        """Write the configuration, start, and return when the control socket accepts connections."""
+    def start(self, timeout_s: float = 15.0, *, detached: bool = False) -> None:
+        """Write the configuration, start, and return when the control socket accepts connections.
+
+        A ``detached`` one has a session of its own, and outlives this process and its terminal.
+        """
         if self.process is not None and self.process.poll() is None:
             raise LabError(f"the daemon on {self.host.name} runs already (pid {self.process.pid})")
         self.config_file.write_text(yaml.safe_dump(self.config, sort_keys=False))
@@ -80,6 +83,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=detached,
             )
         deadline = time.monotonic() + timeout_s
         while not self.answers():
@@ -158,7 +162,7 @@ class Daemons:
         key = secrets.token_hex(32)
         self.by_host: dict[str, Daemon] = {}
         for host in chosen:
-            _write_secret(key_file(host), key)
+            write_secret(key_file(host), key)
             config = daemon_config(host, chosen if unicast else (), version) | dict(overrides or {})
             self.by_host[host.name] = Daemon(host, config)
 
@@ -196,7 +200,8 @@ class Daemons:
                 daemon.kill()
 
 
-def _write_secret(path: Path, text: str) -> None:
+def write_secret(path: Path, text: str) -> None:
+    """Write ``text`` and a newline to a new file that only its owner can read; an old one is replaced."""
     path.unlink(missing_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "w") as file:

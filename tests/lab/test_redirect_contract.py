@@ -287,7 +287,7 @@ def test_undone_before_commit(lab: Lab, mode: Mode, version: int) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("mode", [m for m in MODES[:3]])
+@pytest.mark.parametrize("mode", MODES[:3])
 def test_strict_hosts(lab: Lab, mode: Mode, version: int) -> None:
     """tcp_loose=0, rp_filter=1 and `ct state invalid drop` everywhere, on every host."""
     for host in (lab.a, lab.b, lab.c):
@@ -340,7 +340,7 @@ def harden(host: Host, loose: bool = False) -> None:
 @pytest.mark.skipif(bool(unusable(LEGACY)), reason=str(unusable(LEGACY)))
 def test_iptables_needs_loose(lab: Lab) -> None:
     lab.a.sysctl("net/netfilter/nf_conntrack_tcp_loose", 0)
-    with lab.a.inside(), pytest.raises(OSError, match="nf_conntrack_tcp_loose is 0.*nat"):
+    with lab.a.inside(), pytest.raises(OSError, match=r"nf_conntrack_tcp_loose is 0.*nat"):
         Iptables(lab.a.tables, LEGACY).setup()
     assert_clean(lab.a)
 
@@ -404,7 +404,7 @@ def test_late_packet(lab: Lab, mode: Mode, version: int) -> None:
 
 
 def segment(
-    host: Host, t: FourTuple, data: bytes = b"", mark: int = 0, sequence: int = 1, ack: int = 1
+    host: Host, t: FourTuple, data: bytes = b"", mark: int = 0, *, sequence: int = 1, ack: int = 1
 ) -> None:
     """Send one raw TCP segment with ACK from ``host``, whoever has these addresses."""
     body = (
@@ -668,9 +668,9 @@ def test_injected_segment_passes_the_hold(lab: Lab, mode: Mode, version: int) ->
 
             before = received()
             with contextlib.suppress(PermissionError):  # what a firewall's drop looks like to a sender
-                segment(lab.b, turned, b"x", 0, receive, send)
+                segment(lab.b, turned, b"x", sequence=receive, ack=send)
             assert received() == before  # the hold is there
-            segment(lab.b, turned, b"x", mark, receive, send)
+            segment(lab.b, turned, b"x", mark, sequence=receive, ack=send)
             until(lambda: received() > before, "the segment reaches the socket", 3)
     site.teardown()
 
@@ -698,8 +698,8 @@ def test_bulk_install(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
             redirect.reroute([each])
             single.append(time.perf_counter() - start)
         lines.append(
-            f"{mode}: 10,000 in {took * 1e3:.0f} ms ({took * 100:.1f} us each), read back {back * 1e3:.0f} ms, "
-            f"one alone among them {sorted(single)[100] * 1e6:.0f} us"
+            f"{mode}: 10,000 in {took * 1e3:.0f} ms ({took * 100:.1f} us each), "
+            f"read back {back * 1e3:.0f} ms, one alone among them {sorted(single)[100] * 1e6:.0f} us"
         )
         start = time.perf_counter()
         redirect.take_back([each.tuple for each in out])

@@ -56,8 +56,8 @@ int sockmi_nft_has_destroy(const struct sockmi_nft *nft);
  * Apply ops in order, all or none, in one transaction. Runs of the same verb and set
  * are cheapest. To replace an element's data or timeout: REMOVE, then ADD.
  *
- * Returns 0, or -errno (ENOENT: no such table or set; EBUSY: ADD of a present key with other
- * data; EPERM; EINVAL: a bad op; EMSGSIZE: batch too large); then *failed, if
+ * Returns 0, or -errno (ENOENT: no such table or set; EBUSY or EEXIST: ADD of a present key
+ * with other data; EPERM; EINVAL: a bad op; EMSGSIZE: batch too large); then *failed, if
  * not NULL, is the index of an op of the first message that failed, or n_ops
  * if the transaction as a whole did.
  */

@@ -297,13 +297,11 @@ class Owners:
         have left (of a higher id) has been visible since.
         """
         last_pid = _last_pid()
-        born = self._born(inodes, last_pid)
-        if born:
-            holders, rings = find_holders(inodes, born)
-            self._note_rings(holders, rings)
-            for inode, by_pid in holders.items():
-                self._known[inode].pids.update(by_pid)
-        return _last_pid() != last_pid
+        holders, rings = find_holders(inodes, born) if (born := self._born(inodes, last_pid)) else ({}, set())
+        self._note_rings(holders, rings)
+        for inode, by_pid in holders.items():
+            self._known[inode].pids.update(by_pid)
+        return bool(holders) or _last_pid() != last_pid
 
     def strangers(self, inodes: Iterable[int]) -> dict[int, set[int]]:
         """Holders that run although the socket is stopped: a descriptor was passed on. Normally empty."""

@@ -311,7 +311,7 @@ class IcmpRelay:
         return False
 
     def _translated(self) -> dict[FourTuple, Endpoint]:
-        """(peer, importer) -> the endpoint that the peer knows; may be a second old, as errors can come fast."""
+        """(peer, importer) -> the endpoint that the peer knows; up to a second old, as errors come fast."""
         now = time.monotonic()
         if now - self._index_at > _INDEX_AGE_S:
             self._index = {

@@ -232,25 +232,30 @@ class Iptables:
         """Delete the conntrack entries of connections, whichever end is taken for the first."""
 
         def work(_: Any) -> None:
-            with NFCTSocket() as conntrack:
-                for t in tuples:
-                    for first, second in ((t.local, t.remote), (t.remote, t.local)):
-                        each = NFCTAttrTuple(
-                            family=_FAMILY[t.version],
-                            saddr=str(first.address),
-                            daddr=str(second.address),
-                            proto=_TCP,
-                            sport=first.port,
-                            dport=second.port,
-                        )
-                        with contextlib.suppress(KeyError):
-                            try:
-                                conntrack.entry("del", tuple_orig=each)
-                            except NetlinkError as error:
-                                if error.code != errno.ENOENT:
-                                    raise
+            for version in {t.version for t in tuples}:
+                with NFCTSocket(nfgen_family=_FAMILY[version]) as conntrack:
+                    for t in tuples:
+                        if t.version == version:
+                            _delete_tracked(conntrack, t.local, t.remote)
+                            _delete_tracked(conntrack, t.remote, t.local)
 
         apart(work)
+
+
+def _delete_tracked(conntrack: Any, first: Endpoint, second: Endpoint) -> None:
+    original = NFCTAttrTuple(
+        family=_FAMILY[first.version],
+        saddr=str(first.address),
+        daddr=str(second.address),
+        proto=_TCP,
+        sport=first.port,
+        dport=second.port,
+    )
+    try:
+        conntrack.entry("del", tuple_orig=original)
+    except NetlinkError as error:
+        if error.code != errno.ENOENT:
+            raise
 
 
 def _turned(t: FourTuple) -> FourTuple:
