@@ -126,7 +126,15 @@ def _show(lab: Lab, work: Path, servers: Programs, clients: Programs, page: Path
     common = ("--rendezvous", work / "contexts")
     for kind, port in SERVICES.items():
         servers.start(
-            lab.host("a"), f"a-{kind}", "serve", kind, "--listen", "0.0.0.0", "--port", str(port), *common
+            lab.host("a"),
+            f"a-{kind}",
+            "serve",
+            kind,
+            "--listen",
+            str(lab.host("a").address4),
+            "--port",
+            str(port),
+            *common,
         )
         for name in ("b", "c"):
             servers.start(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
@@ -33,6 +32,7 @@ from uuid import UUID, uuid4
 
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import Fidelity, Kind
+from sockmi.engine.duplicate import pidfd_getfd
 
 CONTROL_PATH = "/run/sockmi/control.sock"
 LINE_BYTES_MAX = 1 << 20
@@ -43,7 +43,6 @@ REQUESTS_MAX = 4096
 _GRACE_S = 2.0  # how much later than asked the daemon may answer
 _RECONNECT_S = 10.0  # how long to look for a daemon that restarts, to learn an outcome
 _RECONNECT_PAUSE_S = 0.05
-_SYS_PIDFD_GETFD = 438  # the same on every architecture that Linux added it to
 _TCP_REPAIR = 19  # include/uapi/linux/tcp.h
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -839,7 +838,7 @@ def _duplicate(export: Export) -> int:
         if export.pid in (None, os.getpid()):
             copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
         else:
-            copy = _pidfd_getfd(export.pid or 0, fd)
+            copy = pidfd_getfd(export.pid or 0, fd)
     except OSError as error:
         hint = ": you may not trace that process" if error.errno == errno.EPERM else f": {error.strerror}"
         raise SockMiError(error.errno or errno.EIO, what + hint) from None
@@ -849,17 +848,6 @@ def _duplicate(export: Export) -> int:
         os.close(copy)
         raise
     return copy
-
-
-def _pidfd_getfd(pid: int, fd: int) -> int:
-    pidfd = os.pidfd_open(pid)
-    try:
-        copy = int(ctypes.CDLL(None, use_errno=True).syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0))
-        if copy < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return copy
-    finally:
-        os.close(pidfd)
 
 
 def _seal_context(context: bytes | bytearray | memoryview) -> int:

@@ -2,21 +2,75 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address
+from collections.abc import Hashable
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sockmi.addresses import Endpoint
 from sockmi.redirect.base import Mode
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"{path} is relative; give a path that begins with /")
+    return path
+
+
+def _host_name(text: str) -> str:
+    if len(text.encode()) > 64 or not text.isprintable():
+        raise ValueError("at most 64 bytes (UTF-8), all printable")
+    return text
+
+
+def _member(text: str) -> str:
+    try:
+        ip_address(text)
+    except ValueError:
+        try:
+            Endpoint.parse(text)
+        except ValueError:
+            raise ValueError(
+                f"{text!r} is neither an address nor ADDRESS:PORT (of IPv6: [ADDRESS]:PORT)"
+            ) from None
+    return text
+
+
+def _reachable(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    if address.is_unspecified or address.is_multicast or address.is_link_local:
+        raise ValueError(
+            f"{address}: other hosts cannot connect to it; give an address of this host, "
+            "or leave it out to listen at all of them"
+        )
+    return address
+
 
 Port = Annotated[int, Field(ge=1, le=0xFFFF)]
 Address = IPv4Address | IPv6Address
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class ConfigError(Exception):
     """The configuration cannot be used; the text says where, why and what to do."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader, but an option that stands there twice is an error: which one is meant?"""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """As SafeLoader."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"option {key.value!r} stands there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class Strict(BaseModel):
@@ -31,9 +85,9 @@ class GroupConfig(Strict):
     name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
     address: Address = IPv4Address("239.77.83.1")
     port: Port = 7780
-    interface: str | None = None
-    key_file: Path = Path("/etc/sockmi/group.key")
-    members: tuple[str, ...] = Field(
+    interface: Annotated[str, Field(min_length=1, max_length=15)] | None = None
+    key_file: AbsolutePath = Path("/etc/sockmi/group.key")
+    members: tuple[Annotated[str, AfterValidator(_member)], ...] = Field(
         (), description="ADDRESS or ADDRESS:PORT of each other daemon, for networks without multicast"
     )
     announce_interval_s: Annotated[float, Field(ge=0.2, le=3600)] = 10.0
@@ -52,7 +106,7 @@ class GroupConfig(Strict):
 class StreamConfig(Strict):
     """TLS streams between daemons, which carry the images."""
 
-    address: Address | None = None
+    address: Annotated[Address, AfterValidator(_reachable)] | None = None
     port: Annotated[int, Field(ge=0, le=0xFFFF)] = 7781
 
 
@@ -98,10 +152,10 @@ class RedirectConfig(Strict):
 class Config(Strict):
     """Everything that an operator can choose."""
 
-    state_dir: Path = Path("/var/lib/sockmi")
-    run_dir: Path = Path("/run/sockmi")
+    state_dir: AbsolutePath = Path("/var/lib/sockmi")
+    run_dir: AbsolutePath = Path("/run/sockmi")
     control_mode: Annotated[int, Field(ge=0, le=0o777)] = 0o660
-    host_name: str | None = Field(None, max_length=64)
+    host_name: Annotated[str, Field(min_length=1), AfterValidator(_host_name)] | None = None
     groups: tuple[GroupConfig, ...] = (GroupConfig(),)
     stream: StreamConfig = StreamConfig()
     imports: ImportConfig = ImportConfig()
@@ -143,7 +197,7 @@ class Config(Strict):
     def load(cls, path: Path) -> Config:
         """Read and check a YAML file; raise ConfigError with file, place and reason."""
         try:
-            document = yaml.safe_load(path.read_text())
+            document = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; create it or name another with --config") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -155,8 +209,19 @@ class Config(Strict):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            places = [
-                f"{'.'.join(str(part) for part in problem['loc']) or 'file'}: {problem['msg']}"
-                for problem in error.errors()
-            ]
-            raise ConfigError(f"{path}: " + "; ".join(places)) from None
+            raise ConfigError(f"{path}: " + "; ".join(problems(error))) from None
+
+
+def problems(error: ValidationError) -> list[str]:
+    """What is wrong and where, a sentence each, in the words of YAML."""
+    found = {}
+    for problem in error.errors(include_url=False):
+        # The members of a union (an IPv4 or an IPv6 address) complain one by one: the first is enough.
+        parts = [str(part) for part in problem["loc"] if not str(part).startswith(("IP", "function-"))]
+        text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if problem["type"] == "extra_forbidden":
+            text = "unknown option; see sockmi.yml(5)"
+        text = text.replace("valid tuple", "list").replace("valid IPv4 address", "IP address")
+        text = text.removeprefix("value is not a ")
+        found.setdefault(".".join(parts), text)
+    return [f"{where}: {text}" if where else text for where, text in found.items()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import socket
 import struct
@@ -29,6 +30,7 @@ STATES = {
     8: "CLOSE-WAIT", 9: "LAST-ACK", 10: "LISTEN", 11: "CLOSING",
 }  # fmt: skip
 
+_numbers = itertools.count()
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _RULES = f"""
@@ -103,7 +105,7 @@ class Lab:
     """See the module docstring. Made and removed by :func:`lab`."""
 
     def __init__(self) -> None:
-        self._prefix = f"smt-{os.getpid()}-eng"
+        self._prefix = f"smt-{os.getpid()}-eng{next(_numbers)}"
         self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         self._namespaces: dict[str, int] = {}
         self._recorder: socket.socket | None = None

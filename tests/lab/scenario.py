@@ -93,7 +93,7 @@ class Service:
             if name in self.active_targets:
                 words += ["--to", self.active_targets[name]]
             if name == self.hosts[0]:
-                words += ["--listen", self.listen or ("0.0.0.0" if self.version == 4 else "::")]
+                words += ["--listen", self.listen or self.lab.host(name).address(self.version)]
             self.processes[name] = self.lab.host(name).python_popen(
                 "lab.traffic", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from lab.labs import Lab
-from tests.lab.scenario import ask, daemons, drain, service, status, until
+from tests.lab.scenario import Service, ask, daemons, drain, service, status, until
 
 CLIENTS = {
     "duplex": ("duplex", "--pace", "4000000"),
@@ -50,9 +53,7 @@ def test_active_with_context(lab: Lab, tmp_path: Path, kind: str, version: int) 
     """The server hands its sessions over itself."""
     with (
         daemons(lab, "ab"),
-        service(
-            lab, kind, "ab", tmp_path, version=version, active_targets={"a": "b", "b": "a"}
-        ) as serving,
+        service(lab, kind, "ab", tmp_path, version=version, active_targets={"a": "b", "b": "a"}) as serving,
     ):
         for _ in range(2):
             serving.client(*CLIENTS[kind])
@@ -76,14 +77,39 @@ def test_behind_a_router_with_a_smaller_mtu(lab: Lab, tmp_path: Path) -> None:
         serving.finish()
 
 
-def test_both_ends_at_once(lab: Lab, tmp_path: Path) -> None:
-    """The client's end too: here between two servers' hosts."""
-    with daemons(lab, "abc"), service(lab, "lines", "ab", tmp_path) as serving:
-        serving.client(*CLIENTS["lines"])
-        serving.connected(1)
-        pause()
-        serving.move("a", "b")
-        serving.finish()
+def test_both_ends_at_once(lab: Lab) -> None:
+    """The server's end moves from a to b while the client's end moves from c to d, behind the router."""
+
+    def start(host: str, *words: str) -> subprocess.Popen[str]:
+        program = [sys.executable, str(Path(__file__).with_name("endpoint.py")), *words]
+        process = lab.host(host).popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    running: list[subprocess.Popen[str]] = []
+    try:
+        with daemons(lab, "abcd", unicast=True):
+            server = start("a", "listen", "--port", "7100", "--to", "b")
+            client = start(
+                "c", "connect", "--address", str(lab.host("a").address4), "--port", "7100", "--to", "d"
+            )
+            heirs = [start("b", "import"), start("d", "import")]
+            pause()
+            for process in (server, client):
+                process.send_signal(signal.SIGUSR1)
+            before = [int(process.communicate(timeout=30)[0]) for process in (server, client)]
+            pause(1.0)
+            for heir in heirs:
+                heir.send_signal(signal.SIGTERM)
+            after = [int(heir.communicate(timeout=30)[0]) for heir in heirs]
+            assert min(before) > 10
+            assert min(after) > max(before) + 10
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def test_nobody_offers(lab: Lab, tmp_path: Path) -> None:
@@ -93,9 +119,7 @@ def test_nobody_offers(lab: Lab, tmp_path: Path) -> None:
         serving.connected(1)
         [answer] = ask(lab.host("a"), "list", filter={"local_port": 7000, "kinds": ["connected"]})
         [row] = answer["sockets"]
-        [done] = ask(
-            lab.host("a"), "export", sockets=[{"pid": row["pid"], "fd": row["fd"]}], timeout_s=0.5
-        )
+        [done] = ask(lab.host("a"), "export", sockets=[{"pid": row["pid"], "fd": row["fd"]}], timeout_s=0.5)
         [record] = done["migrations"]
         assert record["outcome"] == "refused"
         assert record["refusal"]["code"] == "no-offer"
@@ -130,8 +154,11 @@ def test_listed_until_an_application_comes(lab: Lab, tmp_path: Path) -> None:
         [record] = drain(lab.host("a"), "b", local_port=7000)
         assert record["outcome"] == "moved"
         assert status(lab.host("b"))["import_lists"]["connected"]["length"] == 1
-        with service(lab, "lines", "b", tmp_path / "later") as second:
-            second.directory = tmp_path
+        second = Service(lab, "lines", "b", tmp_path)
+        try:
+            second.start()
             until(lambda: status(lab.host("b"))["import_lists"]["connected"]["length"] == 0)
             pause(1.0)
             first.finish()
+        finally:
+            second.kill()

@@ -19,29 +19,33 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def duplicate(pid: int, fd: int) -> int:
-    """Duplicate descriptor ``fd`` of process ``pid``, which must be a socket.
+def pidfd_getfd(pid: int, fd: int) -> int:
+    """Duplicate descriptor ``fd`` of process ``pid``; close-on-exec.
 
-    The kernel checks that the caller could ptrace the process (PTRACE_MODE_ATTACH_REALCREDS). Raises
-    Refusal: NO_SUCH_SOCKET or NO_PRIVILEGE.
+    The kernel checks that the caller could ptrace the process (PTRACE_MODE_ATTACH_REALCREDS).
+    Raises OSError: ESRCH, EBADF, EPERM.
     """
+    pidfd = os.pidfd_open(pid)
     try:
-        pidfd = os.pidfd_open(pid)
-    except (OSError, OverflowError) as error:
-        raise Refusal(Code.NO_SUCH_SOCKET, f"There is no process {pid} ({error}).") from None
-    try:
-        copy = _libc().syscall(_PIDFD_GETFD, pidfd, fd, 0)
-        code = ctypes.get_errno()
+        copy = int(_libc().syscall(_PIDFD_GETFD, pidfd, fd, 0))
+        if copy < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return copy
     finally:
         os.close(pidfd)
-    if copy < 0:
-        if code == errno.EPERM:
-            raise Refusal(
-                Code.NO_PRIVILEGE, f"The kernel does not let this process take descriptors of process {pid}."
-            )
-        raise Refusal(
-            Code.NO_SUCH_SOCKET, f"Process {pid} has no descriptor {fd} ({os.strerror(code)}); see sockmi list."
-        )
+
+
+def duplicate(pid: int, fd: int) -> int:
+    """As ``pidfd_getfd``, for a socket; raises Refusal: NO_SUCH_SOCKET or NO_PRIVILEGE."""
+    try:
+        copy = pidfd_getfd(pid, fd)
+    except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) == errno.EPERM:
+            message = f"The kernel does not let this process take descriptors of process {pid}."
+            raise Refusal(Code.NO_PRIVILEGE, message) from None
+        message = f"There is no descriptor {fd} of a process {pid} ({error}); see sockmi list."
+        raise Refusal(Code.NO_SUCH_SOCKET, message) from None
     if not stat.S_ISSOCK(os.fstat(copy).st_mode):
         os.close(copy)
         raise Refusal(Code.NO_SUCH_SOCKET, f"Descriptor {fd} of process {pid} is not a socket.")

@@ -182,11 +182,14 @@ class Iptables:
         # what came here and goes on: untracked packets would pass DNAT by
         self._edit(_UNTRACKED, to, None)
         self._edit(_HOME, tuples, None)
-        self._edit(_MUTE, (c.tuple for c in connections), lambda t: ("DROP", {}))
+        self._edit(_MUTE, tuples, lambda t: ("DROP", {}))
         self._edit(_AWAY, to, lambda t: ("DNAT", {"to_destination": str(to[t])}))
-        self._forget_tracked([c.tuple for c in connections])
+        self._forget_tracked(tuples)
         with self._tables.transaction() as batch:
-            self._tables.clear(batch, [c.tuple for c in connections])
+            # conntrack drops ICMP redirects about what it has translated, but no ICMPv6 ones
+            importers = (c.importer.address for c in connections)
+            self._tables.note_importers(batch, (each for each in importers if each.version == 6))
+            self._tables.clear(batch, tuples)
 
     reroute = send_away
 

@@ -123,8 +123,7 @@ class Nat:
             self.path_mtu.apply(address)
         with t.transaction() as batch:
             t.need_ports(batch, (row.importer.port for row in connections))
-            for address in addresses:
-                batch.add(t.importers[address.version], [(address.packed, b"")])
+            t.note_importers(batch, addresses)
             for version, rows, keys in by_version(connections):
                 batch.put(t.addresses[version], keys, [row.importer.address.packed for row in rows])
                 batch.put(t.flows[version], keys, [t.nat_out(row.importer.port) for row in rows])

@@ -1,0 +1,522 @@
+#!/usr/bin/python
+# Copyright: SockMi contributors
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Groups of SockMi daemons."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: group
+short_description: Have the SockMi daemon join or leave a group
+version_added: "1.0.0"
+author: SockMi contributors (@sockmi)
+description:
+  - Makes the daemon of the managed host a member of a group of daemons, or ends that.
+  - Can install the group's key, and verify that other members are heard.
+  - What is joined here lasts until the daemon ends; groups that shall come back after that stand in its
+    configuration.
+options:
+  state:
+    description:
+      - V(present), the daemon is in the group, with the given settings.
+      - V(absent), it is not. The key file stays.
+    type: str
+    choices: [present, absent]
+    default: present
+  name:
+    description:
+      - Name of the group; up to 32 of a-z, 0-9 and C(-).
+    type: str
+    required: true
+  address:
+    description:
+      - Multicast address of the group.
+      - To join, O(address) or O(peers) is needed.
+    type: str
+  peers:
+    description:
+      - The other members, each as C(ADDRESS) or C(ADDRESS:PORT), for networks without multicast.
+    type: list
+    elements: str
+  port:
+    description:
+      - UDP port of the group. The daemon's own choice is 7780.
+    type: int
+  interface:
+    description:
+      - Network interface of the group. If it is not given, the routing table decides.
+    type: str
+  key_file:
+    description:
+      - File on the managed host that has the group's key. Needed to join.
+    type: path
+  key:
+    description:
+      - The group's key, or several, one a line, each as 64 hexadecimal digits or as base64.
+      - Written to O(key_file) with mode 0600 if the file has other contents; a group that the daemon
+        is in already is then left and joined again, so that it uses the new key.
+    type: str
+  members_min:
+    description:
+      - Verify that at least so many other members are heard; the module fails if they are not within O(wait_s).
+      - Not verified in check mode where the group would have to be joined first.
+    type: int
+    default: 0
+  wait_s:
+    description:
+      - Seconds to wait for O(members_min).
+    type: float
+    default: 30.0
+extends_documentation_fragment:
+  - sockmi.appliance.common
+attributes:
+  check_mode:
+    description: Can run in check mode; neither the group nor the key file is changed.
+    support: full
+  diff_mode:
+    description: Shows the settings before and after, and that the key differs, never the key.
+    support: full
+  idempotent:
+    description: Running it again changes nothing.
+    support: full
+notes:
+  - Run it as root (C(become)); only administrators may join and leave.
+  - Settings that are not given are left as they are. To change one, the group is left and joined again;
+    this is refused while migrations are under way.
+  - A group of the daemon's configuration that is changed or left here is back as configured after the
+    daemon's next start.
+seealso:
+  - module: sockmi.appliance.info
+"""
+
+EXAMPLES = r"""
+- name: Join a group by multicast, and hear at least two others
+  sockmi.appliance.group:
+    name: web
+    address: 239.7.7.7
+    port: 7007
+    interface: eth0
+    key_file: /etc/sockmi/web.key
+    key: "{{ vault_sockmi_web_key }}"
+    members_min: 2
+    wait_s: 60
+
+- name: Join a group in a network without multicast
+  sockmi.appliance.group:
+    name: cloud
+    peers: [10.0.0.11, 10.0.0.12]
+    key_file: /etc/sockmi/cloud.key
+
+- name: Only verify that the others are there
+  sockmi.appliance.group:
+    name: web
+    members_min: 2
+
+- name: Leave it
+  sockmi.appliance.group:
+    name: web
+    state: absent
+"""
+
+RETURN = r"""
+group:
+  description: The group after the task; null if the daemon is not in it.
+  returned: success
+  type: dict
+  contains:
+    name:
+      description: Name of the group.
+      type: str
+      returned: always
+    address:
+      description: Multicast address; null if the members are listed.
+      type: str
+      returned: always
+    port:
+      description: UDP port.
+      type: int
+      returned: always
+    interface:
+      description: Network interface, or null.
+      type: str
+      returned: always
+    peers:
+      description: Address and port of each listed member.
+      type: list
+      elements: str
+      returned: always
+    configured:
+      description: Whether it stands in the daemon's configuration.
+      type: bool
+      returned: always
+    members:
+      description:
+        - The other daemons, each with C(host), C(host_id), C(address), C(last_heard_s) (seconds ago),
+          C(connected) (whether a stream is open) and C(load).
+      type: list
+      elements: dict
+      returned: always
+  sample:
+    name: web
+    address: 239.7.7.7
+    port: 7007
+    interface: eth0
+    peers: []
+    configured: false
+    members:
+      - host: b
+        host_id: 6fa459eaee8a3ca4894edb77e160355e
+        address: 10.7.0.2:7008
+        last_heard_s: 0.4
+        connected: true
+        load: 0.1
+key_changed:
+  description: Whether the key file was written, or would be in check mode.
+  returned: success
+  type: bool
+  sample: false
+code:
+  description: The daemon's refusal code, where it refused the request.
+  returned: on such a failure
+  type: str
+  sample: bad-request
+"""
+
+import base64  # noqa: E402
+import binascii  # noqa: E402
+import ipaddress  # noqa: E402
+import os  # noqa: E402
+import re  # noqa: E402
+import stat  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from typing import Any  # noqa: E402
+
+from ansible.module_utils.basic import AnsibleModule  # noqa: E402
+
+from ansible_collections.sockmi.appliance.plugins.module_utils import _module  # noqa: E402
+from ansible_collections.sockmi.appliance.plugins.module_utils._client import (  # noqa: E402
+    ControlClient,
+    ControlError,
+)
+
+PORT = 7780
+KEY_BYTES = 32
+ANSWER_S = 30.0
+POLL_S = 0.2
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+SETTINGS = ("address", "port", "interface", "peers")
+
+
+class KeyFile:
+    """The key file: compared, and written only if it differs."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.path: str | None = module.params["key_file"]
+        self.wanted = _checked_key(module.params["key"]) if module.params["key"] is not None else None
+        self.content_differs = False
+        self.mode_differs = False
+        if self.wanted is not None:
+            if self.path is None:
+                raise _module.WrongValue("key is given without key_file; say in which file it belongs.")
+            self._compare(self.path, self.wanted)
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is something to write."""
+        return self.content_differs or self.mode_differs
+
+    def _compare(self, path: str, wanted: list[str]) -> None:
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                self.content_differs = _lines(file.read()) != wanted
+            self.mode_differs = stat.S_IMODE(os.stat(path).st_mode) != 0o600
+        except FileNotFoundError:
+            folder = os.path.dirname(path) or "."
+            if not os.path.isdir(folder):
+                raise _module.WrongValue(
+                    f"key_file {path}: there is no folder {folder}; make it first."
+                ) from None
+            self.content_differs = True
+        except OSError as error:
+            raise _module.WrongValue(f"key_file {path}: {error.strerror}; is become needed?") from None
+
+    def write(self) -> None:
+        """Write it, readable by its owner alone at every moment."""
+        if not self.changed or self.path is None or self.wanted is None:
+            return
+        try:
+            if self.mode_differs:
+                os.chmod(self.path, 0o600)
+            if self.content_differs:
+                descriptor, new = tempfile.mkstemp(dir=self.module.tmpdir)
+                with os.fdopen(descriptor, "w") as file:
+                    file.write("\n".join(self.wanted) + "\n")
+                self.module.atomic_move(new, self.path)
+                self.module.set_mode_if_different(self.path, 0o600, False)
+        except OSError as error:
+            raise _module.WrongValue(f"key_file {self.path}: {error.strerror}; is become needed?") from None
+
+
+class Membership:
+    """One run of the module."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.params: dict[str, Any] = module.params
+        self.name: str = module.params["name"]
+
+    def run(self) -> None:
+        """Check the options, make it so, report."""
+        self._check()
+        key = KeyFile(self.module) if self.params["state"] == "present" else None
+        with ControlClient(self.params["control"], ANSWER_S) as client:
+            before = self._row(client)
+            if key is None:
+                after = self._absent(client, before)
+            else:
+                after = self._present(client, before, key)
+        key_changed = key is not None and key.changed
+        result: dict[str, Any] = {
+            "changed": key_changed or _settings(before) != _settings(after),
+            "group": after,
+            "key_changed": key_changed,
+        }
+        if self.module._diff:
+            result["diff"] = self._diff(before, after, key)
+        self.module.exit_json(**result)
+
+    # -- options
+
+    def _check(self) -> None:
+        params = self.params
+        if not NAME.fullmatch(self.name):
+            raise _module.WrongValue(
+                f"name is {self.name!r}; use up to 32 of a-z, 0-9 and '-', beginning with a letter or digit."
+            )
+        _module.in_range(params, "port", 1, 65535)
+        _module.in_range(params, "members_min", 0, 100_000)
+        _module.in_range(params, "wait_s", 0, 86400)
+        if params["address"] is not None:
+            params["address"] = str(_address("address", params["address"]))
+            if not ipaddress.ip_address(params["address"]).is_multicast:
+                raise _module.WrongValue(
+                    f"address is {params['address']}, which is no multicast address; "
+                    "choose one of 239.0.0.0/8 or ff05::/16, or list the members as peers."
+                )
+        if params["peers"] is not None:
+            if not params["peers"]:
+                raise _module.WrongValue("peers is empty; list the other members, or leave the option out.")
+            params["peers"] = [_peer(text, params["port"] or PORT) for text in params["peers"]]
+
+    def _wanted(self, row: dict[str, Any] | None) -> dict[str, Any]:
+        """The settings to be: those given, the others as they are."""
+        wanted = _settings(row) or {"address": None, "port": PORT, "interface": None, "peers": []}
+        for name in SETTINGS:
+            if self.params[name] is not None:
+                wanted[name] = self.params[name]
+        if self.params["address"] is not None:
+            wanted["peers"] = []
+        elif self.params["peers"] is not None:
+            wanted["address"] = None
+        return dict(wanted, peers=sorted(wanted["peers"]))
+
+    # -- states
+
+    def _present(self, client: ControlClient, row: dict[str, Any] | None, key: KeyFile) -> dict[str, Any]:
+        wanted = self._wanted(row)
+        join = row is None or _settings(row) != wanted or key.content_differs
+        if join:
+            if not wanted["address"] and not wanted["peers"]:
+                raise _module.WrongValue(
+                    f"The daemon is not in group {self.name!r}; to join it, give address (multicast) or peers."
+                )
+            if self.params["key_file"] is None:
+                raise _module.WrongValue(f"To join group {self.name!r}, give key_file, the group's key.")
+        if self.module.check_mode:
+            if not join and row is not None:
+                return self._heard(client, row)
+            configured = bool(row and row["configured"])
+            return dict(wanted, name=self.name, configured=configured, members=[])
+        if row is not None and join:
+            self._leave(client, row)
+        key.write()
+        if join:
+            self._join(client, wanted, row)
+            row = self._row(client)
+        if row is None:
+            raise ControlError(f"The daemon joined group {self.name!r}, but does not list it; see its log.")
+        return self._heard(client, row)
+
+    def _absent(self, client: ControlClient, row: dict[str, Any] | None) -> None:
+        if row is None or self.module.check_mode:
+            return
+        self._leave(client, row)
+
+    def _leave(self, client: ControlClient, row: dict[str, Any]) -> None:
+        under_way = client.status()["migrations_under_way"]
+        if under_way:
+            raise _module.WrongValue(
+                f"{under_way} migrations are under way on this host, and group {self.name!r} must be left; "
+                "try again when they have ended (sockmi status)."
+            )
+        if row["configured"]:
+            self.module.warn(
+                f"Group {self.name!r} stands in the daemon's configuration; "
+                "it is back as it stands there after the daemon's next start."
+            )
+        client.groups("leave", name=self.name)
+
+    def _join(self, client: ControlClient, wanted: dict[str, Any], old: dict[str, Any] | None) -> None:
+        try:
+            client.groups("join", **self._request(wanted))
+        except ControlError as error:
+            if old is None:
+                raise
+            try:
+                client.groups("join", **self._request(_settings(old) or {}))
+                rest = "It is in the group with the former settings again."
+            except ControlError:
+                rest = "It has left the group, and could not join it with the former settings either."
+            raise ControlError(f"{error.message} {rest}", error.code, error.errno_name) from None
+
+    def _request(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "key_file": os.path.abspath(self.params["key_file"]),
+            "port": settings["port"],
+            "interface": settings["interface"],
+            "address": settings["address"],
+            "peers": settings["peers"] or None,
+        }
+
+    def _heard(self, client: ControlClient, row: dict[str, Any]) -> dict[str, Any]:
+        """The row, as soon as enough members are heard."""
+        deadline = time.monotonic() + self.params["wait_s"]
+        while True:
+            heard = [one["host"] for one in row["members"] if one["last_heard_s"] is not None]
+            if len(heard) >= self.params["members_min"]:
+                return row
+            if time.monotonic() >= deadline:
+                self.module.fail_json(
+                    msg=f"Group {self.name!r}: {len(heard)} of {self.params['members_min']} other members heard "
+                    f"within {self.params['wait_s']:g} s ({', '.join(sorted(heard)) or 'nobody'}). Check that "
+                    "the others run and have the same key, address and port, and that the network lets "
+                    f"UDP port {row['port']} through.",
+                    group=row,
+                )
+            time.sleep(POLL_S)
+            row = self._row(client) or row
+
+    # -- reporting
+
+    def _row(self, client: ControlClient) -> dict[str, Any] | None:
+        rows, _changed = client.groups()
+        return next((row for row in rows if row["name"] == self.name), None)
+
+    def _diff(
+        self, before: dict[str, Any] | None, after: dict[str, Any] | None, key: KeyFile | None
+    ) -> dict[str, str]:
+        old, new = _settings(before), _settings(after)
+        if key is not None and key.changed:
+            what = "contents" if key.content_differs else "mode"
+            old = dict(old or {}, key_file=f"{key.path} (other {what})")
+            new = dict(new or {}, key_file=f"{key.path} ({what} as given)")
+        header = f"group {self.name}"
+        return {
+            "before_header": header,
+            "after_header": header,
+            "before": _module.pretty(old),
+            "after": _module.pretty(new),
+        }
+
+
+def _settings(row: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What of a group's row can be set."""
+    if row is None:
+        return None
+    return {name: sorted(row[name] or []) if name == "peers" else row[name] for name in SETTINGS}
+
+
+def _address(option: str, text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        raise _module.WrongValue(f"{option} is {text!r}; give an IPv4 or IPv6 address.") from None
+
+
+def _peer(text: str, port: int) -> str:
+    """``ADDRESS:PORT`` as the daemon writes it."""
+    found = re.fullmatch(r"\[(?P<six>[^\]]+)\]:(?P<port>\d+)|(?P<four>[^:]+):(?P<port4>\d+)", text)
+    if found:
+        host = found.group("six") or found.group("four")
+        port = int(found.group("port") or found.group("port4"))
+    else:
+        host = text
+    address = _address("peers", host)
+    if not 1 <= port <= 65535:
+        raise _module.WrongValue(f"peers has {text!r}; give a port from 1 to 65535.")
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _checked_key(text: str) -> list[str]:
+    """The key's lines, each a key or a comment; WrongValue never shows one."""
+    lines = _lines(text)
+    keys = [line.partition("#")[0].strip() for line in lines]
+    for number, key in enumerate(keys, 1):
+        if key and not _is_key(key):
+            raise _module.WrongValue(
+                f"key, line {number}: not a key; give {KEY_BYTES} bytes as {KEY_BYTES * 2} hexadecimal digits "
+                "or as base64 (sockmi key FILE makes one)."
+            )
+    if not any(keys):
+        raise _module.WrongValue("key is empty; give the group's key (sockmi key FILE makes one).")
+    return lines
+
+
+def _is_key(text: str) -> bool:
+    if re.fullmatch(f"[0-9A-Fa-f]{{{KEY_BYTES * 2}}}", text):
+        return True
+    try:
+        return len(base64.b64decode(text, validate=True)) == KEY_BYTES
+    except (binascii.Error, ValueError):
+        return False
+
+
+def argument_spec() -> dict[str, Any]:
+    """The options."""
+    return {
+        **_module.CONTROL_SPEC,
+        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        "name": {"type": "str", "required": True},
+        "address": {"type": "str"},
+        "peers": {"type": "list", "elements": "str"},
+        "port": {"type": "int"},
+        "interface": {"type": "str"},
+        "key_file": {"type": "path", "no_log": False},
+        "key": {"type": "str", "no_log": True},
+        "members_min": {"type": "int", "default": 0},
+        "wait_s": {"type": "float", "default": 30.0},
+    }
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec=argument_spec(),
+        supports_check_mode=True,
+        mutually_exclusive=[["address", "peers"]],
+        required_by={"key": ["key_file"]},
+    )
+    _module.guarded(module, Membership(module).run)
+
+
+if __name__ == "__main__":
+    main()

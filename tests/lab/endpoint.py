@@ -1,0 +1,92 @@
+"""One end of a counting dialogue that can be handed over: each message is the other's number plus one.
+
+``endpoint.py listen PORT | connect ADDRESS PORT | import PORT``; SIGUSR1 exports the connection (to
+``--to``) and ends; SIGTERM ends. Prints ``ready``, then the highest number seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import select
+import signal
+import socket
+import struct
+import sys
+
+import sockmi
+
+_NUMBER = struct.Struct("!Q")
+
+
+class Dialogue:
+    """The connection, and what is expected next."""
+
+    def __init__(self, connection: socket.socket, expected: int, partial: bytes = b"") -> None:
+        self.connection = connection
+        self.expected = expected
+        self.partial = partial
+
+    def context(self) -> bytes:
+        return json.dumps([self.expected, self.partial.hex()]).encode()
+
+    @classmethod
+    def resume(cls, connection: socket.socket, context: bytes) -> Dialogue:
+        expected, partial = json.loads(context)
+        connection.setblocking(True)
+        return cls(connection, expected, bytes.fromhex(partial))
+
+    def turn(self) -> bool:
+        """Read what came, answer what is complete; False at the end."""
+        data = self.connection.recv(4096)
+        self.partial += data
+        while len(self.partial) >= _NUMBER.size:
+            (number,) = _NUMBER.unpack_from(self.partial)
+            self.partial = self.partial[_NUMBER.size :]
+            if number != self.expected:
+                raise SystemExit(f"expected {self.expected}, got {number}")
+            self.expected = number + 2
+            self.connection.sendall(_NUMBER.pack(number + 1))
+        return bool(data)
+
+
+def open_dialogue(arguments: argparse.Namespace) -> Dialogue:
+    if arguments.role == "import":
+        print("ready", flush=True)
+        criteria = sockmi.ImportRequest(["connected"])
+        [arrived] = sockmi.import_socket(criteria, 30)
+        assert arrived.socket is not None
+        return Dialogue.resume(arrived.socket, arrived.context)
+    if arguments.role == "listen":
+        with socket.create_server(("0.0.0.0", arguments.port)) as listener:  # noqa: S104
+            print("ready", flush=True)
+            return Dialogue(listener.accept()[0], 1)
+    connection = socket.create_connection((arguments.address, arguments.port))
+    print("ready", flush=True)
+    connection.sendall(_NUMBER.pack(1))
+    return Dialogue(connection, 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("role", choices=("listen", "connect", "import"))
+    parser.add_argument("--address", default="")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--to")
+    arguments = parser.parse_args()
+    wanted: list[int] = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda got, _: wanted.append(got))
+    dialogue = open_dialogue(arguments)
+    while not wanted:
+        readable, _, _ = select.select([dialogue.connection], [], [], 0.05)
+        if readable and not dialogue.turn():
+            break
+    if signal.SIGUSR1 in wanted:
+        sockmi.export_socket(dialogue.connection, to=arguments.to, context=dialogue.context(), timeout_s=20)
+    print(dialogue.expected, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
