@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from sockmi.addresses import Endpoint
 from sockmi.redirect.base import Mode
@@ -24,6 +32,15 @@ def _host_name(text: str) -> str:
     if len(text.encode()) > 64 or not text.isprintable():
         raise ValueError("at most 64 bytes (UTF-8), all printable")
     return text
+
+
+def _address(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return ip_address(value)
+        except ValueError:
+            raise ValueError(f"{value!r} is no IP address") from None
+    return value
 
 
 def _member(text: str) -> str:
@@ -49,7 +66,7 @@ def _reachable(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
 
 
 Port = Annotated[int, Field(ge=1, le=0xFFFF)]
-Address = IPv4Address | IPv6Address
+Address = Annotated[IPv4Address | IPv6Address, BeforeValidator(_address)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
@@ -201,7 +218,7 @@ class Config(Strict):
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; create it or name another with --config") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{path}: not usable as YAML: {' '.join(str(error).split())}") from error
         if document is None:
             document = {}
         if not isinstance(document, dict):
@@ -214,14 +231,10 @@ class Config(Strict):
 
 def problems(error: ValidationError) -> list[str]:
     """What is wrong and where, a sentence each, in the words of YAML."""
-    found = {}
+    found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        # The members of a union (an IPv4 or an IPv6 address) complain one by one: the first is enough.
-        parts = [str(part) for part in problem["loc"] if not str(part).startswith(("IP", "function-"))]
         text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if problem["type"] == "extra_forbidden":
             text = "unknown option; see sockmi.yml(5)"
-        text = text.replace("valid tuple", "list").replace("valid IPv4 address", "IP address")
-        text = text.removeprefix("value is not a ")
-        found.setdefault(".".join(parts), text)
+        found.setdefault(".".join(map(str, problem["loc"])), text.replace("valid tuple", "list"))
     return [f"{where}: {text}" if where else text for where, text in found.items()]

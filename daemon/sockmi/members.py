@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from sockmi import api
 from sockmi.addresses import Endpoint
-from sockmi.config import Config, GroupConfig
+from sockmi.config import Config, GroupConfig, problems
 from sockmi.refusal import Code, Refusal
 from sockmi.transport.group import Group, GroupError, GroupSettings, Member
 from sockmi.transport.hello import Introduction
@@ -28,6 +30,7 @@ class _Joined:
     config: GroupConfig
     group: Group
     configured: bool
+    keyring: Keyring
 
 
 class Members:
@@ -112,7 +115,7 @@ class Members:
             on_leave=lambda member, reason: self._left(name, member),
         )
         group.start()
-        self._joined[name] = _Joined(config, group, configured)
+        self._joined[name] = _Joined(config, group, configured, keyring)
 
     def _came(self, group: str, member: Member) -> None:
         self._streams.update(member, group)
@@ -219,6 +222,18 @@ class Members:
             raise Refusal(Code.BAD_REQUEST, f"Not joined: {error}") from None
         return True
 
+    def read_keys(self) -> dict[str, Keyring]:
+        """What every group's key file holds now, for ``use_keys``. Raises KeyFileError."""
+        return {name: Keyring.load(joined.config.key_file) for name, joined in self._joined.items()}
+
+    def use_keys(self, rings: dict[str, Keyring]) -> list[str]:
+        """Use these keys from now on; the groups whose keys have changed."""
+        changed = [name for name, ring in rings.items() if ring != self._joined[name].keyring]
+        for name in changed:
+            self._joined[name].keyring = rings[name]
+            self._joined[name].group.rekey(rings[name])
+        return changed
+
     def rows(self) -> list[api.GroupRow]:
         """The groups and their members."""
         now = self._loop.time()
@@ -262,5 +277,5 @@ def _group_config(request: api.GroupsRequest) -> GroupConfig:
     values |= {"members": tuple(request.peers)} if request.peers else {}
     try:
         return GroupConfig.model_validate(values)
-    except ValueError as error:
-        raise Refusal(Code.BAD_REQUEST, f"Not a group: {error}") from None
+    except ValidationError as error:
+        raise Refusal(Code.BAD_REQUEST, f"Not a group: {'; '.join(problems(error))}.") from None

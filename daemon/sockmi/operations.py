@@ -24,6 +24,7 @@ from sockmi.engine.listing import Holder, ListedSocket, list_sockets
 from sockmi.exporting import Selected
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import close_all, inbound, outbound
+from sockmi.transport.keyring import KeyFileError
 
 if TYPE_CHECKING:
     from sockmi.service import Daemon
@@ -354,6 +355,8 @@ class Operations:
     # -- acting
 
     def _drain(self, client: Client, request: api.DrainRequest, descriptors: list[int]) -> None:
+        if self._daemon.stopping:
+            raise Refusal(Code.SHUTTING_DOWN, "This daemon is stopping; try again when it runs.")
         target = self._daemon.members.target(request.to)
         if client in self._drains:
             raise Refusal(Code.BAD_REQUEST, "This connection drains already; use another one.")
@@ -379,9 +382,11 @@ class Operations:
 
     def _reload(self, client: Client, request: api.ReloadRequest, descriptors: list[int]) -> None:
         try:
+            keys = self._daemon.members.read_keys()
             changed, restart_needed = self._daemon.reload()
-        except ConfigError as error:
+        except (ConfigError, KeyFileError) as error:
             raise Refusal(Code.BAD_REQUEST, f"Not reloaded, the old settings stay: {error}") from None
+        changed += [f"groups.{name}.key_file" for name in self._daemon.members.use_keys(keys)]
         client.respond(api.ReloadResponse(id=request.id, changed=changed, restart_needed=restart_needed))
 
     def _doctor(self, client: Client, request: api.DoctorRequest, descriptors: list[int]) -> None:

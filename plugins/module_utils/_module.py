@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-
 from ansible_collections.sockmi.appliance.plugins.module_utils._client import ControlError
 
 KINDS = ["bound", "listening", "connected"]

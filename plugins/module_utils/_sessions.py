@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 
@@ -35,15 +36,14 @@ def _endpoint(address: str, port: str) -> str:
 
 
 def _inodes_of(pid: int) -> set[int]:
-    folder = f"/proc/{pid}/fd"
     found = set()
     try:
-        names = os.listdir(folder)
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
     except OSError:
         return found
-    for name in names:
+    for descriptor in descriptors:
         try:
-            link = os.readlink(f"{folder}/{name}")
+            link = os.readlink(descriptor)  # noqa: PTH115 - Path.readlink is not in Python 3.8
         except OSError:
             continue
         if link.startswith("socket:["):
@@ -53,7 +53,7 @@ def _inodes_of(pid: int) -> set[int]:
 
 def _parent_of(pid: int) -> int:
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
+        after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2]
+        return int(after_name.split()[1])
     except (OSError, IndexError, ValueError):
         return 0

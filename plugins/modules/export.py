@@ -149,7 +149,7 @@ migrations:
       type: str
       returned: always
     kind:
-      description: Kind of the socket; V(bound), V(listening) or V(connected). Null if there was no such socket.
+      description: V(bound), V(listening) or V(connected); null if there was no such socket.
       type: str
       returned: always
     state:
@@ -332,7 +332,6 @@ import uuid  # noqa: E402
 from typing import Any  # noqa: E402
 
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
 from ansible_collections.sockmi.appliance.plugins.module_utils import _module  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._client import (  # noqa: E402
     ControlClient,
@@ -454,7 +453,7 @@ class Export:
     def _move(
         self, client: ControlClient, sockets: list[dict[str, Any]], migration_id: str | None = None
     ) -> None:
-        """Ask for the move of ``sockets``; if the daemon goes away, learn from the next one what became of it."""
+        """Move ``sockets``; if the daemon goes away, learn from the next one what became of them."""
         for one in sockets:
             one["migration_id"] = migration_id or str(uuid.uuid4())
         try:
@@ -478,7 +477,8 @@ class Export:
         if len(records) < len(ids):  # an unknown one never began
             self.records += records
             raise ControlError(
-                f"{error.message} {len(ids) - len(records)} of {len(ids)} migrations were not begun; run it again."
+                f"{error.message} {len(ids) - len(records)} of {len(ids)} migrations were not begun; "
+                "run it again."
             )
         return records
 

@@ -60,7 +60,8 @@ options:
     type: str
   members_min:
     description:
-      - Verify that at least so many other members are heard; the module fails if they are not within O(wait_s).
+      - Verify that at least so many other members are heard; the module fails if they are not
+        within O(wait_s).
       - Not verified in check mode where the group would have to be joined first.
     type: int
     default: 0
@@ -192,10 +193,10 @@ import re  # noqa: E402
 import stat  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
 from ansible_collections.sockmi.appliance.plugins.module_utils import _module  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._client import (  # noqa: E402
     ControlClient,
@@ -215,30 +216,27 @@ class KeyFile:
 
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
-        self.path: str | None = module.params["key_file"]
+        self.path = Path(module.params["key_file"] or "")
         self.wanted = _checked_key(module.params["key"]) if module.params["key"] is not None else None
         self.content_differs = False
         self.mode_differs = False
         if self.wanted is not None:
-            if self.path is None:
-                raise _module.WrongValue("key is given without key_file; say in which file it belongs.")
-            self._compare(self.path, self.wanted)
+            self._compare(self.wanted)
 
     @property
     def changed(self) -> bool:
         """Whether there is something to write."""
         return self.content_differs or self.mode_differs
 
-    def _compare(self, path: str, wanted: list[str]) -> None:
+    def _compare(self, wanted: list[str]) -> None:
+        path = self.path
         try:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                self.content_differs = _lines(file.read()) != wanted
-            self.mode_differs = stat.S_IMODE(os.stat(path).st_mode) != 0o600
+            self.content_differs = _lines(path.read_text(errors="replace")) != wanted
+            self.mode_differs = stat.S_IMODE(path.stat().st_mode) != 0o600
         except FileNotFoundError:
-            folder = os.path.dirname(path) or "."
-            if not os.path.isdir(folder):
+            if not path.parent.is_dir():
                 raise _module.WrongValue(
-                    f"key_file {path}: there is no folder {folder}; make it first."
+                    f"key_file {path}: there is no folder {path.parent}; make it first."
                 ) from None
             self.content_differs = True
         except OSError as error:
@@ -246,17 +244,17 @@ class KeyFile:
 
     def write(self) -> None:
         """Write it, readable by its owner alone at every moment."""
-        if not self.changed or self.path is None or self.wanted is None:
+        if not self.changed or self.wanted is None:
             return
         try:
             if self.mode_differs:
-                os.chmod(self.path, 0o600)
+                self.path.chmod(0o600)
             if self.content_differs:
                 descriptor, new = tempfile.mkstemp(dir=self.module.tmpdir)
                 with os.fdopen(descriptor, "w") as file:
                     file.write("\n".join(self.wanted) + "\n")
-                self.module.atomic_move(new, self.path)
-                self.module.set_mode_if_different(self.path, 0o600, False)
+                self.module.atomic_move(new, str(self.path))
+                self.path.chmod(0o600)
         except OSError as error:
             raise _module.WrongValue(f"key_file {self.path}: {error.strerror}; is become needed?") from None
 
@@ -275,10 +273,7 @@ class Membership:
         key = KeyFile(self.module) if self.params["state"] == "present" else None
         with ControlClient(self.params["control"], ANSWER_S) as client:
             before = self._row(client)
-            if key is None:
-                after = self._absent(client, before)
-            else:
-                after = self._present(client, before, key)
+            after = self._present(client, before, key) if key else self._absent(client, before)
         key_changed = key is not None and key.changed
         result: dict[str, Any] = {
             "changed": key_changed or _settings(before) != _settings(after),
@@ -332,7 +327,8 @@ class Membership:
         if join:
             if not wanted["address"] and not wanted["peers"]:
                 raise _module.WrongValue(
-                    f"The daemon is not in group {self.name!r}; to join it, give address (multicast) or peers."
+                    f"The daemon is not in group {self.name!r}; "
+                    "to join it, give address (multicast) or peers."
                 )
             if self.params["key_file"] is None:
                 raise _module.WrongValue(f"To join group {self.name!r}, give key_file, the group's key.")
@@ -386,7 +382,7 @@ class Membership:
     def _request(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {
             "name": self.name,
-            "key_file": os.path.abspath(self.params["key_file"]),
+            "key_file": str(Path(self.params["key_file"]).absolute()),
             "port": settings["port"],
             "interface": settings["interface"],
             "address": settings["address"],
@@ -402,10 +398,10 @@ class Membership:
                 return row
             if time.monotonic() >= deadline:
                 self.module.fail_json(
-                    msg=f"Group {self.name!r}: {len(heard)} of {self.params['members_min']} other members heard "
-                    f"within {self.params['wait_s']:g} s ({', '.join(sorted(heard)) or 'nobody'}). Check that "
-                    "the others run and have the same key, address and port, and that the network lets "
-                    f"UDP port {row['port']} through.",
+                    msg=f"Group {self.name!r}: {len(heard)} of {self.params['members_min']} other members "
+                    f"heard within {self.params['wait_s']:g} s ({', '.join(sorted(heard)) or 'nobody'}). "
+                    "Check that the others run and have the same key, address and port, and that the network "
+                    f"lets UDP port {row['port']} through.",
                     group=row,
                 )
             time.sleep(POLL_S)
@@ -473,8 +469,8 @@ def _checked_key(text: str) -> list[str]:
     for number, key in enumerate(keys, 1):
         if key and not _is_key(key):
             raise _module.WrongValue(
-                f"key, line {number}: not a key; give {KEY_BYTES} bytes as {KEY_BYTES * 2} hexadecimal digits "
-                "or as base64 (sockmi key FILE makes one)."
+                f"key, line {number}: not a key; give {KEY_BYTES} bytes as {KEY_BYTES * 2} hexadecimal "
+                "digits or as base64 (sockmi key FILE makes one)."
             )
     if not any(keys):
         raise _module.WrongValue("key is empty; give the group's key (sockmi key FILE makes one).")

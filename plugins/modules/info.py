@@ -242,7 +242,7 @@ groups:
           connected: true
           load: 0.1
 sockets:
-  description: The TCP sockets of processes of this host that the filter selects; one entry for each descriptor.
+  description: The TCP sockets of this host's processes that the filter selects; an entry for each descriptor.
   returned: if O(gather_subset) has V(sockets) or V(all)
   type: list
   elements: dict
@@ -457,7 +457,6 @@ code:
 from typing import Any  # noqa: E402
 
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
 from ansible_collections.sockmi.appliance.plugins.module_utils import _module  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._client import ControlClient  # noqa: E402
 

@@ -37,8 +37,14 @@ class Dialogue:
         return cls(connection, expected, bytes.fromhex(partial))
 
     def turn(self) -> bool:
-        """Read what came, answer what is complete; False at the end."""
-        data = self.connection.recv(4096)
+        """Read what came, answer what is complete; False at the end.
+
+        An end that stops with something unread resets the other: that is an end too.
+        """
+        try:
+            data = self.connection.recv(4096)
+        except ConnectionResetError:
+            return False
         self.partial += data
         while len(self.partial) >= _NUMBER.size:
             (number,) = _NUMBER.unpack_from(self.partial)

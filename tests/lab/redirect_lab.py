@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import itertools
 import os
@@ -112,11 +113,19 @@ class Host:
             Path("/proc/sys", name).write_text(str(value))
 
 
+def sweep() -> None:
+    """Remove what labs of processes that were killed have left, and only that."""
+    for path in Path("/run/netns").glob("smt-*-rd*-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            subprocess.run(["ip", "netns", "del", path.name], capture_output=True, timeout=30, check=False)
+
+
 class Lab:
     """All hosts; a context manager that leaves nothing."""
 
     def __init__(self, with_d: bool = False) -> None:
-        prefix = f"smt-{os.getpid()}-{next(_serial)}"
+        prefix = f"smt-{os.getpid()}-rd{next(_serial)}"
         names = ["peer", "a", "b", "c"] + (["r", "d"] if with_d else [])
         self.hosts = {name: Host(name, f"{prefix}-{name}") for name in names}
         self._switch = f"{prefix}-s"
@@ -128,6 +137,7 @@ class Lab:
         return hosts[name]
 
     def __enter__(self) -> Lab:
+        sweep()
         try:
             self._make()
         except BaseException:
@@ -385,7 +395,17 @@ def connect(
     with client, contextlib.ExitStack() as stack:
         stack.callback(listener.close)
         client.settimeout(10)
-        client.connect(listener.getsockname()[:2])
+
+        def connected() -> bool:
+            try:
+                client.connect(listener.getsockname()[:2])
+            except OSError as error:
+                if error.errno != errno.EHOSTUNREACH:  # an IPv6 neighbour that is not yet awake
+                    raise
+                return False
+            return True
+
+        until(connected, "a connection")
         accepted, _ = listener.accept()
         accepted.setsockopt(_TCP, socket.TCP_NODELAY, 1)
         return client.dup(), accepted

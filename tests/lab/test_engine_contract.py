@@ -325,13 +325,15 @@ def test_discard_says_nothing(lab: el.Lab, engine: RepairEngine, kind: str, stat
     with lab.host("b"):
         (made,) = engine.restore([image], [HERE])
     assert isinstance(made, Restored), made
-    lab.unhold("b", port)  # from here on anything would be seen
+    lab.hold("a", port, "out")  # the original may have a delayed ACK to send
+    lab.unhold("b", port)  # from here on anything of the copy would be seen
     lab.recorded(port)
     engine.discard([made.fd, -1])
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(made.fd)
     time.sleep(0.05)
     assert not lab.recorded(port)
+    lab.unhold("a", port, "out")
     assert ours.recv(100) == b"unread"
     if state != "FIN-WAIT-2":
         ours.sendall(b"on")
@@ -363,15 +365,15 @@ def _make_foreign(lab: el.Lab) -> None:
     peers = "".join(
         f"neigh replace {host} lladdr {el.MAC['peer']} dev eth0 nud permanent\n" for host in (el.PEER4, el.PEER6)
     )
-    lines = f"""addr add 10.77.0.20/24 dev eth0
-        addr add fd77::20/64 dev eth0 nodad
-        addr del {el.HOST4}/24 dev eth0
+    lines = f"""addr del {el.HOST4}/24 dev eth0
         addr del {el.HOST6}/64 dev eth0
+        addr add 10.77.0.20/24 dev eth0
+        addr add fd77::20/64 dev eth0 nodad
         {peers}
         rule add fwmark {INJECT_MARK} lookup 100
-        -6 rule add fwmark {INJECT_MARK} lookup 100
-        route add local default dev lo table 100
-        -6 route add local default dev lo table 100"""
+        route add local default dev lo table 100"""
+    lines6 = f"""rule add fwmark {INJECT_MARK} lookup 100
+        route add local default dev lo table 100"""
     rules = f"""table inet divert {{ chain pre {{ type filter hook prerouting priority mangle;
         ip daddr {el.HOST4} meta l4proto tcp meta mark set {INJECT_MARK}
         ip6 daddr {el.HOST6} meta l4proto tcp meta mark set {INJECT_MARK}
@@ -379,6 +381,7 @@ def _make_foreign(lab: el.Lab) -> None:
         }}"""
     with lab.host("b"):
         subprocess.run(["ip", "-batch", "-"], input=lines, text=True, check=True, timeout=20)
+        subprocess.run(["ip", "-6", "-batch", "-"], input=lines6, text=True, check=True, timeout=20)
         subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, timeout=20)
 
 

@@ -88,6 +88,11 @@ def test_both_ends_at_once(lab: Lab) -> None:
         assert process.stdout.readline() == "ready\n"
         return process
 
+    def number_of(process: subprocess.Popen[str]) -> int:
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 0, output
+        return int(output)
+
     running: list[subprocess.Popen[str]] = []
     try:
         with daemons(lab, "abcd", unicast=True):
@@ -99,11 +104,11 @@ def test_both_ends_at_once(lab: Lab) -> None:
             pause()
             for process in (server, client):
                 process.send_signal(signal.SIGUSR1)
-            before = [int(process.communicate(timeout=30)[0]) for process in (server, client)]
+            before = [number_of(process) for process in (server, client)]
             pause(1.0)
             for heir in heirs:
                 heir.send_signal(signal.SIGTERM)
-            after = [int(heir.communicate(timeout=30)[0]) for heir in heirs]
+            after = [number_of(heir) for heir in heirs]
             assert min(before) > 10
             assert min(after) > max(before) + 10
     finally:

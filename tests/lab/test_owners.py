@@ -470,9 +470,14 @@ def test_storms_come_to_rest(
                 print(verdict)
                 continue
             rounds += 1
+            strangers = owners.strangers([number])
             states = {pid: task_state(pid) for pid in find_holders([number])[0].get(number, {})}
-            assert set(states.values()) <= {"t", "Z", "D"}, states  # D: in vfork, its child is stopped
-            assert owners.strangers([number]) == {}
+            if storm == "orphan":  # may outrun us (see owners.py), but not unseen
+                running = {pid for pid, state in states.items() if state in "RS"}
+                assert not running or strangers
+            else:
+                assert set(states.values()) <= set("tZXD"), states  # D: in vfork, its child is stopped
+                assert strangers == {}
             owners.resume([number])
     finally:
         for pid in find_holders([number])[0].get(number, {}):

@@ -229,7 +229,7 @@ static int peek_send_queue(struct capture *c, uint8_t *place, size_t bytes)
 	}
 	if (got < 0)
 		return failed_call(c, SOCKMI_STEP_SEND_QUEUE);
-	return got == (ssize_t)bytes ? 0 : sockmi_fail(c->result, SOCKMI_RESULT_CHANGED, SOCKMI_STEP_SEND_QUEUE, 0);
+	return got == (ssize_t)bytes ? 0 : 1; /* an ACK has come: try again */
 }
 
 static int write_send_queue(struct capture *c)
@@ -240,6 +240,7 @@ static int write_send_queue(struct capture *c)
 	size_t sent = s->snd_nxt - s->snd_una - fin_sent;
 	size_t unsent = s->write_seq - s->snd_nxt - (fin - fin_sent);
 	uint8_t *place, *unsent_place;
+	int moved;
 
 	if (!sent && !unsent)
 		return 0;
@@ -250,8 +251,9 @@ static int write_send_queue(struct capture *c)
 				      sent + unsent + 32);
 	if (!place)
 		return 0; /* the writer knows, finish() will tell */
-	if (peek_send_queue(c, place, sent + unsent) < 0)
-		return -1;
+	moved = peek_send_queue(c, place, sent + unsent);
+	if (moved)
+		return moved;
 	if (sent && unsent) {
 		size_t gap = ((sent + 7) & ~(size_t)7) - sent + SOCKMI_SECTION_HEADER_BYTES;
 
@@ -267,6 +269,29 @@ static int write_send_queue(struct capture *c)
 	c->result->carried |= (sent ? SOCKMI_FIDELITY_BIT(SENT_QUEUE) : 0) |
 			      (unsent ? SOCKMI_FIDELITY_BIT(UNSENT_QUEUE) : 0);
 	return 0;
+}
+
+/* Has anything moved since it was read? The receive queue is selected. 1, 0, or -1. */
+static int has_moved(struct capture *c)
+{
+	uint32_t rcv_end;
+	int outq, unsent, inq;
+
+	if (sockmi_get_int(c->fd, IPPROTO_TCP, TCP_QUEUE_SEQ, (int *)&rcv_end) < 0)
+		return failed_call(c, SOCKMI_STEP_SEQUENCE);
+	if (queue_length(c, SOCKMI_SIOCOUTQ, &outq) < 0 || queue_length(c, SOCKMI_SIOCOUTQNSD, &unsent) < 0 ||
+	    queue_length(c, SOCKMI_SIOCINQ, &inq) < 0)
+		return -1;
+	return rcv_end != c->rcv_end || outq != c->outq || unsent != c->unsent || inq != c->inq;
+}
+
+/* Less than there should be: it has moved (1: try again), or there is urgent data. */
+static int explain_mismatch(struct capture *c)
+{
+	int moved = has_moved(c);
+
+	return moved ? moved :
+		       sockmi_fail(c->result, SOCKMI_RESULT_URGENT_DATA, SOCKMI_STEP_RECEIVE_QUEUE, 0);
 }
 
 /* Is urgent data in the receive queue? SIOCINQ counts up to its mark, or all if it is inline. */
@@ -287,9 +312,7 @@ static int check_urgent(struct capture *c)
 				return -1;
 		}
 	}
-	if (at_mark || all != c->inq)
-		return sockmi_fail(c->result, SOCKMI_RESULT_URGENT_DATA, SOCKMI_STEP_RECEIVE_QUEUE, 0);
-	return 0;
+	return at_mark || all != c->inq ? explain_mismatch(c) : 0;
 }
 
 static int write_receive_queue(struct capture *c)
@@ -298,6 +321,7 @@ static int write_receive_queue(struct capture *c)
 	uint32_t fin = s->flags & SOCKMI_PEER_FIN ? 1 : 0;
 	uint8_t *place;
 	ssize_t got = 0;
+	int urgent;
 
 	if (sockmi_get_queue_seq(c->fd, TCP_RECV_QUEUE, &c->rcv_end) < 0)
 		return failed_call(c, SOCKMI_STEP_SEQUENCE);
@@ -307,8 +331,9 @@ static int write_receive_queue(struct capture *c)
 	s->copied_seq = c->rcv_end - fin - (uint32_t)c->inq;
 	if ((size_t)c->inq > SOCKMI_IMAGE_LIMIT_BYTES)
 		return sockmi_fail(c->result, SOCKMI_RESULT_TOO_LARGE, SOCKMI_STEP_RECEIVE_QUEUE, 0);
-	if (check_urgent(c) < 0)
-		return -1;
+	urgent = check_urgent(c);
+	if (urgent)
+		return urgent;
 	if (!c->inq)
 		return 0;
 	place = sockmi_writer_reserve(c->writer, SOCKMI_RECEIVE_QUEUE, (size_t)c->inq);
@@ -322,24 +347,10 @@ static int write_receive_queue(struct capture *c)
 	if (got < 0)
 		return failed_call(c, SOCKMI_STEP_RECEIVE_QUEUE);
 	if (got != c->inq)
-		return sockmi_fail(c->result, SOCKMI_RESULT_URGENT_DATA, SOCKMI_STEP_RECEIVE_QUEUE, 0);
+		return explain_mismatch(c);
 	sockmi_writer_commit(c->writer, (size_t)got);
 	c->result->carried |= SOCKMI_FIDELITY_BIT(RECEIVE_QUEUE);
 	return 0;
-}
-
-/* Has anything moved since it was read? The receive queue is selected. 1, 0, or -1. */
-static int has_moved(struct capture *c)
-{
-	uint32_t rcv_end;
-	int outq, unsent, inq;
-
-	if (sockmi_get_int(c->fd, IPPROTO_TCP, TCP_QUEUE_SEQ, (int *)&rcv_end) < 0)
-		return failed_call(c, SOCKMI_STEP_SEQUENCE);
-	if (queue_length(c, SOCKMI_SIOCOUTQ, &outq) < 0 || queue_length(c, SOCKMI_SIOCOUTQNSD, &unsent) < 0 ||
-	    queue_length(c, SOCKMI_SIOCINQ, &inq) < 0)
-		return -1;
-	return rcv_end != c->rcv_end || outq != c->outq || unsent != c->unsent || inq != c->inq;
 }
 
 /* ---- The rest of a connection ---- */
@@ -480,8 +491,14 @@ static int read_connection(struct capture *c)
 	int moved;
 
 	read_negotiated(c);
-	if (read_sequence(c) < 0 || write_send_queue(c) < 0 || write_receive_queue(c) < 0 || read_window(c) < 0 ||
-	    read_clock(c) < 0 || read_peer_mss(c) < 0)
+	if (read_sequence(c) < 0)
+		return -1;
+	moved = write_send_queue(c);
+	if (!moved)
+		moved = write_receive_queue(c);
+	if (moved)
+		return moved;
+	if (read_window(c) < 0 || read_clock(c) < 0 || read_peer_mss(c) < 0)
 		return -1;
 	moved = has_moved(c);
 	if (moved)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tables for people, JSON for programs, a progress bar for those who wait."""
 
 from __future__ import annotations
@@ -6,13 +7,18 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 
 def print_json(content: Any) -> None:
     """One JSON document on standard output."""
-    json.dump(content, sys.stdout, indent=2, default=str)
+    json.dump(content, sys.stdout, indent=2)
     print()
+
+
+def print_json_line(content: Any, file: TextIO) -> None:
+    """One JSON document on one line, at once: for what comes one by one."""
+    print(json.dumps(content), file=file, flush=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -41,23 +47,26 @@ class ProgressBar:
 
     def __init__(self) -> None:
         self._shown = sys.stderr.isatty()
+        self._drawn = False
 
     def show(self, progress: dict[str, Any]) -> None:
         """Draw the state of a drain."""
         if not self._shown:
             return
+        self._drawn = True
         total = max(1, progress["selected"])
-        done = total - progress["remaining"]
-        counts = f"moved {progress['moved']}  refused {progress['refused']}"
+        done = progress["selected"] - progress["remaining"]
+        failed = progress["refused"] + progress["aborted"] + progress["failed"]
+        counts = f"moved {progress['moved'] + progress['planned']}  not moved {failed}"
         words = f" {done}/{total}  {counts}  {progress['rate_per_s']:.0f}/s"
         room = max(10, shutil.get_terminal_size().columns - len(words) - 3)
-        filled = room * done // total
+        filled = min(room, room * done // total)
         sys.stderr.write(f"\r[{'#' * filled}{'.' * (room - filled)}]{words}")
         sys.stderr.flush()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Leave the line."""
-        if self._shown:
+        if self._drawn:
             sys.stderr.write("\n")
 
 
@@ -84,7 +93,8 @@ def show_records(records: Sequence[dict[str, Any]]) -> None:
     for record in records:
         if record.get("refusal"):
             why = record["refusal"]
-            print(f"{record.get('local')} -> {record.get('remote')}: {why['code']}: {why['message']}")
+            ends = " -> ".join(end for end in (record.get("local"), record.get("remote")) if end)
+            print(f"{ends or 'no socket'}: {why['code']}: {why['message']}")
 
 
 def milliseconds(microseconds: int | None) -> float | None:

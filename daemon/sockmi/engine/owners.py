@@ -4,12 +4,13 @@
 worker thread before the freeze), and stops and resumes them (ptrace, in C). The daemon's own
 duplicates never count.
 
-Between the scan and the stop a new holder can appear. Children are caught exactly: each process
-id that the kernel has given out since the scan is looked at, before the owners are stopped and
-again when they are. A descriptor that was *passed* to an older process meanwhile (SCM_RIGHTS,
-pidfd_getfd) shows only in a full scan: :meth:`Owners.strangers`, which may run beside the
-transfer, in any thread. Whatever such a process does to the socket changes its sequence numbers,
-which the engine compares before it closes the original.
+Between the scan and the stop a new holder can appear. Children are caught: each process id that
+the kernel has given out since the scan is looked at when the owners have stopped, until nothing new
+is found. Two things show only in a full scan, :meth:`Owners.strangers`, which may run beside the
+transfer, in any thread: a descriptor that was *passed* to an older process meanwhile (SCM_RIGHTS,
+pidfd_getfd), and a chain of processes that each fork and end at once, faster than they are looked at.
+Whatever such a process does to the socket changes its sequence numbers, which the engine compares
+before it closes the original.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _PROC = Path("/proc")
 _PID_MIN = 300  # RESERVED_PIDS: where process ids go on after a wrap (kernel/pid.c)
 # A process in the middle of fork(2) has its id, but cannot be seen yet: look that many ids further back.
 _UNSEEN_PIDS = 32
+# A look that finds nothing new is repeated if processes were born meanwhile, but so often at most.
+_LOOKS = 3
 _RESCAN_PIDS = 256  # more ids than this since the scan: a new one, before the freeze, is cheaper
 _RESCAN_AGE_S = 60.0  # the ids may have gone round: scan anew
 
@@ -352,10 +355,13 @@ class Owners:
         self._refresh(wanted)
         refused: dict[int, Refusal] = {}  # by pid
         stopped: set[int] = set()  # by this call
+        looks, again = 0, True
         while True:
             movable = [inode for inode in wanted if not self._known[inode].pids & refused.keys()]
             owners: set[int] = set().union(*(self._known[inode].pids for inode in movable))
             fresh = {pid for pid in owners - stopped if not self._counts[pid]}
+            if not fresh and (not again or looks >= _LOOKS):
+                break
             refused.update({pid: _io_uring(pid) for pid in fresh & self._rings})
             if fresh & self._rings:
                 continue
@@ -368,9 +374,9 @@ class Owners:
                         self._known[inode].pids.discard(pid)
                 else:
                     refused[pid] = _stop_refusal(pid, result, timeout_s)
-            if not (self._catch_up(wanted) or fresh):
-                break
-            if left_s < 0:
+            looks = 0 if fresh else looks + 1
+            again = self._catch_up(wanted)
+            if fresh and left_s < 0:
                 owners = set().union(*(self._known[inode].pids for inode in movable))
                 refused.update({pid: _restless(pid, timeout_s) for pid in owners})
                 break

@@ -227,6 +227,11 @@ class Tables:
         batch.add(self._ports, ((_MARK.pack(port), _PORT.pack(port)) for port in new))
         batch.then(lambda: self._known_ports.update(new))
 
+    def note_importers(self, batch: Batch, addresses: Iterable[Address]) -> None:
+        """Hosts that packets are translated to: chain reroute looks for them in what this host says."""
+        for address in set(addresses):
+            batch.add(self.importers[address.version], [(address.packed, b"")])
+
     def expire(
         self, mode: Mode, tuples: Sequence[FourTuple], linger_s: float, *maps: dict[int, NftSet]
     ) -> None:
