@@ -46,7 +46,9 @@ def run(site: Site, report: Report, *, quick: bool) -> None:
 
 def _bare(site: Site, moves: int, told: list[float]) -> list[float]:
     tables = Tables()
-    marks = [struct.unpack("=I", mark)[0] for mark in (tables.moved(Mode.FORWARD), tables.local(Mode.FORWARD))]
+    marks = [
+        struct.unpack("=I", mark)[0] for mark in (tables.moved(Mode.FORWARD), tables.local(Mode.FORWARD))
+    ]
     tables.close()
     netns = [f"/run/netns/{host.namespace}" for host in (site.a, site.b)]
     addresses = [host.address(4) for host in (site.a, site.b)]

@@ -1,4 +1,98 @@
+"""(b) Many connections: moved per second and verified by echo, and how long each was frozen.
+
+The application at the exporter does not read: what the peer has sent stays queued, moves with
+the connection, and is echoed by the application at the importer. So the echo of all bytes shows that a connection
+has moved whole. "Empty" ones have eight bytes queued for that.
+"""
+
 from __future__ import annotations
-from bench.report import Report
-from bench.site import Site
-def run(site: Site, report: Report, *, quick: bool) -> None: ...
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.report import Report, percentile
+from bench.site import CONTROL_TIMEOUT_S, ECHO_PORT, SINK_PORT, Site
+from lab.daemons import Daemons
+from sockmi.client import Control
+
+EMPTY_BYTES = 8
+FULL_BYTES = 65536
+THREADS = 4
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def run(site: Site, report: Report, *, quick: bool) -> None:
+    """Sizes, empty and full; then chunk sizes and pipeline depths at 1,000."""
+    sizes = [1, 100, 1000] if quick else [1, 100, 1000, 10_000]
+    rates: dict[tuple[int, int], float] = {}
+    for content in (EMPTY_BYTES, FULL_BYTES):
+        for count in sizes:
+            repeat = 1 if quick or count > 1000 else 3
+            label = f"{count:,} connections, {'empty' if content == EMPTY_BYTES else '64 KiB queued'}"
+            results = [measure(site, count, content) for _ in range(repeat)]
+            best = max(results, key=lambda one: one["rate_per_s"])
+            rates[count, content] = best["rate_per_s"]
+            _tell(report, label, best)
+    for chunk, depth in [(64, 2)] if quick else [(16, 1), (32, 2), (64, 1), (64, 2), (128, 1)]:
+        result = measure(site, 1000, EMPTY_BYTES, chunk_size=chunk, pipeline_depth=depth)
+        _tell(report, f"1,000, empty, chunk_size {chunk}, pipeline_depth {depth}", result)
+    for count in sizes:
+        if count >= 1000:
+            report.aim(
+                "b", f"{count:,} empty connections", rates[count, EMPTY_BYTES], 15_000, "1/s", at_least=True
+            )
+    costs = [1 / rates[count, EMPTY_BYTES] for count in sizes if count >= 100]
+    report.aim(
+        "b", f"cost per connection, 100 to {sizes[-1]:,}: worst / best", max(costs) / min(costs), 1.3, "x"
+    )
+
+
+def _tell(report: Report, label: str, result: dict[str, Any]) -> None:
+    report.add("b", f"{label}: moved and verified", result["rate_per_s"], "1/s")
+    report.add("b", f"{label}: freeze, p50", percentile(result["freezes_ms"], 50), "ms")
+    report.add("b", f"{label}: freeze, p99", percentile(result["freezes_ms"], 99), "ms")
+    cpu = result["cpu_us"]
+    report.add("b", f"{label}: processor, a + b", sum(cpu), "us each", f"{cpu[0]:.0f} + {cpu[1]:.0f}")
+
+
+def measure(site: Site, count: int, content: int, **settings: Any) -> dict[str, Any]:
+    """One drain of ``count`` connections with ``content`` bytes queued, on fresh daemons."""
+    with site.daemons(**settings) as daemons, site.programs() as start:
+        batch = min(253, settings.get("chunk_size", 32))
+        start(site.a, "server", "-l", "-p", ECHO_PORT, SINK_PORT)
+        start(site.b, "server", f"-t{THREADS}", f"-n{batch}", ECHO_PORT, SINK_PORT)
+        site.wait_for_importers(site.b, count=THREADS * batch)
+        peer = start(site.peer, "peer", "many", site.a.address(4), ECHO_PORT, count, content)
+        before = cpu_s(daemons)
+        begun = time.monotonic_ns()
+        records = drain(site, ECHO_PORT)
+        done = [int(line) for line in peer.lines(count)]
+        after = cpu_s(daemons)
+        stuck = [record for record in records if record["outcome"] != "moved"]
+        if stuck or len(records) != count:
+            why = stuck[0]["refusal"]["message"] if stuck else "they were not found"
+            raise RuntimeError(f"{len(records) - len(stuck)} of {count} connections moved: {why}")
+        return {
+            "rate_per_s": count / ((max(done) - begun) / 1e9),
+            "freezes_ms": [record["blackout_us"] / 1e3 for record in records],
+            "cpu_us": [(after[name] - before[name]) / count * 1e6 for name in "ab"],
+        }
+
+
+def drain(site: Site, port: int) -> list[dict[str, Any]]:
+    """Move all connections of a port from a to b; their records."""
+    wanted = {"local_port": port, "kinds": ["connected"]}
+    with Control(site.a.control_socket, timeout_s=CONTROL_TIMEOUT_S) as control:
+        answers = control.call("drain", filter=wanted, to="b")
+        return [record for answer in answers for record in answer["migrations"]]
+
+
+def cpu_s(daemons: Daemons) -> dict[str, float]:
+    """Processor time that each daemon has used: unlike the clock it does not feel what else the machine does."""
+    found = {}
+    for name in "ab":
+        fields = Path(f"/proc/{daemons[name].pid}/stat").read_text().rpartition(")")[2].split()
+        found[name] = (int(fields[11]) + int(fields[12])) / _TICKS
+    return found

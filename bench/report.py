@@ -101,7 +101,9 @@ class Report:
 
 
 def _plain(row: dict[str, object]) -> dict[str, object]:
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+    return {
+        key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()
+    }
 
 
 def _number(value: float) -> str:

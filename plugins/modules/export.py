@@ -371,7 +371,12 @@ class Export:
                 else:
                     self._selected(client, wanted)
             except ControlError as error:
-                self.module.fail_json(**self._result(), **_module.failure(error))
+                told = _module.failure(error)
+                if error.code in ("no-such-socket", "no-privilege", "not-tcp"):
+                    told["msg"] += (
+                        " sockmi.appliance.info with gather_subset=sockets lists what can be moved."
+                    )
+                self.module.fail_json(**self._result(), **told)
         result = self._result()
         if result["refused"] and not self.params["allow_refused"]:
             self.module.fail_json(msg=self._complaint(result), **result)

@@ -218,6 +218,7 @@ class KeyFile:
         self.module = module
         self.path = Path(module.params["key_file"] or "")
         self.wanted = _checked_key(module.params["key"]) if module.params["key"] is not None else None
+        self.before = "as given"
         self.content_differs = False
         self.mode_differs = False
         if self.wanted is not None:
@@ -232,13 +233,16 @@ class KeyFile:
         path = self.path
         try:
             self.content_differs = _lines(path.read_text(errors="replace")) != wanted
-            self.mode_differs = stat.S_IMODE(path.stat().st_mode) != 0o600
+            mode = stat.S_IMODE(path.stat().st_mode)
+            self.mode_differs = mode != 0o600
+            self.before = f"{'other contents' if self.content_differs else 'as given'}, mode {mode:04o}"
         except FileNotFoundError:
             if not path.parent.is_dir():
                 raise _module.WrongValue(
                     f"key_file {path}: there is no folder {path.parent}; make it first."
                 ) from None
             self.content_differs = True
+            self.before = "absent"
         except OSError as error:
             raise _module.WrongValue(f"key_file {path}: {error.strerror}; is become needed?") from None
 
@@ -266,6 +270,7 @@ class Membership:
         self.module = module
         self.params: dict[str, Any] = module.params
         self.name: str = module.params["name"]
+        self.predicted = False
 
     def run(self) -> None:
         """Check the options, make it so, report."""
@@ -274,15 +279,16 @@ class Membership:
         with ControlClient(self.params["control"], ANSWER_S) as client:
             before = self._row(client)
             after = self._present(client, before, key) if key else self._absent(client, before)
-        key_changed = key is not None and key.changed
-        result: dict[str, Any] = {
-            "changed": key_changed or _settings(before) != _settings(after),
-            "group": after,
-            "key_changed": key_changed,
-        }
-        if self.module._diff:
-            result["diff"] = self._diff(before, after, key)
-        self.module.exit_json(**result)
+            key_changed = key is not None and key.changed
+            result: dict[str, Any] = {
+                "changed": key_changed or _settings(before) != _settings(after),
+                "key_changed": key_changed,
+            }
+            if self.module._diff:
+                result["diff"] = self._diff(before, after, key)
+            if after is not None and not self.predicted:
+                after = self._heard(client, after, result)
+        self.module.exit_json(group=after, **result)
 
     # -- options
 
@@ -334,7 +340,8 @@ class Membership:
                 raise _module.WrongValue(f"To join group {self.name!r}, give key_file, the group's key.")
         if self.module.check_mode:
             if not join and row is not None:
-                return self._heard(client, row)
+                return row
+            self.predicted = True
             configured = bool(row and row["configured"])
             return dict(wanted, name=self.name, configured=configured, members=[])
         if row is not None and join:
@@ -345,7 +352,7 @@ class Membership:
             row = self._row(client)
         if row is None:
             raise ControlError(f"The daemon joined group {self.name!r}, but does not list it; see its log.")
-        return self._heard(client, row)
+        return row
 
     def _absent(self, client: ControlClient, row: dict[str, Any] | None) -> None:
         if row is None or self.module.check_mode:
@@ -389,8 +396,8 @@ class Membership:
             "peers": settings["peers"] or None,
         }
 
-    def _heard(self, client: ControlClient, row: dict[str, Any]) -> dict[str, Any]:
-        """The row, as soon as enough members are heard."""
+    def _heard(self, client: ControlClient, row: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """The row, as soon as enough members are heard; else the module fails with ``result``."""
         deadline = time.monotonic() + self.params["wait_s"]
         while True:
             heard = [one["host"] for one in row["members"] if one["last_heard_s"] is not None]
@@ -403,6 +410,7 @@ class Membership:
                     "Check that the others run and have the same key, address and port, and that the network "
                     f"lets UDP port {row['port']} through.",
                     group=row,
+                    **result,
                 )
             time.sleep(POLL_S)
             row = self._row(client) or row
@@ -418,9 +426,8 @@ class Membership:
     ) -> dict[str, str]:
         old, new = _settings(before), _settings(after)
         if key is not None and key.changed:
-            what = "contents" if key.content_differs else "mode"
-            old = dict(old or {}, key_file=f"{key.path} (other {what})")
-            new = dict(new or {}, key_file=f"{key.path} ({what} as given)")
+            old = dict(old or {}, key_file=f"{key.path}: {key.before}")
+            new = dict(new or {}, key_file=f"{key.path}: as given, mode 0600")
         header = f"group {self.name}"
         return {
             "before_header": header,

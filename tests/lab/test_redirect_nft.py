@@ -25,7 +25,7 @@ MAP = NftSet(INET, "t", "pairs", 4, 16)
 def host() -> Iterator[Host]:
     import os
 
-    made = Host("x", f"smt-{os.getpid()}-nft")
+    made = Host("x", f"smt-{os.getpid()}-rdnft-x")
     run("ip", "netns", "add", made.namespace)
     try:
         run("ip", "-n", made.namespace, "link", "set", "lo", "up")

@@ -123,6 +123,7 @@ static int activate_connection(struct activate *a)
 		sockmi_set_int(a->fd, IPPROTO_TCP, SOCKMI_TCP_RTO_MAX_MS,
 			       (int)(option(a, SOCKMI_OPT_RTO_MAX_US,
 					    sockmi_fresh_number(a->fresh, SOCKMI_OPT_RTO_MAX_US, 120000000), NULL) / 1000));
+	sockmi_undeafen(a->fd, i); /* before it lives: the peer's answer may come at once */
 	/* A window probe tells the peer; unsent data does so too. */
 	if (sockmi_repair(a->fd, unsent || fin ? TCP_REPAIR_OFF_NO_WP : TCP_REPAIR_OFF) < 0)
 		return failed_call(a, SOCKMI_STEP_REPAIR);

@@ -154,6 +154,10 @@ void sockmi_lost_option(struct sockmi_result *result, uint16_t id);
 int sockmi_inject(const struct sockmi_endpoint *from, const struct sockmi_endpoint *to, uint32_t seq,
 		  uint32_t ack, uint16_t window, bool fin, uint32_t mark);
 
+/* deaf.c: a dormant copy takes no packet in. */
+void sockmi_deafen(int fd, const struct sockmi_image *image);
+void sockmi_undeafen(int fd, const struct sockmi_image *image);
+
 /* syn_sent.c */
 struct sockmi_syn {
 	struct sockmi_endpoint remote;

@@ -426,8 +426,10 @@ static int restore(struct restore *r, struct sockmi_host *host)
 	error = id->kind != SOCKMI_KIND_CONNECTED ? restore_closed(r) :
 		id->state == SOCKMI_SYN_SENT	  ? restore_syn_sent(r) :
 						    restore_connection(r);
-	if (error == 0)
+	if (error == 0) {
+		sockmi_deafen(r->fd, r->image);
 		return 0;
+	}
 discard:
 	sockmi_discard(&r->fd, 1);
 	return -1;
@@ -463,11 +465,15 @@ int sockmi_restore(const void *const *images, const size_t *lengths, const struc
 
 void sockmi_discard(const int *fds, size_t n)
 {
+	struct sockaddr unspecified = { .sa_family = AF_UNSPEC };
+
 	for (size_t i = 0; i < n; i++) {
 		if (fds[i] < 0)
 			continue;
 		/* A copy that failed between two steps may not be in repair; closing must not send. */
 		sockmi_repair(fds[i], TCP_REPAIR_ON);
+		/* An application may have it too, or it is on its way there: its place must be free now. */
+		connect(fds[i], &unspecified, sizeof(unspecified));
 		close(fds[i]);
 	}
 }

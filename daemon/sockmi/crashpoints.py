@@ -1,0 +1,87 @@
+"""Named places in the daemon at which a test can have it die: ``SOCKMI_CRASH_AT=POINT[:NTH[:SIGNAL]]``.
+
+``reached(point)`` stands beside each step that a crash must not spoil. Without the variable it does
+nothing. With it, the NTH time (from 1) that POINT is reached the process gets SIGNAL (KILL; STOP, to
+have it pause there). A name that is not in ``POINTS`` is an error at the start of the daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+VARIABLE = "SOCKMI_CRASH_AT"
+
+EXPORTER = (
+    "freeze.stopped",  # the owners
+    "freeze.held",
+    "freeze.captured",
+    "thaw.unheld",
+    "commit.led-away",
+    "commit.journalled",
+    "commit.released",
+    "commit.done",  # nobody has been told
+    "decision.forgetting",
+    "decision.forgotten",
+)
+IMPORTER = (
+    "prepare.held",
+    "prepare.restored",
+    "prepare.spooled",
+    "prepare.journalled",  # PREPARED has not been said
+    "discard.dropped",
+    "discard.journalled",
+    "activate.suspended",
+    "activate.journalled",
+    "hand.sent",
+    "taken.received",
+    "taken.admitted",
+    "taken.activated",
+    "taken.unspooled",
+    "taken.journalled",
+    "taken.answered",
+)
+ROUTES = (
+    "reroute.led",
+    "reroute.journalled",
+    "collect.expired",
+    "collect.journalled",
+    "forget-holdings.evicted",
+    "forget-holdings.journalled",
+)
+POINTS = EXPORTER + IMPORTER + ROUTES
+
+
+def parse(text: str) -> tuple[str, int, signal.Signals]:
+    """The variable's value; ValueError says what is wrong with it."""
+    point, _, rest = text.partition(":")
+    nth, _, name = rest.partition(":")
+    if point not in POINTS:
+        raise ValueError(f"{VARIABLE}: no point is called {point!r}; choose of {', '.join(POINTS)}")
+    if nth and (not nth.isdecimal() or int(nth) < 1):
+        raise ValueError(f"{VARIABLE}: {nth!r} is no count; use POINT[:NTH[:SIGNAL]], counting from 1")
+    try:
+        return point, int(nth or 1), signal.Signals[f"SIG{name or 'KILL'}"]
+    except KeyError:
+        raise ValueError(f"{VARIABLE}: there is no signal {name!r}; use KILL or STOP") from None
+
+
+def _armed(text: str) -> Callable[[str], None]:
+    point, left, number = parse(text)
+
+    def reached(here: str) -> None:
+        nonlocal left
+        if here == point:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), number)
+
+    return reached
+
+
+def _unarmed(_point: str) -> None:
+    pass
+
+
+reached: Callable[[str], None] = _armed(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _unarmed

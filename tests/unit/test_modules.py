@@ -1,0 +1,578 @@
+"""The Ansible modules: options as documented, old Pythons, ``ansible-doc``, and answers of odd daemons."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from sockmi import api
+from sockmi.engine.base import Kind
+
+pytest.importorskip("ansible")
+
+PROJECT = Path(__file__).resolve().parents[2]
+MODULES = ("export", "group", "info")
+TARGET_SIDE = sorted(
+    [*(PROJECT / "plugins/modules").glob("*.py"), *(PROJECT / "plugins/module_utils").glob("*.py")]
+)
+ID = "7f0c0f0e-3f0b-4d0f-9f3d-2f1f6a1b7c01"
+KEY = "00112233445566778899aabbccddeeff" * 2
+CHECKED = ("type", "elements", "default", "choices", "required")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collections() -> Path:
+    """The folder of collections that has this checkout as sockmi.appliance."""
+    link = PROJECT / ".build/collections/ansible_collections/sockmi/appliance"
+    if not link.is_dir():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to("../../../..")
+    return link.parents[2]
+
+
+@pytest.fixture(scope="module")
+def load(collections: Path) -> Iterator[Callable[[str], Any]]:
+    """Imports a plugin, as the controller does."""
+    sys.path.insert(0, str(collections))
+    yield lambda name: importlib.import_module(f"ansible_collections.sockmi.appliance.plugins.{name}")
+    sys.path.remove(str(collections))
+
+
+def run(
+    collections: Path, module: str, *, check: bool = False, env: dict[str, str] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Run a module as the target does; its result, with ``rc``."""
+    arguments = {"ANSIBLE_MODULE_ARGS": {**options, "_ansible_check_mode": check, "_ansible_diff": True}}
+    result = subprocess.run(
+        [sys.executable, "-m", f"ansible_collections.sockmi.appliance.plugins.modules.{module}"],
+        input=json.dumps(arguments),
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(collections)} | (env or {}),
+    )
+    assert "Traceback" not in result.stdout + result.stderr
+    return {**json.loads(result.stdout), "rc": result.returncode}
+
+
+class OddDaemon:
+    """Answers each request with the next of ``answers``: a dict, raw bytes, or None to hang up."""
+
+    def __init__(self, folder: Path, answers: list[Any]) -> None:
+        self.path = folder / "control.sock"
+        self.requests: list[dict[str, Any]] = []
+        self._answers = iter(answers)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.path))
+        self._listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError, StopIteration):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection, connection.makefile("rb") as lines:
+                    for line in lines:
+                        self.requests.append(json.loads(line))
+                        answer = next(self._answers)
+                        if answer is None:
+                            break
+                        raw = (
+                            answer
+                            if isinstance(answer, bytes)
+                            else json.dumps({"ok": True, **answer}).encode()
+                        )
+                        connection.sendall(raw + b"\n")
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Iterator[Callable[..., OddDaemon]]:
+    """Makes daemons that answer as they are told."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*answers: Any) -> OddDaemon:
+            daemon = OddDaemon(tmp_path, list(answers))
+            stack.callback(daemon.close)
+            return daemon
+
+        yield make
+
+
+def record(**fields: Any) -> dict[str, Any]:
+    """A migration record as the daemon sends it."""
+    content = {
+        "migration_id": ID,
+        "kind": "connected",
+        "state": "ESTABLISHED",
+        "local": "192.0.2.1:80",
+        "remote": "192.0.2.9:4000",
+        "from": "a",
+        "to": "b",
+        "started_at": "2026-11-23T12:00:00Z",
+        "outcome": "moved",
+        **fields,
+    }
+    made: dict[str, Any] = api.MigrationRecord.model_validate_json(json.dumps(content)).model_dump(
+        mode="json", by_alias=True
+    )
+    return made
+
+
+def row(inode: int, **fields: Any) -> dict[str, Any]:
+    """A row of the socket list."""
+    return {"pid": 510, "fd": inode, "inode": inode, "local": "192.0.2.1:80", "movable": True, **fields}
+
+
+# ---------------------------------------------------------------- documentation and code
+
+
+def documented(load: Callable[[str], Any], name: str) -> dict[str, Any]:
+    """The options of a module's documentation, fragments included."""
+    fragments = load("doc_fragments.common").ModuleDocFragment
+    text = yaml.safe_load(load(f"modules.{name}").DOCUMENTATION)
+    options: dict[str, Any] = dict(text["options"])
+    for fragment in text["extends_documentation_fragment"]:
+        assert fragment.startswith("sockmi.appliance.common")
+        attribute = fragment.removeprefix("sockmi.appliance.common").lstrip(".").upper() or "DOCUMENTATION"
+        options |= yaml.safe_load(getattr(fragments, attribute))["options"]
+    return options
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_options_are_documented_as_they_are(load: Callable[[str], Any], name: str) -> None:
+    spec = load(f"modules.{name}").argument_spec()
+    options = documented(load, name)
+    assert set(spec) == set(options)
+    for option, real in spec.items():
+        said = options[option]
+        assert {key: said.get(key) for key in CHECKED} == {key: real.get(key) for key in CHECKED}, option
+        assert all(said["description"]), option
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_attributes_are_declared(load: Callable[[str], Any], name: str) -> None:
+    attributes = yaml.safe_load(load(f"modules.{name}").DOCUMENTATION)["attributes"]
+    assert {"check_mode", "diff_mode", "idempotent"} <= set(attributes)
+    assert attributes["check_mode"]["support"] == "full"
+
+
+def test_action_group_names_every_module() -> None:
+    runtime = yaml.safe_load((PROJECT / "meta/runtime.yml").read_text())
+    assert sorted(runtime["action_groups"]["sockmi"]) == sorted(MODULES)
+
+
+def test_returned_fields_are_those_of_the_daemon(load: Callable[[str], Any]) -> None:
+    def said(module: str, value: str) -> set[str]:
+        return set(yaml.safe_load(load(f"modules.{module}").RETURN)[value]["contains"])
+
+    def real(model: type[Any]) -> set[str]:
+        return {field.alias or name for name, field in model.model_fields.items()}
+
+    assert said("export", "migrations") == real(api.MigrationRecord)
+    assert said("info", "daemon") == real(api.StatusResponse) - {"ok", "id", "more", "fds"}
+    assert said("info", "sockets") == real(api.SocketRow)
+    assert said("info", "imports") == real(api.ImportRow)
+    assert said("info", "redirects") == real(api.RedirectRow)
+    assert said("info", "groups") == said("group", "group") == real(api.GroupRow)
+
+
+def test_choices_are_those_of_the_daemon(load: Callable[[str], Any]) -> None:
+    shared = load("module_utils._module")
+    assert set(shared.KINDS) == {kind.value for kind in Kind}
+    assert set(load("modules.info").OUTCOMES) == {outcome.value for outcome in api.Outcome}
+    assert set(shared.FILTER_SPEC) | {"fd", "kinds"} == set(api.SocketFilter.model_fields)
+    from sockmi.engine.preflight import STATES
+
+    # TIME-WAIT and SYN-RECEIVED have no descriptor.
+    names = set(STATES.values()) if isinstance(STATES, dict) else set(get_args(STATES))
+    assert set(shared.STATES) == names - {"TIME-WAIT", "SYN-RECEIVED", "NEW-SYN-RECEIVED"}
+
+
+class _RunTime(ast.NodeVisitor):
+    """Finds what Python 3.8 cannot evaluate: ``X | Y`` of types, ``dict[str, int]``, outside of annotations."""
+
+    BUILTINS = frozenset({"dict", "list", "set", "frozenset", "tuple", "type"})
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for child in [*node.body, *node.decorator_list, *node.args.defaults]:
+            self.visit(child)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        if isinstance(node.value, ast.Name) and node.value.id in self.BUILTINS:
+            self.found.append(node.lineno)
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr in ("removeprefix", "removesuffix", "pidfd_open", "bit_count"):
+            self.found.append(node.lineno)
+        self.generic_visit(node)
+
+
+@pytest.mark.parametrize("path", TARGET_SIDE, ids=lambda path: path.stem)
+def test_runs_on_python_3_8(path: Path) -> None:
+    tree = ast.parse(path.read_text(), feature_version=(3, 8))
+    finder = _RunTime()
+    finder.visit(tree)
+    assert not finder.found, f"lines {finder.found}"
+    assert not any(isinstance(node, ast.Match) for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("path", TARGET_SIDE, ids=lambda path: path.stem)
+def test_imports_only_the_standard_library(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            first = name.split(".")[0]
+            assert first in sys.stdlib_module_names or first in ("ansible", "ansible_collections"), name
+
+
+def test_ansible_doc(collections: Path) -> None:
+    names = [f"sockmi.appliance.{name}" for name in MODULES]
+    result = subprocess.run(
+        [str(Path(sys.executable).with_name("ansible-doc")), "--json", *names],
+        env=os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")},
+        cwd=PROJECT,
+        text=True,
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = json.loads(result.stdout)
+    assert set(shown) == set(names)
+    for page in shown.values():
+        assert {"control", "action_group"} <= {*page["doc"]["options"], *page["doc"]["attributes"]}
+        assert page["examples"]
+        assert page["return"]
+
+
+# ---------------------------------------------------------------- wrong options
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        ("export", {}, "Nothing says which sockets"),
+        ("export", {"fd": 5}, "required by 'fd': pid"),
+        ("export", {"pid": 1, "fd": 5, "unit": "x"}, "leave out unit"),
+        ("export", {"pid": 1, "fd": -1}, "fd is -1"),
+        ("export", {"pid": 0, "fd": 1}, "pid is 0"),
+        ("export", {"pid": 1, "migration_id": ID}, "required by 'migration_id': fd"),
+        ("export", {"pid": 1, "fd": 5, "migration_id": "seven"}, "give a UUID"),
+        ("export", {"local_port": 70000}, "local_port is 70000"),
+        ("export", {"local_port": "http"}, "local_port"),
+        ("export", {"remote_address": "10.0.0.0/33"}, "give an IP address"),
+        ("export", {"states": ["TIME-WAIT"]}, "value of states must be"),
+        ("export", {"all": True, "kinds": []}, "kinds is empty"),
+        ("export", {"all": True, "count": 0}, "count is 0"),
+        ("export", {"all": True, "timeout": 0}, "timeout is 0"),
+        ("export", {"process": ""}, "process is empty"),
+        ("export", {"proces": "x"}, "Unsupported parameters"),
+        ("info", {"gather_subset": ["everything"]}, "value of gather_subset must be"),
+        ("info", {"history_limit": 0}, "history_limit is 0"),
+        ("info", {"local_address": "here"}, "give an IP address"),
+        ("group", {}, "missing required arguments: name"),
+        ("group", {"name": "Web_"}, "name is 'Web_'"),
+        ("group", {"name": "w", "address": "10.0.0.1"}, "no multicast address"),
+        ("group", {"name": "w", "address": "nine"}, "give an IPv4 or IPv6 address"),
+        ("group", {"name": "w", "address": "239.1.1.1", "peers": ["10.0.0.1"]}, "mutually exclusive"),
+        ("group", {"name": "w", "peers": []}, "peers is empty"),
+        ("group", {"name": "w", "peers": ["10.0.0.1:0"]}, "give a port"),
+        ("group", {"name": "w", "peers": ["host:1"]}, "give an IPv4 or IPv6 address"),
+        ("group", {"name": "w", "port": 0}, "port is 0"),
+        ("group", {"name": "w", "members_min": -1}, "members_min is -1"),
+        ("group", {"name": "w", "key": KEY}, "required by 'key': key_file"),
+        ("group", {"name": "w", "key": "secret", "key_file": "/nowhere/k"}, "line 1: not a key"),
+        ("group", {"name": "w", "key": "# none", "key_file": "/nowhere/k"}, "key is empty"),
+        ("group", {"name": "w", "key": KEY, "key_file": "/nowhere/k"}, "there is no folder /nowhere"),
+        ("group", {"name": "w", "state": "query"}, "value of state must be"),
+    ],
+)
+def test_wrong_options(collections: Path, module: str, options: dict[str, Any], message: str) -> None:
+    result = run(collections, module, control="/nowhere/control.sock", **options)
+    assert result["failed"] is True
+    assert message in result["msg"]
+    assert options.get("key", "-") not in json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"), [("export", {"all": True}), ("info", {}), ("group", {"name": "web"})]
+)
+def test_no_daemon(collections: Path, module: str, options: dict[str, Any]) -> None:
+    result = run(collections, module, env={"SOCKMI_CONTROL": "/nowhere/control.sock"}, **options)
+    assert result["failed"] is True
+    for word in ("/nowhere/control.sock: No such file", "Start it", "become"):
+        assert word in result["msg"]
+
+
+# ---------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"not json", "no JSON object"),
+        (b"[1]", "no JSON object"),
+        ({"ok": False}, "neither ok nor an error"),
+        ({"ok": False, "error": {"code": "internal", "message": "It broke."}}, "It broke."),
+        (None, "closed the connection"),
+        ({"sockets": [{"odd": 1}]}, "something unforeseen"),
+    ],
+)
+def test_odd_answers(collections: Path, odd: Callable[..., OddDaemon], answer: Any, message: str) -> None:
+    daemon = odd(answer)
+    result = run(collections, "export", control=str(daemon.path), all=True)
+    assert result["failed"] is True
+    assert message in result["msg"]
+
+
+def test_export_by_filter(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    """One move a socket, movable ones first; the request is what the options say."""
+    why = {"code": "urgent-data", "message": "Read it.", "errno": "ENOTSUP"}
+    rows = [row(7, movable=False), row(8), row(8, fd=9), row(10)]
+    answer = [record(), record(migration_id=ID[:-1] + "2", outcome="refused", refusal=why, to=None)]
+    daemon = odd({"sockets": rows}, {"migrations": answer})
+    options = {"unit": "web.service", "local_port": 80, "count": 2, "to": "b", "timeout": 7}
+    result = run(collections, "export", control=str(daemon.path), **options)
+    listing, export = daemon.requests
+    assert listing["filter"] == {"unit": "web.service", "local_port": 80, "kinds": ["connected"]}
+    assert [one["fd"] for one in export["sockets"]] == [8, 10]
+    assert {name: export[name] for name in ("to", "timeout_s", "dry_run")} == {
+        "to": "b",
+        "timeout_s": 7.0,
+        "dry_run": False,
+    }
+    for request in daemon.requests:
+        api.parse_request(json.dumps(request).encode())
+    assert (result["failed"], result["changed"], result["moved"], result["refused"]) == (True, True, 1, 1)
+    assert "1 of 2 sockets did not move. urgent-data (1): Read it." in result["msg"]
+    assert [one["outcome"] for one in result["migrations"]] == ["moved", "refused"]
+    assert result["diff"]["before"].count(": a\n") == 2
+    assert result["diff"]["after"].count(": b\n") == 1
+
+
+def test_empty_selection_changes_nothing(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    daemon = odd({"sockets": []})
+    result = run(collections, "export", control=str(daemon.path), process="none")
+    assert (result["rc"], result["changed"], result["migrations"]) == (0, False, [])
+
+
+def test_sockets_of_the_session_are_spared(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    """Those of the module's ancestors (this process is one), and the one that SSH_CONNECTION names."""
+    with socket.create_server(("127.0.0.1", 0)) as ours:
+        inode = os.fstat(ours.fileno()).st_ino
+        login = row(5, local="192.0.2.1:22", remote="192.0.2.7:999")
+        daemon = odd({"sockets": [row(inode), login]})
+        environment = {"SSH_CONNECTION": "192.0.2.7 999 192.0.2.1 22"}
+        result = run(collections, "export", env=environment, control=str(daemon.path), all=True)
+    assert (result["rc"], result["migrations"], result["spared"]) == (0, [], 2)
+
+
+def test_sockets_that_end_meanwhile(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    refused = {"ok": False, "error": {"code": "no-such-socket", "message": "No.", "errno": "EBADF"}}
+    daemon = odd({"sockets": [row(7), row(8)]}, refused, {"sockets": [row(8)]}, {"migrations": [record()]})
+    result = run(collections, "export", control=str(daemon.path), all=True)
+    assert (result["rc"], result["moved"], result["refused"]) == (0, 1, 0)
+    assert [one["fd"] for one in daemon.requests[-1]["sockets"]] == [8]
+
+
+def test_many_go_in_batches(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    rows = [row(number) for number in range(1, 702)]
+    daemon = odd(
+        {"sockets": rows}, {"migrations": [record()] * 500}, {"ok": False, "error": {"code": "shutting-down"}}
+    )
+    result = run(collections, "export", control=str(daemon.path), all=True)
+    assert [len(request["sockets"]) for request in daemon.requests[1:]] == [500, 201]
+    # The second batch failed as a whole; what the first one did is not forgotten.
+    assert (result["failed"], result["changed"], result["moved"]) == (True, True, 500)
+    assert result["code"] == "shutting-down"
+
+
+def test_daemon_that_goes_away_is_asked_again(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    daemon = odd({"migrations": []}, None, {"migrations": [record(), record(direction="import")]})
+    result = run(collections, "export", control=str(daemon.path), pid=510, fd=5, migration_id=ID)
+    assert [request["op"] for request in daemon.requests] == ["info", "export", "info"]
+    assert (result["rc"], result["changed"], result["moved"]) == (0, True, 1)
+
+
+def test_daemon_that_goes_away_before_it_began(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    daemon = odd(None, {"migrations": []})
+    result = run(collections, "export", control=str(daemon.path), pid=510, fd=5)
+    assert (result["failed"], result["changed"]) == (True, False)
+    assert "1 of 1 migrations were not begun; run it again" in result["msg"]
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_done_before(collections: Path, odd: Callable[..., OddDaemon], check: bool) -> None:
+    daemon = odd({"migrations": [record(direction="import"), record()]})
+    result = run(collections, "export", check=check, control=str(daemon.path), pid=1, fd=5, migration_id=ID)
+    assert (result["rc"], result["changed"], result["moved"]) == (0, False, 1)
+    assert result["diff"]["before"] == result["diff"]["after"]
+    assert [request["op"] for request in daemon.requests] == ["info"]
+
+
+def test_check_mode_is_a_dry_run(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    daemon = odd({"sockets": [row(7)]}, {"migrations": [record(outcome="planned", to=None)]})
+    result = run(collections, "export", check=True, control=str(daemon.path), all=True, to="b")
+    assert daemon.requests[1]["dry_run"] is True
+    assert (result["rc"], result["changed"], result["moved"]) == (0, True, 1)
+    assert result["diff"]["after"].endswith(": b\n")
+
+
+# ---------------------------------------------------------------- groups
+
+WEB = {
+    "name": "web",
+    "address": "239.7.7.7",
+    "port": 7007,
+    "interface": "eth0",
+    "peers": [],
+    "configured": False,
+    "members": [],
+}
+HEARD = {"host": "b", "last_heard_s": 0.1}
+STATUS = {"migrations_under_way": 0}
+
+
+def test_group_key_is_written_once_and_never_shown(
+    collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path
+) -> None:
+    file = tmp_path / "web.key"
+    options = {"name": "web", "address": "239.7.7.7", "port": 7007, "key": KEY, "key_file": str(file)}
+    options["interface"] = "eth0"
+    none, joined = {"groups": []}, {"groups": [WEB]}
+    daemon = odd(none, none, joined, joined, joined, joined, STATUS, joined, joined, joined)
+    options["control"] = str(daemon.path)
+
+    predicted = run(collections, "group", check=True, **options)
+    assert not file.exists()
+    done = run(collections, "group", **options)
+    assert (file.read_text(), file.stat().st_mode & 0o777) == (KEY + "\n", 0o600)
+    assert (predicted["changed"], predicted["diff"], predicted["group"]) == (
+        done["changed"],
+        done["diff"],
+        done["group"],
+    )
+    assert (done["changed"], done["key_changed"]) == (True, True)
+
+    again = run(collections, "group", **options)
+    assert (again["changed"], again["key_changed"]) == (False, False)
+    assert again["diff"]["before"] == again["diff"]["after"]
+
+    file.write_text("# another\n" + KEY[::-1] + "\n")
+    other = run(collections, "group", **options)
+    assert (other["changed"], other["key_changed"], file.read_text()) == (True, True, KEY + "\n")
+    operations = [(request["op"], request.get("action")) for request in daemon.requests]
+    assert operations[-4:] == [("status", None), ("groups", "leave"), ("groups", "join"), ("groups", "list")]
+    for result in (predicted, done, again, other):
+        assert KEY not in json.dumps(result)
+        assert KEY[::-1] not in json.dumps(result)
+    for request in daemon.requests:
+        api.parse_request(json.dumps(request).encode())
+
+
+def test_group_mode_of_the_key_file(collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path) -> None:
+    file = tmp_path / "web.key"
+    file.write_text(KEY)
+    file.chmod(0o644)
+    daemon = odd({"groups": [WEB]})
+    result = run(collections, "group", control=str(daemon.path), name="web", key=KEY, key_file=str(file))
+    assert (result["changed"], file.stat().st_mode & 0o777) == (True, 0o600)
+    assert len(daemon.requests) == 1  # the contents are the same: no need to join again
+
+
+def test_group_members(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    silent = {"host": "c", "last_heard_s": None}
+    rows = [{"groups": [{**WEB, "members": members}]} for members in ([], [silent], [HEARD])]
+    daemon = odd(*rows)
+    result = run(collections, "group", control=str(daemon.path), name="web", members_min=1, wait_s=20)
+    assert (result["rc"], result["changed"], len(daemon.requests)) == (0, False, 3)
+
+
+def test_group_members_missing(collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path) -> None:
+    found = {"groups": [{**WEB, "members": [HEARD]}]}
+    daemon = odd({"groups": []}, found, *[found] * 10)
+    result = run(
+        collections, "group", control=str(daemon.path), name="web", address="239.7.7.7", port=7007,
+        interface="eth0", key_file=str(tmp_path / "k"), members_min=2, wait_s=0.3,
+    )  # fmt: skip
+    assert (result["failed"], result["changed"]) == (True, True)
+    assert "1 of 2 other members heard within 0.3 s (b)" in result["msg"]
+
+
+def test_group_settings_change(collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path) -> None:
+    """What is not given stays; if the new settings do not work, the old ones are back."""
+    refused = {"ok": False, "error": {"code": "bad-request", "message": "Not joined.", "errno": "EINVAL"}}
+    daemon = odd({"groups": [WEB]}, STATUS, {"groups": []}, refused, {"groups": [WEB]})
+    options = {"name": "web", "port": 7008, "key_file": str(tmp_path / "k"), "control": str(daemon.path)}
+    result = run(collections, "group", **options)
+    joins = [request for request in daemon.requests if request.get("action") == "join"]
+    assert [one["port"] for one in joins] == [7008, 7007]
+    assert {one["address"] for one in joins} == {"239.7.7.7"}
+    assert result["failed"] is True
+    assert "with the former settings again" in result["msg"]
+
+
+def test_group_is_not_left_under_migrations(
+    collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path
+) -> None:
+    daemon = odd({"groups": [WEB]}, {"migrations_under_way": 3})
+    result = run(collections, "group", control=str(daemon.path), name="web", state="absent")
+    assert result["failed"] is True
+    assert "3 migrations are under way" in result["msg"]
+
+
+def test_group_peers_are_compared_as_addresses(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    listed = {**WEB, "address": None, "peers": ["10.0.0.2:7007", "[2001:db8::1]:7009"]}
+    daemon = odd({"groups": [listed]})
+    peers = ["[2001:DB8:0::1]:7009", "10.0.0.2"]
+    result = run(collections, "group", control=str(daemon.path), name="web", port=7007, peers=peers)
+    assert (result["rc"], result["changed"]) == (0, False)
+
+
+def test_group_that_cannot_be_joined(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    daemon = odd({"groups": []}, {"groups": []})
+    result = run(collections, "group", control=str(daemon.path), name="web", members_min=1)
+    assert "give address (multicast) or peers" in result["msg"]
+    result = run(collections, "group", control=str(daemon.path), name="web", address="239.1.1.1")
+    assert "give key_file" in result["msg"]
+
+
+def test_group_absent(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    configured = {"groups": [{**WEB, "configured": True}]}
+    daemon = odd(configured, configured, STATUS, {"groups": []}, {"groups": []})
+    options = {"control": str(daemon.path), "name": "web", "state": "absent"}
+    predicted = run(collections, "group", check=True, **options)
+    done = run(collections, "group", **options)
+    again = run(collections, "group", **options)
+    assert [one["changed"] for one in (predicted, done, again)] == [True, True, False]
+    assert predicted["diff"] == done["diff"]
+    assert "is back as it stands there" in str(done["warnings"])
