@@ -147,6 +147,9 @@ class TimingConfig(Strict):
     lease_s: Annotated[float, Field(ge=0.1, le=300.0)] = 10.0
     linger_s: Annotated[float, Field(ge=1, le=600)] = 120.0
     audit_interval_s: Annotated[float, Field(ge=0.2, le=3600)] = 30.0
+    look_again_s: Annotated[float, Field(ge=0.1, le=60)] = Field(
+        10.0, description="how often to see whether a closed connection has left TIME-WAIT"
+    )
 
 
 class RedirectConfig(Strict):
@@ -157,6 +160,7 @@ class RedirectConfig(Strict):
     devices: tuple[str, ...] = Field((), description="ingress devices; empty: all that are up, but lo")
     mark: Annotated[int, Field(ge=1 << 20, le=0xFFF00000, multiple_of=1 << 20)] = 0x53400000
     route_table: Annotated[int, Field(ge=1, le=0xFFFFFFFF)] = 7780
+    log_group: Annotated[int, Field(ge=1, le=0xFFFF)] = 7783
     rule_priority: Annotated[int, Field(ge=1, le=32765)] = 77
 
     @model_validator(mode="after")

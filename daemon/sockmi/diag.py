@@ -11,14 +11,17 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.addresses import Endpoint, FourTuple
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
+_SOCK_DESTROY = 21
 _NLMSG_ERROR = 2
 _NLM_F_REQUEST = 1
+_NLM_F_ACK = 4
 _DESTROY_GROUPS = {4: 1, 6: 3}  # SKNLGRP_INET_TCP_DESTROY, SKNLGRP_INET6_TCP_DESTROY
 _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBBI")
@@ -27,6 +30,18 @@ _NO_COOKIE = b"\xff" * 8
 _LISTEN = 10
 _SO_RCVBUFFORCE = 33
 _MAPPED = bytes(10) + b"\xff\xff"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A connection's socket. ``state``: the kernel's number (TCP_ESTABLISHED is 1, TCP_TIME_WAIT is 6).
+
+    ``inode`` is 0 when no process has it any more; ``cookie`` is its SO_COOKIE.
+    """
+
+    state: int
+    inode: int
+    cookie: int
 
 
 class SocketDiag:
@@ -40,30 +55,56 @@ class SocketDiag:
         self._sequence = 0
 
     def state(self, connection: FourTuple) -> int | None:
-        """The kernel's state number (TCP_ESTABLISHED is 1, TCP_TIME_WAIT is 6), or None: no such socket."""
+        """The kernel's state number of a connection, or None: no such socket."""
+        found = self.find(connection)
+        return found.state if found else None
+
+    def find(self, connection: FourTuple) -> Found | None:
+        """The socket of a connection, or None."""
+        answer = self._ask(_SOCK_DIAG_BY_FAMILY, connection, _NO_COOKIE)
+        if answer is None:
+            return None
+        body = _HEADER.size
+        state = answer[body + 1]
+        (cookie,) = struct.unpack_from("=Q", answer, body + 44)
+        (inode,) = struct.unpack_from("=I", answer, body + 68)
+        # The kernel's look-up falls back to a listener.
+        return None if state == _LISTEN else Found(state, inode, cookie)
+
+    def destroy(self, connection: FourTuple, cookie: int) -> bool:
+        """End that socket whoever has it; False if this kernel cannot (CONFIG_INET_DIAG_DESTROY).
+
+        The kernel sends an RST: hold the connection before. A socket that is gone is no error.
+        """
+        try:
+            self._ask(_SOCK_DESTROY, connection, struct.pack("=Q", cookie))
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return False
+        return True
+
+    def _ask(self, kind: int, connection: FourTuple, cookie: bytes) -> bytes | None:
+        """The answer; None if there is no such socket, or the request was carried out."""
         self._sequence += 1
         local, remote = connection.local, connection.remote
         family = socket.AF_INET if connection.version == 4 else socket.AF_INET6
+        flags = _NLM_F_REQUEST | (_NLM_F_ACK if kind == _SOCK_DESTROY else 0)
         body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + _SOCKET_ID.pack(
-            local.port, remote.port, local.address.packed, remote.address.packed, bytes(4), _NO_COOKIE
+            local.port, remote.port, local.address.packed, remote.address.packed, bytes(4), cookie
         )
-        self._socket.send(
-            _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, self._sequence, 0)
-            + body
-        )
+        self._socket.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
         while True:
             answer = self._socket.recv(8192)
-            _, kind, _, sequence, _ = _HEADER.unpack_from(answer)
+            _, answered, _, sequence, _ = _HEADER.unpack_from(answer)
             if sequence != self._sequence:
                 continue
-            if kind == _NLMSG_ERROR:
-                code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
-                if code == errno.ENOENT:
-                    return None
-                raise OSError(code, f"sock_diag about {connection}: {os.strerror(code)}")
-            state = answer[_HEADER.size + 1]
-            # The kernel's look-up falls back to a listener.
-            return None if state == _LISTEN else state
+            if answered != _NLMSG_ERROR:
+                return answer
+            code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
+            if code in (0, errno.ENOENT, errno.ESTALE):
+                return None
+            raise OSError(code, f"sock_diag about {connection}: {os.strerror(code)}")
 
     def close(self) -> None:
         """Close the netlink socket."""

@@ -80,7 +80,7 @@ class Drain:
                 # It has been closed since it was listed: nothing is left to move.
                 self._selected -= 1
                 continue
-            selection.append(Selected(descriptor, row.pid, row.fd, row.user_id))
+            selection.append(Selected(descriptor, row.pid, row.fd))
         if not selection:
             return
         self._under_way += len(selection)

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
-from sockmi.addresses import Endpoint
+from sockmi.addresses import Endpoint, FourTuple
 from sockmi.engine.base import Kind, Needs
 from sockmi.journal import Change, Journal, Record
 from sockmi.protocol.events import Started
 from sockmi.protocol.records import (
     Arrival,
     ChunkId,
+    ConnectionId,
     Decision,
     Holding,
     Item,
+    MigrationId,
     Notice,
     Place,
     PreparedChunk,
     Route,
 )
 from sockmi.redirect.base import Mode
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A socket that a decision closes. ``cookie``: its SO_COOKIE, which no other socket of this boot has.
+
+    ``holding``: what the decision takes away, to be put back if it is undone.
+    """
+
+    migration: MigrationId
+    connection: ConnectionId
+    hop: int
+    kind: Kind
+    inode: int
+    cookie: int
+    local: Endpoint | None
+    remote: Endpoint | None
+    holding: Holding | None
+
+    @property
+    def tuple(self) -> FourTuple | None:
+        """The connection as it lives here, if it is one."""
+        return FourTuple(self.local, self.remote) if self.local and self.remote else None
+
 
 Durable = Decision | Route | Notice | PreparedChunk | Holding
 
@@ -67,6 +94,14 @@ def started(journal: Journal) -> Started:
         prepared=every(Record.PREPARED),
         holdings=every(Record.HOLDING),
     )
+
+
+def modes_in_use(journal: Journal) -> set[Mode]:
+    """The redirects that earlier runs have installed: they are looked after, configured still or not."""
+    before = started(journal)
+    places = [route.place for route in before.routes] + [holding.place for holding in before.holdings]
+    places += [arrival.place for chunk in before.prepared for arrival in chunk.arrivals]
+    return {place.mode for place in places if place.mode is not None}
 
 
 # -- parts
@@ -260,6 +295,37 @@ def _read_holding(content: list[Any]) -> Holding:
         read_endpoint(local),
         read_endpoint(remote),
         read_endpoint(origin),
+    )
+
+
+def write_original(one: Original) -> list[Any]:
+    """A socket that a decision closes."""
+    return [
+        one.migration.hex(),
+        one.connection.hex(),
+        one.hop,
+        one.kind,
+        one.inode,
+        one.cookie,
+        write_endpoint(one.local),
+        write_endpoint(one.remote),
+        _write_holding(one.holding) if one.holding else None,
+    ]
+
+
+def read_original(content: list[Any]) -> Original:
+    """The inverse of ``write_original``."""
+    migration, connection, hop, kind, inode, cookie, local, remote, holding = content
+    return Original(
+        bytes.fromhex(migration),
+        bytes.fromhex(connection),
+        hop,
+        Kind(kind),
+        inode,
+        cookie,
+        read_endpoint(local),
+        read_endpoint(remote),
+        _read_holding(holding) if holding else None,
     )
 
 

@@ -10,20 +10,23 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 from uuid import UUID, uuid4
 
 from sockmi import durable
+from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind, SocketFacts
 from sockmi.image import Section
 from sockmi.image.native import stamp, with_section
 from sockmi.image.sections import Place as ImagePlace
 from sockmi.journal import Change, Record
+from sockmi.permission import Caller
 from sockmi.protocol.actions import Commit, Freeze, Outcome, Report, Result, Thaw
 from sockmi.protocol.events import CancelExport, ChildrenFound, CommitDone, FreezeDone, StartExport
 from sockmi.protocol.records import BatchId, ChunkId, Decision, HostId, Item, MigrationId, Route
+from sockmi.redirect.held import pack
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell, audit, by_mode, microseconds_since, now_text, outbound, why
@@ -33,16 +36,23 @@ _log = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 0.1
 # The kernel's hold outlasts the freeze by this much; a commit that comes later than half of it is undone.
 _HOLD_MARGIN_S = 1.0
+_IMAGE_OVERHEAD_BYTES = 2048
+
+
+FindHolders = Callable[[set[int], Callable[[dict[int, list[int]], dict[int, Refusal]], None]], None]
 
 
 @dataclass(slots=True)
 class Selected:
-    """One socket that somebody wants moved; the shell owns ``descriptor`` (a duplicate)."""
+    """One socket that somebody wants moved; the shell owns ``descriptor`` (a duplicate).
+
+    ``caller``: None for those who may move any socket; others only what is theirs.
+    """
 
     descriptor: int
     pid: int | None
     fd: int | None
-    uid: int = 0
+    caller: Caller | None = None
     context: bytes | None = None
     migration_id: UUID | None = None
 
@@ -79,9 +89,9 @@ class Exporting:
         self,
         shell: Shell,
         redirecting: Redirecting,
-        find_holders: Callable[[set[int], Callable[[dict[int, list[int]]], None]], None],
+        find_holders: FindHolders,
     ) -> None:
-        """``find_holders`` finds the processes of sockets, and answers later."""
+        """``find_holders`` finds the processes of sockets, and what is against stopping them; later."""
         self._shell = shell
         self._redirecting = redirecting
         self._holding_of = redirecting.holding_of
@@ -115,15 +125,10 @@ class Exporting:
             export = self._register(one, fact, batch_id)
             batch.records.append(export.record)
             refusal = fact.refusal
-            if refusal is None and fact.inode in self._inodes:
-                refusal = Refusal(
-                    Code.ALREADY_MIGRATING,
-                    "This socket is being migrated; wait for it (sockmi info), or name it once.",
-                )
+            if refusal is None:
+                refusal = self._obstacle(export)
             if refusal is not None:
                 self._end(export, batch, "refused", refusal)
-            elif dry_run:
-                self._end(export, batch, "planned", None)
             else:
                 self._inodes.add(fact.inode)
                 going.append(export)
@@ -134,19 +139,48 @@ class Exporting:
         self._batches[batch_id] = batch
         batch.waiting = going
 
-        def found(holders: dict[int, list[int]]) -> None:
+        def found(holders: dict[int, list[int]], verdicts: dict[int, Refusal]) -> None:
             if not batch.waiting:
                 return  # cancelled meanwhile
             batch.waiting = []
             items = []
             for export in going:
-                export.holders = holders.get(export.facts.inode, [])
-                items.append(self._item(export))
+                inode, caller = export.facts.inode, export.selected.caller
+                export.holders = holders.get(inode, [])
+                refusal = (caller.obstacle(export.holders) if caller else None) or verdicts.get(inode)
+                if refusal is not None:
+                    self._end(export, batch, "refused", refusal)
+                elif dry_run:
+                    self._end(export, batch, "planned", None)
+                else:
+                    items.append(self._item(export))
+            self._journal_start([export.record for export in going if export.record.get("outcome")])
+            if not items:
+                self.batch_done(batch_id)
+                return
             modes = self._shell.config.redirect.modes
             self._shell.dispatch(StartExport(batch_id, tuple(items), modes, timeout_s, *target))
 
         self._find_holders({export.facts.inode for export in going}, found)
         return batch_id
+
+    def _obstacle(self, export: Export) -> Refusal | None:
+        """What stands against a migration besides the socket itself."""
+        facts, known = export.facts, self.exports.get(UUID(export.record["migration_id"]).bytes)
+        if facts.inode in self._inodes or known is not export:
+            return Refusal(
+                Code.ALREADY_MIGRATING,
+                "This socket, or this migration id, is being migrated; wait for it (sockmi info), or name "
+                "it once.",
+            )
+        size, most = _size(export), self._shell.config.image_bytes_max
+        if size > most:
+            return Refusal(
+                Code.TOO_LARGE,
+                f"Its queues and context make an image of about {size} bytes, and image_bytes_max is {most}; "
+                "raise it on both hosts, or try again when less is queued.",
+            )
+        return None
 
     def cancel(self, batch_id: BatchId) -> None:
         """Undo what of the batch is not yet committed."""
@@ -206,8 +240,11 @@ class Exporting:
             origin=(holding.origin if holding else None) or facts.local,
             hop=export.record["hop"],
             home=holding.home if holding else self._shell.host_id,
-            needs=facts.needs,
-            size_bytes=facts.receive_queue_bytes + facts.send_queue_bytes + 2048,
+            needs=replace(
+                facts.needs,
+                image_bytes_max=facts.needs.image_bytes_max + len(export.selected.context or b""),
+            ),
+            size_bytes=_size(export),
             listener=export.listener,
             handle=export,
         )
@@ -244,9 +281,12 @@ class Exporting:
                     results[index] = Refusal(Code.NO_REDIRECT, obstacle)
             export.frozen_at = time.monotonic()
         self._stop(exports, results)
+        reached("freeze.stopped")
         frozen = [index for index, result in enumerate(results) if isinstance(result, bytes)]
         self._hold([exports[index] for index in frozen], action.deadline_s + _HOLD_MARGIN_S)
+        reached("freeze.held")
         captured = shell.engine.capture([exports[index].selected.descriptor for index in frozen])
+        reached("freeze.captured")
         for index, one in zip(frozen, captured, strict=True):
             if isinstance(one, Captured):
                 results[index] = self._finish_image(exports[index], action.items[index], one)
@@ -268,6 +308,7 @@ class Exporting:
     def _hold(self, exports: list[Export], timeout_s: float) -> None:
         tuples = [export.facts.tuple for export in exports if export.facts.tuple]
         if tuples:
+            self._shell.held.want(tuples)
             self._shell.holds.hold(tuples, timeout_s)
         listeners = [
             export.facts.local
@@ -308,6 +349,7 @@ class Exporting:
         tuples = [export.facts.tuple for export in exports if export.facts.tuple]
         if tuples:
             self._shell.holds.unhold(tuples)
+            self._shell.held.deliver(self._shell.held.take(tuples))
         listeners = [
             export.facts.local
             for export in exports
@@ -315,6 +357,7 @@ class Exporting:
         ]
         if listeners:
             self._shell.holds.unhold_listeners(listeners)
+        reached("thaw.unheld")
         self._resume(exports)
 
     def _resume(self, exports: list[Export]) -> None:
@@ -331,6 +374,7 @@ class Exporting:
         exports = [self.exports[route.migration] for route in action.routes]
         results: list[Refusal | None] = [None] * len(exports)
         self._send_away(action.routes, results)
+        reached("commit.led-away")
         limit = time.monotonic() - shell.config.timing.freeze_deadline_s - _HOLD_MARGIN_S / 2
         for index, export in enumerate(exports):
             if results[index] is None and export.frozen_at < limit:
@@ -348,11 +392,13 @@ class Exporting:
                 results[index] = refusal
             self._take_back(action.routes, exports, results, undone=set(range(len(exports))) - set(going))
             going = []
+        reached("commit.journalled")
         children = self._accept_children([exports[index] for index in going])
         refusals = shell.engine.release(
             [exports[index].selected.descriptor for index in going],
             [exports[index].image for index in going],
         )
+        reached("commit.released")
         changed = [index for index, refusal in zip(going, refusals, strict=True) if refusal is not None]
         if changed:
             before = set(range(len(exports))) - set(changed)
@@ -364,9 +410,18 @@ class Exporting:
         self._drop_holdings(action.routes, going)
         self._redirecting.add_routes(action.routes[index] for index in going if action.routes[index].durable)
         self._resume([exports[index] for index in going])
+        self._ship_held(action.decision.importer, [(action.routes[index], exports[index]) for index in going])
+        reached("commit.done")
         shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))
         for export, descriptors in children:
             self._follow(action.decision.importer, export, descriptors)
+
+    def _ship_held(self, importer: HostId, pairs: list[tuple[Route, Export]]) -> None:
+        """What the peer has sent meanwhile goes to the copy, on the stream and so before CONFIRM."""
+        migrations = {export.facts.tuple: route.migration for route, export in pairs if export.facts.tuple}
+        kept = self._shell.held.take(list(migrations))
+        if kept:
+            self._shell.send_held(importer, pack({migrations[one]: packets for one, packets in kept.items()}))
 
     def _send_away(self, routes: Sequence[Route], results: list[Refusal | None]) -> None:
         pairs = [(route.place.mode, index) for index, route in enumerate(routes) if outbound(route)]
@@ -418,14 +473,7 @@ class Exporting:
             durable.keep(change, [decision])
             durable.keep(change, [r for index in going if (r := action.routes[index]).durable])
             durable.keep(change, [one for one in action.notices if one.connection in chosen])
-            originals = [
-                [
-                    exports[index].facts.inode,
-                    str(exports[index].facts.local),
-                    str(exports[index].facts.remote),
-                ]
-                for index in going
-            ]
+            originals = [self._original(exports[index].facts, action.routes[index]) for index in going]
             change.keep.append((Record.ORIGINALS, str(action.decision.chunk), originals))
             change.drop.extend((Record.HOLDING, connection.hex()) for connection in chosen)
         else:
@@ -434,9 +482,28 @@ class Exporting:
         for export in undone:
             holding = self._holding_of(export.facts)
             durable.keep(change, [holding] if holding else [])
+        importer = self._shell.name_of(action.decision.importer)
         for index in going:
-            audit(change, action.routes[index].migration, "export", step="committed")
+            route = action.routes[index]
+            audit(change, route.migration, "export", step="committed", to=importer, mode=route.place.mode)
         self._shell.journal.write(change)
+
+    def _original(self, facts: SocketFacts, route: Route) -> list[Any]:
+        """What a restart must know of a socket that is about to be closed (recovery.py)."""
+        holding = self._holding_of(facts)
+        return durable.write_original(
+            durable.Original(
+                route.migration,
+                route.connection,
+                route.hop,
+                facts.kind,
+                facts.inode,
+                facts.cookie,
+                facts.local,
+                facts.remote,
+                holding,
+            )
+        )
 
     def _drop_holdings(self, routes: Sequence[Route], going: list[int]) -> None:
         """What had been imported here and left again is held here no more.
@@ -466,7 +533,7 @@ class Exporting:
         batch_id = uuid4().bytes
         items = []
         for descriptor, facts in zip(descriptors, shell.engine.inspect(descriptors), strict=True):
-            child = self._register(Selected(descriptor, None, None, listener.selected.uid), facts, batch_id)
+            child = self._register(Selected(descriptor, None, None), facts, batch_id)
             child.listener = UUID(listener.record["migration_id"]).bytes
             child.record["listener"] = listener.record["migration_id"]
             self._inodes.add(facts.inode)
@@ -551,30 +618,18 @@ class Exporting:
         if batch.open_batches == 0:
             batch.done(batch.records)
 
-    # -- after a restart
-
-    def close_originals(self, find: Callable[[set[int]], dict[int, int]]) -> None:
-        """Close what a committed chunk of an earlier run may have left open.
-
-        ``find`` gives a descriptor of ours for each of the inodes that some process still holds.
-        """
-        shell = self._shell
-        change = Change()
-        for name, originals in shell.journal.records(Record.ORIGINALS).items():
-            wanted = {inode: (local, remote) for inode, local, remote in originals}
-            for inode, descriptor in find(set(wanted)).items():
-                (facts,) = shell.engine.inspect([descriptor])
-                if (str(facts.local), str(facts.remote)) == wanted[inode]:
-                    shell.engine.release([descriptor], [b""])
-                os.close(descriptor)
-            change.drop.append((Record.ORIGINALS, name))
-        if change.drop:
-            shell.journal.write(change)
-
     def forget_decision(self, chunk: ChunkId) -> None:
         """The importer is ACTIVE: nothing of the decision is needed any more."""
+        reached("decision.forgetting")
         change = Change(drop=[(Record.DECISION, str(chunk)), (Record.ORIGINALS, str(chunk))])
         self._shell.journal.write(change)
+        reached("decision.forgotten")
+
+
+def _size(export: Export) -> int:
+    """About how long the image will be, in bytes."""
+    queued = export.facts.receive_queue_bytes + export.facts.send_queue_bytes
+    return queued + len(export.selected.context or b"") + _IMAGE_OVERHEAD_BYTES
 
 
 def _merge_fidelity(record: dict[str, Any], fidelity: Any) -> None:

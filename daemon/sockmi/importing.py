@@ -18,6 +18,7 @@ from sockmi import api, durable
 from sockmi.addresses import FourTuple
 from sockmi.config import ImportConfig
 from sockmi.control import Client
+from sockmi.crashpoints import reached
 from sockmi.engine.base import Fidelity, Kind, Placement, Restored
 from sockmi.image import Family, ImageError, Section, Summary, peek, section
 from sockmi.image import Kind as ImageKind
@@ -37,14 +38,21 @@ from sockmi.protocol.records import (
     Place,
     PreparedChunk,
 )
+from sockmi.redirect.held import unpack
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, by_mode, inbound, living, now_text, why
+from sockmi.shell import Shell, by_mode, inbound, living, now_text
+from sockmi.spool import SpoolError
 
 _log = logging.getLogger(__name__)
 
 # An application that has been sent its descriptor and does not answer loses it again.
 _TAKE_TIMEOUT_S = 5.0
+# A listed socket whose place is not free yet is tried again.
+_WAKE_AGAIN_S = 0.25
+
+
+_LOST = Refusal(Code.IMAGE, "The importer's spool had lost its image; see the importer's log.")
 
 
 @dataclass(slots=True)
@@ -139,6 +147,7 @@ class Importing:
                     results[index] = refusal
                     copies[index] = None
                     self._drop([copy])
+                    self._unspool(copy)
         self._redirecting.lead_again(
             [
                 arrival.item.connection
@@ -160,11 +169,14 @@ class Importing:
         chosen = [(index, copy) for index, copy in enumerate(copies) if copy is not None]
         tuples = [copy.tuple for _, copy in chosen if copy.tuple]
         if tuples:
+            shell.held.want(tuples)
             shell.holds.hold(tuples, None)
+        reached("prepare.held")
         self._redirecting.suspend(action.returning)
         restored = shell.engine.restore(
             [copy.image for _, copy in chosen], [copy.placement for _, copy in chosen]
         )
+        reached("prepare.restored")
         ready = []
         for (index, copy), outcome in zip(chosen, restored, strict=True):
             if isinstance(outcome, Restored):
@@ -235,11 +247,13 @@ class Importing:
         name = _chunk_name(action.chunk)
         self._shell.spool.write(name, {copy.candidate.migration_id: copy.image for copy in ready})
         self._spooled[name] = {copy.arrival.item.migration for copy in ready}
+        reached("prepare.spooled")
         change = Change(audit=[(copy.candidate.migration_id, "import", copy.record) for copy in ready])
         durable.keep(
             change, [PreparedChunk(action.chunk, action.exporter, action.arrivals, tuple(positions))]
         )
         self._shell.journal.write(change)
+        reached("prepare.journalled")
 
     def discard(self, action: Discard) -> None:
         """The inverse of ``prepare``."""
@@ -250,26 +264,29 @@ class Importing:
             change.audit.append((copy.candidate.migration_id, "import", copy.record))
         self._drop(copies)
         self._redirecting.lead_again([route.connection for route in action.leading])
-        name = _chunk_name(action.chunk)
-        if name not in self._spooled:
+        reached("discard.dropped")
+        if not self._spooled.get(_chunk_name(action.chunk), set()) - set(action.migrations):
             change.drop.append((Record.PREPARED, str(action.chunk)))
         if change.audit or change.drop:
             self._shell.journal.write(change)
+        reached("discard.journalled")
+        for copy in copies:
+            self._unspool(copy)  # not before: what the journal has prepared is in the spool
         for migration in action.migrations:
             self._placing.forget(migration)
         self.update_capacity()
 
     def _drop(self, copies: Iterable[Copy]) -> None:
-        """Close dormant copies without a packet, lift their holds, give up their places and images."""
+        """Close dormant copies without a packet, lift their holds, give up their places."""
         copies = list(copies)
         self._shell.engine.discard([copy.fd for copy in copies if copy.fd >= 0])
         tuples = [copy.tuple for copy in copies if copy.tuple]
         if tuples:
             self._shell.holds.unhold(tuples)
+            self._shell.held.forget(tuples)
         for copy in copies:
             copy.fd = -1
             self.lists.unreserve(copy.candidate.migration_id)
-            self._unspool(copy)
 
     def _unspool(self, copy: Copy) -> None:
         left = self._spooled.get(copy.chunk)
@@ -285,19 +302,22 @@ class Importing:
         """They are ours: to their applications, or into the import lists."""
         shell = self._shell
         self._redirecting.suspend(action.returning)
+        reached("activate.suspended")
         for connection in action.returning:
             self._redirecting.drop_route(connection)
         change = Change(drop=[(Record.PREPARED, str(action.chunk))])
         change.drop.extend((Record.ROUTE, connection.hex()) for connection in action.returning)
-        durable.keep(change, [holding for holding in action.holdings if holding.durable])
-        copies = [self.copies[holding.migration] for holding in action.holdings]
-        for copy, holding in zip(copies, action.holdings, strict=True):
+        holdings = [holding for holding in action.holdings if holding.migration in self.copies]
+        durable.keep(change, [holding for holding in holdings if holding.durable])
+        copies = [self.copies[holding.migration] for holding in holdings]
+        for copy, holding in zip(copies, holdings, strict=True):
             copy.holding = holding
             copy.record["step"] = "committed"
             change.keep.append((Record.LISTED, copy.candidate.migration_id.hex, _listed(copy)))
             change.audit.append((copy.candidate.migration_id, "import", copy.record))
-        self._redirecting.add_holdings(action.holdings)
+        self._redirecting.add_holdings(holdings)
         shell.journal.write(change)
+        reached("activate.journalled")
         by_client: dict[Client, list[Copy]] = {}
         for copy in copies:
             waiting = self.lists.claimed(copy.candidate.migration_id)
@@ -306,7 +326,8 @@ class Importing:
             else:
                 self._list(copy)
         pending = len(by_client)
-        answer = ActivateDone(action.chunk, (None,) * len(copies))
+        results = tuple(None if one.migration in self.copies else _LOST for one in action.holdings)
+        answer = ActivateDone(action.chunk, results)
         if not pending:
             self.update_capacity()
             shell.dispatch(answer)
@@ -329,6 +350,17 @@ class Importing:
         copy.image = b""
         self.lists.unreserve(migration)
         self.lists.put(copy.candidate)
+        # Somebody else may be waiting for just this; not now, as we may be in the middle of handing over.
+        self._shell.loop.call_later(0, self._offer, migration)
+
+    def _offer(self, migration: UUID) -> None:
+        """Give a listed socket to an application that waits."""
+        if not self.lists.is_listed(migration):
+            return
+        copy = self.copies[migration.bytes]
+        waiting = self.lists.claim(copy.candidate)
+        if waiting is not None and isinstance(waiting.client, Client) and self._wake(copy):
+            self._hand(waiting.client, [copy], lambda: None)
 
     # -- applications
 
@@ -348,7 +380,6 @@ class Importing:
             for _waiting, candidate in found[:limit]:
                 copy = self.copies[candidate.migration_id.bytes]
                 if self._wake(copy):
-                    self.lists.remove(candidate.migration_id)
                     copies.append(copy)
             if copies:
                 self._hand(client, copies, lambda: None)
@@ -369,17 +400,23 @@ class Importing:
         client.respond(api.ImportResponse(id=request.id, imported=[]))
 
     def _wake(self, copy: Copy) -> bool:
-        """Restore a listed socket from its image."""
+        """Restore a listed socket from its image and take it off the list; if not, try again soon."""
+        migration = copy.candidate.migration_id
+        outcome: Restored | Refusal
         try:
-            copy.image = self._shell.spool.read(copy.chunk)[copy.candidate.migration_id]
-        except KeyError:
-            return False
-        (outcome,) = self._shell.engine.restore([copy.image], [copy.placement])
-        if not isinstance(outcome, Restored):
-            copy.record["refusal"] = why(outcome)
-            return False
-        copy.fd = outcome.fd
-        return True
+            copy.image = self._shell.spool.read(copy.chunk)[migration]
+            (outcome,) = self._shell.engine.restore([copy.image], [copy.placement])
+        except (KeyError, SpoolError, OSError) as error:
+            outcome = Refusal(Code.IMAGE, f"Its image cannot be read from the spool ({error}).")
+        if isinstance(outcome, Restored):
+            copy.fd = outcome.fd
+            self.lists.remove(migration)
+            return True
+        _log.warning("%s cannot be restored now: %s", copy.tuple or migration, outcome)
+        copy.image = b""
+        self.lists.unclaim(migration)
+        self._shell.loop.call_later(_WAKE_AGAIN_S, self._offer, migration)
+        return False
 
     def _hand(self, client: Client, copies: list[Copy], done: Callable[[], None]) -> None:
         """Send dormant descriptors; the client's ``taken`` brings them to life."""
@@ -409,6 +446,7 @@ class Importing:
         self._handings[client] = handing
         descriptors = [copy.fd for copy in copies] + contexts
         client.respond(api.ImportResponse(id=request.id, fds=len(descriptors), imported=items), descriptors)
+        reached("hand.sent")
         for context_fd in contexts:
             os.close(context_fd)
         self.update_capacity()
@@ -420,13 +458,21 @@ class Importing:
             raise Refusal(
                 Code.TIMEOUT, f"Nothing is on its way to you; answer an import within {_TAKE_TIMEOUT_S:g} s."
             )
+        reached("taken.received")
         handing.timer.cancel()
         wanted = set(request.migrations)
         taken = [copy for copy in handing.copies if copy.candidate.migration_id in wanted]
         for copy in handing.copies:
             if copy not in taken:
                 self._list(copy)
-        failed = self._bring_to_life(taken)
+        try:
+            failed = self._bring_to_life(taken)
+        except Exception as error:
+            _log.exception("bringing %d sockets to life", len(taken))
+            refusal = Refusal(Code.INTERNAL, f"The importer failed ({error}); its log has the details.")
+            failed = {copy.candidate.migration_id: refusal for copy in taken}
+            for copy in taken:
+                self._fall_back(copy)
         live = [copy.candidate.migration_id for copy in taken if copy.candidate.migration_id not in failed]
         client.respond(
             api.TakenResponse(
@@ -438,6 +484,7 @@ class Importing:
                 ],
             )
         )
+        reached("taken.answered")
         self.update_capacity()
         handing.done()
 
@@ -447,8 +494,10 @@ class Importing:
         for mode, group in by_mode(pairs).items():
             held = [copy.holding for copy in group if copy.holding]
             shell.redirects[mode].admit([one for each in held if (one := inbound(each))])
+        reached("taken.admitted")
         failed: dict[UUID, Refusal] = {}
         outcomes = shell.engine.activate([copy.fd for copy in copies], [copy.image for copy in copies])
+        reached("taken.activated")
         change = Change()
         for copy, refusal in zip(copies, outcomes, strict=True):
             migration = copy.candidate.migration_id
@@ -467,13 +516,27 @@ class Importing:
             shell.metrics.migrations.labels(direction="import", outcome="moved").inc()
             change.drop.append((Record.LISTED, migration.hex))
             change.audit.append((migration, "import", copy.record))
+        reached("taken.unspooled")
         if change.drop:
-            shell.journal.write(change)
+            try:
+                shell.journal.write(change)
+            except Exception:  # they live all the same; a restart sees that
+                _log.exception("journalling that %d sockets live", len(change.drop))
+        reached("taken.journalled")
+        shell.held.deliver(shell.held.take([one.tuple for one in copies if one.tuple and one.fd < 0]))
         return failed
+
+    def held_arrived(self, content: bytes) -> None:
+        """Packets that the exporter's hold has kept for copies here; ValueError if malformed."""
+        for migration, packets in unpack(content).items():
+            copy = self.copies.get(migration)
+            if copy is not None and copy.tuple is not None:
+                self._shell.held.add(copy.tuple, packets)
 
     def _fall_back(self, copy: Copy) -> None:
         """A copy that would not come to life is held again and listed: its image is still good."""
         if copy.tuple:
+            self._shell.held.want([copy.tuple])
             self._shell.holds.hold([copy.tuple], None)
         if copy.holding and copy.holding.place.mode and (one := inbound(copy.holding)):
             self._shell.redirects[copy.holding.place.mode].evict([one])
@@ -497,51 +560,61 @@ class Importing:
 
     # -- after a restart
 
-    def resume(self, prepared: Iterable[PreparedChunk], is_live: Callable[[FourTuple], bool]) -> None:
-        """Make the copies of an earlier run known again, from the journal and the spool."""
+    def resume(self, prepared: Iterable[PreparedChunk], came_to_life: Callable[[FourTuple], bool]) -> None:
+        """Make the copies of an earlier run known again, from the journal and the spool.
+
+        ``came_to_life``: whether a connection that was being handed over lives; if not, nothing is left.
+        """
         shell = self._shell
-        known: set[str] = set()
         for chunk in prepared:
             name = _chunk_name(chunk.chunk)
-            known.add(name)
-            images = shell.spool.read(name)
+            images = self._images(name)
             for position in chunk.prepared:
                 arrival = chunk.arrivals[position]
-                image = images[UUID(bytes=arrival.item.migration)]
-                self._remember(name, chunk.exporter, arrival, image)
+                if (image := images.get(UUID(bytes=arrival.item.migration))) is not None:
+                    self._remember(name, chunk.exporter, arrival, image)
         change = Change()
         for content in shell.journal.records(Record.LISTED).values():
             name, exporter, arrival = _read_listed(content)
+            migration = UUID(bytes=arrival.item.migration)
             holding = self._redirecting.holdings.get(arrival.item.connection)
-            images = shell.spool.read(name) if name in shell.spool.chunks() else {}
-            found = images.get(UUID(bytes=arrival.item.migration))
-            live = holding is not None and (lives := living(holding)) is not None and is_live(lives)
-            if found is None or holding is None or live:
+            lives = living(holding) if holding else None
+            image = self._images(name).get(migration)
+            known = holding is not None or arrival.item.kind is Kind.BOUND
+            if image is None or not known or (lives is not None and came_to_life(lives)):
                 # It was handed over; only the last line of the journal is missing.
-                change.drop.append((Record.LISTED, UUID(bytes=arrival.item.migration).hex))
+                change.drop.append((Record.LISTED, migration.hex))
+                news = {"step": "active", "outcome": "moved", "ended_at": now_text()}
+                change.audit.append((migration, "import", news))
                 continue
-            known.add(name)
-            copy = self._remember(name, exporter, arrival, found)
+            copy = self._remember(name, exporter, arrival, image)
             copy.holding = holding
-            if (one := inbound(holding)) and holding.place.mode:
-                shell.redirects[holding.place.mode].evict([one])
-            if lives := living(holding):
-                shell.holds.hold([lives], None)
             self._list(copy)
         if change.drop:
             shell.journal.write(change)
         for name in shell.spool.chunks():
-            if name not in known:
+            if name not in self._spooled:
                 shell.spool.remove(name)
         self.update_capacity()
 
+    def _images(self, name: str) -> dict[UUID, bytes]:
+        try:
+            return self._shell.spool.read(name)
+        except KeyError:
+            return {}
+        except (SpoolError, OSError) as error:
+            _log.error("the images of a chunk are lost: %s", error)
+            return {}
+
     def _remember(self, name: str, exporter: bytes, arrival: Arrival, image: bytes) -> Copy:
-        facts = peek(image)
-        copy = self._copy(name, exporter, arrival, image, facts)
+        copy = self._copy(name, exporter, arrival, image, peek(image))
+        copy.record.update(self._shell.journal.migration(copy.candidate.migration_id, "import") or {})
         self._spooled.setdefault(name, set()).add(arrival.item.migration)
         self.copies[arrival.item.migration] = copy
         self.lists.reserve(copy.candidate.migration_id, copy.candidate.kind)
         if copy.tuple:
+            self._placing.keep(arrival.item.migration, copy.tuple)
+            self._shell.held.want([copy.tuple])
             self._shell.holds.hold([copy.tuple], None)
         return copy
 

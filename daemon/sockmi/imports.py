@@ -31,10 +31,18 @@ class Criteria:
         """Whether ``candidate`` satisfies every criterion that is given."""
         return (
             candidate.kind in self.states
-            and _endpoint_matches(candidate.local, self.local_address, self.local_port)
+            and _endpoint_matches(candidate.local, self._local_address(candidate), self.local_port)
             and _endpoint_matches(candidate.remote, self.remote_address, self.remote_port)
             and self.listener in (None, candidate.listener)
         )
+
+    def _local_address(self, candidate: Candidate) -> IPv4Address | IPv6Address | None:
+        """The wanted address; None (any) for a socket that is bound to all addresses of that family."""
+        bound = candidate.local.address if candidate.local else None
+        wanted = self.local_address
+        if wanted is not None and bound is not None and bound.is_unspecified:
+            return None if bound.version == wanted.version else wanted
+        return wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,10 @@ class ImportLists:
         """The inverse of ``reserve``; a request that was claimed for the migration is free again."""
         for reserved in self._reserved.values():
             reserved.discard(migration_id)
+        self.unclaim(migration_id)
+
+    def unclaim(self, migration_id: UUID) -> None:
+        """A request that was claimed for the migration is free again."""
         if (waiting := self._claimed.pop(migration_id, None)) is not None:
             waiting.claimed_by = None
             if waiting in self._by_client.get(waiting.client, ()):
@@ -123,6 +135,10 @@ class ImportLists:
             if (candidate := listed.pop(migration_id, None)) is not None:
                 return candidate
         return None
+
+    def is_listed(self, migration_id: UUID) -> bool:
+        """Whether a socket is in one of the lists."""
+        return any(migration_id in listed for listed in self._listed.values())
 
     def listed(self) -> Iterator[Candidate]:
         """Every listed socket, oldest first within its kind."""

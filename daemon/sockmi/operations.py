@@ -22,6 +22,7 @@ from sockmi.engine.base import Kind
 from sockmi.engine.duplicate import duplicate
 from sockmi.engine.listing import Holder, ListedSocket, list_sockets
 from sockmi.exporting import Selected
+from sockmi.permission import Caller
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import close_all, inbound, outbound
 from sockmi.transport.keyring import KeyFileError
@@ -115,6 +116,7 @@ class Operations:
 
     def _select(self, client: Client, request: api.ExportRequest, descriptors: list[int]) -> list[Selected]:
         """Pair items with their descriptors; the daemon takes only what an administrator names."""
+        caller = None if client.administrator else Caller(client.pid, client.uid)
         remaining = iter(list(descriptors))
         selection: list[Selected] = []
         taken: list[int] = []
@@ -124,6 +126,11 @@ class Operations:
                     descriptor = next(remaining)
                 elif client.administrator:
                     assert item.pid is not None and item.fd is not None
+                    if item.pid == os.getpid():
+                        raise Refusal(
+                            Code.OWNER_IS_DAEMON,
+                            "That is this daemon's own descriptor; name one of the application's.",
+                        )
                     descriptor = duplicate(item.pid, item.fd)
                     taken.append(descriptor)
                 else:
@@ -132,7 +139,7 @@ class Operations:
                         "Only administrators may name a socket by pid and fd alone; pass its descriptor.",
                     )
                 selection.append(
-                    Selected(descriptor, item.pid or client.pid, item.fd, client.uid, None, item.migration_id)
+                    Selected(descriptor, item.pid or client.pid, item.fd, caller, None, item.migration_id)
                 )
             for one, item in zip(selection, request.sockets, strict=True):
                 if item.context:

@@ -74,8 +74,8 @@ class Placing:
         if not fitting or address is None:
             raise Refusal(
                 Code.NO_REDIRECT,
-                f"The connection was at {former} here and must be there again, but none of {', '.join(modes)} "
-                f"can lead packets for {item.local} to it; export it to another host.",
+                f"The connection was at {former} here and must be there again, but none of "
+                f"{', '.join(modes)} can lead packets for {item.local} to it; export it to another host.",
             )
         return self._keep(item, Place(Endpoint(address, former.port), fitting[0]), FourTuple(former, remote))
 
@@ -110,6 +110,11 @@ class Placing:
             return Placement(item.local, not self._is_local(item.local.address))
         return Placement(place.endpoint, False)
 
+    def keep(self, migration: MigrationId, connection: FourTuple) -> None:
+        """A place that was given before a restart is still kept."""
+        self._given[migration] = connection
+        self._taken.add(connection)
+
     def forget(self, migration: MigrationId) -> None:
         """Give up a place (the copy is there, or will not come)."""
         if (connection := self._given.pop(migration, None)) is not None:
@@ -117,8 +122,7 @@ class Placing:
 
     def _keep(self, item: Item, place: Place, connection: FourTuple) -> Place:
         self.forget(item.migration)
-        self._given[item.migration] = connection
-        self._taken.add(connection)
+        self.keep(item.migration, connection)
         return place
 
     def _is_taken(self, connection: FourTuple) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from sockmi import durable
 from sockmi.addresses import FourTuple
+from sockmi.crashpoints import reached
 from sockmi.engine.base import SocketFacts
 from sockmi.journal import Change, Record
 from sockmi.protocol.actions import Collect, ForgetHoldings, ForgetNotices, Reroute, SaveRoutes
@@ -14,9 +15,8 @@ from sockmi.protocol.records import Holding, Route
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell, by_mode, inbound, living, outbound
 
-_TIME_WAIT = 6
-# TIME-WAIT lasts 60 s on Linux; until then late packets belong to the copy's host.
-_LOOK_AGAIN_S = 15.0
+# What the kernel says nothing of when it ends: until then late packets belong to the copy's host.
+_SILENT_STATES = frozenset({5, 6})  # FIN-WAIT-2 (of which the same is left), TIME-WAIT: 60 s at most
 _AT_ONCE_S = 0.2
 
 
@@ -37,6 +37,7 @@ class Redirecting:
         self.holdings = holdings
         self._state_of = state_of
         self._is_waiting = is_waiting
+        self._watched: set[bytes] = set()
         self._by_tuple: dict[FourTuple, bytes] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
 
@@ -113,8 +114,10 @@ class Redirecting:
                 self.routes[route.connection] = route
                 durable.keep(change, [route])
             results.append((route.connection, route.hop, refusal))
+        reached("reroute.led")
         if change.keep:
             self._shell.journal.write(change)
+        reached("reroute.journalled")
         self._shell.dispatch(RerouteDone(tuple(results)))
 
     def _reroute_one(self, route: Route) -> Refusal | None:
@@ -157,11 +160,13 @@ class Redirecting:
         for mode, routes in by_mode((route.place.mode, route) for route in gone).items():
             tuples = [one.tuple for route in routes if (one := outbound(route))]
             self._shell.redirects[mode].expire(tuples, self._shell.config.timing.linger_s)
+        reached("collect.expired")
         for route in gone:
             self.drop_route(route.connection)
         durable.drop(change, gone)
         if change.drop:
             self._shell.journal.write(change)
+        reached("collect.journalled")
         self._shell.dispatch(CollectDone(tuple((route.connection, route.hop) for route in action.routes)))
 
     def forget_notices(self, action: ForgetNotices) -> None:
@@ -180,9 +185,11 @@ class Redirecting:
                 gone.append(known)
         for mode, holdings in by_mode((one.place.mode, one) for one in gone).items():
             self._shell.redirects[mode].evict([one for holding in holdings if (one := inbound(holding))])
+        reached("forget-holdings.evicted")
         durable.drop(change, gone)
         if change.drop:
             self._shell.journal.write(change)
+        reached("forget-holdings.journalled")
 
     # -- ends
 
@@ -202,7 +209,12 @@ class Redirecting:
             return
         lives = living(holding)
         state = self._state_of(lives) if lives is not None else None
-        if state == _TIME_WAIT:
-            self._shell.loop.call_later(_LOOK_AGAIN_S, self._look, connection)
-        elif state is None:
+        if state is None:
             self._shell.dispatch(ConnectionsEnded((connection,)))
+        elif state in _SILENT_STATES and connection not in self._watched:
+            self._watched.add(connection)
+            self._shell.loop.call_later(self._shell.config.timing.look_again_s, self._look_again, connection)
+
+    def _look_again(self, connection: bytes) -> None:
+        self._watched.discard(connection)
+        self._look(connection)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -43,12 +44,14 @@ from sockmi.protocol.context import Capacity
 from sockmi.protocol.context import Settings as CoreSettings
 from sockmi.protocol.core import Core
 from sockmi.protocol.records import Holding, HostId, Route
-from sockmi.redirect.base import Mode, Outbound, Redirect
+from sockmi.recovery import Recovery
+from sockmi.redirect.base import Outbound
 from sockmi.redirect.factory import make_redirects
+from sockmi.redirect.held import HeldPackets
 from sockmi.redirect.icmp import IcmpError, IcmpInjector, IcmpRelay
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Refusal
-from sockmi.shell import Shell, inbound, outbound, unknown
+from sockmi.shell import Shell, unknown
 from sockmi.spool import Spool, SpoolError
 from sockmi.transport.group import GroupError
 from sockmi.transport.identity import Identity, IdentityError
@@ -60,6 +63,7 @@ _log = logging.getLogger(__name__)
 
 _FRAME_PROTOCOL = 0
 _FRAME_ICMP = 1
+_FRAME_HELD = 2
 _FOLD_INTERVAL_S = 1.0
 _ADDRESSES_INTERVAL_S = 10.0
 _KEEP_HISTORY = 100_000
@@ -68,6 +72,10 @@ _STOP_GRACE_S = 5.0
 
 class StartError(Exception):
     """The daemon cannot start; the text says what, where and what to do."""
+
+
+class DaemonFailed(Exception):
+    """The daemon ended itself; its log has the details, and a restart settles what was under way."""
 
 
 _START_ERRORS = (
@@ -95,14 +103,20 @@ class Daemon:
         self.metrics = Metrics()
         self._events: deque[events.Event] = deque()
         self._draining = False
+        self._failure: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
         config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = _lock(config.state_dir / "lock")
         self.journal = Journal(config.journal_path)
         self.identity = Identity.load_or_create(config.state_dir)
         self.host_name = config.host_name or socket.gethostname()
-        self.redirects, self.tables = make_redirects(config.redirect)
+        self.redirects, self.tables = make_redirects(config.redirect, durable.modes_in_use(self.journal))
         self.diag = SocketDiag()
-        self.capacity = Capacity(modes=config.redirect.modes, weight=round(config.weight * 100))
+        self.capacity = Capacity(
+            modes=config.redirect.modes,
+            weight=round(config.weight * 100),
+            image_bytes_max=config.image_bytes_max,
+        )
         self.core = Core(
             self.identity.host_id, core_settings(config), self.capacity, POLICIES[config.policy]()
         )
@@ -118,6 +132,7 @@ class Daemon:
             on_count=lambda group, count: self.metrics.members.labels(group=group).set(count),
         )
         self.engine = RepairEngine(inject_mark=self.tables.settings.inject_mark)
+        self.held = HeldPackets(config.redirect.log_group, self.tables.settings.inject_mark)
         self.shell = Shell(
             config=config,
             host_id=self.identity.host_id,
@@ -125,11 +140,13 @@ class Daemon:
             loop=self.loop,
             engine=self.engine,
             holds=self.tables,
+            held=self.held,
             redirects=self.redirects,
             journal=self.journal,
             spool=Spool(config.spool_dir),
             metrics=self.metrics,
             dispatch=self.dispatch,
+            send_held=lambda host, content: self.members.send_frame(host, _FRAME_HELD, content),
             name_of=self.members.name_of,
         )
         routes: dict[bytes, Route] = {}
@@ -180,17 +197,12 @@ class Daemon:
         """Reconcile with the journal and the kernel, then open for business."""
         for redirect in self.redirects.values():
             redirect.setup()
-        started = durable.started(self.journal)
-        self.redirecting.add_routes(started.routes)
-        self.redirecting.add_holdings(started.holdings)
-        self._reconcile(started)
-        self.importing.resume(started.prepared, lambda one: self.diag.state(one) is not None)
-        self.exporting.close_originals(self._duplicates)
-        self.dispatch(started)
+        self.dispatch(self._recover())
         self._destroyed = DestroyedSockets(self.redirecting.destroyed, self.redirecting.look_at_all)
         self.loop.add_reader(self._destroyed.socket, self._destroyed.readable)
         for descriptor in self._icmp_relay.filenos():
             self.loop.add_reader(descriptor, self._icmp_relay.work)
+        self.loop.add_reader(self.held, self.held.readable)
         self.members.start()
         self.redirecting.look_at_all()
         if self.config.metrics_port:
@@ -202,8 +214,36 @@ class Daemon:
         self._learn_addresses()
         _log.info("host %s (%s) is ready", self.host_name, self.identity.host_id.hex())
 
+    def _recover(self) -> events.Started:
+        """Settle what an earlier run left; what is to be resumed."""
+        recovery = Recovery(self.shell, self.diag.find, self.diag.destroy, self._duplicates)
+        recovery.exports()
+        started = durable.started(self.journal)
+        self.redirecting.add_routes(started.routes)
+        self.redirecting.add_holdings(started.holdings)
+        held = frozenset(self.tables.held())
+        self.importing.resume(started.prepared, lambda one: recovery.came_to_life(one, held))
+        copies = self.importing.copies.values()
+        recovery.kernel(
+            self.redirecting.routes,
+            self.redirecting.holdings,
+            returning={
+                chunk.arrivals[position].item.connection
+                for chunk in started.prepared
+                for position in chunk.prepared
+            },
+            listed={copy.holding.connection for copy in copies if copy.holding},
+            held=held,
+            keep_held={copy.tuple for copy in copies if copy.tuple},
+        )
+        return started
+
     def run(self) -> None:
-        """Until SIGTERM or SIGINT; finishes or undoes what is under way."""
+        """Until SIGTERM or SIGINT; finishes or undoes what is under way.
+
+        Raises DaemonFailed when something happened that nobody expected: the journal knows more than a
+        process that no longer knows what it has done.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stop)
         self.loop.add_signal_handler(signal.SIGHUP, self._hangup)
@@ -215,6 +255,8 @@ class Daemon:
             self.loop.run_forever()
         finally:
             self.close()
+        if self._failure is not None:
+            raise DaemonFailed(str(self._failure)) from self._failure
 
     def stop(self) -> None:
         """Finish what is committed, undo what is not, then end."""
@@ -232,13 +274,18 @@ class Daemon:
         for descriptor in self._icmp_relay.filenos():
             self.loop.remove_reader(descriptor)
         self._icmp_relay.close()
+        self.loop.remove_reader(self.held)
+        self.held.close()
         self._icmp_injector.close()
         if self._destroyed is not None:
             self.loop.remove_reader(self._destroyed.socket)
             self._destroyed.close()
         self.metrics.close()
         self.diag.close()
-        self.journal.prune(_KEEP_HISTORY)
+        try:
+            self.journal.prune(_KEEP_HISTORY)
+        except Exception:  # a full disk is no reason not to stop
+            _log.exception("pruning the journal")
         self.journal.close()
         self.loop.close()
 
@@ -302,12 +349,22 @@ class Daemon:
     def dispatch(self, event: events.Event) -> None:
         """Feed an event to the core and carry out what it answers, in order."""
         self._events.append(event)
-        if self._draining:
+        if not self._draining:
+            self._drain(list)
+
+    def _drain(self, begin: Callable[[], list[actions.Action]]) -> None:
+        """Carry out actions, then handle what events there are, and their actions, until nothing is left."""
+        if self._failure is not None:
             return
         self._draining = True
         try:
+            self._perform(begin())
             while self._events:
                 self._perform(self.core.handle(self._events.popleft(), time.monotonic()))
+        except Exception as error:
+            _log.critical("this was not to be expected; the daemon ends, to begin anew", exc_info=True)
+            self._failure = error
+            self.loop.stop()
         finally:
             self._draining = False
         self._set_timer()
@@ -332,15 +389,7 @@ class Daemon:
 
     def _ring(self) -> None:
         self._timer = None
-        self._draining = True
-        try:
-            self._perform(self.core.handle_timer(time.monotonic()))
-        finally:
-            self._draining = False
-        if self._events:
-            self.dispatch(self._events.popleft())
-        else:
-            self._set_timer()
+        self._drain(lambda: self.core.handle_timer(time.monotonic()))
 
     # -- messages
 
@@ -358,6 +407,11 @@ class Daemon:
     def _frame(self, source: HostId, kind: int, content: memoryview) -> None:
         if kind == _FRAME_PROTOCOL:
             self._received(source, content, messages.Channel.STREAM)
+        elif kind == _FRAME_HELD:
+            try:
+                self.importing.held_arrived(bytes(content))
+            except ValueError as error:
+                _log.warning("%s sent malformed held packets: %s", self.members.name_of(source), error)
         elif kind == _FRAME_ICMP:
             self._received_icmp(source, bytes(content))
         else:
@@ -392,12 +446,21 @@ class Daemon:
 
     # -- helpers of the halves
 
-    def _find_holders(self, inodes: set[int], found: Callable[[dict[int, list[int]]], None]) -> None:
+    def _find_holders(
+        self, inodes: set[int], found: Callable[[dict[int, list[int]], dict[int, Refusal]], None]
+    ) -> None:
         """Look through /proc in a thread: it takes milliseconds, and nothing is frozen yet."""
-        future = self.loop.run_in_executor(None, self.engine.owners.find, inodes)
-        future.add_done_callback(
-            lambda one: found({inode: sorted(holders) for inode, holders in one.result().items()})
-        )
+        owners = self.engine.owners
+
+        def finish(one: asyncio.Future[dict[int, dict[int, list[int]]]]) -> None:
+            holders = one.result()
+            verdicts = dict(zip(holders, owners.verdicts(list(holders)), strict=True))
+            found(
+                {inode: sorted(by_pid) for inode, by_pid in holders.items()},
+                {inode: refusal for inode, refusal in verdicts.items() if refusal is not None},
+            )
+
+        self.loop.run_in_executor(None, owners.find, inodes).add_done_callback(finish)
 
     def _duplicates(self, inodes: set[int]) -> dict[int, int]:
         """A descriptor of ours for each of the sockets that some process still holds."""
@@ -412,40 +475,18 @@ class Daemon:
     def _waits_for_application(self, holding: Holding) -> bool:
         return holding.migration in self.importing.copies
 
-    def _reconcile(self, started: events.Started) -> None:
-        """The kernel and the journal after a crash: the journal decides, the kernel is made to agree.
 
-        A connection that is prepared to come back is led nowhere until that is decided.
-        """
-        returning = {
-            chunk.arrivals[position].item.connection
-            for chunk in started.prepared
-            for position in chunk.prepared
-        }
-        for mode, redirect in self.redirects.items():
-            self._reconcile_routes(mode, redirect, returning)
-            self._reconcile_holdings(mode, redirect)
-
-    def _reconcile_routes(self, mode: Mode, redirect: Redirect, returning: set[bytes]) -> None:
-        wanted = {
-            one.tuple: one
-            for route in self.redirecting.routes.values()
-            if route.place.mode is mode and route.connection not in returning and (one := outbound(route))
-        }
-        present = {one.tuple for one in redirect.outbound()}
-        redirect.take_back([connection for connection in present if connection not in wanted])
-        redirect.send_away([one for connection, one in wanted.items() if connection not in present])
-
-    def _reconcile_holdings(self, mode: Mode, redirect: Redirect) -> None:
-        wanted = {
-            one.tuple: one
-            for holding in self.redirecting.holdings.values()
-            if holding.place.mode is mode and (one := inbound(holding))
-        }
-        present = {one.tuple: one for one in redirect.inbound()}
-        redirect.evict([one for connection, one in present.items() if connection not in wanted])
-        missing = [one for connection, one in wanted.items() if connection not in present]
-        redirect.admit([one for one in missing if self.diag.state(one.tuple) is not None])
+def _lock(path: Path) -> int:
+    """Keep other daemons from this state: they would settle what we have under way. Goes with the process."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StartError(
+            f"{path}: another daemon uses this state; stop it, or choose another state_dir"
+        ) from None
+    return descriptor
 
 
 def core_settings(config: Config) -> CoreSettings:
@@ -481,7 +522,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (*_START_ERRORS, RuntimeError, OSError) as error:
         print(f"sockmid: {error}", file=sys.stderr)
         return 1
-    daemon.run()
+    try:
+        daemon.run()
+    except DaemonFailed as failed:
+        print(f"sockmid: {failed}; see its log", file=sys.stderr)
+        return 1
     return 0
 
 

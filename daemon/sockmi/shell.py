@@ -19,6 +19,7 @@ from sockmi.protocol.actions import Action
 from sockmi.protocol.events import Event
 from sockmi.protocol.records import Holding, HostId, Route
 from sockmi.redirect.base import Holds, Inbound, Mode, Outbound, Redirect
+from sockmi.redirect.held import HeldPackets
 from sockmi.refusal import Refusal
 from sockmi.spool import Spool
 
@@ -36,7 +37,11 @@ class Loop(Protocol):
 
 @dataclass(slots=True)
 class Shell:
-    """This host's parts. ``dispatch`` feeds an event to the protocol core; its actions follow in order."""
+    """This host's parts.
+
+    ``dispatch`` feeds an event to the protocol core; its actions follow in order. ``send_held`` ships
+    packets that a hold has kept to the importer.
+    """
 
     config: Config
     host_id: HostId
@@ -44,11 +49,13 @@ class Shell:
     loop: Loop
     engine: Engine
     holds: Holds
+    held: HeldPackets
     redirects: dict[Mode, Redirect]
     journal: Journal
     spool: Spool
     metrics: Metrics
     dispatch: Callable[[Event], None]
+    send_held: Callable[[HostId, bytes], bool]
     name_of: Callable[[HostId], str]
 
 

@@ -1,7 +1,7 @@
 """Three hosts on one segment for the engine's tests: ``peer``, ``a`` and ``b``.
 
-``a`` and ``b`` have the same service addresses; a fixed neighbour entry of ``peer`` says which of them it talks to.
-A hold is a pair of sets of local ports per host; everything that ``peer`` sees is recorded.
+``a`` and ``b`` have the same service addresses; a fixed neighbour entry of ``peer`` says which of
+them it talks to. A hold is a pair of sets of local ports per host; everything that ``peer`` sees is recorded.
 """
 
 from __future__ import annotations
@@ -126,7 +126,11 @@ class Lab:
             lines.append(f"link add to-{host} type veth peer name eth0 netns {self.name(host)}")
             lines.append(f"link set to-{host} master wire0 up")
         subprocess.run(
-            ["ip", "-n", self.name("wire"), *run[1:]], input="\n".join(lines), text=True, check=True, timeout=20
+            ["ip", "-n", self.name("wire"), *run[1:]],
+            input="\n".join(lines),
+            text=True,
+            check=True,
+            timeout=20,
         )
         for host, mac in MAC.items():
             four, six = (PEER4, PEER6) if host == "peer" else (HOST4, HOST6)
@@ -156,7 +160,9 @@ class Lab:
             os.close(fd)
         os.close(self._home)
         for host in [*MAC, "wire"]:
-            subprocess.run(["ip", "netns", "del", self.name(host)], check=False, capture_output=True, timeout=20)
+            subprocess.run(
+                ["ip", "netns", "del", self.name(host)], check=False, capture_output=True, timeout=20
+            )
 
     @contextlib.contextmanager
     def host(self, host: str) -> Iterator[None]:

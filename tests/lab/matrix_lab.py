@@ -260,10 +260,11 @@ class Bench:
         """The peer hears nothing from these ports of ours."""
         if ports:
             elements = ", ".join(map(str, ports))
-            nft(self.host("peer"), f"{'add' if deaf else 'delete'} element inet deaf ports {{ {elements} }}\n")
+            verb = "add" if deaf else "delete"
+            nft(self.host("peer"), f"{verb} element inet deaf ports {{ {elements} }}\n")
 
     def make(self, kind: str, wanted: str, queued: bool) -> Case:
-        """A connection in a state, with bytes in all three queues if ``queued``. The peer may be deaf then."""
+        """A connection in a state, with bytes in all queues if ``queued``; the peer may be deaf then."""
         case = self._syn_sent(kind) if wanted == "SYN-SENT" else self.pair(kind)
         case.name, case.state = f"{wanted}{'+queued' if queued else ''}", wanted
         if wanted == "SYN-SENT":
@@ -321,7 +322,9 @@ class Bench:
             replace=replace, **more,
         )  # fmt: skip
 
-    def take(self, requests: Sequence[ImportRequest], host: str = "b", timeout_s: float = 10.0) -> list[Imported]:
+    def take(
+        self, requests: Sequence[ImportRequest], host: str = "b", timeout_s: float = 10.0
+    ) -> list[Imported]:
         """Import all of these, over as many calls as it needs; in the order of ``requests``."""
         left = dict(enumerate(requests))
         found: dict[int, Imported] = {}
@@ -348,7 +351,12 @@ class Bench:
         return [record for answer in answers for record in answer["migrations"]]
 
     def export_actively(
-        self, sockets: Sequence[socket.socket], to: str = "b", source: str = "a", context: bytes = b"", **more: Any
+        self,
+        sockets: Sequence[socket.socket],
+        to: str = "b",
+        source: str = "a",
+        context: bytes = b"",
+        **more: Any,
     ) -> list[MigrationRecord]:
         """Move sockets of this process."""
         exports = [Export(sock, context=context) for sock in sockets]
@@ -395,9 +403,7 @@ class Bench:
         nft(self.host("peer"), "flush set inet deaf ports\n")
 
     @contextlib.contextmanager
-    def watched(
-        self, directory: Path, allow: Sequence[Trouble] = (), **rules: Any
-    ) -> Iterator[None]:
+    def watched(self, directory: Path, allow: Sequence[Trouble] = (), **rules: Any) -> Iterator[None]:
         """What passes the peer meanwhile must be clean."""
         with Capture(self.host("peer"), "tcp", directory / "peer.pcap") as capture:
             yield

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
 import random
 import select
 import socket
 import struct
+import termios
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -134,9 +138,6 @@ def make_case(lab: el.Lab, kind: str, state: str, queued: bool) -> Case:
 
 
 def unread(sock: socket.socket) -> int:
-    import fcntl
-    import termios
-
     return int(struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))[0])
 
 
@@ -183,7 +184,7 @@ def test_state_moves(lab: el.Lab, engine: RepairEngine, kind: str, state: str, q
     copy, _ = move(lab, engine, case.ours, case.port)
     expected = "LAST-ACK" if state == "CLOSING" and before.unsent_queue else state
     assert el.state(copy) == expected
-    if state in ("CLOSING", "FIN-WAIT-1", "LAST-ACK") or queued and state != "FIN-WAIT-2":
+    if state in ("CLOSING", "FIN-WAIT-1", "LAST-ACK") or (queued and state != "FIN-WAIT-2"):
         lab.unhold("peer", case.port, "deaf")
     finish(lab, case, copy, state)
 
@@ -311,6 +312,64 @@ def test_syn_sent(lab: el.Lab, engine: RepairEngine, kind: str, answered: bool) 
     assert {s.seq for s in seen if s.flags & SYN and not s.from_peer} <= {first[0].seq}
     assert not [s for s in seen if s.flags & RST]
     for sock in (ours, peer, copy, listener):
+        sock.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocked_connect_does_not_begin_again(lab: el.Lab, kind: str) -> None:
+    """A stopped thread's connect() is restarted by the kernel: it must fail then, and send nothing."""
+    engine = RepairEngine()
+    lab.switch("a")
+    port = lab.port()
+    local, target = {
+        "v4": (el.HOST4, el.PEER4),
+        "v6": (el.HOST6, el.PEER6),
+        "mapped": (f"::ffff:{el.HOST4}", f"::ffff:{el.PEER4}"),
+    }[kind]
+    with lab.host("a"):
+        ours = socket.socket(socket.AF_INET if kind == "v4" else socket.AF_INET6, socket.SOCK_STREAM)
+    ours.bind((local, port))
+    lab.hold("peer", port, "deaf")
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write_end, b"%d" % ours.connect_ex((target, port)))
+        os._exit(0)
+    try:
+        el.wait_for(lambda: el.state(ours) == "SYN-SENT")
+        inode = os.fstat(ours.fileno()).st_ino
+        assert engine.stop([inode], [child], 5.0) == [None]
+        image = captured(lab, engine, ours).image
+        lab.recorded(port)
+        with lab.host("a"):
+            assert engine.release([ours.fileno()], [image]) == [None]
+        engine.resume([inode])
+        assert select.select([read_end], [], [], 5)[0]
+        assert int(os.read(read_end, 9)) in (errno.ENETUNREACH, errno.EHOSTUNREACH)
+        assert not lab.recorded(port)
+    finally:
+        engine.owners.resume_all()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, 9)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
+        os.close(read_end)
+        os.close(write_end)
+        ours.close()
+
+
+def test_shut_for_reading(lab: el.Lab, engine: RepairEngine) -> None:
+    """shutdown(SHUT_RD) is no FIN: the peer sees nothing of it, the copy's receivers do."""
+    lab.switch("a")
+    port = lab.port()
+    ours, peer = lab.pair("v4", port)
+    ours.shutdown(socket.SHUT_RD)
+    copy, _ = move(lab, engine, ours, port)
+    assert copy.recv(1) == b""
+    copy.sendall(b"still")
+    assert receive(peer, 5) == b"still"
+    quiet(lab, port, 0)
+    for sock in (copy, peer, ours):
         sock.close()
 
 

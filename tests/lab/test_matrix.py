@@ -16,7 +16,20 @@ import pytest
 from lab.labs import Lab
 from sockmi.client import Imported, ImportRequest, import_socket
 from tests.lab.matrix_lab import (
-    CONNECTED, KINDS, NEXT, TCP, Bench, Case, Keeper, Later, bench, copy_of, exchange, receive, same, state,
+    CONNECTED,
+    KINDS,
+    NEXT,
+    TCP,
+    Bench,
+    Case,
+    Keeper,
+    Later,
+    bench,
+    copy_of,
+    exchange,
+    receive,
+    same,
+    state,
     unread,
 )  # fmt: skip
 from tests.lab.scenario import ask, daemons, until
@@ -24,6 +37,7 @@ from tests.lab.scenario import ask, daemons, until
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 WAYS = ("active", "passive")
+EVERYWHERE = "0.0.0.0"  # noqa: S104
 
 
 @pytest.fixture(scope="module", params=["forward", "nat"])
@@ -122,9 +136,8 @@ def waiting(it: Bench, kind: str = "connected") -> int:
 def test_without_a_connection(it: Bench, tmp_path: Path, way: str, kind: str) -> None:
     """Unconnected, bound and listening sockets, on a wildcard and on an address, with their options."""
     with it.watched(tmp_path):
-        wildcard = "0.0.0.0" if kind == "v4" else "::"
+        wildcard = EVERYWHERE if kind == "v4" else "::"
         made: dict[str, tuple[socket.socket, str, int]] = {}
-        made["unconnected"] = it.socket("a", kind), wildcard, 0
         for name, address in (("wildcard", wildcard), ("specific", it.address(kind))):
             port = it.port()
             bound = it.socket("a", kind)
@@ -132,13 +145,14 @@ def test_without_a_connection(it: Bench, tmp_path: Path, way: str, kind: str) ->
             made[f"bound {name}"] = bound, address, port
             port = it.port()
             made[f"listening {name}"] = it.listener("a", kind, port, address, backlog=17), address, port
+        made["unconnected"] = it.socket("a", kind), wildcard, 0
         for sock, _, _ in made.values():
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(TCP, socket.TCP_KEEPIDLE, 77)
         targets = [it.target() for _ in made]
         requests = [
             ImportRequest(
-                [name.split()[0].replace("unconnected", "bound")], local_port=port, replace=target,
+                [name.split()[0].replace("unconnected", "bound")], local_port=port or None, replace=target,
                 # A socket on a wildcard matches any address of its family.
                 local_address=it.address("v6" if kind == "v6" else "v4") if "specific" in name else None,
             )
@@ -298,9 +312,10 @@ def test_sequence_wrap(it: Bench, tmp_path: Path, kind: str) -> None:
             case.ours.setblocking(False)
             assert case.ours.send(case.to_peer) == len(case.to_peer)
         with Keeper([case.fd for case in cases]) as owner:
+            pairs = [(owner.pid, case.fd) for case in cases]
             for case in cases:
                 case.ours.close()
-            moved = it.export_passively([(owner.pid, case.fd) for case in cases])
+            moved = it.export_passively(pairs)
         assert [record["outcome"] for record in moved] == ["moved"] * 4, moved
         imported = it.take([it.request(case, it.target()) for case in cases])
         it.undeafen(cases)
@@ -358,7 +373,7 @@ def test_application_context(it: Bench, tmp_path: Path, context_bytes: int) -> N
 def test_criteria(it: Bench) -> None:
     """Which of the listed sockets a request gets: by mask, preference, addresses, ports, and age."""
     first, second = it.pair("v4"), it.pair("v6")
-    listener = it.listener("a", "v4", it.port(), "0.0.0.0")
+    listener = it.listener("a", "v4", it.port(), EVERYWHERE)
     for sock in (first.ours, second.ours, listener):
         [record] = it.export_actively([sock])
         assert record.outcome == "moved", record

@@ -20,6 +20,7 @@
 
 struct capture {
 	int fd;
+	bool common; /* leave rare options of connections out */
 	struct sockmi_host *host;
 	struct sockmi_result *result;
 	struct sockmi_writer *writer;
@@ -130,6 +131,7 @@ static int write_options(struct capture *c)
 		.family = c->identity.family,
 		.connected = c->identity.kind == SOCKMI_KIND_CONNECTED,
 		.listening = c->identity.kind == SOCKMI_KIND_LISTENING,
+		.common = c->common && c->identity.kind == SOCKMI_KIND_CONNECTED,
 	};
 	const struct sockmi_fresh *fresh = sockmi_fresh(c->host, scope.family, c->fd);
 	uint32_t memory[16];
@@ -152,6 +154,8 @@ static int write_options(struct capture *c)
 	if (sockmi_options_read(c->fd, &scope, fresh, c->writer, &c->peek_offset, c->result) < 0)
 		return -1;
 	sockmi_writer_close(c->writer);
+	if (scope.common)
+		c->result->reset |= SOCKMI_FIDELITY_BIT(RARE_OPTIONS);
 	c->result->carried |= SOCKMI_FIDELITY_BIT(OPTIONS) | SOCKMI_FIDELITY_BIT(BUFFER_SIZES);
 	return 0;
 }
@@ -282,6 +286,8 @@ static int has_moved(struct capture *c)
 	if (queue_length(c, SOCKMI_SIOCOUTQ, &outq) < 0 || queue_length(c, SOCKMI_SIOCOUTQNSD, &unsent) < 0 ||
 	    queue_length(c, SOCKMI_SIOCINQ, &inq) < 0)
 		return -1;
+	if (sockmi_state(c->fd) != c->identity.state)
+		return 1;
 	return rcv_end != c->rcv_end || outq != c->outq || unsent != c->unsent || inq != c->inq;
 }
 
@@ -626,7 +632,8 @@ static int capture(struct capture *c)
 /* The least room that is tried; what else is needed is known only when the queues have been seen. */
 #define SMALL_IMAGE_BYTES 65536
 
-int sockmi_capture(const int *fds, size_t n, void *buffer, size_t capacity, struct sockmi_result *results)
+static int capture_all(const int *fds, size_t n, bool common, void *buffer, size_t capacity,
+		       struct sockmi_result *results)
 {
 	struct sockmi_host host = { 0 };
 	size_t used = 0;
@@ -635,7 +642,7 @@ int sockmi_capture(const int *fds, size_t n, void *buffer, size_t capacity, stru
 	memset(results, 0, n * sizeof(*results));
 	for (size_t i = 0; i < n; i++) {
 		struct sockmi_writer writer;
-		struct capture c = { .fd = fds[i], .host = &host, .result = &results[i], .writer = &writer };
+		struct capture c = { .fd = fds[i], .common = common, .host = &host, .result = &results[i], .writer = &writer };
 		ssize_t length;
 
 		sockmi_writer_start(&writer, (uint8_t *)buffer + used, capacity - used);
@@ -661,4 +668,14 @@ int sockmi_capture(const int *fds, size_t n, void *buffer, size_t capacity, stru
 	}
 	sockmi_host_end(&host);
 	return failed;
+}
+
+int sockmi_capture(const int *fds, size_t n, void *buffer, size_t capacity, struct sockmi_result *results)
+{
+	return capture_all(fds, n, false, buffer, capacity, results);
+}
+
+int sockmi_capture_common(const int *fds, size_t n, void *buffer, size_t capacity, struct sockmi_result *results)
+{
+	return capture_all(fds, n, true, buffer, capacity, results);
 }

@@ -104,6 +104,7 @@ struct sockmi_option_scope {
 	bool inet;
 	bool connected; /* SYN-SENT and later: what only means something before is left out */
 	bool listening;
+	bool common; /* capture: leave the rare ones of a connection out */
 };
 
 /* Options of fresh sockets, read at most once in a call for each family. Start with zeros. */

@@ -53,6 +53,23 @@ static int compare(int fd, const struct sockmi_image *image, struct sockmi_resul
 	return 0;
 }
 
+/*
+ * A connect() that the stop of its thread has interrupted is restarted, and would begin a new
+ * connection on the disconnected socket. Now it gets ENETUNREACH: an IPv4 socket by a source route
+ * whose first hop is a multicast address, an IPv6 one as it may only use the loopback device.
+ */
+static int forbid_connect(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+{
+	static const char loopback[] = "lo";
+	static const uint8_t nowhere[] = { 131 /* loose source route */, 7, 4, 224, 0, 0, 1, 0 };
+	bool four = sockmi_endpoint_is_mapped(&image->identity.remote);
+
+	if ((four ? setsockopt(fd, IPPROTO_IP, IP_OPTIONS, nowhere, sizeof(nowhere)) :
+		    setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, loopback, sizeof(loopback))) < 0)
+		return failed_call(result, SOCKMI_STEP_DISCONNECT);
+	return 0;
+}
+
 /* The silent close: in repair, disconnecting sends nothing. */
 static int disconnect(int fd, struct sockmi_result *result)
 {
@@ -76,7 +93,7 @@ static int release_connection(int fd, const struct sockmi_image *image, struct s
 	if (sockmi_repair(fd, TCP_REPAIR_ON) < 0)
 		return sockmi_fail_access(result, SOCKMI_STEP_REPAIR);
 	if (compare(fd, image, result) == 0 && disconnect(fd, result) == 0)
-		return 0;
+		return image->identity.state == SOCKMI_SYN_SENT ? forbid_connect(fd, image, result) : 0;
 	sockmi_repair(fd, TCP_REPAIR_OFF_NO_WP);
 	if (reuse)
 		sockmi_set_int(fd, SOL_SOCKET, SO_REUSEADDR, reuse);

@@ -28,7 +28,7 @@ static const char *const fidelity_names[SOCKMI_FIDELITY_END] = {
 	[SOCKMI_FIDELITY_ERROR_QUEUE] = "error-queue",
 	[SOCKMI_FIDELITY_SAVED_SYN] = "saved-syn",
 	[SOCKMI_FIDELITY_FILTER] = "ebpf-filter",
-	[SOCKMI_FIDELITY_FLOW_LABEL] = "flow-label",
+	[SOCKMI_FIDELITY_RARE_OPTIONS] = "rare-options",
 };
 
 static const char *const step_names[] = {

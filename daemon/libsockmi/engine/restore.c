@@ -3,8 +3,8 @@
  * Makes dormant copies. A connection is connect()ed in repair, which sends nothing, then given its queues
  * and windows; its FINs are made anew. The order matters:
  *
- * - SO_REUSEADDR is not touched in repair: it would take away the right to share a port with any other socket, and
- *   bind() would have to look at all of them;
+ * - SO_REUSEADDR is not touched in repair: it would take away the right to share a port with any
+ *   other socket, and bind() would have to look at all of them;
  * - TCP_MAXSEG before connect(), or the segment size stays at 536 until the path MTU changes;
  * - TCP_CONGESTION before connect(), or the default one is initialized;
  * - the windows after the queues and FINs (which move them), before anything can be sent.
@@ -229,7 +229,7 @@ static int close_peer(struct restore *r)
 	return 0;
 }
 
-/* Who closed first tells the state: FIN-WAIT-1, CLOSING after our FIN, CLOSE-WAIT, LAST-ACK after the peer's. */
+/* Who closed first tells the state: our FIN leads to FIN-WAIT-1, CLOSING; the peer's to CLOSE-WAIT, LAST-ACK. */
 static int close_both(struct restore *r)
 {
 	const struct sockmi_sequence *s = &r->image->sequence;

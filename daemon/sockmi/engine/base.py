@@ -126,8 +126,14 @@ class Engine(Protocol):
 
         The owner keeps a dead descriptor: every blocked call wakes, the next call gets
         ECONNABORTED, later ones ENOTCONN (receive) or EPIPE (send); a listener's
-        accept gets EINVAL. An empty image: close without comparing (a decision that stands).
+        accept gets EINVAL.
         """
+
+    def in_repair(self, fd: int) -> bool:
+        """Whether a socket is in repair: if it is one of ours, dormant."""
+
+    def end_repair(self, fd: int) -> bool:
+        """Lead a socket out of repair that a killed daemon left in it; False if it was not."""
 
     def accept_children(self, fd: int) -> list[int]:
         """Take every connection out of a listener's queue, as descriptors of ours; cannot be undone."""

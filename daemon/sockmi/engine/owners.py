@@ -6,11 +6,10 @@ duplicates never count.
 
 Between the scan and the stop a new holder can appear. Children are caught: each process id that
 the kernel has given out since the scan is looked at when the owners have stopped, until nothing new
-is found. Two things show only in a full scan, :meth:`Owners.strangers`, which may run beside the
-transfer, in any thread: a descriptor that was *passed* to an older process meanwhile (SCM_RIGHTS,
-pidfd_getfd), and a chain of processes that each fork and end at once, faster than they are looked at.
-Whatever such a process does to the socket changes its sequence numbers, which the engine compares
-before it closes the original.
+is found. A descriptor that was *passed* to an older process meanwhile (SCM_RIGHTS, pidfd_getfd) shows
+only in a full scan: :meth:`Owners.strangers`, which may run beside the transfer, in any thread. A
+chain of processes that each fork and end at once can outrun every look. Whatever such a holder does
+to the socket changes its sequence numbers, which the engine compares before it closes the original.
 """
 
 from __future__ import annotations

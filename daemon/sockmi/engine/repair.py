@@ -10,6 +10,7 @@ import ctypes
 import functools
 import itertools
 import os
+import socket
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
@@ -26,6 +27,8 @@ from sockmi.refusal import Code, Refusal
 #: SO_MARK of the segments that tell a copy what its peer has closed; a hold lets it in.
 INJECT_MARK = 0x50C1
 
+_TCP_REPAIR = 19
+_REPAIR_OFF_NO_PROBE = -1
 _RESULT = struct.Struct("=iiiiQQQQQ6HI")  # struct sockmi_result (engine.h)
 _PLACEMENT = struct.Struct("=16sHHIB3x")  # struct sockmi_placement
 _FIRST_BUFFER_BYTES = 1 << 20
@@ -118,7 +121,8 @@ def _native() -> Any:
     """libsockmi-engine, with the prototypes of the functions used here."""
     lib = library()
     pointer, size, ints = ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_int)
-    lib.sockmi_capture.argtypes = [ints, size, pointer, size, pointer]
+    for capture in (lib.sockmi_capture, lib.sockmi_capture_common):
+        capture.argtypes = [ints, size, pointer, size, pointer]
     lib.sockmi_restore.argtypes = [pointer, pointer, pointer, size, ctypes.c_uint32, ints, pointer]
     lib.sockmi_activate.argtypes = [ints, pointer, pointer, size, pointer]
     lib.sockmi_release.argtypes = [ints, pointer, pointer, size, pointer]
@@ -210,10 +214,18 @@ class RepairEngine:
 
     name = "repair"
 
-    def __init__(self, inject_mark: int = INJECT_MARK, owners: Owners | None = None) -> None:
-        """``inject_mark``: SO_MARK of segments made for copies; the hold of a tuple must let it in."""
+    def __init__(
+        self, inject_mark: int = INJECT_MARK, owners: Owners | None = None, rare_options: bool = True
+    ) -> None:
+        """``inject_mark``: SO_MARK of segments made for copies; the hold of a tuple must let it in.
+
+        ``rare_options``: of connections, look also at socket options that hardly any program sets
+        (``RARE`` in ``options.c``). They cost most of the time of a capture; if they are left
+        out, the fidelity says so.
+        """
         self.owners = owners or Owners()
         self._inject_mark = inject_mark
+        self._rare_options = rare_options
         self._buffer = bytearray(_FIRST_BUFFER_BYTES)
 
     def inspect(self, fds: Sequence[int]) -> list[SocketFacts]:
@@ -243,7 +255,8 @@ class RepairEngine:
         results = _room(len(todo))
         buffer = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer)
         numbers = _ints([fds[i] for i in todo])
-        _native().sockmi_capture(numbers, len(todo), ctypes.byref(buffer), len(self._buffer), results)
+        call = _native().sockmi_capture if self._rare_options else _native().sockmi_capture_common
+        call(numbers, len(todo), ctypes.byref(buffer), len(self._buffer), results)
         del buffer
         view = memoryview(self._buffer)
         again: list[int] = []
@@ -265,6 +278,19 @@ class RepairEngine:
     def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image; see the contract."""
         return self._with_images(_native().sockmi_release, fds, images, Code.INTERNAL)
+
+    def in_repair(self, fd: int) -> bool:
+        """Whether a socket is in repair: if it is one of ours, dormant."""
+        with socket.socket(fileno=os.dup(fd)) as each:
+            return bool(each.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR))
+
+    def end_repair(self, fd: int) -> bool:
+        """Lead a socket out of repair that a killed daemon left in it; False if it was not."""
+        if not self.in_repair(fd):
+            return False
+        with socket.socket(fileno=os.dup(fd)) as each:
+            each.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_OFF_NO_PROBE)
+            return True
 
     def activate(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Bring dormant copies to life. A copy that is refused here may have begun to live: discard it."""

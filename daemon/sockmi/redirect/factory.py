@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sockmi.config import RedirectConfig
 from sockmi.redirect.base import Mode, Redirect
 from sockmi.redirect.forward import Forward
@@ -11,8 +13,10 @@ from sockmi.redirect.tables import Tables
 from sockmi.redirect.takeover import Takeover
 
 
-def make_redirects(config: RedirectConfig) -> tuple[dict[Mode, Redirect], Tables]:
-    """One object for each configured mode; nothing is set up yet."""
+def make_redirects(
+    config: RedirectConfig, in_use: Iterable[Mode] = ()
+) -> tuple[dict[Mode, Redirect], Tables]:
+    """One object for each configured mode, and for those still ``in_use``; nothing is set up yet."""
     tables = Tables(
         Settings(
             table=config.table,
@@ -20,9 +24,10 @@ def make_redirects(config: RedirectConfig) -> tuple[dict[Mode, Redirect], Tables
             route_table=config.route_table,
             rule_priority=config.rule_priority,
             devices=config.devices,
+            log_group=config.log_group,
         )
     )
-    return {mode: _make(mode, tables) for mode in config.modes}, tables
+    return {mode: _make(mode, tables) for mode in dict.fromkeys([*config.modes, *in_use])}, tables
 
 
 def _make(mode: Mode, tables: Tables) -> Redirect:

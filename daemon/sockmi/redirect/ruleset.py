@@ -67,7 +67,7 @@ def _family(settings: Settings, version: int) -> str:
         *(f"flush chain {table} {chain}{v}" for chain in chains),
     ]
     rules = (
-        ("in", f"{into} @hold{v} drop"),
+        ("in", f"{into} @hold{v} log group {settings.log_group} queue-threshold 1 drop"),
         ("in", f"meta mark set {into} map @flow{v} goto did_in{v}"),
         ("in", f"tcp flags & (fin | syn | rst | ack) == syn goto syn{v}"),
         ("syn", f"{ip} daddr . tcp dport @hold_syn{v} drop"),

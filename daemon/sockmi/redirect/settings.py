@@ -36,6 +36,7 @@ class Settings:
     ``table``: name of our nftables tables, family inet and netdev.
     ``mark``: our packet marks are ``mark`` to ``mark + 0xfffff``, so its low 20 bits are zero.
     ``route_table``, ``rule_priority``: of the ip rules that deliver imported connections locally.
+    ``log_group``: the NFLOG group to which the hold logs what it drops (see held.py).
     ``devices``: where peers' packets arrive; empty means every Ethernet-like device that
     is up and has an address.
     """
@@ -45,6 +46,7 @@ class Settings:
     route_table: int = 7780
     rule_priority: int = 77
     devices: tuple[str, ...] = ()
+    log_group: int = 7783
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.table):
@@ -53,6 +55,8 @@ class Settings:
             raise ValueError(f"mark {self.mark:#x}: the low 20 bits must be zero, and the others not all")
         if not 1 <= self.route_table <= 0xFFFFFFFF or self.route_table in range(253, 256):
             raise ValueError(f"route_table {self.route_table}: 253..255 are the kernel's own; choose another")
+        if not 1 <= self.log_group <= 0xFFFF:
+            raise ValueError(f"log_group {self.log_group}: must be in 1..65535")
         if not 1 <= self.rule_priority <= 32765:
             raise ValueError(
                 f"rule_priority {self.rule_priority}: must be in 1..32765, before the main table"
