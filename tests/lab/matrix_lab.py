@@ -50,6 +50,8 @@ NEXT = {
 }
 PATIENCE_S = 20.0
 
+_ports = itertools.count(20000)  # never the same again: redirects linger for as long as TIME-WAIT lasts
+
 _DEAF = """
 table inet deaf {
   set ports { type inet_service; }
@@ -207,7 +209,6 @@ class Bench:
     mode: str
     daemons: Daemons
     cases: list[Case] = field(default_factory=list)
-    _ports: Iterator[int] = field(default_factory=lambda: itertools.count(20000))
 
     def host(self, name: str) -> Host:
         """A host of the lab."""
@@ -215,7 +216,7 @@ class Bench:
 
     def port(self) -> int:
         """A port that no other test uses."""
-        return next(self._ports)
+        return next(_ports)
 
     def address(self, kind: str, name: str = "a") -> str:
         """The host's address as a socket of that kind writes it."""
@@ -396,7 +397,11 @@ class Bench:
         until(lambda: state(peer) == "CLOSED")
 
     def clear(self) -> None:
-        """Close what a test has left open, and let nobody be deaf."""
+        """Close what a test has left open or listed, and let nobody be deaf."""
+        for host in "ab":
+            while left := import_socket(ImportRequest(), 0, control=self.host(host).control_socket):
+                for one in left:
+                    copy_of(one).close()
         for case in self.cases:
             case.close()
         self.cases.clear()
