@@ -1,1 +1,1 @@
-"""`make bench`: what a move costs, as ratios inside one run. Never a timed test; see ``python -m bench -h``."""
+"""`make bench`: what a move costs, as ratios inside one run. Never a timed test."""

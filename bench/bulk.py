@@ -1,8 +1,8 @@
 """(b) Many connections: moved per second and verified by echo, and how long each was frozen.
 
-The application at the exporter does not read: what the peer has sent stays queued, moves with
-the connection, and is echoed by the application at the importer. So the echo of all bytes shows that a connection
-has moved whole. "Empty" ones have eight bytes queued for that.
+The application at the exporter does not read: what the peer has sent stays queued, moves with the
+connection, and is echoed by the application at the importer. So the echo of all bytes shows that it has
+moved whole. "Empty" ones have eight bytes queued for that.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def drain(site: Site, port: int) -> list[dict[str, Any]]:
 
 
 def cpu_s(daemons: Daemons) -> dict[str, float]:
-    """Processor time that each daemon has used: unlike the clock it does not feel what else the machine does."""
+    """Processor time that each daemon has used: less than the clock it feels what else the machine does."""
     found = {}
     for name in "ab":
         fields = Path(f"/proc/{daemons[name].pid}/stat").read_text().rpartition(")")[2].split()

@@ -75,8 +75,10 @@ static void receive(int fd, uint64_t *seen)
 		uint64_t value;
 
 		memcpy(&value, buffer + at, sizeof(value));
-		if (value != ++*seen)
-			errx(1, "echo %llu is %llu", (unsigned long long)*seen, (unsigned long long)value);
+		/* What the application had read and not yet answered when it was stopped, nobody answers. */
+		if (value <= *seen)
+			errx(1, "echo %llu after %llu", (unsigned long long)value, (unsigned long long)*seen);
+		*seen = value;
 	}
 	have -= at;
 	memmove(buffer, buffer + at, have);

@@ -65,6 +65,12 @@ def _reachable(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     return address
 
 
+def _route_table(number: int) -> int:
+    if number in range(253, 256):
+        raise ValueError("253, 254 and 255 are the kernel's own tables; choose another")
+    return number
+
+
 Port = Annotated[int, Field(ge=1, le=0xFFFF)]
 Address = Annotated[IPv4Address | IPv6Address, BeforeValidator(_address)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -159,7 +165,7 @@ class RedirectConfig(Strict):
     table: str = Field("sockmi", pattern=r"^[a-z][a-z0-9_]{0,24}$")
     devices: tuple[str, ...] = Field((), description="ingress devices; empty: all that are up, but lo")
     mark: Annotated[int, Field(ge=1 << 20, le=0xFFF00000, multiple_of=1 << 20)] = 0x53400000
-    route_table: Annotated[int, Field(ge=1, le=0xFFFFFFFF)] = 7780
+    route_table: Annotated[int, Field(ge=1, le=0xFFFFFFFF), AfterValidator(_route_table)] = 7780
     log_group: Annotated[int, Field(ge=1, le=0xFFFF)] = 7783
     rule_priority: Annotated[int, Field(ge=1, le=32765)] = 77
 

@@ -1,4 +1,4 @@
-"""Named places in the daemon at which a test can have it die: ``SOCKMI_CRASH_AT=POINT[:NTH[:SIGNAL]]``.
+"""Named places in the daemon at which a test can have it die: ``SOCKMI_CRASH_AT=POINT[:NTH[:SIGNAL]],...``.
 
 ``reached(point)`` stands beside each step that a crash must not spoil. Without the variable it does
 nothing. With it, the NTH time (from 1) that POINT is reached the process gets SIGNAL (KILL; STOP, to
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 
 VARIABLE = "SOCKMI_CRASH_AT"
@@ -53,8 +54,12 @@ ROUTES = (
 POINTS = EXPORTER + IMPORTER + ROUTES
 
 
-def parse(text: str) -> tuple[str, int, signal.Signals]:
+def parse(text: str) -> list[tuple[str, int, signal.Signals]]:
     """The variable's value; ValueError says what is wrong with it."""
+    return [_parse(one) for one in text.split(",")]
+
+
+def _parse(text: str) -> tuple[str, int, signal.Signals]:
     point, _, rest = text.partition(":")
     nth, _, name = rest.partition(":")
     if point not in POINTS:
@@ -68,14 +73,14 @@ def parse(text: str) -> tuple[str, int, signal.Signals]:
 
 
 def _armed(text: str) -> Callable[[str], None]:
-    point, left, number = parse(text)
+    wanted = {(point, nth): number for point, nth, number in parse(text)}
+    seen: Counter[str] = Counter()
 
     def reached(here: str) -> None:
-        nonlocal left
-        if here == point:
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), number)
+        seen[here] += 1
+        number = wanted.get((here, seen[here]))
+        if number is not None:
+            os.kill(os.getpid(), number)
 
     return reached
 

@@ -229,15 +229,17 @@ class Exporting:
         facts = export.facts
         migration = UUID(export.record["migration_id"]).bytes
         holding = self._holding_of(facts)
+        bound = facts.local is not None and (facts.local.port or not facts.local.address.is_unspecified)
+        local = facts.local if bound else None
         export.record["hop"] = holding.hop + 1 if holding else 1
         return Item(
             migration=migration,
             connection=holding.connection if holding else migration,
             kind=facts.kind,
             state=facts.state,
-            local=facts.local,
+            local=local,
             remote=facts.remote,
-            origin=(holding.origin if holding else None) or facts.local,
+            origin=(holding.origin if holding else None) or local,
             hop=export.record["hop"],
             home=holding.home if holding else self._shell.host_id,
             needs=replace(

@@ -35,7 +35,7 @@ class JsonFormatter(logging.Formatter):
             "time": round(record.created, 6),
             "priority": _PRIORITIES.get(record.levelno, 5),
             "level": record.levelname.lower(),
-            "logger": record.name,
+            "logger": record.name.replace("__main__", "sockmi.service"),
             "message": record.getMessage(),
             **_fields(record),
         }
@@ -62,4 +62,5 @@ def configure(config: Config) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("sockmi").setLevel(config.log_level.upper())
+    for name in ("sockmi", "__main__"):  # the latter: python -m sockmi.service
+        logging.getLogger(name).setLevel(config.log_level.upper())

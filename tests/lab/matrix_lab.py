@@ -315,9 +315,11 @@ class Bench:
 
     # -- moves
 
-    def request(self, case: Case, replace: socket.socket | int | None = None, **more: Any) -> ImportRequest:
+    def request(
+        self, case: Case, replace: socket.socket | int | None = None, address: str = "", **more: Any
+    ) -> ImportRequest:
         """The import request that only this connection satisfies."""
-        address = self.address("v6" if case.kind == "v6" else "v4")
+        address = address or self.address("v6" if case.kind == "v6" else "v4")
         return ImportRequest(
             ["connected"], [], address, case.port, str(ip_address(case.remote[0])), case.remote[1],
             replace=replace, **more,

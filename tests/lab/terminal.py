@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -145,11 +146,15 @@ class Scene:
         self._processes: list[subprocess.Popen[str]] = []
         self._clients: list[Client] = []
 
-    def server(self, host: str, *ports: int, name: str = "echo", version: int = 4) -> subprocess.Popen[str]:
-        """An echo server that listens."""
+    def server(
+        self, host: str, *ports: int, name: str = "echo", version: int = 4, user: int | None = None
+    ) -> subprocess.Popen[str]:
+        """An echo server that listens; of another user it needs nothing but the system's Python."""
         address = "0.0.0.0" if version == 4 else "::"  # noqa: S104 - a lab host's
-        command = [sys.executable, "-c", ECHO, name, address, *map(str, ports)]
-        process = self.lab.host(host).popen(command, stdout=subprocess.PIPE, text=True)
+        python = sys.executable if user is None else shutil.which("python3", path="/usr/bin:/bin")
+        command = [str(python), "-c", ECHO, name, address, *map(str, ports)]
+        options: dict[str, Any] = {} if user is None else {"user": user, "cwd": "/", "env": {}}
+        process = self.lab.host(host).popen(command, stdout=subprocess.PIPE, text=True, **options)
         self._processes.append(process)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -179,7 +184,8 @@ class Scene:
 
     def descriptor_of(self, client: Client, host: str = "a") -> tuple[int, int]:
         """Process and descriptor that serve ``client``."""
-        (row,) = [row for row in self.rows(host, "--kind", "connected") if row["remote"] == client.local]
+        rows = [row for row in self.rows(host, "--kind", "connected") if row["remote"] == client.local]
+        row = rows[0]  # `cat` has it twice, as its input and its output
         return row["pid"], row["fd"]
 
     def waiting(self, host: str, count: int = 1) -> None:

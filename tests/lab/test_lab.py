@@ -357,7 +357,8 @@ def test_playbook_is_idempotent(ansible: Ansible, lab_name: Names) -> None:
     name = lab_name()
 
     def play(state: str, *more: str) -> str:
-        extra = f"sockmi_lab_name={name} sockmi_lab_state={state}"
+        # The daemons are those of test_ansible.py.
+        extra = f"sockmi_lab_name={name} sockmi_lab_state={state} sockmi_lab_daemons=false"
         result = ansible("ansible-playbook", "playbooks/lab.yml", "-e", extra, *more)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout

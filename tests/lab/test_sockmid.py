@@ -378,6 +378,7 @@ def test_stops_cleanly(lab: Lab, host: Host) -> None:
         daemon = Daemon(host, daemon_config(host))
         daemon.start()
         assert daemon.process is not None
+        status(host)  # its loop runs
         daemon.process.send_signal(number)
         assert daemon.process.wait(15) == 0, daemon.log()
         assert not host.control_socket.exists()
@@ -535,15 +536,15 @@ def test_the_units_capabilities_suffice(lab: Lab) -> None:
             assert held is not None
             bounding = re.search(r"CapEff:\s*(\w+)", Path(f"/proc/{held.pid}/status").read_text())
             assert bounding and int(bounding[1], 16).bit_count() == len(names)
-            server = scene.server("a", 80)
-            client = scene.client("a", 80)
-            assert server.poll() is None
-            importer = scene.program("b", "import", "--port", 80, "--exec", "cat")
-            scene.waiting("b")
-            pid, fd = scene.descriptor_of(client)
-            done = run("export", "--pid", pid, "--fd", fd, "--to", "b", host=a)
-            assert done.status == 0, (done, running["a"].log(), running["b"].log())
-            assert client.say("on") == "on"
+            for port, user in ((5210, 65534), (80, None)):
+                scene.server("a", port, user=user)
+                client = scene.client("a", port)
+                importer = scene.program("b", "import", "--port", port, "--exec", "cat")
+                scene.waiting("b")
+                pid, fd = scene.descriptor_of(client)
+                done = run("export", "--pid", pid, "--fd", fd, "--to", "b", host=a)
+                assert done.status == 0, done.out
+                assert client.say("on") == "on"
             pid, fd = scene.descriptor_of(client, "b")
             back = scene.program("a", "import", "--port", 80, "--exec", "cat")
             scene.waiting("a")

@@ -274,6 +274,23 @@ def test_ansible_doc(collections: Path) -> None:
         assert page["return"]
 
 
+def test_ansible_lint() -> None:
+    """The production profile, without exceptions."""
+    pytest.importorskip("ansiblelint")
+    program = Path(sys.executable).with_name("ansible-lint")
+    words = ["--offline", "--nocolor", "--profile", "production"]
+    result = subprocess.run(
+        [str(program), *words, "playbooks", "migrate.yml", "plugins", "meta"],
+        env=os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"},
+        cwd=PROJECT,
+        text=True,
+        capture_output=True,
+        timeout=110,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 # ---------------------------------------------------------------- wrong options
 
 

@@ -1,0 +1,104 @@
+"""ESTABLISHED connections over the redirects for special cases: takeover and iptables."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from lab.labs import Lab
+from sockmi.redirect.iptables import unusable
+from tests.lab.matrix_lab import Bench, Case, bench, copy_of, exchange, state
+from tests.lab.scenario import daemons
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+SERVICE = {4: "10.77.1.77", 6: "fd77:1::77"}
+
+
+def pairs(it: Bench, version: int, address: str, count: int) -> list[Case]:
+    """Connections of the peer to an address of host a."""
+    port, kind = it.port(), f"v{version}"
+    cases = []
+    with it.listener("a", kind, port, address) as listener:
+        for _ in range(count):
+            peer = it.socket("peer", kind)
+            peer.connect((address, port))
+            ours, _ = listener.accept()
+            ours.settimeout(20)
+            case = Case("service", kind, "ESTABLISHED", ours, port, peer, remote=peer.getsockname()[:2])
+            cases.append(case)
+            it.cases.append(case)
+    return cases
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
+    """A service address of a moves with all its connections; b has and announces it then."""
+    address, width = SERVICE[version], {4: 24, 6: 64}[version]
+    extra = ["nodad"] if version == 6 else []
+    lab.host("a").run(["ip", "addr", "add", f"{address}/{width}", "dev", "eth0", *extra])
+    redirect = {"devices": ["eth0"], "modes": ["takeover"]}
+    with (
+        daemons(lab, "ab", redirect=redirect, timing={"freeze_deadline_s": 5.0}) as both,
+        bench(lab, "takeover", both) as it,
+        it.watched(tmp_path),
+    ):
+        cases = pairs(it, version, address, 3)
+        for case in cases:
+            assert case.peer
+            exchange(case.ours, case.peer, 50_000)
+        try:
+            records = it.export_actively([case.ours for case in cases])
+            assert [record.outcome for record in records] == ["moved"] * 3, records
+            assert {record.mode for record in records} == {"takeover"}
+            assert (
+                f"inet{'6' if version == 6 else ''} {address}/"
+                not in lab.host("a").run(["ip", "addr"]).stdout
+            )
+            imported = it.take([it.request(case, it.target(), address=address) for case in cases])
+            assert f" {address}/" in lab.host("b").run(["ip", "addr"]).stdout
+            for case, one in zip(cases, imported, strict=True):
+                copy = copy_of(one)
+                assert copy.getsockname()[0] == address
+                it.finish(case, copy)
+                copy.close()
+        finally:
+            it.clear()
+
+
+@pytest.mark.skipif(bool(unusable("iptables-legacy")), reason=str(unusable("iptables-legacy")))
+@pytest.mark.parametrize("version", [4, 6])
+def test_iptables(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """The paper's own rules, on hosts whose iptables is the legacy one."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("iptables", "ip6tables"):
+        (programs / name).symlink_to(shutil.which(f"{name}-legacy") or "")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    redirect = {"devices": ["eth0"], "modes": ["iptables"]}
+    with (
+        daemons(lab, "ab", redirect=redirect, timing={"freeze_deadline_s": 5.0}) as both,
+        bench(lab, "iptables", both) as it,
+        it.watched(tmp_path),
+    ):
+        case = it.pair(f"v{version}")
+        assert case.peer
+        exchange(case.ours, case.peer, 50_000)
+        case.peer.sendall(b"unread")
+        try:
+            [record] = it.export_actively([case.ours])
+            assert (record.outcome, record.mode) == ("moved", "iptables"), record
+            case.to_us = b"unread"
+            [came] = it.take([it.request(case, it.target())])
+            copy = copy_of(came)
+            assert state(copy) == "ESTABLISHED"
+            assert copy.getsockname()[0] == it.host("b").address(version)
+            assert copy.family == (socket.AF_INET if version == 4 else socket.AF_INET6)
+            it.finish(case, copy)
+            copy.close()
+        finally:
+            it.clear()

@@ -1,0 +1,488 @@
+"""What owners and peers see and do while and after their connections move: real daemons, real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.labs import Lab
+from tests.lab.matrix_lab import (
+    TCP,
+    Bench,
+    Case,
+    Keeper,
+    Later,
+    begin,
+    bench,
+    call,
+    copy_of,
+    exchange,
+    receive,
+    same,
+    state,
+    unread,
+)
+from tests.lab.scenario import ask, daemons, status, until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@pytest.fixture(scope="module")
+def running(lab: Lab) -> Iterator[Bench]:
+    """Daemons for all tests of the module, with a freeze that may last as long as a test wants."""
+    redirect = {"devices": ["eth0"], "modes": ["forward"]}
+    with (
+        daemons(lab, "ab", redirect=redirect, timing={"freeze_deadline_s": 5.0}) as both,
+        bench(lab, "forward", both) as made,
+    ):
+        # The stream between them is open from here on: only images are stalled.
+        case = made.pair("v4")
+        made.export_actively([case.ours])
+        made.clear()
+        yield made
+
+
+@pytest.fixture
+def it(running: Bench) -> Iterator[Bench]:
+    """The bench, which is cleared afterwards."""
+    yield running
+    running.clear()
+
+
+# -- after the move
+
+
+def outcome(action: Callable[[], Any]) -> str:
+    """The name of the errno of a call, or its result."""
+    try:
+        return repr(action())
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def fill(sock: socket.socket) -> None:
+    """Until the next send would block."""
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(1 << 18))
+    time.sleep(0.05)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(1 << 14))
+
+
+def test_blocked_calls_wake(it: Bench, tmp_path: Path) -> None:
+    """recv, send, accept, connect, poll and edge-triggered epoll; then a definite errno; close is silent."""
+    with it.watched(tmp_path):
+        names = ("recv", "send", "poll", "epoll", "epoll-old")
+        cases = {name: it.pair("v4") for name in names}
+        fill(cases["send"].ours)
+        listener = it.listener("a", "v4", it.port())
+        connecting = it.make("v4", "SYN-SENT", False)
+        sockets = {name: case.ours for name, case in cases.items()}
+        sockets |= {"accept": listener, "connect": connecting.ours}
+        for sock in sockets.values():
+            sock.setblocking(True)
+        ready, told = os.pipe()
+
+        def owner() -> dict[str, list[str]]:
+            """One thread for each kind of waiting; what it meets, call by call."""
+            met: dict[str, list[str]] = {}
+            # Registered long before, readable already once: an edge must come all the same.
+            old = select.epoll()
+            old.register(sockets["epoll-old"], select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+            old.poll(0)
+
+            def wait(name: str) -> None:
+                sock = sockets[name]
+                blocked: Callable[[], Any]
+                if name == "recv":
+                    blocked = lambda: sock.recv(1)  # noqa: E731
+                elif name == "send":
+                    blocked = lambda: sock.send(bytes(1 << 20))  # noqa: E731
+                elif name == "accept":
+                    blocked = sock.accept
+                elif name == "connect":
+                    writable = select.poll()
+                    writable.register(sock, select.POLLOUT)
+                    blocked = lambda: bool(writable.poll(20_000))  # noqa: E731
+                elif name == "poll":
+                    one = select.poll()
+                    one.register(sock, select.POLLIN)
+                    blocked = lambda: events(one.poll(20_000))  # noqa: E731
+                else:
+                    edge = old
+                    if name == "epoll":
+                        edge = select.epoll()
+                        edge.register(sock, select.EPOLLIN | select.EPOLLET)
+                    blocked = lambda: events(edge.poll(20))  # noqa: E731
+                met[name] = [outcome(blocked)]
+                if name == "accept":
+                    met[name] += [outcome(sock.accept)]
+                    return
+                met[name] += [outcome(lambda: sock.recv(1)), outcome(lambda: sock.recv(1))]
+                met[name] += [outcome(lambda: sock.send(b"x"))]
+                met[name] += [outcome(sock.getpeername), outcome(lambda: sock.shutdown(socket.SHUT_RDWR))]
+
+            threads = [threading.Thread(target=wait, args=(name,)) for name in sockets]
+            for thread in threads:
+                thread.start()
+            os.write(told, b"x")
+            for thread in threads:
+                thread.join()
+            for sock in sockets.values():
+                sock.close()
+            return met
+
+        fds = {name: sock.fileno() for name, sock in sockets.items()}
+        with Keeper([*fds.values(), told], owner) as keeper:
+            assert os.read(ready, 1) == b"x"
+            until(lambda: asleep(keeper.pid, len(sockets) + 1))
+            for sock in sockets.values():
+                sock.close()
+            moved = it.export_passively([(keeper.pid, fd) for fd in fds.values()])
+            assert [record["outcome"] for record in moved] == ["moved"] * len(fds), moved
+            met = keeper.result()
+        os.close(ready)
+        os.close(told)
+        dead = ["ENOTCONN", "EPIPE", "ENOTCONN", "ENOTCONN"]
+        assert met["accept"] == ["EINVAL", "EINVAL"], met
+        assert met["recv"] == ["ECONNABORTED", "ENOTCONN", *dead], met
+        # A blocked send tells how much it has sent, if anything.
+        assert met["send"][0] == "ECONNABORTED" or int(met["send"][0]) > 0, met
+        for name in ("poll", "epoll", "epoll-old"):
+            assert met[name][0] == "['in', 'err', 'hup']", met
+            assert met[name][1:] == ["ECONNABORTED", *dead], met
+        assert met["connect"] == ["True", "ECONNABORTED", *dead], met
+        it.undeafen([connecting])
+        requests = [it.request(case) for case in [*cases.values(), connecting]]
+        imported = it.take(requests)
+        cases["send"].to_peer = b""
+        for case, one in zip([*cases.values(), connecting], imported, strict=True):
+            copy = copy_of(one)
+            if case is cases["send"]:
+                assert case.peer
+                reading = Later(read_all, case.peer)
+                copy.shutdown(socket.SHUT_WR)
+                assert set(reading.result(60)) == {0}
+                case.peer.shutdown(socket.SHUT_WR)
+                assert copy.recv(1) == b""
+                copy.close()
+                continue
+            it.finish(case, copy)
+            copy.close()
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Until the end of the stream."""
+    data = bytearray()
+    while part := sock.recv(1 << 20):
+        data += part
+    return bytes(data)
+
+
+def events(found: list[tuple[int, int]]) -> list[str]:
+    """The names of what poll or epoll reports that matter here."""
+    [(_, mask)] = found
+    return [name for name, bit in (("in", 1), ("err", 8), ("hup", 16)) if mask & bit]
+
+
+def asleep(pid: int, count: int) -> bool:
+    """Whether so many threads of a process sleep."""
+    states = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return states.count("S") >= count
+
+
+def test_all_holders_lose_it(it: Bench, tmp_path: Path) -> None:
+    """A socket with duplicates in one process and in forked ones: it dies in all of them, the first is told."""
+    with it.watched(tmp_path):
+        case = it.pair("v4")
+        assert case.peer
+        duplicate = case.ours.dup()
+        first, second = os.pipe(), os.pipe()
+
+        def holder(reading: int) -> Callable[[], list[str]]:
+            def work() -> list[str]:
+                os.read(reading, 1)
+                sock = case.ours
+                sock.settimeout(None)
+                return [outcome(lambda: sock.recv(1)), outcome(lambda: duplicate.send(b"x"))]
+
+            return work
+
+        keep = [case.fd, duplicate.fileno()]
+        with (
+            Keeper([*keep, first[0]], holder(first[0])) as one,
+            Keeper([*keep, second[0]], holder(second[0])) as other,
+        ):
+            [record] = it.export_passively([(other.pid, case.fd)])
+            assert record["outcome"] == "moved", record
+            os.write(first[1], b"x")
+            assert one.result() == ["ECONNABORTED", "EPIPE"]
+            os.write(second[1], b"x")
+            assert other.result() == ["ENOTCONN", "EPIPE"]
+        assert outcome(lambda: case.ours.recv(1)) == outcome(lambda: duplicate.recv(1)) == "ENOTCONN"
+        for fd in (*first, *second):
+            os.close(fd)
+        [came] = it.take([it.request(case)])
+        duplicate.close()
+        case.ours.close()
+        it.finish(case, copy_of(came))
+        copy_of(came).close()
+
+
+# -- in the middle of a migration
+
+
+def taken(it: Bench, case: Case) -> socket.socket:
+    """The connection, out of b's list."""
+    [came] = it.take([it.request(case)])
+    return copy_of(came)
+
+
+def test_the_owner_exits(it: Bench, tmp_path: Path) -> None:
+    """While its connections are frozen: they move all the same; the bytes that it wrote go with them."""
+    with it.watched(tmp_path), it.stalled() as stall:
+        cases = [it.make("v4", "ESTABLISHED", True), it.make("v6", "ESTABLISHED", True)]
+        keeper = Keeper([case.fd for case in cases])
+        pairs = [(keeper.pid, case.fd) for case in cases]
+        for case in cases:
+            case.ours.close()
+        moving = Later(it.export_passively, pairs)
+        stall.wait()
+        keeper.kill()
+        stall.lift()
+        assert [record["outcome"] for record in moving.result()] == ["moved"] * 2
+        it.undeafen(cases)
+        for case in cases:
+            copy = taken(it, case)
+            it.finish(case, copy)
+            copy.close()
+
+
+def test_the_owner_exits_and_the_migration_is_undone(it: Bench, tmp_path: Path) -> None:
+    """Then the connection ends as it does when a process exits: what was sent arrives, then FIN."""
+    with it.watched(tmp_path), it.stalled() as stall:
+        case = it.pair("v4")
+        assert case.peer
+        case.ours.sendall(b"last words")
+        keeper = Keeper([case.fd])
+        fd = case.fd
+        case.ours.close()
+        connection = begin(it.host("a"), "export", sockets=[{"pid": keeper.pid, "fd": fd}], to="b")
+        stall.wait()
+        keeper.kill()
+        connection.close()
+        same(read_all(case.peer), b"last words", "at the peer")
+        case.peer.shutdown(socket.SHUT_WR)
+        stall.lift()
+        until(lambda: state(case.peer) == "CLOSED")  # type: ignore[arg-type]
+
+
+def test_the_peer_sends_during_the_hold(it: Bench, tmp_path: Path) -> None:
+    """Data and FIN that come while it is frozen reach the copy: nothing is lost, nothing answered twice."""
+    with it.watched(tmp_path), it.stalled() as stall:
+        open_, closing = it.pair("v4"), it.pair("v6")
+        moving = Later(it.export_passively, [(os.getpid(), case.fd) for case in (open_, closing)])
+        stall.wait()
+        assert open_.peer and closing.peer
+        open_.to_us = closing.to_us = os.urandom(30_000)
+        open_.peer.sendall(open_.to_us)
+        closing.peer.sendall(closing.to_us)
+        closing.peer.shutdown(socket.SHUT_WR)
+        stall.lift()
+        assert [record["outcome"] for record in moving.result()] == ["moved"] * 2
+        for case in (open_, closing):
+            copy = taken(it, case)
+            if case is closing:
+                closing.state = "CLOSE-WAIT"
+            it.finish(case, copy)
+            copy.close()
+
+
+def test_the_peer_resets_during_the_hold(it: Bench, tmp_path: Path) -> None:
+    """A reset that comes while it is frozen ends the copy, at the latest when that says something."""
+    peer_address = it.host("peer").address(4)
+    with it.watched(tmp_path, rst_from=[peer_address]), it.stalled() as stall:
+        case = it.pair("v4")
+        assert case.peer
+        moving = Later(it.export_passively, [(os.getpid(), case.fd)])
+        stall.wait()
+        case.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        case.peer.close()
+        stall.lift()
+        [record] = moving.result()
+        assert record["outcome"] == "moved", record
+        copy = taken(it, case)
+        met = outcome(lambda: copy.send(b"anybody?"))
+        assert met in ("8", "ECONNRESET", "EPIPE")
+        until(lambda: state(copy) == "CLOSED")
+        assert met != "8" or outcome(lambda: copy.recv(1)) == "ECONNRESET"
+        copy.close()
+
+
+def test_everything_stops_and_goes_on(it: Bench, tmp_path: Path) -> None:
+    """While frozen the owner stands still and the peer waits; undone, both go on where they were."""
+    with it.watched(tmp_path), it.stalled() as stall:
+        case = it.make("v4", "ESTABLISHED", True)
+        assert case.peer
+        with Keeper([case.fd]) as keeper:
+            fd = case.fd
+            connection = begin(it.host("a"), "export", sockets=[{"pid": keeper.pid, "fd": fd}], to="b")
+            stall.wait()
+            states = Path(f"/proc/{keeper.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            assert states == "t"
+            case.peer.sendall(b"more")
+            case.to_us += b"more"
+            time.sleep(0.05)
+            assert unread(case.ours) == len(case.to_us) - 4
+            connection.close()
+            until(lambda: task_state(keeper.pid) == "S")
+        until(lambda: unread(case.ours) == len(case.to_us))
+        it.undeafen([case])
+        it.finish(case, case.ours)
+        stall.lift()
+        until(lambda: status(it.host("b"))["import_lists"]["connected"]["length"] == 0)
+
+
+def task_state(pid: int) -> str:
+    """S, t, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+# -- refused by the importer when everything is frozen
+
+
+def test_the_list_fills_at_the_last_moment(it: Bench, tmp_path: Path) -> None:
+    """Refused at PREPARED: the connection goes on, and nothing of it is left at b."""
+    with it.watched(tmp_path), it.stalled() as stall:
+        case = it.make("v4", "ESTABLISHED", True)
+        moving = Later(it.export_passively, [(os.getpid(), case.fd)])
+        stall.wait()
+        with reconfigured(it, "b", imports={"max_connected": 0}):
+            stall.lift()
+            [record] = moving.result()
+        assert (record["outcome"], record["refusal"]["code"]) == ("aborted", "list-full"), record
+        it.undeafen([case])
+        it.finish(case, case.ours)
+        assert status(it.host("b"))["import_lists"]["connected"]["length"] == 0
+
+
+def test_the_tuple_is_taken_at_the_last_moment(it: Bench, tmp_path: Path) -> None:
+    """Another connection of b has the same ends by then: refused at PREPARED, and that one lives on too."""
+    with it.watched(tmp_path), it.stalled() as stall:
+        case = it.make("v4", "ESTABLISHED", True)
+        moving = Later(it.export_passively, [(os.getpid(), case.fd)])
+        stall.wait()
+        squatter = it.socket("b", "v4")
+        squatter.setsockopt(TCP, 19, 1)  # TCP_REPAIR: it says nothing to the peer
+        squatter.setsockopt(socket.SOL_IP, 15, 1)  # IP_FREEBIND
+        squatter.bind((it.address("v4"), case.port))
+        squatter.connect(case.remote)
+        stall.lift()
+        [record] = moving.result()
+        assert (record["outcome"], record["refusal"]["code"]) == ("aborted", "tuple-taken"), record
+        assert state(squatter) == "ESTABLISHED"
+        squatter.close()
+        it.undeafen([case])
+        it.finish(case, case.ours)
+
+
+@contextlib.contextmanager
+def reconfigured(it: Bench, host: str, **news: Any) -> Iterator[None]:
+    """Other settings while the block runs (`reload`)."""
+    import yaml
+
+    daemon = it.daemons[host]
+    before = daemon.config
+    daemon.config_file.write_text(yaml.safe_dump(before | news))
+    call(it.host(host), "reload")
+    try:
+        yield
+    finally:
+        daemon.config_file.write_text(yaml.safe_dump(before))
+        call(it.host(host), "reload")
+
+
+def test_a_hundred_aborts_under_load(it: Bench, tmp_path: Path) -> None:
+    """Frozen, shipped, refused by an importer that cannot write its spool, a hundred times, under traffic."""
+    spool = it.host("b").state_dir / "spool"
+    with it.watched(tmp_path):
+        cases = [it.pair(kind) for kind in ("v4", "v6", "mapped")]
+        stop = threading.Event()
+        traffic = [Later(converse, case, stop) for case in cases]
+        aside = spool.rename(spool.with_name("spool-aside"))
+        spool.write_text("in the way")
+        codes = []
+        try:
+            # Our own process is the owner: with its threads it is stopped each time.
+            for _ in range(34):
+                records = it.export_passively([(os.getpid(), case.fd) for case in cases])
+                codes += [(record["outcome"], (record["refusal"] or {}).get("code")) for record in records]
+        finally:
+            spool.unlink()
+            aside.rename(spool)
+            stop.set()
+        assert len(codes) > 100 and set(codes) == {("aborted", "internal")}, set(codes)
+        for case, talk in zip(cases, traffic, strict=True):
+            assert talk.result() > 0
+            it.finish(case, case.ours)
+        assert ask(it.host("b"), "list", table="imports")[-1]["imports"] == []
+        assert status(it.host("b"))["import_lists"]["connected"]["length"] == 0
+
+
+def converse(case: Case, stop: threading.Event) -> int:
+    """Random bytes both ways until told to stop; how many rounds."""
+    assert case.peer
+    rounds = 0
+    while not stop.is_set():
+        exchange(case.ours, case.peer, 1 + os.urandom(1)[0] * 300)
+        exchange(case.peer, case.ours, 1 + os.urandom(1)[0] * 300)
+        rounds += 1
+    return rounds
+
+
+def test_big_queues(it: Bench, tmp_path: Path) -> None:
+    """Megabytes in the send queue, and a receive queue of megabytes: moved whole, both at once."""
+    with it.watched(tmp_path):
+        case = it.pair("v4")
+        assert case.peer
+        case.ours.setsockopt(socket.SOL_SOCKET, 32, 16 << 20)  # SO_SNDBUFFORCE
+        case.ours.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
+        case.to_us, case.to_peer = os.urandom(4 << 20), os.urandom(6 << 20)
+        filling = Later(case.peer.sendall, case.to_us)
+        until(lambda: unread(case.ours) > 2 << 20, 30)
+        it.deafen([case.port])
+        case.deaf = True
+        case.ours.setblocking(False)
+        sent = case.ours.send(case.to_peer)
+        case.to_peer = case.to_peer[:sent]
+        assert sent > 2 << 20
+        [record] = it.export_passively([(os.getpid(), case.fd)])
+        assert record["outcome"] == "moved", record
+        assert (
+            record["receive_queue_bytes"] > 2 << 20 and record["sent_bytes"] + record["unsent_bytes"] >= sent
+        )
+        it.undeafen([case])
+        copy = taken(it, case)
+        copy.settimeout(30)
+        same(receive(copy, len(case.to_us)), case.to_us, "receive queue")
+        filling.result(30)
+        case.to_us = b""
+        it.finish(case, copy)
+        copy.close()
