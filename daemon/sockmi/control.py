@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -64,11 +65,18 @@ class Client:
 
     # -- out
 
-    def respond(self, response: BaseModel, descriptors: Sequence[int] = ()) -> None:
-        """Send one line; ``descriptors`` stay the caller's (they are duplicated until they are sent)."""
-        line = response.model_dump_json(by_alias=True).encode() + b"\n"
+    def respond(self, response: BaseModel | dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Send one line; ``descriptors`` stay the caller's (they are duplicated until they are sent).
+
+        A dict is a response of plain values, for the hot path: it is not validated.
+        """
+        if isinstance(response, dict):
+            line, more = json.dumps(response, separators=(",", ":")).encode() + b"\n", response.get("more")
+        else:
+            line = response.model_dump_json(by_alias=True).encode() + b"\n"
+            more = getattr(response, "more", False)
         self._send(line, descriptors)
-        if self._busy and not getattr(response, "more", False):
+        if self._busy and not more:
             self._busy = False
             if self._received:
                 self._server.loop.call_soon(self._next_lines)

@@ -11,8 +11,10 @@ from sockmi import api
 from sockmi.engine.duplicate import duplicate
 from sockmi.exporting import Selected
 from sockmi.refusal import Refusal
+from sockmi.shell import whole_record
 
 if TYPE_CHECKING:
+    from sockmi.operations import Found
     from sockmi.service import Daemon
 
 _TIMEOUT_S = 60.0
@@ -29,14 +31,14 @@ class Drain:
         daemon: Daemon,
         request: api.DrainRequest,
         target: tuple[bytes | None, IPv4Address | IPv6Address | None],
-        report: Callable[[api.DrainResponse], None],
+        report: Callable[[dict[str, Any]], None],
     ) -> None:
         self._daemon = daemon
         self._request = request
         self._target = target
         self._report = report
         self._started = time.monotonic()
-        self._left: list[api.SocketRow] = []
+        self._left: list[Found] = []
         self._counts = dict.fromkeys(api.Outcome, 0)
         self._selected = 0
         self._under_way = 0
@@ -45,9 +47,9 @@ class Drain:
         self._cancelled = False
         self._finished = False
 
-    def start(self, rows: list[api.SocketRow]) -> None:
+    def start(self, found: list[Found]) -> None:
         """One socket may have many descriptors: it is moved once."""
-        self._left = list({row.inode: row for row in rows}.values())
+        self._left = list({one.socket.inode: one for one in found}.values())
         self._selected = len(self._left)
         self._progress()
         self._next()
@@ -71,16 +73,16 @@ class Drain:
             self._daemon.loop.call_later(_RATE_TICK_S, self._next)
         self._check()
 
-    def _send(self, rows: list[api.SocketRow]) -> None:
+    def _send(self, rows: list[Found]) -> None:
         selection = []
         for row in rows:
             try:
-                descriptor = duplicate(row.pid, row.fd)
+                descriptor = duplicate(row.holder.pid, row.holder.fd)
             except Refusal:
                 # It has been closed since it was listed: nothing is left to move.
                 self._selected -= 1
                 continue
-            selection.append(Selected(descriptor, row.pid, row.fd))
+            selection.append(Selected(descriptor, row.holder.pid, row.holder.fd))
         if not selection:
             return
         self._under_way += len(selection)
@@ -89,6 +91,7 @@ class Drain:
             target=self._target,
             timeout_s=self._request.timeout_s or _TIMEOUT_S,
             dry_run=self._request.dry_run,
+            nobody=self._daemon.members.nobody(self._target) if self._request.dry_run else None,
             done=lambda records: self._check(),
             progress=self._ended,
         )
@@ -113,8 +116,6 @@ class Drain:
             self._daemon.loop.call_later(_PROGRESS_INTERVAL_S, self._progress)
 
     def _say(self, *, more: bool) -> None:
-        from sockmi.operations import record_of
-
         elapsed_s = time.monotonic() - self._started
         news, self._news = self._news[:500], self._news[500:]
         if self._news and not more:
@@ -122,10 +123,12 @@ class Drain:
             more = True
         moved = self._counts[api.Outcome.MOVED]
         self._report(
-            api.DrainResponse(
-                id=self._request.id,
-                more=more,
-                progress=api.Progress(
+            {
+                "id": self._request.id,
+                "ok": True,
+                "more": more,
+                "fds": 0,
+                "progress": api.Progress(
                     selected=self._selected,
                     moved=moved,
                     refused=self._counts[api.Outcome.REFUSED],
@@ -135,7 +138,7 @@ class Drain:
                     remaining=len(self._left) + self._under_way,
                     elapsed_s=elapsed_s,
                     rate_per_s=moved / elapsed_s if elapsed_s else 0.0,
-                ),
-                migrations=[record_of(record) for record in news],
-            )
+                ).model_dump(),
+                "migrations": [whole_record(record) for record in news],
+            }
         )

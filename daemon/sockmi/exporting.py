@@ -25,7 +25,8 @@ from sockmi.journal import Change, Record
 from sockmi.permission import Caller
 from sockmi.protocol.actions import Commit, Freeze, Outcome, Report, Result, Thaw
 from sockmi.protocol.events import CancelExport, ChildrenFound, CommitDone, FreezeDone, StartExport
-from sockmi.protocol.records import BatchId, ChunkId, Decision, HostId, Item, MigrationId, Route
+from sockmi.protocol.records import BatchId, ChunkId, Decision, HostId, Item, MigrationId, Place, Route
+from sockmi.redirect.base import Mode
 from sockmi.redirect.held import pack
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
@@ -36,6 +37,7 @@ _log = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 0.1
 # The kernel's hold outlasts the freeze by this much; a commit that comes later than half of it is undone.
 _HOLD_MARGIN_S = 1.0
+_REACHABILITY_TTL_S = 2.0
 _IMAGE_OVERHEAD_BYTES = 2048
 
 
@@ -99,6 +101,8 @@ class Exporting:
         self.exports: dict[MigrationId, Export] = {}
         self._batches: dict[BatchId, Batch] = {}
         self._inodes: set[int] = set()
+        self._to_resume: list[Export] = []
+        self._reachability: dict[tuple[Mode, IPv4Address | IPv6Address], tuple[float, str | None]] = {}
 
     # -- selection
 
@@ -111,11 +115,12 @@ class Exporting:
         dry_run: bool,
         done: Callable[[list[dict[str, Any]]], None],
         progress: Callable[[dict[str, Any]], None] | None = None,
+        nobody: Refusal | None = None,
     ) -> BatchId:
         """Move sockets; ``done`` gets one record for each, in order, and ``progress`` each as it ends.
 
-        A descriptor whose socket is already migrating, or cannot move, is refused at once. Returns
-        the batch id, for ``CancelExport``.
+        ``nobody``: why a dry run finds no importer, if so. A descriptor whose socket is already
+        migrating, or cannot move, is refused at once. Returns the batch id, for ``cancel``.
         """
         batch_id = uuid4().bytes
         batch = Batch(done, progress)
@@ -151,7 +156,7 @@ class Exporting:
                 if refusal is not None:
                     self._end(export, batch, "refused", refusal)
                 elif dry_run:
-                    self._end(export, batch, "planned", None)
+                    self._end(export, batch, "refused" if nobody else "planned", nobody)
                 else:
                     items.append(self._item(export))
             self._journal_start([export.record for export in going if export.record.get("outcome")])
@@ -261,6 +266,7 @@ class Exporting:
 
     def freeze(self, action: Freeze) -> None:
         """Stop the owners, hold the packets, capture; whatever goes wrong is undone and answered."""
+        self._resume_released()
         exports = [self.exports[item.migration] for item in action.items]
         try:
             results = self._freeze(action, exports)
@@ -276,12 +282,12 @@ class Exporting:
     def _freeze(self, action: Freeze, exports: list[Export]) -> list[bytes | Refusal]:
         shell = self._shell
         results: list[bytes | Refusal] = [b""] * len(exports)
-        for index, (export, place) in enumerate(zip(exports, action.places, strict=True)):
-            if place.mode is not None and place.endpoint is not None:
-                obstacle = shell.redirects[place.mode].reachable(place.endpoint.address)
-                if obstacle:
-                    results[index] = Refusal(Code.NO_REDIRECT, obstacle)
-            export.frozen_at = time.monotonic()
+        for index, place in enumerate(action.places):
+            if obstacle := self._unreachable(place):
+                results[index] = Refusal(Code.NO_REDIRECT, obstacle)
+        frozen_at = time.monotonic()
+        for export in exports:
+            export.frozen_at = frozen_at
         self._stop(exports, results)
         reached("freeze.stopped")
         frozen = [index for index, result in enumerate(results) if isinstance(result, bytes)]
@@ -296,6 +302,17 @@ class Exporting:
                 results[index] = one
                 self._undo([exports[index]])
         return results
+
+    def _unreachable(self, place: Place) -> str | None:
+        """Why packets cannot be led to a place; the routing tables are asked now and then, not each time."""
+        if place.mode is None or place.endpoint is None:
+            return None
+        key, now = (place.mode, place.endpoint.address), time.monotonic()
+        known = self._reachability.get(key)
+        if known is None or known[0] < now:
+            obstacle = self._shell.redirects[place.mode].reachable(place.endpoint.address)
+            known = self._reachability[key] = (time.monotonic() + _REACHABILITY_TTL_S, obstacle)
+        return known[1]
 
     def _stop(self, exports: list[Export], results: list[bytes | Refusal]) -> None:
         going = [index for index, result in enumerate(results) if isinstance(result, bytes)]
@@ -362,6 +379,10 @@ class Exporting:
         reached("thaw.unheld")
         self._resume(exports)
 
+    def _resume_released(self) -> None:
+        exports, self._to_resume = self._to_resume, []
+        self._resume(exports)
+
     def _resume(self, exports: list[Export]) -> None:
         stopped = [export for export in exports if export.stopped]
         self._shell.engine.resume([export.facts.inode for export in stopped])
@@ -411,7 +432,9 @@ class Exporting:
             self._take_back(action.routes, exports, results, undone=before)
         self._drop_holdings(action.routes, going)
         self._redirecting.add_routes(action.routes[index] for index in going if action.routes[index].durable)
-        self._resume([exports[index] for index in going])
+        # The importer need not wait until the owners run again; the next freeze does.
+        self._to_resume += [exports[index] for index in going]
+        shell.loop.call_later(0, self._resume_released)
         self._ship_held(action.decision.importer, [(action.routes[index], exports[index]) for index in going])
         reached("commit.done")
         shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))

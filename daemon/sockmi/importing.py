@@ -6,11 +6,13 @@ Until then its image is in the spool, so that whatever dies, the copy can be mad
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from typing import Any
 from uuid import UUID
 
@@ -41,7 +43,7 @@ from sockmi.protocol.records import (
 from sockmi.redirect.held import unpack
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, by_mode, inbound, living, now_text
+from sockmi.shell import Shell, by_mode, inbound, living, now_text, whole_record
 from sockmi.spool import SpoolError
 
 _log = logging.getLogger(__name__)
@@ -308,16 +310,10 @@ class Importing:
         change = Change(drop=[(Record.PREPARED, str(action.chunk))])
         change.drop.extend((Record.ROUTE, connection.hex()) for connection in action.returning)
         holdings = [holding for holding in action.holdings if holding.migration in self.copies]
-        durable.keep(change, [holding for holding in holdings if holding.durable])
         copies = [self.copies[holding.migration] for holding in holdings]
         for copy, holding in zip(copies, holdings, strict=True):
             copy.holding = holding
             copy.record["step"] = "committed"
-            change.keep.append((Record.LISTED, copy.candidate.migration_id.hex, _listed(copy)))
-            change.audit.append((copy.candidate.migration_id, "import", copy.record))
-        self._redirecting.add_holdings(holdings)
-        shell.journal.write(change)
-        reached("activate.journalled")
         by_client: dict[Client, list[Copy]] = {}
         for copy in copies:
             waiting = self.lists.claimed(copy.candidate.migration_id)
@@ -328,10 +324,6 @@ class Importing:
         pending = len(by_client)
         results = tuple(None if one.migration in self.copies else _LOST for one in action.holdings)
         answer = ActivateDone(action.chunk, results)
-        if not pending:
-            self.update_capacity()
-            shell.dispatch(answer)
-            return
 
         def handed() -> None:
             nonlocal pending
@@ -339,8 +331,19 @@ class Importing:
             if pending == 0:
                 shell.dispatch(answer)
 
+        # The applications look at what they get while we write; nothing comes to life before that is done.
         for client, theirs in by_client.items():
             self._hand(client, theirs, handed)
+        durable.keep(change, [holding for holding in holdings if holding.durable])
+        for copy in copies:
+            change.keep.append((Record.LISTED, copy.candidate.migration_id.hex, _listed(copy)))
+            change.audit.append((copy.candidate.migration_id, "import", {"step": "committed"}))
+        self._redirecting.add_holdings(holdings)
+        shell.journal.write(change)
+        reached("activate.journalled")
+        if not by_client:
+            self.update_capacity()
+            shell.dispatch(answer)
 
     def _list(self, copy: Copy) -> None:
         """No application has it: it waits as an image, its tuple held."""
@@ -426,26 +429,27 @@ class Importing:
         items, contexts = [], []
         for copy in copies:
             waiting = self.lists.claimed(copy.candidate.migration_id)
-            context = section(copy.image, Section.CONTEXT)
+            context = section(copy.image, Section.CONTEXT) if copy.facts.context_bytes else b""
             if context:
                 contexts.append(_memfd(context))
             items.append(
-                api.ImportedItem(
-                    request=waiting.index if waiting else 0,
-                    family="inet6" if copy.facts.family is Family.INET6 else "inet",
-                    local=str(copy.placement.local) if copy.placement.local else None,
-                    remote=str(copy.candidate.remote) if copy.candidate.remote else None,
-                    origin=str(copy.candidate.local) if copy.candidate.local else None,
-                    context=bool(context),
-                    record=api.MigrationRecord.model_validate_json(_json(copy.record)),
-                )
+                {
+                    "request": waiting.index if waiting else 0,
+                    "family": "inet6" if copy.facts.family is Family.INET6 else "inet",
+                    "local": str(copy.placement.local) if copy.placement.local else None,
+                    "remote": str(copy.candidate.remote) if copy.candidate.remote else None,
+                    "origin": str(copy.candidate.local) if copy.candidate.local else None,
+                    "context": bool(context),
+                    "record": whole_record(copy.record),
+                }
             )
         self.lists.cancel(client)
         handing = Handing(copies, done)
         handing.timer = self._shell.loop.call_later(_TAKE_TIMEOUT_S, self._taken_too_late, client)
         self._handings[client] = handing
         descriptors = [copy.fd for copy in copies] + contexts
-        client.respond(api.ImportResponse(id=request.id, fds=len(descriptors), imported=items), descriptors)
+        answer = {"id": request.id, "ok": True, "more": False, "fds": len(descriptors), "imported": items}
+        client.respond(answer, descriptors)
         reached("hand.sent")
         for context_fd in contexts:
             os.close(context_fd)
@@ -463,7 +467,7 @@ class Importing:
         wanted = set(request.migrations)
         taken = [copy for copy in handing.copies if copy.candidate.migration_id in wanted]
         for copy in handing.copies:
-            if copy not in taken:
+            if copy.candidate.migration_id not in wanted:
                 self._list(copy)
         try:
             failed = self._bring_to_life(taken)
@@ -485,6 +489,8 @@ class Importing:
             )
         )
         reached("taken.answered")
+        # They are the client's, whatever happens to us: this can wait until it knows.
+        self._settle([copy for copy in taken if copy.candidate.migration_id not in failed])
         self.update_capacity()
         handing.done()
 
@@ -498,13 +504,20 @@ class Importing:
         failed: dict[UUID, Refusal] = {}
         outcomes = shell.engine.activate([copy.fd for copy in copies], [copy.image for copy in copies])
         reached("taken.activated")
-        change = Change()
         for copy, refusal in zip(copies, outcomes, strict=True):
-            migration = copy.candidate.migration_id
             if refusal is not None:
-                failed[migration] = refusal
+                failed[copy.candidate.migration_id] = refusal
                 self._fall_back(copy)
-                continue
+        live = [copy.tuple for copy in copies if copy.candidate.migration_id not in failed]
+        shell.held.deliver(shell.held.take([one for one in live if one]))
+        return failed
+
+    def _settle(self, copies: list[Copy]) -> None:
+        """They live with their applications: nothing of them is kept here but the holdings."""
+        change = Change()
+        news = {"step": "active", "outcome": "moved", "ended_at": now_text()}
+        for copy in copies:
+            migration = copy.candidate.migration_id
             os.close(copy.fd)
             copy.fd = -1
             copy.image = b""
@@ -512,19 +525,16 @@ class Importing:
             self._placing.forget(migration.bytes)
             self.lists.unreserve(migration)
             self._unspool(copy)
-            copy.record.update(step="active", outcome="moved", ended_at=now_text())
-            shell.metrics.migrations.labels(direction="import", outcome="moved").inc()
             change.drop.append((Record.LISTED, migration.hex))
-            change.audit.append((migration, "import", copy.record))
+            change.audit.append((migration, "import", news))
         reached("taken.unspooled")
         if change.drop:
+            self._shell.metrics.migrations.labels(direction="import", outcome="moved").inc(len(copies))
             try:
-                shell.journal.write(change)
+                self._shell.journal.write(change)
             except Exception:  # they live all the same; a restart sees that
                 _log.exception("journalling that %d sockets live", len(change.drop))
         reached("taken.journalled")
-        shell.held.deliver(shell.held.take([one.tuple for one in copies if one.tuple and one.fd < 0]))
-        return failed
 
     def held_arrived(self, content: bytes) -> None:
         """Packets that the exporter's hold has kept for copies here; ValueError if malformed."""
@@ -641,16 +651,36 @@ class Importing:
 
 
 def _criteria(wanted: api.ImportCriteria) -> Criteria:
-    from ipaddress import ip_address
-
-    return Criteria(
-        frozenset(wanted.states),
-        frozenset(wanted.preferred),
-        ip_address(wanted.local_address) if wanted.local_address else None,
+    return _same_criteria(
+        tuple(wanted.states),
+        tuple(wanted.preferred),
+        wanted.local_address,
         wanted.local_port,
-        ip_address(wanted.remote_address) if wanted.remote_address else None,
+        wanted.remote_address,
         wanted.remote_port,
         wanted.listener,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _same_criteria(  # noqa: PLR0917 - all of Criteria, in order
+    states: tuple[Kind, ...],
+    preferred: tuple[Kind, ...],
+    local_address: str | None,
+    local_port: int | None,
+    remote_address: str | None,
+    remote_port: int | None,
+    listener: UUID | None,
+) -> Criteria:
+    """Applications ask for the same again and again."""
+    return Criteria(
+        frozenset(states),
+        frozenset(preferred),
+        ip_address(local_address) if local_address else None,
+        local_port,
+        ip_address(remote_address) if remote_address else None,
+        remote_port,
+        listener,
     )
 
 
@@ -673,12 +703,6 @@ def _memfd(content: bytes) -> int:
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
-
-
-def _json(record: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(record)
 
 
 def _listed(copy: Copy) -> list[Any]:

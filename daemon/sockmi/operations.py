@@ -7,11 +7,12 @@ import fnmatch
 import os
 import time
 from collections.abc import Callable
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from sockmi import api
 from sockmi.config import ConfigError
@@ -32,6 +33,15 @@ if TYPE_CHECKING:
 
 _ROWS_PER_LINE = 200
 _EXPORT_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One descriptor of a socket of this host."""
+
+    socket: ListedSocket
+    holder: Holder
+    unit: str | None
 
 
 class Operations:
@@ -78,25 +88,30 @@ class Operations:
     def _export(self, client: Client, request: api.ExportRequest, descriptors: list[int]) -> None:
         if self._daemon.stopping:
             raise Refusal(Code.SHUTTING_DOWN, "This daemon is stopping; try again when it runs.")
-        target = self._daemon.members.target(request.to)
         done_before = self._already_done(request)
         if done_before is not None:
             close_all(descriptors)
-            client.respond(api.ExportResponse(id=request.id, migrations=done_before))
+            _respond_records(client, request.id, api.ExportResponse, done_before)
             return
+        target = self._daemon.members.target(request.to)
         selection = self._select(client, request, descriptors)
 
         def done(records: list[dict[str, Any]]) -> None:
             self._exports.pop(client, None)
-            # Connections that follow a listener are in the history, tagged with it.
-            asked = [record_of(one) for one in records[: len(request.sockets)]]
-            client.respond(api.ExportResponse(id=request.id, migrations=asked))
+            # In the order of the request; what follows a listener is in the history, tagged with it.
+            going = iter(records)
+            asked = [
+                record_of(next(going)) if isinstance(one, Selected) else self._refused(item, one)
+                for item, one in zip(request.sockets, selection, strict=True)
+            ]
+            _respond_records(client, request.id, api.ExportResponse, asked)
 
         batch = self._daemon.exporting.export(
-            selection,
+            [one for one in selection if isinstance(one, Selected)],
             target=target,
             timeout_s=request.timeout_s or _EXPORT_TIMEOUT_S,
             dry_run=request.dry_run,
+            nobody=self._daemon.members.nobody(target) if request.dry_run else None,
             done=done,
         )
         if self._daemon.exporting.is_open(batch):
@@ -114,11 +129,30 @@ class Operations:
             return [record_of(record) for record in records if record is not None]
         return None
 
-    def _select(self, client: Client, request: api.ExportRequest, descriptors: list[int]) -> list[Selected]:
-        """Pair items with their descriptors; the daemon takes only what an administrator names."""
+    def _refused(self, item: api.ExportItem, refusal: Refusal) -> api.MigrationRecord:
+        """The record of a socket that is not there (any more)."""
+        return api.MigrationRecord(
+            migration_id=item.migration_id or uuid4(),
+            kind=None,
+            state=None,
+            from_=self._daemon.host_name,
+            pid=item.pid,
+            fd=item.fd,
+            started_at=datetime.now(UTC),
+            outcome=api.Outcome.REFUSED,
+            refusal=api.Why.of(refusal),
+        )
+
+    def _select(
+        self, client: Client, request: api.ExportRequest, descriptors: list[int]
+    ) -> list[Selected | Refusal]:
+        """Pair items with their descriptors; the daemon takes only what an administrator names.
+
+        A socket that cannot be taken is refused alone.
+        """
         caller = None if client.administrator else Caller(client.pid, client.uid)
         remaining = iter(list(descriptors))
-        selection: list[Selected] = []
+        selection: list[Selected | Refusal] = []
         taken: list[int] = []
         try:
             for item in request.sockets:
@@ -126,12 +160,11 @@ class Operations:
                     descriptor = next(remaining)
                 elif client.administrator:
                     assert item.pid is not None and item.fd is not None
-                    if item.pid == os.getpid():
-                        raise Refusal(
-                            Code.OWNER_IS_DAEMON,
-                            "That is this daemon's own descriptor; name one of the application's.",
-                        )
-                    descriptor = duplicate(item.pid, item.fd)
+                    try:
+                        descriptor = _taken_from(item.pid, item.fd)
+                    except Refusal as refusal:
+                        selection.append(refusal)
+                        continue
                     taken.append(descriptor)
                 else:
                     raise Refusal(
@@ -143,11 +176,13 @@ class Operations:
                 )
             for one, item in zip(selection, request.sockets, strict=True):
                 if item.context:
-                    one.context = _read_memfd(next(remaining))
+                    content = _read_memfd(next(remaining))
+                    if isinstance(one, Selected):
+                        one.context = content
         except BaseException:
             close_all(taken)
             raise
-        kept = {one.descriptor for one in selection}
+        kept = {one.descriptor for one in selection if isinstance(one, Selected)}
         close_all([one for one in descriptors if one not in kept])
         return selection
 
@@ -165,7 +200,7 @@ class Operations:
         if request.table is api.Table.SOCKETS:
             self.find_sockets(
                 request.filter,
-                lambda rows: _respond_rows(client, request.id, "sockets", rows),
+                lambda found: _respond_rows(client, request.id, "sockets", self._socket_rows(found)),
                 only_uid=None if client.administrator else client.uid,
             )
         elif request.table is api.Table.IMPORTS:
@@ -176,7 +211,7 @@ class Operations:
     def find_sockets(
         self,
         wanted: api.SocketFilter,
-        found: Callable[[list[api.SocketRow]], None],
+        found: Callable[[list[Found]], None],
         *,
         only_uid: int | None = None,
     ) -> None:
@@ -193,41 +228,36 @@ class Operations:
                         units[holder.pid] = unit_of(holder.pid)
                     unit = units[holder.pid]
                     if only_uid in (None, one.uid) and _matches(wanted, one, holder, unit):
-                        rows.append(self._row(one, holder, unit))
+                        rows.append(Found(one, holder, unit))
             found(rows)
 
         future.add_done_callback(lambda one: finish(one.result()))
 
-    def _row(self, listed: ListedSocket, holder: Holder, unit: str | None) -> api.SocketRow:
-        refusal = self._verdict(holder)
-        listening = listed.state == "LISTEN"
-        return api.SocketRow(
-            pid=holder.pid,
-            fd=holder.fd,
-            process=holder.name,
-            unit=unit,
-            user_id=listed.uid,
-            inode=listed.inode,
-            kind=_kind(listed),
-            state=listed.state,
-            local=str(listed.local),
-            remote=str(listed.remote) if listed.remote else None,
-            receive_queue_bytes=0 if listening else listed.receive_queue,
-            send_queue_bytes=0 if listening else listed.send_queue,
-            movable=refusal is None,
-            refusal=api.Why.of(refusal) if refusal else None,
-        )
+    def _socket_rows(self, found: list[Found]) -> list[api.SocketRow]:
+        rows: list[api.SocketRow] = []
+        for start in range(0, len(found), _ROWS_PER_LINE):
+            some = found[start : start + _ROWS_PER_LINE]
+            verdicts = self._verdicts([one.holder for one in some])
+            rows += [_row(one, verdict) for one, verdict in zip(some, verdicts, strict=True)]
+        return rows
 
-    def _verdict(self, holder: Holder) -> Refusal | None:
+    def _verdicts(self, holders: list[Holder]) -> list[Refusal | None]:
+        """What stands against moving the sockets of these descriptors."""
+        verdicts: list[Refusal | None] = [None] * len(holders)
+        duplicates: dict[int, int] = {}
         try:
-            descriptor = duplicate(holder.pid, holder.fd)
-        except Refusal as refusal:
-            return refusal
-        try:
-            (facts,) = self._daemon.shell.engine.inspect([descriptor])
+            for index, holder in enumerate(holders):
+                try:
+                    duplicates[index] = duplicate(holder.pid, holder.fd)
+                except Refusal as refusal:
+                    verdicts[index] = refusal
+            for index, facts in zip(
+                duplicates, self._daemon.shell.engine.inspect(list(duplicates.values())), strict=True
+            ):
+                verdicts[index] = facts.refusal
         finally:
-            os.close(descriptor)
-        return facts.refusal
+            close_all(list(duplicates.values()))
+        return verdicts
 
     def _import_rows(self) -> list[api.ImportRow]:
         rows = []
@@ -328,7 +358,7 @@ class Operations:
             if waiting and time.monotonic() < deadline and not client.closed:
                 self._daemon.loop.call_later(0.02, answer)
                 return
-            client.respond(api.InfoResponse(id=request.id, migrations=[record_of(one) for one in records]))
+            _respond_records(client, request.id, api.InfoResponse, [record_of(one) for one in records])
 
         answer()
 
@@ -354,10 +384,7 @@ class Operations:
                 chosen.append(record)
                 if len(chosen) == request.limit:
                     break
-        for start in range(0, max(1, len(chosen)), _ROWS_PER_LINE):
-            more = start + _ROWS_PER_LINE < len(chosen)
-            page = chosen[start : start + _ROWS_PER_LINE]
-            client.respond(api.HistoryResponse(id=request.id, more=more, migrations=page))
+        _respond_records(client, request.id, api.HistoryResponse, chosen)
 
     # -- acting
 
@@ -368,9 +395,9 @@ class Operations:
         if client in self._drains:
             raise Refusal(Code.BAD_REQUEST, "This connection drains already; use another one.")
 
-        def report(response: api.DrainResponse) -> None:
+        def report(response: dict[str, Any]) -> None:
             client.respond(response)
-            if not response.more:
+            if not response["more"]:
                 self._drains.pop(client, None)
 
         drain = Drain(self._daemon, request, target, report)
@@ -409,6 +436,25 @@ def record_of(content: dict[str, Any]) -> api.MigrationRecord:
     return api.MigrationRecord.model_validate_json(json.dumps(content))
 
 
+def _taken_from(pid: int, fd: int) -> int:
+    if pid == os.getpid():
+        message = "That is this daemon's own descriptor; name one of the application's."
+        raise Refusal(Code.OWNER_IS_DAEMON, message)
+    return duplicate(pid, fd)
+
+
+def _respond_records(
+    client: Client,
+    request_id: str | int | None,
+    response: type[api.ExportResponse | api.InfoResponse | api.HistoryResponse],
+    records: list[api.MigrationRecord],
+) -> None:
+    """As many lines as it takes: a line has its limit."""
+    for start in range(0, max(1, len(records)), _ROWS_PER_LINE):
+        more = start + _ROWS_PER_LINE < len(records)
+        client.respond(response(id=request_id, more=more, migrations=records[start : start + _ROWS_PER_LINE]))
+
+
 def _read_memfd(descriptor: int) -> bytes:
     """An application's context; it must be sealed, so that its size cannot change while it is read."""
     import fcntl
@@ -434,6 +480,27 @@ def _respond_rows(client: Client, request_id: str | int | None, table: str, rows
         more = start + _ROWS_PER_LINE < len(rows)
         response = api.ListResponse(id=request_id, more=more)
         client.respond(response.model_copy(update={table: rows[start : start + _ROWS_PER_LINE]}))
+
+
+def _row(found: Found, refusal: Refusal | None) -> api.SocketRow:
+    listed, holder = found.socket, found.holder
+    listening = listed.state == "LISTEN"
+    return api.SocketRow(
+        pid=holder.pid,
+        fd=holder.fd,
+        process=holder.name,
+        unit=found.unit,
+        user_id=listed.uid,
+        inode=listed.inode,
+        kind=_kind(listed),
+        state=listed.state,
+        local=str(listed.local),
+        remote=str(listed.remote) if listed.remote else None,
+        receive_queue_bytes=0 if listening else listed.receive_queue,
+        send_queue_bytes=0 if listening else listed.send_queue,
+        movable=refusal is None,
+        refusal=api.Why.of(refusal) if refusal else None,
+    )
 
 
 def _kind(listed: ListedSocket) -> Kind:

@@ -56,7 +56,8 @@ class Redirecting:
         route = self.routes.pop(connection, None)
         if route is not None and (one := outbound(route)) is not None:
             self._routes_by_tuple.pop(one.tuple, None)
-        self._count()
+        if route is not None:
+            self._count()
         return route
 
     def add_holdings(self, holdings: Iterable[Holding]) -> None:
@@ -72,7 +73,8 @@ class Redirecting:
         holding = self.holdings.pop(connection, None)
         if holding is not None and (lives := living(holding)) is not None:
             self._by_tuple.pop(lives, None)
-        self._count()
+        if holding is not None:
+            self._count()
         return holding
 
     def holding_of(self, facts: SocketFacts) -> Holding | None:

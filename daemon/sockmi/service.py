@@ -304,12 +304,16 @@ class Daemon:
             )
 
     def reload(self) -> tuple[list[str], list[str]]:
-        """Read the configuration file again; returns (settings changed now, settings that need a restart)."""
+        """Read the configuration and key files again; returns (settings changed now, those for a restart)."""
         if self.config_path is None:
             raise ConfigError("this daemon was started without a configuration file")
         notify.reloading()
         try:
             new = Config.load(self.config_path)
+            try:
+                self.members.rekey()
+            except KeyFileError as error:
+                raise ConfigError(str(error)) from error
             live = {"timing", "imports", "policy", "weight", "chunk_size", "pipeline_depth", "log_level"}
             differing = [
                 name for name in Config.model_fields if getattr(new, name) != getattr(self.config, name)

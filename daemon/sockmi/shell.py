@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -101,6 +102,20 @@ def why(refusal: Refusal) -> dict[str, str]:
     from sockmi.api import ERRNO
 
     return {"code": refusal.code, "message": refusal.message, "errno": ERRNO[refusal.code]}
+
+
+@functools.cache
+def _record_defaults() -> dict[str, Any]:
+    from sockmi.api import FidelityReport, MigrationRecord
+
+    fields = MigrationRecord.model_fields.items()
+    defaults = {name: one.default for name, one in fields if not one.is_required()}
+    return defaults | {"fidelity": FidelityReport().model_dump()}
+
+
+def whole_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with every field of ``api.MigrationRecord``, for responses that are not validated."""
+    return _record_defaults() | record
 
 
 def now_text() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -87,6 +88,8 @@ def cluster(lab: Lab, hosts: str = "ab", crash_at: dict[str, str] | None = None,
     one = Cluster(lab, hosts, **overrides)
     try:
         for host in hosts:
+            shutil.rmtree(lab.host(host).state_dir)
+            lab.host(host).state_dir.mkdir()
             one.start(host, (crash_at or {}).get(host, ""))
         one.ready()
         yield one

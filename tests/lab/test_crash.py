@@ -87,9 +87,9 @@ def test_importer_dies(lab: Lab, tmp_path: Path, point: str, mode: str) -> None:
         drain = Drain(lab, "a", "b", serving.port)
         daemons.died("b")
         daemons.restart_dead()
-        assert drain.ended() is not None
+        records = drain.ended()
+        assert records is not None
         where = proved(serving, "ab")
-        if point.startswith("prepare"):
-            assert set(where.values()) == {"a"}
-        else:
-            assert set(where.values()) == {"b"}
+        # What was not yet promised is tried again, if the importer is back in time.
+        assert {one["outcome"] for one in records} == ({"moved"} if "b" in where.values() else {"aborted"})
+        assert "b" in where.values() or point.startswith("prepare")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+# bash completion for sockmi(1); install as /usr/share/bash-completion/completions/sockmi.
+
+_sockmi() {
+	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} command=${COMP_WORDS[1]} words=
+	local common="--json --control"
+	local select="--pid --fd --process --unit --kind --state --local-address --local-port --port --remote-address --remote-port"
+	local moving="--to --timeout --dry-run"
+
+	if [ "$COMP_CWORD" -eq 1 ]; then
+		words="export import list status history groups drain doctor reload key --version --help"
+		mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+		return
+	fi
+	case $prev in
+	--control | --key-file)
+		mapfile -t COMPREPLY < <(compgen -f -- "$cur")
+		return
+		;;
+	--exec)
+		mapfile -t COMPREPLY < <(compgen -c -- "$cur")
+		return
+		;;
+	--kind) words="bound listening connected" ;;
+	--outcome) words="moved refused aborted failed planned" ;;
+	--direction) words="export import" ;;
+	--state) words="ESTABLISHED SYN-SENT SYN-RECEIVED FIN-WAIT-1 FIN-WAIT-2 TIME-WAIT CLOSED CLOSE-WAIT LAST-ACK LISTEN CLOSING" ;;
+	--interface) words=$(command ls /sys/class/net) ;;
+	--to | --host) words=$(_sockmi_hosts) ;;
+	--pid | --fd | --process | --unit | --count | --limit | --timeout | --rate | --since | --until | --peer | \
+		--address | --port | --local-address | --local-port | --remote-address | --remote-port) return ;;
+	esac
+	if [ -z "$words" ]; then
+		case $command in
+		export) words="$common $moving --pid --fd" ;;
+		import) words="$common --kind --count --timeout --exec --local-address --local-port --port --remote-address --remote-port" ;;
+		list) words="$common $select sockets imports redirects" ;;
+		status) words=$common ;;
+		history) words="$common --limit --outcome --direction --host --since --until" ;;
+		groups) words="$common --address --peer --port --interface --key-file list join leave" ;;
+		drain) words="$common $select $moving --all --rate" ;;
+		doctor) words=$common ;;
+		reload) words=$common ;;
+		key)
+			words=$common
+			[[ $cur == -* ]] || words=$(compgen -f -- "$cur")
+			;;
+		esac
+	fi
+	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+}
+
+# Names of the hosts that the daemon hears.
+_sockmi_hosts() {
+	sockmi groups --json 2>/dev/null | sed -n 's/^ *"host": "\([^"]*\)".*/\1/p' | sort -u
+}
+
+complete -F _sockmi sockmi
