@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Builds the engine's C library into the wheel; everything else is in pyproject.toml."""
 
 from __future__ import annotations

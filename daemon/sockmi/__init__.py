@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SockMi: move live TCP sockets between Linux hosts while the peer notices nothing.
 
 The public API (``sockmi.import_socket`` and so on) is loaded on first use: the daemon's own

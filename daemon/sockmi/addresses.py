@@ -1,9 +1,21 @@
+# SPDX-License-Identifier: MIT
 """Addresses of TCP sockets: endpoints and four-tuples, IPv4 and IPv6."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
+
+
+def text_of(address: IPv4Address | IPv6Address) -> str:
+    """``str(address)``, remembered: the same few addresses are written again and again."""
+    return _text(address.version, int(address))
+
+
+@lru_cache(maxsize=4096)
+def _text(version: int, number: int) -> str:
+    return str(IPv4Address(number) if version == 4 else IPv6Address(number))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -21,6 +33,9 @@ class Endpoint:
         if not 0 <= self.port <= 0xFFFF:
             raise ValueError(f"port {self.port} is outside 0..65535")
 
+    def __hash__(self) -> int:
+        return hash((int(self.address), self.port))  # that of an ip_address goes by way of its digits
+
     @property
     def version(self) -> int:
         """IP version, 4 or 6."""
@@ -37,8 +52,8 @@ class Endpoint:
         return cls(ip_address(host.strip("[]")), int(port))
 
     def __str__(self) -> str:
-        host = f"[{self.address}]" if self.version == 6 else str(self.address)
-        return f"{host}:{self.port}"
+        host = text_of(self.address)
+        return f"[{host}]:{self.port}" if self.version == 6 else f"{host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -47,6 +62,10 @@ class FourTuple:
 
     local: Endpoint
     remote: Endpoint
+
+    def __hash__(self) -> int:
+        local, remote = self.local, self.remote
+        return hash((int(local.address), local.port, int(remote.address), remote.port))
 
     @property
     def version(self) -> int:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Asyncio forms of `sockmi.client`: the same calls, awaited.
 
     async for arrived in sockmi.imports(["connected"], local_port=80):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The control socket's requests and responses: the one definition that the daemon uses.
 
 The specification for people, and for clients without pydantic, is ``docs/control.md``; a test

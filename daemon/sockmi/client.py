@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Python API: import and export live TCP sockets through this host's daemon.
 
     import sockmi

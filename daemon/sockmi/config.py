@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The daemon's configuration: one YAML file, one model, every value with its unit and limits."""
 
 from __future__ import annotations

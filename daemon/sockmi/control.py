@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The control socket's server: lines and descriptors in, lines and descriptors out (docs/control.md).
 
 Plain callbacks on one event loop; nothing here knows what a request means.

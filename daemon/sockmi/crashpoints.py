@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Named places in the daemon at which a test can have it die: ``SOCKMI_CRASH_AT=POINT[:NTH[:SIGNAL]],...``.
 
 ``reached(point)`` stands beside each step that a crash must not spoil. Without the variable it does

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """sock_diag(7): is there a socket for this connection, and which connections have just ended.
 
 One netlink request for one question (about 10 us); pyroute2's DiagSocket is made for dumps.

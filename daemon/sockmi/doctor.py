@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """``sockmi doctor``: each thing that would make a migration fail here, and its mend."""
 
 from __future__ import annotations

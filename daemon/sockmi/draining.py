@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A drain: every socket that a filter selects, moved at a rate, with progress."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The protocol's durable records as JSON, for the journal: what is written here is read here."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
-from sockmi.addresses import Endpoint, FourTuple
+from sockmi.addresses import Endpoint, FourTuple, text_of
 from sockmi.engine.base import Kind, Needs
 from sockmi.journal import Change, Journal, Record
 from sockmi.protocol.events import Started
@@ -109,7 +110,7 @@ def modes_in_use(journal: Journal) -> set[Mode]:
 
 def write_endpoint(endpoint: Endpoint | None) -> list[Any] | None:
     """``[address, port]``, or None."""
-    return None if endpoint is None else [str(endpoint.address), endpoint.port]
+    return None if endpoint is None else [text_of(endpoint.address), endpoint.port]
 
 
 def read_endpoint(content: list[Any] | None) -> Endpoint | None:

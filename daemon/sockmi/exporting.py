@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The exporter's half of the shell: selects, freezes, commits and thaws real sockets.
 
 Order matters in ``freeze`` (owners stop before packets are held, both before anything is read) and
@@ -39,6 +40,7 @@ _STOP_TIMEOUT_S = 0.1
 _HOLD_MARGIN_S = 1.0
 _REACHABILITY_TTL_S = 2.0
 _IMAGE_OVERHEAD_BYTES = 2048
+_GROWTH_BYTES = 1 << 20  # what queues may take between selection and freeze
 
 
 FindHolders = Callable[[set[int], Callable[[dict[int, list[int]], dict[int, Refusal]], None]], None]
@@ -64,6 +66,7 @@ class Export:
     """One migration under way, from selection to its outcome."""
 
     selected: Selected
+    migration: MigrationId
     facts: SocketFacts
     record: dict[str, Any]
     holders: list[int] = field(default_factory=list)
@@ -171,7 +174,7 @@ class Exporting:
 
     def _obstacle(self, export: Export) -> Refusal | None:
         """What stands against a migration besides the socket itself."""
-        facts, known = export.facts, self.exports.get(UUID(export.record["migration_id"]).bytes)
+        facts, known = export.facts, self.exports.get(export.migration)
         if facts.inode in self._inodes or known is not export:
             return Refusal(
                 Code.ALREADY_MIGRATING,
@@ -225,14 +228,14 @@ class Exporting:
             "sent_bytes": facts.send_queue_bytes,
             "context_bytes": len(selected.context or b""),
         }
-        export = Export(selected, facts, record)
+        export = Export(selected, migration_id.bytes, facts, record)
         if migration_id.bytes not in self.exports:
             self.exports[migration_id.bytes] = export
         return export
 
     def _item(self, export: Export) -> Item:
         facts = export.facts
-        migration = UUID(export.record["migration_id"]).bytes
+        migration = export.migration
         holding = self._holding_of(facts)
         bound = facts.local is not None and (facts.local.port or not facts.local.address.is_unspecified)
         local = facts.local if bound else None
@@ -247,10 +250,7 @@ class Exporting:
             origin=(holding.origin if holding else None) or local,
             hop=export.record["hop"],
             home=holding.home if holding else self._shell.host_id,
-            needs=replace(
-                facts.needs,
-                image_bytes_max=facts.needs.image_bytes_max + len(export.selected.context or b""),
-            ),
+            needs=replace(facts.needs, image_bytes_max=_size(export) + _GROWTH_BYTES),
             size_bytes=_size(export),
             listener=export.listener,
             handle=export,
@@ -559,7 +559,7 @@ class Exporting:
         items = []
         for descriptor, facts in zip(descriptors, shell.engine.inspect(descriptors), strict=True):
             child = self._register(Selected(descriptor, None, None), facts, batch_id)
-            child.listener = UUID(listener.record["migration_id"]).bytes
+            child.listener = listener.migration
             child.record["listener"] = listener.record["migration_id"]
             self._inodes.add(facts.inode)
             items.append(self._item(child))
@@ -625,7 +625,7 @@ class Exporting:
             record["refusal"] = why(refusal)
             self._shell.metrics.refusals.labels(code=refusal.code).inc()
         self._shell.metrics.migrations.labels(direction="export", outcome=outcome).inc()
-        migration = UUID(record["migration_id"]).bytes
+        migration = export.migration
         if self.exports.get(migration) is export:
             del self.exports[migration]
             self._inodes.discard(export.facts.inode)

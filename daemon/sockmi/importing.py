@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The importer's half of the shell: places, prepares, activates and hands over copies.
 
 A copy is dormant (in repair, its tuple held) until its application has the descriptor and says so.
@@ -535,6 +536,8 @@ class Importing:
             except Exception:  # they live all the same; a restart sees that
                 _log.exception("journalling that %d sockets live", len(change.drop))
         reached("taken.journalled")
+        if tuples := [copy.tuple for copy in copies if copy.tuple]:
+            self._shell.holds.settle(tuples)
 
     def held_arrived(self, content: bytes) -> None:
         """Packets that the exporter's hold has kept for copies here; ValueError if malformed."""

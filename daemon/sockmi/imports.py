@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The import side's waiting room: sockets that came, applications that wait (paper, 3.1 and 3.3).
 
 Three lists (bound, listening, connected), each with a maximum; requests with criteria; the matching

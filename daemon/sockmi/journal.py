@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The journal: what became of every migration, and what must be resumed after a restart.
 
 SQLite in WAL mode. A write appends one row for a whole chunk; it reaches the page cache before the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The daemon's log on standard error: text for people, or one JSON object a line.
 
 Extra fields of a record (``migration_id``, ``connection``, ``step``) go into the JSON, and into

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The other daemons: the groups that this host is in, and the streams to their members."""
 
 from __future__ import annotations
@@ -203,9 +204,15 @@ class Members:
 
     def rekey(self) -> None:
         """Read the key files again; raises KeyFileError, and then nothing has changed."""
-        keyrings = [(joined.group, Keyring.load(joined.config.key_file)) for joined in self._joined.values()]
-        for group, keyring in keyrings:
-            group.rekey(keyring)
+        new = {name: Keyring.load(joined.config.key_file) for name, joined in self._joined.items()}
+        for name, keyring in new.items():
+            if keyring != self._joined[name].keyring:
+                self._joined[name].keyring = keyring
+                self._joined[name].group.rekey(keyring)
+
+    def keyrings(self) -> dict[str, Keyring]:
+        """The keys of each group."""
+        return {name: joined.keyring for name, joined in self._joined.items()}
 
     def names(self) -> list[str]:
         """The groups that this host is in."""
@@ -236,18 +243,6 @@ class Members:
         except (GroupError, KeyFileError) as error:
             raise Refusal(Code.BAD_REQUEST, f"Not joined: {error}") from None
         return True
-
-    def read_keys(self) -> dict[str, Keyring]:
-        """What every group's key file holds now, for ``use_keys``. Raises KeyFileError."""
-        return {name: Keyring.load(joined.config.key_file) for name, joined in self._joined.items()}
-
-    def use_keys(self, rings: dict[str, Keyring]) -> list[str]:
-        """Use these keys from now on; the groups whose keys have changed."""
-        changed = [name for name, ring in rings.items() if ring != self._joined[name].keyring]
-        for name in changed:
-            self._joined[name].keyring = rings[name]
-            self._joined[name].group.rekey(rings[name])
-        return changed
 
     def rows(self) -> list[api.GroupRow]:
         """The groups and their members."""

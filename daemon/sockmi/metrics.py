@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Prometheus metrics of the daemon, served over HTTP on a loopback address."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Loads the engine's C library, once.
 
 The parts that call it declare the prototypes of the functions they use, beside their use.

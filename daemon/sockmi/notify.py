@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """systemd's readiness protocol (sd_notify(3)): one datagram a message; silent without systemd."""
 
 from __future__ import annotations

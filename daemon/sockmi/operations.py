@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The control socket's requests, each carried out by the part that it concerns (docs/control.md)."""
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from sockmi.exporting import Selected
 from sockmi.permission import Caller
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import close_all, inbound, outbound
-from sockmi.transport.keyring import KeyFileError
 
 if TYPE_CHECKING:
     from sockmi.service import Daemon
@@ -415,12 +415,13 @@ class Operations:
         client.respond(api.GroupsResponse(id=request.id, groups=self._daemon.members.rows(), changed=changed))
 
     def _reload(self, client: Client, request: api.ReloadRequest, descriptors: list[int]) -> None:
+        before = self._daemon.members.keyrings()
         try:
-            keys = self._daemon.members.read_keys()
             changed, restart_needed = self._daemon.reload()
-        except (ConfigError, KeyFileError) as error:
+        except ConfigError as error:
             raise Refusal(Code.BAD_REQUEST, f"Not reloaded, the old settings stay: {error}") from None
-        changed += [f"groups.{name}.key_file" for name in self._daemon.members.use_keys(keys)]
+        after = self._daemon.members.keyrings()
+        changed += [f"groups.{name}.key_file" for name in after if after[name] != before[name]]
         client.respond(api.ReloadResponse(id=request.id, changed=changed, restart_needed=restart_needed))
 
     def _doctor(self, client: Client, request: api.DoctorRequest, descriptors: list[int]) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whose sockets a caller may move: only those that he could take with ptrace(2) himself (docs/control.md)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where a copy will live on this host: which redirect leads to it, at which address and port."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which importers get how much of a batch: one small class per policy. No I/O, no clock, no chance."""
 
 from __future__ import annotations

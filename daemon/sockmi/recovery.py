@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What an earlier run of the daemon left behind, settled before this one opens for business.
 
 The journal decides, and the kernel is made to agree. A decision is journalled before its originals

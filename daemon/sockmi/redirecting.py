@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The shell's keeping of redirects: routes that lead away, holdings that came, and their ends."""
 
 from __future__ import annotations

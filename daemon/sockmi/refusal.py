@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Why a socket is not moved: every refusal has a code, a sentence and what to do next.
 
 The table below is the only place where codes are defined; engine, protocol, control socket,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the halves of the daemon's I/O shell share: the host's parts, and small conversions."""
 
 from __future__ import annotations

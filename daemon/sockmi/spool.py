@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Images that this host has promised to be able to restore: one file per chunk.
 
 A file is written whole before PREPARED is said, renamed into place, and removed when every socket

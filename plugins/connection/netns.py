@@ -1,5 +1,6 @@
 # Copyright (c) SockMi contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Run tasks in a network namespace of the controller."""
 
 from __future__ import annotations

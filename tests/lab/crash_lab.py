@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the crash tests share: daemons that die where they are told to, and the proof that nobody noticed.
 
 The proof, after every crash: each connection lives on exactly one host, the journals of both hosts
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.capture import Capture, Trouble
-from lab.daemons import Daemons
+from lab.daemons import GROUP_PORT, STREAM_PORT, Daemons
 from lab.labs import Lab
 from sockmi.crashpoints import VARIABLE
 from sockmi.journal import Journal, Record
@@ -27,7 +28,12 @@ from tests.lab.scenario import Service, ask, status, until, wait_for_members
 
 TIMING = {"look_again_s": 0.2, "linger_s": 1.0, "audit_interval_s": 1.0}
 CLIENTS = {"duplex": ("duplex", "--pace", "1500000"), "lines": ("lines", "--interval-s", "0.005")}
-SETS = [f"{name}{version}" for name in ("hold", "hold_syn", "hold_port", "flow", "addr") for version in (4, 6)]
+MAPS = ("flow", "addr", "next")
+SETS = [
+    f"{name}{version}"
+    for name in ("hold", "quiet", "hold_syn", "hold_port", "flow", "addr")
+    for version in (4, 6)
+]
 
 
 class Cluster:
@@ -83,13 +89,16 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(lab: Lab, hosts: str = "ab", crash_at: dict[str, str] | None = None, **overrides: Any) -> Iterator[Cluster]:
+def cluster(
+    lab: Lab, hosts: str = "ab", crash_at: dict[str, str] | None = None, **overrides: Any
+) -> Iterator[Cluster]:
     """Running daemons; those in ``crash_at`` die where it says. At the end none runs."""
     one = Cluster(lab, hosts, **overrides)
     try:
         for host in hosts:
             shutil.rmtree(lab.host(host).state_dir)
             lab.host(host).state_dir.mkdir()
+            one.daemons[host].log_file.unlink(missing_ok=True)
             one.start(host, (crash_at or {}).get(host, ""))
         one.ready()
         yield one
@@ -136,10 +145,25 @@ class Drain(threading.Thread):
         return self.records
 
 
+class Crashing(Service):
+    """A service whose servers may come and go."""
+
+    def serve(self, name: str) -> None:
+        """Start another server that imports, in place of the one that there was."""
+        words: list[str | Path] = ["serve", self.kind, "--port", str(self.port), "--import"]
+        words += ["--rendezvous", self.directory / "contexts"]
+        process = self.lab.host(name).python_popen(
+            "lab.traffic", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.processes[name] = process
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+
+
 @contextlib.contextmanager
-def service(lab: Lab, kind: str, hosts: str, directory: Path, **options: Any) -> Iterator[Service]:
-    """As `scenario.service`. After an outage the peer has many holes, and SACKs forget some: that is allowed."""
-    one = Service(lab, kind, hosts, directory, **options)
+def service(lab: Lab, kind: str, hosts: str, directory: Path, **options: Any) -> Iterator[Crashing]:
+    """As `scenario.service`. After an outage the peer has many holes, and SACKs may forget some."""
+    one = Crashing(lab, kind, hosts, directory, **options)
     with Capture(lab.host("peer"), f"tcp port {one.port}", directory / "peer.pcap") as capture:
         try:
             one.start()
@@ -148,6 +172,20 @@ def service(lab: Lab, kind: str, hosts: str, directory: Path, **options: Any) ->
             one.kill()
     verdict = capture.check(allow={Trouble.SACK_RENEGED})
     assert verdict.clean, str(verdict)
+
+
+@contextlib.contextmanager
+def partitioned(lab: Lab, hosts: str) -> Iterator[None]:
+    """The daemons of ``hosts`` do not hear each other inside the block; everything else goes on."""
+    rules = f"""table inet partition {{ chain out {{ type filter hook output priority 0; policy accept;
+        udp dport {GROUP_PORT} drop; tcp dport {STREAM_PORT} drop; tcp sport {STREAM_PORT} drop; }} }}"""
+    try:
+        for name in hosts:
+            lab.host(name).run(["nft", "-f", "-"], input=rules)
+        yield
+    finally:
+        for name in hosts:
+            lab.host(name).run(["nft", "delete", "table", "inet", "partition"])
 
 
 def remotes(serving: Service) -> list[str]:
@@ -182,7 +220,11 @@ def places(serving: Service, hosts: str) -> dict[str, set[str]]:
     for name in hosts:
         words = ["ss", "--tcp", "--numeric", "--no-header", "state", "connected", "exclude", "time-wait"]
         for line in serving.lab.host(name).run(words).stdout.splitlines():
-            remote = line.split()[4].replace("[::ffff:", "").replace("]", "") if "ffff" in line else line.split()[4]
+            remote = (
+                line.split()[4].replace("[::ffff:", "").replace("]", "")
+                if "ffff" in line
+                else line.split()[4]
+            )
             if remote in found:
                 found[remote].add(name)
     return found
@@ -199,7 +241,10 @@ def settled(serving: Service, hosts: str) -> dict[str, str]:
 
 def histories(lab: Lab, hosts: str) -> dict[str, list[dict[str, Any]]]:
     """The journals' migrations that have an outcome, newest first."""
-    return {name: [row for page in ask(lab.host(name), "history", limit=1000) for row in page["migrations"]] for name in hosts}
+    return {
+        name: [row for page in ask(lab.host(name), "history", limit=1000) for row in page["migrations"]]
+        for name in hosts
+    }
 
 
 def open_records(lab: Lab, hosts: str) -> list[dict[str, Any]]:
@@ -225,9 +270,7 @@ def journals_agree(serving: Service, hosts: str, home: str, where: dict[str, str
     for remote, host in where.items():
         told = home
         exports = [
-            row
-            for (_, direction), row in moved.items()
-            if direction == "export" and row["remote"] == remote
+            row for (_, direction), row in moved.items() if direction == "export" and row["remote"] == remote
         ]
         for row in sorted(exports, key=lambda row: row["hop"] or 0):
             assert row["from"] == told, (remote, row)
@@ -261,13 +304,17 @@ def leftovers(lab: Lab, hosts: str) -> list[str]:
         host = lab.host(name)
         for family, sets in (("inet", SETS), ("netdev", ["next4", "next6"])):
             for each in sets:
-                listed = host.run(["nft", "-j", "list", "set" if "hold" in each else "map", family, "sockmi", each])
+                listed = host.run(
+                    ["nft", "-j", "list", "map" if each[:-1] in MAPS else "set", family, "sockmi", each]
+                )
                 [entry] = [one.get("set") or one["map"] for one in json.loads(listed.stdout)["nftables"][1:]]
                 if entry.get("elem"):
                     found.append(f"{name}: {each}: {entry['elem']}")
         found += [f"{name}: spooled {path.name}" for path in (host.state_dir / "spool").iterdir()]
         journal = Journal(host.state_dir / "journal.db")
-        found += [f"{name}: journal: {kind} {records}" for kind in Record if (records := journal.records(kind))]
+        found += [
+            f"{name}: journal: {kind} {records}" for kind in Record if (records := journal.records(kind))
+        ]
         found += [f"{name}: open: {record}" for record in journal.history(is_open=True)]
         journal.close()
         now = status(host)
@@ -294,5 +341,12 @@ def nothing_left(lab: Lab, hosts: str) -> None:
 
 def tracers(processes: Sequence[subprocess.Popen[str]]) -> list[int]:
     """Who traces the servers: nobody, unless they are frozen."""
-    lines = [Path(f"/proc/{one.pid}/status").read_text().splitlines() for one in processes if one.poll() is None]
-    return [int(line.split()[1]) for each in lines for line in each if line.startswith("TracerPid") and line.split()[1] != "0"]
+    lines = [
+        Path(f"/proc/{one.pid}/status").read_text().splitlines() for one in processes if one.poll() is None
+    ]
+    return [
+        int(line.split()[1])
+        for each in lines
+        for line in each
+        if line.startswith("TracerPid") and line.split()[1] != "0"
+    ]

@@ -66,7 +66,7 @@ table inet stall {
   counter stalled { }
   chain in {
     type filter hook prerouting priority -400
-    tcp dport 7781 meta length > 1300 counter name stalled drop
+    tcp dport 7781 meta length > 900 counter name stalled drop
   }
 }
 """
@@ -100,6 +100,20 @@ def same(one: bytes, other: bytes, what: str) -> None:
 def nft(host: Host, text: str) -> None:
     """Change a host's firewall."""
     host.run(["nft", "-f", "-"], input=text)
+
+
+def moved(records: Sequence[dict[str, Any] | MigrationRecord]) -> None:
+    """All have moved; else why not."""
+    bad = [verdict(record) for record in records if verdict(record)[0] != "moved"]
+    assert not bad, f"{len(bad)} of {len(records)} did not move: {bad[:5]}"
+
+
+def verdict(record: dict[str, Any] | MigrationRecord) -> tuple[str | None, str, str]:
+    """Outcome, code and sentence of a record in either form."""
+    if isinstance(record, MigrationRecord):
+        return record.outcome, record.code, record.message
+    why = record.get("refusal") or {}
+    return record.get("outcome"), why.get("code", ""), why.get("message", "")
 
 
 class Keeper:
@@ -414,18 +428,28 @@ class Bench:
         """What passes the peer meanwhile must be clean."""
         with Capture(self.host("peer"), "tcp", directory / "peer.pcap") as capture:
             yield
-        verdict = capture.check(allow=allow, **rules)
-        assert verdict.clean, str(verdict)
+        judged = capture.check(allow=allow, **rules)
+        assert judged.clean, str(judged)
 
     @contextlib.contextmanager
     def stalled(self) -> Iterator[Stall]:
-        """Images do not arrive at b: what is being moved stays frozen until the block's end, or `lift`."""
+        """Images do not arrive at b: what is being moved stays frozen until the block's end, or `lift`.
+
+        Its owner must be another process than this one, which would be frozen too.
+        """
+        self.settle()
         stall = Stall(self.host("b"))
         nft(self.host("b"), _STALL)
         try:
             yield stall
         finally:
             stall.lift()
+            self.settle()
+
+    def settle(self) -> None:
+        """Until all that a's daemon has sent to b's has arrived."""
+        command = ["ss", "-Htn", "state", "established", "dport", "=", "7781"]
+        until(lambda: all(line.split()[1] == "0" for line in self.host("a").run(command).stdout.splitlines()))
 
 
 @dataclass(slots=True)

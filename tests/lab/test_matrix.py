@@ -27,6 +27,7 @@ from tests.lab.matrix_lab import (
     bench,
     copy_of,
     exchange,
+    moved,
     receive,
     same,
     state,
@@ -91,16 +92,16 @@ def test_connections(it: Bench, tmp_path: Path, way: str, kind: str) -> None:
             taking = Later(it.take, requests)
             until(lambda: waiting(it) == len(cases))
             records = it.export_actively([case.ours for case in cases], context=b"session")
-            assert [record.outcome for record in records] == ["moved"] * len(cases), records
+            moved(records)
             imported = taking.result()
         else:
             with Keeper([case.fd for case in cases]) as owner:
                 pairs = [(owner.pid, case.fd) for case in cases]
                 for case in cases:
                     case.ours.close()
-                moved = it.export_passively(pairs)
-                assert [record["outcome"] for record in moved] == ["moved"] * len(cases), moved
-                assert [record["state"] for record in moved] == [case.state for case in cases]
+                done = it.export_passively(pairs)
+                moved(done)
+                assert [record["state"] for record in done] == [case.state for case in cases]
                 imported = it.take(requests)
         failures: list[str] = []
         copies: list[socket.socket] = []
@@ -163,12 +164,12 @@ def test_without_a_connection(it: Bench, tmp_path: Path, way: str, kind: str) ->
             taking = Later(it.take, requests)
             until(lambda: waiting(it, "bound") + waiting(it, "listening") == len(made))
             records = it.export_actively(sockets)
-            assert [record.outcome for record in records] == ["moved"] * len(made), records
+            moved(records)
             imported = taking.result()
         else:
             pairs = [(os.getpid(), sock.fileno()) for sock in sockets]
-            moved = it.export_passively(pairs)
-            assert [record["outcome"] for record in moved] == ["moved"] * len(made), moved
+            done = it.export_passively(pairs)
+            moved(done)
             imported = it.take(requests)
         copies = {}
         for (name, (_, address, port)), one, target in zip(made.items(), imported, targets, strict=True):
@@ -226,11 +227,11 @@ def test_a_listener_with_its_queue(it: Bench, tmp_path: Path, way: str, kind: st
         until(lambda: struct.unpack_from("I", listener.getsockopt(TCP, socket.TCP_INFO, 104), 24) == (5,))
         if way == "active":
             [active] = it.export_actively([listener])
-            assert active.outcome == "moved", active
+            moved([active])
             migration = active.migration_id
         else:
             [passive] = it.export_passively([(os.getpid(), listener.fileno())])
-            assert passive["outcome"] == "moved", passive
+            moved([passive])
             migration = UUID(passive["migration_id"])
         until(lambda: len(ask(it.host("b"), "list", table="imports")[-1]["imports"]) == 6)
         [came] = it.take([ImportRequest(["listening"], local_port=port, replace=it.target())])
@@ -269,7 +270,7 @@ def test_zero_windows_both_ways(it: Bench, tmp_path: Path, kind: str) -> None:
         counts = {sock: fill(sock, data) for sock, data in sent.items()}
         assert min(counts.values()) > 1 << 20, counts
         [record] = it.export_actively([case.ours])
-        assert record.outcome == "moved", record
+        moved([record])
         assert record.unsent_bytes + record.sent_bytes > 0 and record.receive_queue_bytes > 100_000
         [came] = it.take([it.request(case, it.target())])
         copy = copy_of(came)
@@ -315,8 +316,8 @@ def test_sequence_wrap(it: Bench, tmp_path: Path, kind: str) -> None:
             pairs = [(owner.pid, case.fd) for case in cases]
             for case in cases:
                 case.ours.close()
-            moved = it.export_passively(pairs)
-        assert [record["outcome"] for record in moved] == ["moved"] * 4, moved
+            done = it.export_passively(pairs)
+        moved(done)
         imported = it.take([it.request(case, it.target()) for case in cases])
         it.undeafen(cases)
         for case, one in zip(cases, imported, strict=True):
@@ -376,7 +377,7 @@ def test_criteria(it: Bench) -> None:
     listener = it.listener("a", "v4", it.port(), EVERYWHERE)
     for sock in (first.ours, second.ours, listener):
         [record] = it.export_actively([sock])
-        assert record.outcome == "moved", record
+        moved([record])
 
     def none(**wanted: object) -> None:
         states = wanted.pop("states", ["connected"])

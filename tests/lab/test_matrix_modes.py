@@ -11,7 +11,7 @@ import pytest
 
 from lab.labs import Lab
 from sockmi.redirect.iptables import unusable
-from tests.lab.matrix_lab import Bench, Case, bench, copy_of, exchange, state
+from tests.lab.matrix_lab import Bench, Case, bench, copy_of, exchange, moved, state
 from tests.lab.scenario import daemons
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -53,7 +53,7 @@ def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
             exchange(case.ours, case.peer, 50_000)
         try:
             records = it.export_actively([case.ours for case in cases])
-            assert [record.outcome for record in records] == ["moved"] * 3, records
+            moved(records)
             assert {record.mode for record in records} == {"takeover"}
             assert (
                 f"inet{'6' if version == 6 else ''} {address}/"
@@ -68,6 +68,8 @@ def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
                 copy.close()
         finally:
             it.clear()
+    for name in "ab":  # the alias goes only with its last connection, and b's is in TIME-WAIT
+        lab.host(name).run(["ip", "addr", "flush", "dev", "eth0", "to", address], check=False)
 
 
 @pytest.mark.skipif(bool(unusable("iptables-legacy")), reason=str(unusable("iptables-legacy")))

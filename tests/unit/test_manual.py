@@ -206,6 +206,9 @@ PAGES = sorted(MAN.glob("*.[0-9]"))
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_man_pages_are_clean(page: Path) -> None:
+    if (alias := re.fullmatch(r"\.so man3/(\S+)\n", page.read_text())) is not None:
+        assert (MAN / alias[1]).is_file()  # the other page, beside it once both are installed
+        return
     if shutil.which("groff") is None:
         pytest.skip("groff is not installed, so nothing here can format a man page")
     done = subprocess.run(
@@ -322,7 +325,7 @@ def test_licences() -> None:
             match = re.search(r"SPDX-License-Identifier: (\S.*?)(?: \*/)?$", path.read_text(), re.MULTILINE)
             name = path.relative_to(PROJECT)
             assert match, f"{name} has no SPDX-License-Identifier"
-            gpl = name.parts[0] == "plugins"
-            assert match[1] == ("GPL-3.0-or-later" if gpl else "MIT"), name
-            found.add(match[1])
+            licences = match[1].split(" OR ")
+            assert ("GPL-3.0-or-later" if name.parts[0] == "plugins" else "MIT") in licences, name
+            found.update(licences)
     assert found <= texts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What an engine does: freeze, capture, release, restore and activate sockets.
 
 One contract test suite runs against every engine. Each step stands beside its inverse:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A descriptor of ours for another process's socket: pidfd_getfd(2)."""
 
 from __future__ import annotations

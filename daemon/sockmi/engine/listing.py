@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """All TCP sockets of this network namespace, and who holds them (``sockmi list``).
 
 An inet_diag dump (Documentation: sock_diag(7)) joined with one scan of ``/proc`` by inode. Raw

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Owners: the processes that hold a socket. Who they are, and how they are stopped.
 
 :class:`Owners` finds the holders of a set of sockets (one scan of ``/proc``, in C; run it in a
@@ -21,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ _PID_MIN = 300  # RESERVED_PIDS: where process ids go on after a wrap (kernel/pi
 _UNSEEN_PIDS = 32
 # A look that finds nothing new is repeated if processes were born meanwhile, but so often at most.
 _LOOKS = 3
+_MANY_PIDS = 64  # more ids than this: remember that they have been looked at
 _RESCAN_PIDS = 256  # more ids than this since the scan: a new one, before the freeze, is cheaper
 _RESCAN_AGE_S = 60.0  # the ids may have gone round: scan anew
 
@@ -228,15 +230,21 @@ def _stop_refusal(pid: int, result: _StopResult, timeout_s: float) -> Refusal:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """When a scan began: the time (monotonic), and the process id after which it may have missed one."""
+    """When a scan began: the time (monotonic), and the process id after which it may have missed one.
+
+    ``seen``: those after ``last_pid`` that could be seen before it began, so that it has not missed them.
+    """
 
     time_s: float
     last_pid: int
+    seen: frozenset[int] = frozenset()
 
     @classmethod
     def now(cls) -> _Scan:
         last = _last_pid()
-        return cls(time.monotonic(), max(min(last, _PID_MIN), last - _UNSEEN_PIDS))
+        first = max(min(last, _PID_MIN), last - _UNSEEN_PIDS)
+        seen = frozenset(pid for pid in range(first + 1, last + 1) if os.access(f"/proc/{pid}", os.F_OK))
+        return cls(time.monotonic(), first, seen)
 
 
 @dataclass(slots=True)
@@ -284,13 +292,14 @@ class Owners:
         scans = {self._known[inode].scan for inode in inodes}
         known = set().union(*(self._known[inode].pids for inode in inodes))
         oldest = min(scans, key=lambda scan: scan.time_s)
-        return [pid for pid in _pids_between(oldest.last_pid, last_pid) if pid not in known]
+        between = _pids_between(oldest.last_pid, last_pid)
+        return [pid for pid in between if pid not in known and pid not in oldest.seen]
 
     def _refresh(self, inodes: set[int]) -> None:
         """Before the freeze: scan anew if the known holders are old."""
         oldest_s = min(self._known[inode].scan.time_s for inode in inodes)
         if time.monotonic() - oldest_s > _RESCAN_AGE_S or len(self._born(inodes, _last_pid())) > _RESCAN_PIDS:
-            self.find(inodes)
+            self.find(inodes | self._known.keys())  # those that are still to be stopped need not ask again
 
     def _catch_up(self, inodes: set[int]) -> bool:
         """Look at the processes born since the scan. True if another look is needed.
@@ -299,11 +308,20 @@ class Owners:
         have left (of a higher id) has been visible since.
         """
         last_pid = _last_pid()
-        holders, rings = find_holders(inodes, born) if (born := self._born(inodes, last_pid)) else ({}, set())
+        born, looking = self._born(inodes, last_pid), {inode: self._known[inode] for inode in inodes}
+        if len(born) > _MANY_PIDS:
+            # Look for all sockets at once, so that the next look need not go back as far.
+            oldest_s = min(known.scan.time_s for known in looking.values())
+            reached, last_pid = _Scan.now(), _last_pid()
+            born = self._born(inodes, last_pid)
+            looking = {i: known for i, known in list(self._known.items()) if known.scan.time_s >= oldest_s}
+            for known in looking.values():
+                known.scan = replace(reached, time_s=known.scan.time_s)
+        holders, rings = find_holders(looking, born) if born else ({}, set())
         self._note_rings(holders, rings)
         for inode, by_pid in holders.items():
-            self._known[inode].pids.update(by_pid)
-        return bool(holders) or _last_pid() != last_pid
+            looking[inode].pids.update(by_pid)
+        return not inodes.isdisjoint(holders) or _last_pid() != last_pid
 
     def strangers(self, inodes: Iterable[int]) -> dict[int, set[int]]:
         """Holders that run although the socket is stopped: a descriptor was passed on. Normally empty."""

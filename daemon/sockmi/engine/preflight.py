@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Preflight: what a socket is, and what stands against moving it. Nothing is frozen to learn this.
 
 The system calls are in libsockmi-engine (``inspect.c``, ``diag.c``, ``sockmap.c``); here their

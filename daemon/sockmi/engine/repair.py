@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The ``repair`` engine: TCP_REPAIR from user space, for hosts where no kernel module can be loaded.
 
 The system calls are in libsockmi-engine (``capture.c``, ``restore.c``, ``activate.c``, ``release.c``),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The image of a socket: the reference implementation of docs/image.md.
 
 ``decode`` and ``encode`` are strict and complete; ``peek``, ``stamp``, ``with_context`` and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rules between the sections: addresses, what belongs to kind and state, sequence numbers, windows.
 
 The order of the checks is that of docs/image.md, so that both implementations give the same error class.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The container: header, sections, checksum. ``decode`` and ``encode`` are each other's inverse."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The C codec, for the hot path: the same verdicts as sockmi.image.decode(), in about a microsecond."""
 
 from __future__ import annotations

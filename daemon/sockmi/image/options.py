@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ids of socket options in an image; docs/image.md maps them to the options of Linux."""
 
 from __future__ import annotations

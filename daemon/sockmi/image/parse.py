@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From payloads to an Image: each section is checked by itself, in the order of the types."""
 
 from __future__ import annotations

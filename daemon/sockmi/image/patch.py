@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a daemon reads and changes in an image without decoding all of it, in a few microseconds.
 
 The images come from an engine, or were checked when they arrived: only what these functions need is checked.

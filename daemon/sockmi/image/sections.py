@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The sections of an image as dataclasses, and their bytes.
 
 Times are in microseconds, sizes in bytes, sequence numbers modulo 2^32; the meaning of each field is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Words of the image format: section types, kinds, states, flags, limits and error classes.
 
 The numbers are those of docs/image.md.

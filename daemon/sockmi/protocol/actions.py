@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the shell shall do: the outputs of ``Core.handle`` and ``Core.handle_timer``.
 
 Carry out a list in order. Actions that touch redirects, holds or the journal (``Commit``,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Messages to bytes and back. Pure; strict: sizes before contents, nothing left over.
 
 Big-endian. A message is a version octet, a type octet and the fields of ``LAYOUT`` in order;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the parts of a core share: settings, capacity, timers, and the list of actions."""
 
 from __future__ import annotations

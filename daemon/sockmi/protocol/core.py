@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The protocol core of one host: events in, actions out. No I/O, no clock, no chance.
 
     core = Core(host, settings, capacity, policy)

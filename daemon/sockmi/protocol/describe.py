@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The parts of docs/protocol.md that are made from the tables, as Markdown. Pure.
 
 ``refresh(text)`` replaces what stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``.

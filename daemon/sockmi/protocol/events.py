@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What happens to a host: the inputs of ``Core.handle(event, now)``.
 
 An action ``X`` that is answered is answered by exactly one ``XDone``, whatever happens

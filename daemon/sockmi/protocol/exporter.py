@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The exporter's side: from REQUEST to the importer's ACTIVE, for all batches of this host.
 
 A **batch** asks for importers until each item has one; the part that goes to one importer is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The importer's side: from OFFER to ACTIVE, for all exporters.
 
 What is offered or reserved is kept under a lease, which simply expires. What is PREPARED

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What hosts say to each other. Frozen, without behaviour; the bytes are codec.py's matter.
 
 The sender is never in a message: the transport authenticates it and the shell passes it in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The words that messages, events and actions share: items, places, routes, holdings.
 
 ``Decision``, ``Route``, ``Notice``, ``PreparedChunk`` and ``Holding`` are the durable records:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Redirects over hops and to the end of the connection, for the home, waypoints and holders.
 
 - After a further hop the former holder asks the home to lead the connection straight to the

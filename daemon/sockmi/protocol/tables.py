@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every state machine of the protocol, as literal tables.
 
 Two rules. Whatever decides about a change of state stands here; the cores only name triggers.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Says to a segment that an address now lives here: gratuitous ARP and unsolicited neighbour advertisements.
 
 As keepalived does: a burst, and after 5 s once more, for hosts and switches that missed it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a redirect does: lead the peer's packets from the exporter to the importer.
 
 One contract test suite runs against every mode. Each call is one kernel transaction for the
@@ -64,6 +65,13 @@ class Holds(Protocol):
 
     def unhold(self, tuples: Sequence[FourTuple]) -> None:
         """The inverse of ``hold``."""
+
+    def settle(self, tuples: Sequence[FourTuple]) -> None:
+        """What was held for ever lives, and the journal knows it.
+
+        Until then this host never answers that there is no such connection: ``admit`` lifts the hold,
+        but if the daemon dies then, its dormant copy may be gone until the restart makes it anew.
+        """
 
     def unhold_listeners(self, endpoints: Sequence[Endpoint]) -> None:
         """The inverse of ``hold_listeners``."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The redirects that a configuration asks for, and the tables that they share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """``forward``: address-preserving, for one segment; the default there.
 
 The exporter sends the peer's frames on to the importer at netdev ingress, unchanged but

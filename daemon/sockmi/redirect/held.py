@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Packets of held connections: kept, and delivered when the connection is alive again.
 
 The hold drops what it meets, and netfilter logs it to us (NFLOG). Without this the peer would have to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ICMP errors about moved connections: found at the exporter, told to the importer.
 
 A router that cannot send on a packet of the importer answers to its source address, which is the

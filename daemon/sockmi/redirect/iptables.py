@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """``iptables``: the paper's own rules, for hosts that still live on iptables-legacy. The slow one.
 
 Rules are searched one by one by the kernel and installed one by one by python-iptables (some

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Legacy iptables rules of one IP version, in a process of its own.
 
 libxtables keeps the target extensions (DNAT, SNAT) of only the first IP version that a process asks

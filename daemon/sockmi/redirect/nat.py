@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """``nat``: the paper's translation, stateless: for importers behind a router, or where forward fails.
 
 The exporter rewrites the destination to the importer's address and port and routes the packet on;

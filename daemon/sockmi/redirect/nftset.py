@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """nftables sets and maps: batched changes through the C library, look-up and listing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ip rules, routes, addresses and neighbours of this host, through pyroute2.
 
 None of this is done per connection. Each call runs in a thread of its own, in the

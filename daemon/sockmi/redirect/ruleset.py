@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The text of our nftables tables.
 
 Sets and maps keep their elements when the text is loaded again: it only adds them if they are
@@ -58,6 +59,7 @@ def _family(settings: Settings, version: int) -> str:
     )
     lines = [
         f"add set {table} hold{v} {{ type {conn}; flags timeout; }}",
+        f"add set {table} quiet{v} {{ type {conn}; }}",
         f"add set {table} hold_syn{v} {{ type {address} . inet_service; flags timeout; }}",
         f"add set {table} hold_port{v} {{ type inet_service; flags timeout; }}",
         f"add map {table} flow{v} {{ type {conn} : mark; flags timeout; }}",
@@ -85,6 +87,7 @@ def _family(settings: Settings, version: int) -> str:
         ),
         ("nat_out", "drop"),
         ("out", f"{out} @hold{v} drop"),
+        ("out", f"tcp flags & (rst | ack) == rst {out} @quiet{v} drop"),
         ("out", f"meta mark set {out} map @flow{v} goto did_out{v}"),
         (
             "did_out",

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a host's administrator can choose about the redirects' tables, marks and rules."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Our nftables tables on this host: made once, then changed element by element.
 
 One ``Tables`` serves all modes of a daemon and is itself the ``Holds`` of base.py. The
@@ -93,6 +94,7 @@ class Tables:
             }
 
         self.holds = each(INET, "hold", 2)
+        self._quiet = each(INET, "quiet", 2)
         self.flows = each(INET, "flow", 2, data=4)
         self.addresses = each(INET, "addr", 2, 1)
         self.nexts = each(NETDEV, "next", 2, 1)
@@ -155,12 +157,26 @@ class Tables:
         with self.transaction() as batch:
             for version, keys in keys_by_version(tuples):
                 batch.put(self.holds[version], keys, [b""] * len(keys), _milliseconds(timeout_s))
+                if timeout_s is None:
+                    batch.add(self._quiet[version], ((key, b"") for key in keys))
 
     def unhold(self, tuples: Sequence[FourTuple]) -> None:
         """See base.Holds."""
         with self.transaction() as batch:
             for version, keys in keys_by_version(tuples):
                 batch.remove(self.holds[version], keys)
+                batch.remove(self._quiet[version], keys)
+
+    def settle(self, tuples: Sequence[FourTuple]) -> None:
+        """See base.Holds."""
+        with self.transaction() as batch:
+            for version, keys in keys_by_version(tuples):
+                batch.remove(self._quiet[version], keys)
+
+    def unsettled(self) -> list[FourTuple]:
+        """What was held without a timeout and is not settled, read back from the kernel."""
+        with self._lock:
+            return [tuple_of(key) for s in self._quiet.values() for key, _ in self._nft.dump(s)]
 
     def held(self) -> list[FourTuple]:
         """All holds, read back from the kernel."""

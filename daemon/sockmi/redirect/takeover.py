@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """``takeover``: the address itself moves; for service addresses that leave with all their connections.
 
 The exporter removes the address, the importer adds it as an alias and announces it. So it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The group on the network: sealed datagrams by multicast or to a list of addresses, and who is there.
 
 Plain callbacks of an event loop, nothing else; a message costs one AEAD call and one system call.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a host says of itself in a HELLO: certificate, where its stream listens, what it can do."""
 
 from __future__ import annotations

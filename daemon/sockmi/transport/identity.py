@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Who this host is: its id, its private key and its self-made certificate, kept across restarts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The group's keys: who has one belongs to the group."""
 
 from __future__ import annotations

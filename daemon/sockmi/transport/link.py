@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One TLS 1.3 connection between two daemons: handshake, frames, write queue. Not whose it is: see stream.py.
 
 A frame is length (u32, of the payload), type (u8), payload. Small payloads are copied once;

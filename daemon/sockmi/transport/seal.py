@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Sealed datagrams: only holders of the group key can make, read or repeat them usefully. No I/O.
 
 A datagram is a header, which is authenticated, and an AEAD box (ChaCha20-Poly1305, RFC 8439)::

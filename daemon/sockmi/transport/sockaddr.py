@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Between endpoints and the socket module's address tuples, scope of link-local addresses included."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Streams between the hosts of the group: one TLS 1.3 connection for each pair, opened on demand.
 
 Whom we talk to is decided by certificates alone: the fingerprints that came in sealed HELLOs
