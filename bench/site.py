@@ -190,5 +190,7 @@ class Site:
 def site() -> Iterator[Site]:
     """A lab of our own, removed at the end."""
     build()
+    # As installed: the daemon does not compile itself at each start.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with Lab(f"bench{os.getpid()}-{next(_serial)}") as lab:
         yield Site(lab)

@@ -474,7 +474,13 @@ class Exporting:
         pairs = [(routes[index].place.mode, index) for index in failed]
         for mode, indices in by_mode(pairs).items():
             tuples = [one.tuple for index in indices if (one := outbound(routes[index]))]
-            self._shell.redirects[mode].take_back(tuples)
+            try:
+                self._shell.redirects[mode].take_back(tuples)
+            except Exception:
+                # What could not be led away (all or nothing) is not led away: it just goes on here.
+                if any(why_not.code is not Code.REDIRECT for index in indices if (why_not := results[index])):
+                    raise
+                _log.exception("the redirect %s is broken; restart this daemon to renew its rules", mode)
         self._undo([exports[index] for index in failed])
 
     def _journal_commit(
@@ -547,6 +553,10 @@ class Exporting:
             if export.facts.kind is Kind.LISTENING:
                 children = self._shell.engine.accept_children(export.selected.descriptor)
                 if children:
+                    # Accepted by us, they would be root's: they are whose the listener is.
+                    owner_uid = os.fstat(export.selected.descriptor).st_uid
+                    for child in children:
+                        os.fchown(child, owner_uid, -1)
                     found.append((export, children))
         return found
 

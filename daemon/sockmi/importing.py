@@ -429,6 +429,8 @@ class Importing:
             timer.cancel()
         items, contexts = [], []
         for copy in copies:
+            if client.uid:  # it is the importer's now, not ours
+                os.fchown(copy.fd, client.uid, -1)
             waiting = self.lists.claimed(copy.candidate.migration_id)
             context = section(copy.image, Section.CONTEXT) if copy.facts.context_bytes else b""
             if context:

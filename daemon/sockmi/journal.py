@@ -94,6 +94,9 @@ class Journal:
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 self._database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={_SCHEMA_VERSION};COMMIT")
+            if version <= _SCHEMA_VERSION:
+                for table in ("event", "record", "migration", "state"):
+                    self._database.execute(f"SELECT 1 FROM {table} LIMIT 1")  # noqa: S608
         except sqlite3.Error as error:
             raise JournalError(
                 f"{path}: {error}; if it is damaged, move it away while no migrated connection depends on it"

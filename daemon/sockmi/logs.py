@@ -63,5 +63,10 @@ def configure(config: Config) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    set_level(config)
+
+
+def set_level(config: Config) -> None:
+    """As much of the log as the configuration says."""
     for name in ("sockmi", "__main__"):  # the latter: python -m sockmi.service
         logging.getLogger(name).setLevel(config.log_level.upper())

@@ -52,7 +52,12 @@ class Metrics:
 
     def serve(self, address: str, port: int) -> None:
         """Serve on ``http://address:port/metrics`` from a thread; raise OSError if the port is taken."""
-        self._server, _ = start_http_server(port, address, registry=self._registry)
+        try:
+            self._server, _ = start_http_server(port, address, registry=self._registry)
+        except OSError as error:
+            where = f"{address} port {port}"
+            message = f"metrics at {where}: {error.strerror}; choose another metrics_port, or 0 for none"
+            raise OSError(error.errno, message) from error
 
     def close(self) -> None:
         """The inverse of ``serve``."""

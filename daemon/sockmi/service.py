@@ -197,6 +197,9 @@ class Daemon:
 
     def start(self) -> None:
         """Reconcile with the journal and the kernel, then open for business."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self.stop)
+        self.loop.add_signal_handler(signal.SIGHUP, self._hangup)
         for redirect in self.redirects.values():
             redirect.setup()
         self.dispatch(self._recover())
@@ -332,7 +335,7 @@ class Daemon:
             self.core.policy = POLICIES[self.config.policy]()
             self.capacity.weight = round(self.config.weight * 100)
             self.importing.set_maxima(self.config.imports)
-            logging.getLogger("sockmi").setLevel(self.config.log_level.upper())
+            logs.set_level(self.config)
         finally:
             notify.ready()
         return changed, [name for name in differing if name not in live]
@@ -526,7 +529,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         logs.configure(config)
         if os.geteuid() != 0:
-            raise StartError("sockmid needs root, or CAP_NET_ADMIN, CAP_NET_RAW and CAP_SYS_PTRACE")
+            raise StartError("sockmid needs root (its unit takes all but six capabilities away)")
         daemon = Daemon(config, options.config)
         daemon.start()
     except (*_START_ERRORS, RuntimeError, OSError) as error:

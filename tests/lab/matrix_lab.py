@@ -23,11 +23,14 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lab.capture import Capture, Trouble
 from lab.daemons import Daemons
 from lab.host import Host
 from lab.labs import Lab
 from sockmi.client import Export, Imported, ImportRequest, MigrationRecord, export_sockets, import_socket
+from sockmi.engine.duplicate import duplicate
 from tests.lab.scenario import ask, until
 
 TCP = socket.IPPROTO_TCP
@@ -49,6 +52,7 @@ NEXT = {
     "LAST-ACK": {"CLOSED"},
 }
 PATIENCE_S = 20.0
+EVERYWHERE = "0.0.0.0"  # noqa: S104
 
 _ports = itertools.count(20000)  # never the same again: redirects linger for as long as TIME-WAIT lasts
 
@@ -412,6 +416,12 @@ class Bench:
         until(lambda: state(copy) == "CLOSED")
         until(lambda: state(peer) == "CLOSED")
 
+    def warm(self) -> None:
+        """Open the stream between the daemons: from then on only images are stalled."""
+        case = self.pair("v4")
+        moved(self.export_actively([case.ours]))
+        self.clear()
+
     def clear(self) -> None:
         """Close what a test has left open or listed, and let nobody be deaf."""
         for host in "ab":
@@ -532,6 +542,52 @@ def begin(host: Host, op: str, **fields: Any) -> socket.socket:
     connection.connect(str(host.control_socket))
     connection.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
     return connection
+
+
+class Held:
+    """Connections in the hands of another process than this one, which would be frozen too."""
+
+    def __init__(self, it: Bench, *cases: Case) -> None:
+        self.keeper = Keeper([case.fd for case in cases])
+        self.pairs = [(self.keeper.pid, case.fd) for case in cases]
+        self._it, self._cases = it, cases
+        for case in cases:
+            case.ours.close()
+
+    def move(self, **more: Any) -> Later:
+        """A passive export, under way."""
+        return Later(self._it.export_passively, self.pairs, **more)
+
+    def begin(self) -> socket.socket:
+        """The same, to be cancelled by closing this."""
+        sockets = [{"pid": pid, "fd": fd} for pid, fd in self.pairs]
+        return begin(self._it.host("a"), "export", sockets=sockets, to="b")
+
+    def back(self) -> None:
+        """They are this process's again."""
+        for case, (pid, fd) in zip(self._cases, self.pairs, strict=True):
+            case.ours = socket.socket(fileno=duplicate(pid, fd))
+        self.keeper.kill()
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.keeper.kill()
+
+
+@contextlib.contextmanager
+def reconfigured(it: Bench, host: str, **news: Any) -> Iterator[None]:
+    """Other settings while the block runs (`reload`)."""
+    daemon = it.daemons[host]
+    before = daemon.config
+    daemon.config_file.write_text(yaml.safe_dump(before | news))
+    call(it.host(host), "reload")
+    try:
+        yield
+    finally:
+        daemon.config_file.write_text(yaml.safe_dump(before))
+        call(it.host(host), "reload")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from lab.labs import Lab
 from sockmi.client import Imported, ImportRequest, import_socket
 from tests.lab.matrix_lab import (
     CONNECTED,
+    EVERYWHERE,
     KINDS,
     NEXT,
     TCP,
@@ -38,7 +39,6 @@ from tests.lab.scenario import ask, daemons, until
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 WAYS = ("active", "passive")
-EVERYWHERE = "0.0.0.0"  # noqa: S104
 
 
 @pytest.fixture(scope="module", params=["forward", "nat"])

@@ -18,20 +18,19 @@ from typing import Any
 import pytest
 
 from lab.labs import Lab
-from sockmi.engine.duplicate import duplicate
 from tests.lab.matrix_lab import (
     TCP,
     Bench,
     Case,
+    Held,
     Keeper,
     Later,
-    begin,
     bench,
-    call,
     copy_of,
     exchange,
     moved,
     receive,
+    reconfigured,
     same,
     state,
     unread,
@@ -50,10 +49,7 @@ def running(lab: Lab) -> Iterator[Bench]:
         daemons(lab, "ab", redirect=redirect, timing={"freeze_deadline_s": 5.0}) as both,
         bench(lab, "forward", both) as made,
     ):
-        # The stream between them is open from here on: only images are stalled.
-        case = made.pair("v4")
-        made.export_actively([case.ours])
-        made.clear()
+        made.warm()
         yield made
 
 
@@ -253,38 +249,6 @@ def test_all_holders_lose_it(it: Bench, tmp_path: Path) -> None:
 # -- in the middle of a migration
 
 
-class Held:
-    """Connections in the hands of another process than this one, which would be frozen too."""
-
-    def __init__(self, it: Bench, *cases: Case) -> None:
-        self.keeper = Keeper([case.fd for case in cases])
-        self.pairs = [(self.keeper.pid, case.fd) for case in cases]
-        self._it, self._cases = it, cases
-        for case in cases:
-            case.ours.close()
-
-    def move(self) -> Later:
-        """A passive export, under way."""
-        return Later(self._it.export_passively, self.pairs)
-
-    def begin(self) -> socket.socket:
-        """The same, to be cancelled by closing this."""
-        sockets = [{"pid": pid, "fd": fd} for pid, fd in self.pairs]
-        return begin(self._it.host("a"), "export", sockets=sockets, to="b")
-
-    def back(self) -> None:
-        """They are this process's again."""
-        for case, (pid, fd) in zip(self._cases, self.pairs, strict=True):
-            case.ours = socket.socket(fileno=duplicate(pid, fd))
-        self.keeper.kill()
-
-    def __enter__(self) -> Held:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.keeper.kill()
-
-
 def taken(it: Bench, case: Case) -> socket.socket:
     """The connection, out of b's list."""
     [came] = it.take([it.request(case)])
@@ -438,22 +402,6 @@ def test_the_tuple_is_taken_at_the_last_moment(it: Bench, tmp_path: Path) -> Non
         squatter.close()
         it.undeafen([case])
         it.finish(case, case.ours)
-
-
-@contextlib.contextmanager
-def reconfigured(it: Bench, host: str, **news: Any) -> Iterator[None]:
-    """Other settings while the block runs (`reload`)."""
-    import yaml
-
-    daemon = it.daemons[host]
-    before = daemon.config
-    daemon.config_file.write_text(yaml.safe_dump(before | news))
-    call(it.host(host), "reload")
-    try:
-        yield
-    finally:
-        daemon.config_file.write_text(yaml.safe_dump(before))
-        call(it.host(host), "reload")
 
 
 def test_a_hundred_aborts_under_load(it: Bench, tmp_path: Path) -> None:

@@ -309,7 +309,6 @@ def test_a_damaged_journal(host: Host) -> None:
     fails(host, str(path))
 
 
-@pytest.mark.xfail(strict=True, reason="Journal.__init__ does not look whether its tables are there")
 def test_a_journal_without_its_tables(host: Host) -> None:
     path = host.state_dir / "journal.db"
     with sqlite3.connect(path) as database:

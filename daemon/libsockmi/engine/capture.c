@@ -8,6 +8,7 @@
  */
 #include <poll.h>
 #include <stddef.h>
+#include <sys/stat.h>
 #include <time.h>
 
 #include "engine_internal.h"
@@ -86,7 +87,10 @@ static int read_addresses(struct capture *c)
 static int read_identity(struct capture *c)
 {
 	socklen_t length = sizeof(c->info);
+	struct stat status;
 
+	if (!fstat(c->fd, &status)) /* of a socket: its user (sockfs_setattr(), net/socket.c) */
+		c->identity.owner_uid = status.st_uid;
 	if (getsockopt(c->fd, IPPROTO_TCP, TCP_INFO, &c->info, &length) < 0)
 		return sockmi_fail_access(c->result, SOCKMI_STEP_INFO);
 	c->info_bytes = (int)length;

@@ -201,6 +201,10 @@ def _facts(fd: int, fields: tuple[Any, ...]) -> SocketFacts:
      local_port, remote_port, state, send_scale, receive_scale, timestamp_us, version, local, remote,
      ulp) = fields  # fmt: skip
     listening = state == _LISTEN
+    if state == _CLOSED and send_queue:
+        # tcp_disconnect() moves SND.NXT away from SND.UNA: this socket has had a connection.
+        findings |= Finding.ENDED
+        send_queue = 0
     connected = state not in (0, _CLOSED, _LISTEN)
     unseen = Finding.BAD_DESCRIPTOR | Finding.NOT_TCP | Finding.MPTCP
     needs = Needs(

@@ -17,9 +17,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
+from sockmi.redirect.netlink import IPRoute, NetlinkError
 from sockmi.redirect.settings import Settings, Tag
 
 Address: TypeAlias = IPv4Address | IPv6Address

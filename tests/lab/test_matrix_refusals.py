@@ -1,0 +1,651 @@
+"""Every refusal that a daemon can give, made real once: a code, a sentence, and a connection that goes on.
+
+And who may move and take what: docs/control.md, "Who may do what".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.labs import Lab
+from sockmi.client import Control, Export, ImportRequest, SockMiError, export_sockets, import_socket
+from sockmi.refusal import Code
+from tests.lab.matrix_lab import (
+    EVERYWHERE,
+    TCP,
+    Bench,
+    Case,
+    Held,
+    Keeper,
+    bench,
+    call,
+    copy_of,
+    exchange,
+    moved,
+    nft,
+    reconfigured,
+    state,
+    verdict,
+)
+from tests.lab.scenario import daemons, status, until
+from tests.lab.test_preflight import bpf, md5
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+PTRACE_SEIZE, IO_URING_SETUP = 0x4206, 425
+NOBODY = 65534
+IMAGE_BYTES_MAX = 2 << 20
+
+
+@pytest.fixture(scope="module")
+def running(lab: Lab) -> Iterator[Bench]:
+    """Daemons for all tests of the module, whom everybody may ask."""
+    with (
+        daemons(
+            lab, "ab", redirect={"devices": ["eth0"], "modes": ["forward"]}, control_mode=0o666,
+            timing={"freeze_deadline_s": 5.0}, image_bytes_max=IMAGE_BYTES_MAX,
+        ) as both,
+        bench(lab, "forward", both) as made,
+    ):  # fmt: skip
+        made.warm()
+        yield made
+
+
+@pytest.fixture
+def it(running: Bench) -> Iterator[Bench]:
+    """The bench, which is cleared afterwards."""
+    yield running
+    running.clear()
+
+
+def refused(
+    it: Bench, pairs: Sequence[tuple[int, int]], code: Code, *, outcome: str = "refused", **more: Any
+) -> str:
+    """They are refused with this code, and a sentence that says what to do; the sentence of the first."""
+    try:
+        verdicts = [verdict(record) for record in it.export_passively(pairs, **more)]
+    except SockMiError as error:  # of the whole request
+        verdicts = [("refused", error.code, error.strerror)]
+    return judged(verdicts, code, outcome)
+
+
+def judged(verdicts: Sequence[tuple[str | None, str, str]], code: Code, outcome: str = "refused") -> str:
+    """The sentence of the first."""
+    assert {one[:2] for one in verdicts} == {(outcome, code)}, verdicts
+    assert all(len(one[2]) > 25 and "{" not in one[2] for one in verdicts), verdicts
+    return verdicts[0][2]
+
+
+def ours(*socks: socket.socket) -> list[tuple[int, int]]:
+    """Sockets of this process."""
+    return [(os.getpid(), sock.fileno()) for sock in socks]
+
+
+def goes_on(case: Case) -> None:
+    """Nothing has happened to it."""
+    assert case.peer and state(case.ours) == "ESTABLISHED"
+    exchange(case.ours, case.peer, 3000)
+    exchange(case.peer, case.ours, 3000)
+
+
+# -- the socket itself
+
+
+def test_no_tcp_socket(it: Bench) -> None:
+    with it.host("a").socket(kind=socket.SOCK_DGRAM) as udp, socket.socket(socket.AF_UNIX) as unix:
+        refused(it, ours(udp, unix), Code.NOT_TCP)
+    mptcp = 262
+    with it.host("a").entered(), socket.socket(socket.AF_INET, socket.SOCK_STREAM, mptcp) as sock:
+        refused(it, ours(sock), Code.MPTCP)
+
+
+def test_no_such_socket(it: Bench) -> None:
+    refused(it, [(os.getpid(), 9999)], Code.NO_SUCH_SOCKET)
+    with open(os.devnull) as file:  # noqa: PTH123
+        refused(it, [(os.getpid(), file.fileno())], Code.NO_SUCH_SOCKET)
+    child = subprocess.Popen(["true"])
+    child.wait()
+    refused(it, [(child.pid, 3)], Code.NO_SUCH_SOCKET)
+    with it.host("peer").socket() as elsewhere:
+        assert "namespace" in refused(it, ours(elsewhere), Code.NO_SUCH_SOCKET)
+    case = it.pair("v4")
+    done = it.export_passively([*ours(case.ours), (os.getpid(), 9999)], dry_run=True)
+    assert [verdict(record)[:2] for record in done] == [("planned", ""), ("refused", "no-such-socket")]
+
+
+def test_what_cannot_be_carried(it: Bench) -> None:
+    """Urgent data, zero-copy, kernel TLS, sockmap, repair: refused, and moved as soon as that is over."""
+    case = it.pair("v4")
+    assert case.peer
+    case.peer.send(b"!", socket.MSG_OOB)
+    until(lambda: verdict(it.export_passively(ours(case.ours), dry_run=True)[0])[1] == Code.URGENT_DATA)
+    refused(it, ours(case.ours), Code.URGENT_DATA)
+    case.ours.setblocking(False)  # else Python waits for ordinary data
+    assert case.ours.recv(1, socket.MSG_OOB) == b"!"
+    case.ours.settimeout(10)
+    exchange(case.peer, case.ours, 100)
+
+    case.ours.setsockopt(TCP, 19, 1)  # TCP_REPAIR
+    refused(it, ours(case.ours), Code.IN_REPAIR)
+    case.ours.setsockopt(TCP, 19, 0)
+
+    with contextlib.closing(os.fdopen(bpf(0, struct.pack("=IIII", 15, 4, 8, 4)), "rb")) as table:
+        key, value = (ctypes.c_uint32 * 1)(0), (ctypes.c_uint64 * 1)(case.fd)
+        at = struct.pack("=I4xQQQ", table.fileno(), ctypes.addressof(key), ctypes.addressof(value), 0)
+        bpf(2, at)
+        refused(it, ours(case.ours), Code.SOCKMAP)
+        bpf(3, at)  # BPF_MAP_DELETE_ELEM
+
+    case.ours.setsockopt(socket.SOL_SOCKET, 60, 1)  # SO_ZEROCOPY
+    case.ours.send(b"zero", 0x4000000)  # MSG_ZEROCOPY
+    refused(it, ours(case.ours), Code.ZERO_COPY)
+    assert case.peer.recv(4) == b"zero"
+    until(lambda: completed(case.ours))
+    goes_on(case)
+    # Each refusal was of the moment.
+    [record] = it.export_passively(ours(case.ours))
+    moved([record])
+
+    if "tls" in Path("/proc/sys/net/ipv4/tcp_available_ulp").read_text().split():
+        other = it.pair("v4")
+        other.ours.setsockopt(TCP, 31, b"tls")  # TCP_ULP
+        assert "tls" in refused(it, ours(other.ours), Code.ULP)
+
+
+def completed(sock: socket.socket) -> bool:
+    """Whether the zero-copy completion has been read."""
+    with contextlib.suppress(BlockingIOError):
+        sock.recvmsg(0, 512, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+        return True
+    return False
+
+
+def test_signed_connections(it: Bench) -> None:
+    with it.listener("a", "v4", it.port()) as listener:
+        try:
+            md5(listener, it.host("peer").address(4))
+        except OSError as error:
+            pytest.skip(f"no TCP-MD5 in this kernel: {error}")
+        refused(it, ours(listener), Code.TCP_MD5)
+
+
+def test_addresses_and_states(it: Bench) -> None:
+    scope = it.host("a").python(socket.if_nametoindex, "eth0")
+    addresses = it.host("a").run(["ip", "-6", "-o", "addr", "show", "dev", "eth0", "scope", "link"]).stdout
+    with it.socket("a", "v6") as local:
+        local.bind((addresses.split()[3].split("/")[0], it.port(), 0, scope))
+        refused(it, ours(local), Code.LINK_LOCAL)
+    case = it.pair("v4")
+    assert case.peer
+    case.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    case.peer.close()
+    until(lambda: state(case.ours) == "CLOSED")
+    assert "ended" in refused(it, ours(case.ours), Code.STATE)
+
+
+def test_too_large(it: Bench) -> None:
+    case = it.pair("v4")
+    case.ours.setsockopt(socket.SOL_SOCKET, 32, 8 << 20)  # SO_SNDBUFFORCE
+    it.deafen([case.port])
+    case.ours.setblocking(False)
+    assert case.ours.send(bytes(4 << 20)) > IMAGE_BYTES_MAX
+    assert str(IMAGE_BYTES_MAX) in refused(it, ours(case.ours), Code.TOO_LARGE)
+
+
+# -- its owners
+
+
+def test_owners(it: Bench) -> None:
+    """io_uring, a debugger, the daemon itself: before anything is frozen or anybody asked."""
+    cases = [it.pair("v4") for _ in range(2)]
+
+    def with_ring() -> None:
+        assert LIBC.syscall(IO_URING_SETUP, 4, ctypes.create_string_buffer(120)) >= 0
+        signal.pause()
+
+    def with_debugger() -> None:
+        assert LIBC.ptrace(PTRACE_SEIZE, debugged.pid, None, None) == 0
+        signal.pause()
+
+    with (
+        Keeper([cases[0].fd], with_ring) as ring,
+        Keeper([cases[1].fd]) as debugged,
+        Keeper([], with_debugger) as debugger,
+    ):
+        until(lambda: "io_uring" in descriptors(ring.pid))
+        until(lambda: f"TracerPid:\t{debugger.pid}" in Path(f"/proc/{debugged.pid}/status").read_text())
+        assert str(ring.pid) in refused(it, [(ring.pid, cases[0].fd)], Code.OWNER_IO_URING)
+        assert str(debugger.pid) in refused(it, [(debugged.pid, cases[1].fd)], Code.OWNER_TRACED)
+    for case in cases:
+        goes_on(case)
+    refused(it, [(it.daemons["a"].pid, 0)], Code.OWNER_IS_DAEMON)
+
+
+def descriptors(pid: int) -> str:
+    """What a process has open."""
+    links = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(str(link.readlink()))
+    return " ".join(links)
+
+
+# -- the other hosts
+
+
+def test_nobody_takes_it(it: Bench) -> None:
+    case = it.pair("v4")
+    refused(it, ours(case.ours), Code.NO_SUCH_HOST, to="nowhere")
+    refused(it, ours(case.ours), Code.NO_SUCH_HOST, to="a")
+    refused(it, ours(case.ours), Code.NO_OFFER, to="10.77.1.99", timeout_s=0.3)
+    with reconfigured(it, "b", imports={"max_connected": 0}):
+        refused(it, ours(case.ours), Code.NO_OFFER, to="b", timeout_s=0.3)
+        refused(it, ours(case.ours), Code.NO_OFFER, to=None, timeout_s=0.3)
+    goes_on(case)
+
+
+def test_already_migrating(it: Bench) -> None:
+    """The same socket by another descriptor, and another socket under the same migration id."""
+    with it.stalled() as stall:
+        case, other = it.make("v4", "ESTABLISHED", True), it.pair("v4")
+        with Held(it, case) as held:
+            moving = held.move()
+            stall.wait()
+            refused(it, held.pairs, Code.ALREADY_MIGRATING)
+            [under_way] = call(it.host("a"), "info")["migrations"]
+            sockets = [{"pid": os.getpid(), "fd": other.fd, "migration_id": under_way["migration_id"]}]
+            answer = call(it.host("a"), "export", sockets=sockets, to="b")
+            judged([verdict(one) for one in answer["migrations"]], Code.ALREADY_MIGRATING)
+            stall.lift()
+            moved(moving.result())
+        goes_on(other)
+        [came] = it.take([it.request(case)])
+        it.undeafen([case])
+        it.finish(case, copy_of(came))
+        copy_of(came).close()
+        # Asked again under its id, it is answered and not begun.
+        sockets = [{"pid": os.getpid(), "fd": other.fd, "migration_id": under_way["migration_id"]}]
+        [record] = call(it.host("a"), "export", sockets=sockets, to="b")["migrations"]
+        assert (record["outcome"], record["local"]) == ("moved", under_way["local"])
+        goes_on(other)
+
+
+def test_taken_ports_and_tuples(it: Bench) -> None:
+    """What b has already: a connection with the same ends; a port, for what is not connected."""
+    case = it.pair("v4")
+    with squatter(it, case, it.address("v4")):
+        refused(it, ours(case.ours), Code.TUPLE_TAKEN)
+    goes_on(case)
+    port = it.port()
+    with it.listener("b", "v4", port, EVERYWHERE), it.listener("a", "v4", port, EVERYWHERE) as mine:
+        refused(it, ours(mine), Code.PORT_TAKEN, outcome="aborted")
+        with it.socket("peer", "v4") as peer:
+            peer.connect((it.address("v4"), port))
+            mine.accept()[0].close()
+
+
+@contextlib.contextmanager
+def squatter(it: Bench, case: Case, address: str) -> Iterator[socket.socket]:
+    """A connection of b from ``address`` that has all else in common with ``case``; it says nothing."""
+    with it.socket("b", "v4") as sock:
+        sock.setsockopt(socket.SOL_IP, 19, 1)  # IP_TRANSPARENT
+        sock.setsockopt(TCP, 19, 1)  # TCP_REPAIR
+        sock.bind((address, case.port))
+        sock.connect(case.remote)
+        yield sock
+
+
+def test_window_scale(it: Bench) -> None:
+    """A SYN has offered a window scale that b would not: its answer would be misunderstood."""
+    b = it.host("b")
+    before = b.run(["sysctl", "-n", "net.ipv4.tcp_rmem"]).stdout.strip()
+    case = it.make("v4", "SYN-SENT", False)
+    b.run(["sysctl", "-w", "net.ipv4.tcp_rmem=4096 65536 65536"])
+    most = b.run(["sysctl", "-n", "net.core.rmem_max"], check=False).stdout.strip()
+    try:
+        refused(it, ours(case.ours), Code.WINDOW_SCALE, outcome="aborted")
+        assert state(case.ours) == "SYN-SENT", most
+    finally:
+        b.run(["sysctl", "-w", f"net.ipv4.tcp_rmem={before}"])
+    it.undeafen([case])
+    it.finish(case, case.ours)
+
+
+# -- in the middle
+
+
+def test_it_takes_too_long(it: Bench) -> None:
+    """An importer that is not prepared in time: undone."""
+    with it.stalled() as stall:
+        case = it.make("v4", "ESTABLISHED", True)
+        with reconfigured(it, "a", timing={"freeze_deadline_s": 1.0}), Held(it, case) as held:
+            # There is no time for a second attempt.
+            moving = held.move(timeout_s=0.9)
+            stall.wait()
+            assert "1.0 s" in judged(
+                [verdict(one) for one in moving.result()], Code.FREEZE_DEADLINE, "aborted"
+            )
+            held.back()
+    it.undeafen([case])
+    it.finish(case, case.ours)
+
+
+def test_whoever_asked_has_gone(it: Bench) -> None:
+    """Its migration is undone; the history says so."""
+    with it.stalled() as stall:
+        case = it.make("v4", "ESTABLISHED", True)
+        with Held(it, case) as held:
+            connection = held.begin()
+            stall.wait()
+            [under_way] = call(it.host("a"), "info")["migrations"]
+            connection.close()
+            until(lambda: not call(it.host("a"), "info")["migrations"])
+            held.back()
+        wanted = {"migration_ids": [under_way["migration_id"]], "wait_s": 5.0}
+        records = call(it.host("a"), "info", **wanted)["migrations"]
+        judged([verdict(one) for one in records if one["direction"] == "export"], Code.TIMEOUT, "aborted")
+    it.undeafen([case])
+    it.finish(case, case.ours)
+
+
+def test_it_changes_while_frozen(it: Bench) -> None:
+    """A descriptor under way in a unix socket has no owner to stop: what it does is found, and it stays."""
+    with it.stalled() as stall:
+        case = it.make("v4", "ESTABLISHED", True)
+        here, there = socket.socketpair()
+        with here, there:
+            socket.send_fds(here, [b"x"], [case.fd])
+            with Held(it, case) as held:
+                moving = held.move()
+                stall.wait()
+                _, [passed], _, _ = socket.recv_fds(there, 1, 1)
+                with socket.socket(fileno=passed) as stranger:
+                    assert stranger.recv(10) == case.to_us[:10]
+                    case.to_us = case.to_us[10:]
+                stall.lift()
+                judged([verdict(one) for one in moving.result()], Code.CHANGED, "aborted")
+                held.back()
+    it.undeafen([case])
+    it.finish(case, case.ours)
+
+
+def test_the_importer_dies(it: Bench) -> None:
+    """Before it is prepared: undone. It comes back and takes others."""
+    with it.stalled() as stall:
+        case = it.make("v4", "ESTABLISHED", True)
+        with Held(it, case) as held:
+            moving = held.move(timeout_s=1.0)
+            stall.wait()
+            it.daemons["b"].kill()
+            judged([verdict(one) for one in moving.result()], Code.PEER_LOST, "aborted")
+            held.back()
+    it.undeafen([case])
+    it.daemons["b"].start()
+    [record] = it.export_passively(ours(case.ours))
+    moved([record])
+    [came] = it.take([it.request(case)])
+    it.finish(case, copy_of(came))
+    copy_of(came).close()
+
+
+def test_the_redirect_fails(it: Bench) -> None:
+    """Somebody has removed our table: undone at the commit; a restart puts it right."""
+    case = it.pair("v4")
+    nft(it.host("a"), "delete table netdev sockmi\n")
+    refused(it, ours(case.ours), Code.REDIRECT, outcome="aborted")
+    goes_on(case)
+    it.daemons["a"].restart()
+    until(lambda: bool(call(it.host("a"), "groups")["groups"][0]["members"]))
+    [record] = it.export_passively(ours(case.ours))
+    moved([record])
+    [came] = it.take([it.request(case)])
+    it.finish(case, copy_of(came))
+    copy_of(came).close()
+
+
+def test_the_exporter_stops(it: Bench) -> None:
+    """What is not committed is undone, and the daemon ends cleanly."""
+    with it.stalled() as stall:
+        case = it.make("v4", "ESTABLISHED", True)
+        with Held(it, case) as held:
+            moving = held.move()
+            stall.wait()
+            process = it.daemons["a"].process
+            assert process
+            process.terminate()
+            judged([verdict(one) for one in moving.result()], Code.SHUTTING_DOWN, "aborted")
+            held.back()
+            assert process.wait(10) == 0
+    it.daemons["a"].start()
+    until(lambda: bool(call(it.host("a"), "groups")["groups"][0]["members"]))
+    it.undeafen([case])
+    it.finish(case, case.ours)
+
+
+# -- who may do what
+
+
+def as_nobody(it: Bench, host: str, work: Callable[[], Any], keep: Sequence[int] = ()) -> Keeper:
+    """A process of user nobody on a host, which does ``work``."""
+
+    def start() -> Any:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        return work()
+
+    with it.host(host).entered():
+        return Keeper(keep, start)
+
+
+def told(action: Callable[[], Any]) -> str:
+    """The code of a refusal, or the errno's number, or what came."""
+    try:
+        return str(action())
+    except SockMiError as error:
+        return error.code or str(error.errno)
+
+
+def test_another_user(it: Bench) -> None:
+    """He exports what is his alone, imports what was his, and administers nothing."""
+    control = {name: it.host(name).control_socket for name in "ab"}
+    port = it.port()
+    shared = it.pair("v4")
+    roots = Keeper([shared.fd])
+    listener = it.listener("peer", "v4", port)
+    address = listener.getsockname()
+
+    def ask_a(op: str, **fields: Any) -> list[dict[str, Any]]:
+        with Control(control["a"], timeout_s=30) as connection:
+            return list(connection.call(op, **fields))
+
+    def nobody() -> dict[str, Any]:
+        own = socket.create_connection(address, timeout=10)
+        root_owned = socket.socket(fileno=shared.fd)
+        found: dict[str, Any] = {
+            "named": told(lambda: ask_a("export", sockets=[{"pid": os.getpid(), "fd": own.fileno()}])),
+            "drain": told(lambda: ask_a("drain", filter={})),
+            "reload": told(lambda: ask_a("reload")),
+            "leave": told(lambda: ask_a("groups", action="leave", name="lab")),
+            "foreign": told(
+                lambda: export_sockets([Export(shared.fd, roots.pid)], "b", control=control["a"])
+            ),
+            "listed": [row["user_id"] for one in ask_a("list") for row in one["sockets"]],
+            "status": told(lambda: ask_a("status")[0]["host"]),
+        }
+        for name, sock in (("shared", root_owned), ("own", own)):
+            dry, real = (
+                export_sockets([Export(sock)], "b", control=control["a"], dry_run=dry)[0]
+                for dry in (True, False)
+            )
+            found[name] = [verdict(dry)[:2], verdict(real)[:2]]
+        return found
+
+    with roots, as_nobody(it, "a", nobody, [shared.fd]) as child:
+        found = child.result(60)
+    peer, _ = listener.accept()
+    listener.close()
+    no = str(Code.NO_PRIVILEGE)
+    assert [found[name] for name in ("named", "drain", "reload", "leave")] == [no] * 4, found
+    assert found["foreign"] == "1", "EPERM, by the kernel: pidfd_getfd"
+    assert found["shared"] == [("refused", no), ("refused", no)]
+    assert set(found["listed"]) == {NOBODY} and found["status"] == "a"
+    assert found["own"] == [("planned", ""), ("moved", "")]
+    goes_on(shared)
+
+    # At b there are his connection and one of root's, and he gets only his own.
+    moved(it.export_passively(ours(shared.ours)))
+    until(lambda: status(it.host("b"))["import_lists"]["connected"]["length"] == 2)
+
+    def import_all() -> list[tuple[str, int]]:
+        got = []
+        while arrived := import_socket(ImportRequest(), 0.2, control=control["b"]):
+            for one in arrived:
+                assert one.socket and os.fstat(one.fd).st_uid == NOBODY
+                got.append((str(one.remote), one.socket.send(b"from nobody")))
+        return got
+
+    with as_nobody(it, "b", import_all) as child:
+        got = child.result(60)
+    assert got == [(f"{address[0]}:{port}", 11)]
+    assert peer.recv(100) == b"from nobody"
+    peer.close()
+    [came] = it.take([it.request(shared)])
+    it.finish(shared, copy_of(came))
+    copy_of(came).close()
+
+
+def test_another_users_listener(it: Bench) -> None:
+    """Its connections are his, though it was the daemon that took them out of its queue."""
+    control = {name: it.host(name).control_socket for name in "ab"}
+    port, address = it.port(), it.address("v4")
+
+    def export() -> str:
+        with socket.create_server((address, port)) as listener:
+            listener.settimeout(10)
+            until(lambda: struct.unpack_from("I", listener.getsockopt(TCP, socket.TCP_INFO, 104), 24) == (1,))
+            return verdict(export_sockets([Export(listener)], "b", control=control["a"])[0])[0] or ""
+
+    def imports() -> list[bytes]:
+        requests = [ImportRequest(["listening"]), ImportRequest(["connected"], local_port=port)]
+        got: list[bytes] = []
+        while len(got) < 2:
+            for one in import_socket(requests, 10, control=control["b"]):
+                assert one.socket
+                got.append(b"" if one.request == 0 else one.socket.recv(10))
+        return sorted(got)
+
+    with as_nobody(it, "a", export) as exporter:
+        peer = it.socket("peer", "v4")
+        until(lambda: peer.connect_ex((address, port)) in (0, errno.EISCONN))
+        peer.sendall(b"hello")
+        assert exporter.result(30) == "moved"
+    with as_nobody(it, "b", imports) as importer:
+        assert importer.result(30) == [b"", b"hello"]
+    peer.close()
+
+
+def test_another_users_duplicate(it: Bench) -> None:
+    """Who shares a socket with a set-user-id process may not move it, though its real user is his own."""
+    control = it.host("a").control_socket
+    with it.listener("peer", "v4", it.port()) as listener:
+        address = listener.getsockname()
+
+        def as_three(saved: int) -> None:
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, saved)
+
+        def export() -> list[str]:
+            codes = []
+            for saved in (0, NOBODY):
+                own = socket.create_connection(address, timeout=10)
+                with Keeper([own.fileno()], lambda saved=saved: (as_three(saved), signal.pause())) as other:
+                    until(
+                        lambda other=other, saved=saved: (
+                            f"Uid:\t{NOBODY}\t{NOBODY}\t{saved}\t" in status_of(other.pid)
+                        )
+                    )
+                    with Keeper([own.fileno()], lambda own=own: (as_three(NOBODY), plan(own))[1]) as caller:
+                        os.close(own.detach())
+                        codes.append(caller.result(30))
+            return codes
+
+        def plan(sock: socket.socket) -> str:
+            [record] = export_sockets([Export(sock)], control=control, dry_run=True)
+            return record.code or str(record.outcome)
+
+        with it.host("a").entered(), Keeper([], export) as keeper:
+            assert keeper.result(60) == [Code.NO_PRIVILEGE, "planned"]
+
+
+def status_of(pid: int) -> str:
+    """What the kernel says of a process."""
+    return Path(f"/proc/{pid}/status").read_text()
+
+
+def test_contexts_are_checked(it: Bench) -> None:
+    """Only sealed ones of up to a megabyte are taken."""
+    case = it.pair("v4")
+    for flags, size, code in (
+        (os.MFD_CLOEXEC, 10, Code.BAD_REQUEST),
+        (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING, (1 << 20) + 1, Code.TOO_LARGE),
+    ):
+        memory = os.memfd_create("context", flags)
+        os.truncate(memory, size)
+        with socket.socket(socket.AF_UNIX) as raw:
+            raw.connect(str(it.host("a").control_socket))
+            raw.settimeout(10)
+            item = f'{{"pid":{os.getpid()},"fd":{case.fd},"descriptor":true,"context":true}}'
+            line = f'{{"op":"export","fds":2,"sockets":[{item}],"to":"b"}}\n'
+            socket.send_fds(raw, [line.encode()], [case.fd, memory])
+            assert f'"{code}"'.encode() in raw.recv(1 << 16)
+        os.close(memory)
+    goes_on(case)
+
+
+# -- other networks
+
+
+def test_no_redirect_leads_there(lab: Lab) -> None:
+    """d is behind a router, and forward needs one segment."""
+    modes = {"devices": ["eth0"], "modes": ["forward"]}
+    with daemons(lab, "cd", unicast=True, redirect=modes) as both, bench(lab, "forward", both) as it:
+        case = it.pair("v4", host="c")
+        done = it.export_passively(ours(case.ours), to="d", source="c", timeout_s=2.0)
+        judged([verdict(record) for record in done], Code.NO_REDIRECT)
+        goes_on(case)
+        case.close()
+
+
+def test_a_taken_port_is_no_obstacle_to_translation(lab: Lab) -> None:
+    """Another port is chosen."""
+    modes = {"devices": ["eth0"], "modes": ["nat"]}
+    with daemons(lab, "cd", unicast=True, redirect=modes) as both, bench(lab, "nat", both) as it:
+        case = it.pair("v4", host="c")
+        with it.socket("d", "v4") as squatting:
+            squatting.setsockopt(TCP, 19, 1)
+            squatting.bind((it.address("v4", "d"), case.port))
+            squatting.connect(case.remote)
+            done = it.export_passively(ours(case.ours), to="d", source="c")
+            moved(done)
+            [came] = it.take([ImportRequest(["connected"], local_port=case.port)], "d")
+            copy = copy_of(came)
+            assert copy.getsockname()[0] == it.address("v4", "d") and copy.getsockname()[1] != case.port
+            time.sleep(0)
+            it.finish(case, copy)
+            copy.close()
+        case.close()
