@@ -195,6 +195,11 @@ class MigrationRecord(_Model):
     fidelity: FidelityReport = FidelityReport()
 
 
+def record_of(content: dict[str, Any]) -> MigrationRecord:
+    """A migration record as the journal keeps it."""
+    return MigrationRecord.model_validate_json(json.dumps(content))
+
+
 class SocketFilter(_Model):
     """Which sockets of this host; all given fields must match, none given matches all.
 

@@ -6,20 +6,17 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sockmi.api import Check, CheckStatus
+from sockmi.parts import Parts
 from sockmi.redirect.base import Mode
-
-if TYPE_CHECKING:
-    from sockmi.service import Daemon
 
 _CAPABILITIES = {12: "CAP_NET_ADMIN", 13: "CAP_NET_RAW", 19: "CAP_SYS_PTRACE"}
 _SPACE_BYTES_MIN = 64 << 20
 _DESCRIPTORS_MIN = 4096
 
 
-def examine(daemon: Daemon) -> list[Check]:
+def examine(daemon: Parts) -> list[Check]:
     """All checks, in the order in which they should be mended."""
     return [
         _capabilities(),
@@ -56,7 +53,7 @@ def _capabilities() -> Check:
     return _ok("capabilities", "The daemon has the capabilities that it needs.")
 
 
-def _nftables(daemon: Daemon) -> Check:
+def _nftables(daemon: Parts) -> Check:
     try:
         held = len(daemon.tables.held())
     except OSError as error:
@@ -103,7 +100,7 @@ def _space(directory: Path) -> Check:
     return _ok("space", f"{directory} has {free >> 20} MiB left.")
 
 
-def _journal(daemon: Daemon) -> Check:
+def _journal(daemon: Parts) -> Check:
     try:
         daemon.journal.fold()
     except Exception as error:
@@ -113,7 +110,7 @@ def _journal(daemon: Daemon) -> Check:
     return _ok("journal", "The journal can be written.")
 
 
-def _members(daemon: Daemon) -> Check:
+def _members(daemon: Parts) -> Check:
     count = daemon.members.count()
     if count == 0:
         return _bad(
@@ -130,7 +127,7 @@ def _sysctl(name: str) -> str | None:
     return path.read_text().split()[0] if path.exists() else None
 
 
-def _forwarding(daemon: Daemon) -> list[Check]:
+def _forwarding(daemon: Parts) -> list[Check]:
     if Mode.NAT not in daemon.config.redirect.modes:
         return []
     closed = [
@@ -149,7 +146,7 @@ def _forwarding(daemon: Daemon) -> list[Check]:
     return [_ok("forwarding", "Packets can be led on to hosts of other segments.")]
 
 
-def _import_lists(daemon: Daemon) -> Check:
+def _import_lists(daemon: Parts) -> Check:
     full = [kind for kind in daemon.importing.lists.maxima if daemon.importing.lists.room(kind) == 0]
     if full:
         return _bad(

@@ -6,17 +6,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sockmi import api
 from sockmi.engine.duplicate import duplicate
 from sockmi.exporting import Selected
+from sockmi.parts import Parts
 from sockmi.refusal import Refusal
+from sockmi.selection import Found
 from sockmi.shell import whole_record
-
-if TYPE_CHECKING:
-    from sockmi.operations import Found
-    from sockmi.service import Daemon
 
 _TIMEOUT_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
@@ -29,7 +27,7 @@ class Drain:
 
     def __init__(
         self,
-        daemon: Daemon,
+        daemon: Parts,
         request: api.DrainRequest,
         target: tuple[bytes | None, IPv4Address | IPv6Address | None],
         report: Callable[[dict[str, Any]], None],

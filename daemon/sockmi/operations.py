@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from ipaddress import IPv4Network, IPv6Network, ip_network
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID, uuid4
 
 from sockmi import api
@@ -22,32 +17,22 @@ from sockmi.doctor import examine
 from sockmi.draining import Drain
 from sockmi.engine.base import Kind
 from sockmi.engine.duplicate import duplicate
-from sockmi.engine.listing import Holder, ListedSocket, list_sockets
+from sockmi.engine.listing import Holder
 from sockmi.exporting import Selected
+from sockmi.parts import Parts
 from sockmi.permission import Caller
 from sockmi.refusal import Code, Refusal
+from sockmi.selection import Found, check_filter, kind_of, select
 from sockmi.shell import close_all, inbound, outbound
-
-if TYPE_CHECKING:
-    from sockmi.service import Daemon
 
 _ROWS_PER_LINE = 200
 _EXPORT_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """One descriptor of a socket of this host."""
-
-    socket: ListedSocket
-    holder: Holder
-    unit: str | None
-
-
 class Operations:
     """Handles the requests of the control socket."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Parts) -> None:
         self._daemon = daemon
         self._drains: dict[Client, Drain] = {}
         self._exports: dict[Client, bytes] = {}
@@ -101,7 +86,7 @@ class Operations:
             # In the order of the request; what follows a listener is in the history, tagged with it.
             going = iter(records)
             asked = [
-                record_of(next(going)) if isinstance(one, Selected) else self._refused(item, one)
+                api.record_of(next(going)) if isinstance(one, Selected) else self._refused(item, one)
                 for item, one in zip(request.sockets, selection, strict=True)
             ]
             _respond_records(client, request.id, api.ExportResponse, asked)
@@ -126,7 +111,7 @@ class Operations:
             self._daemon.journal.migration(migration, "export") for migration in ids if migration is not None
         ]
         if all(record is not None and record.get("outcome") == "moved" for record in records):
-            return [record_of(record) for record in records if record is not None]
+            return [api.record_of(record) for record in records if record is not None]
         return None
 
     def _refused(self, item: api.ExportItem, refusal: Refusal) -> api.MigrationRecord:
@@ -215,23 +200,10 @@ class Operations:
         *,
         only_uid: int | None = None,
     ) -> None:
-        """List this host's sockets; the look through /proc is made in a thread."""
-        _check_addresses(wanted)
-        future = self._daemon.loop.run_in_executor(None, list_sockets)
-
-        def finish(listed: list[ListedSocket]) -> None:
-            units: dict[int, str | None] = {}
-            rows = []
-            for one in listed:
-                for holder in one.holders:
-                    if holder.pid not in units:
-                        units[holder.pid] = unit_of(holder.pid)
-                    unit = units[holder.pid]
-                    if only_uid in (None, one.uid) and _matches(wanted, one, holder, unit):
-                        rows.append(Found(one, holder, unit))
-            found(rows)
-
-        future.add_done_callback(lambda one: finish(one.result()))
+        """Look for this host's sockets, in a thread: it looks through /proc."""
+        check_filter(wanted)
+        future = self._daemon.loop.run_in_executor(None, select, wanted, only_uid)
+        future.add_done_callback(lambda one: found(one.result()))
 
     def _socket_rows(self, found: list[Found]) -> list[api.SocketRow]:
         rows: list[api.SocketRow] = []
@@ -358,7 +330,7 @@ class Operations:
             if waiting and time.monotonic() < deadline and not client.closed:
                 self._daemon.loop.call_later(0.02, answer)
                 return
-            _respond_records(client, request.id, api.InfoResponse, [record_of(one) for one in records])
+            _respond_records(client, request.id, api.InfoResponse, [api.record_of(one) for one in records])
 
         answer()
 
@@ -379,7 +351,7 @@ class Operations:
     def _history(self, client: Client, request: api.HistoryRequest, descriptors: list[int]) -> None:
         chosen: list[api.MigrationRecord] = []
         for content in self._daemon.journal.history():
-            record = record_of(content)
+            record = api.record_of(content)
             if _in_history(request, record):
                 chosen.append(record)
                 if len(chosen) == request.limit:
@@ -428,13 +400,6 @@ class Operations:
         checks = examine(self._daemon)
         healthy = all(check.status is not api.CheckStatus.ERROR for check in checks)
         client.respond(api.DoctorResponse(id=request.id, healthy=healthy, checks=checks))
-
-
-def record_of(content: dict[str, Any]) -> api.MigrationRecord:
-    """A journal record as the control socket has it."""
-    import json
-
-    return api.MigrationRecord.model_validate_json(json.dumps(content))
 
 
 def _taken_from(pid: int, fd: int) -> int:
@@ -493,7 +458,7 @@ def _row(found: Found, refusal: Refusal | None) -> api.SocketRow:
         unit=found.unit,
         user_id=listed.uid,
         inode=listed.inode,
-        kind=_kind(listed),
+        kind=kind_of(listed),
         state=listed.state,
         local=str(listed.local),
         remote=str(listed.remote) if listed.remote else None,
@@ -502,43 +467,6 @@ def _row(found: Found, refusal: Refusal | None) -> api.SocketRow:
         movable=refusal is None,
         refusal=api.Why.of(refusal) if refusal else None,
     )
-
-
-def _kind(listed: ListedSocket) -> Kind:
-    if listed.state == "LISTEN":
-        return Kind.LISTENING
-    return Kind.CONNECTED if listed.remote else Kind.BOUND
-
-
-def _matches(wanted: api.SocketFilter, listed: ListedSocket, holder: Holder, unit: str | None) -> bool:
-    local, remote = listed.local, listed.remote
-    checks = (
-        holder.fd >= 0,
-        wanted.pid in (None, holder.pid),
-        wanted.fd in (None, holder.fd),
-        wanted.process is None or fnmatch.fnmatchcase(holder.name, wanted.process),
-        wanted.unit is None or (unit is not None and fnmatch.fnmatchcase(unit, wanted.unit)),
-        wanted.kinds is None or _kind(listed) in wanted.kinds,
-        wanted.states is None or listed.state in {one.upper().replace("_", "-") for one in wanted.states},
-        wanted.local_port in (None, local.port),
-        wanted.remote_port is None or (remote is not None and remote.port == wanted.remote_port),
-        wanted.local_address is None or local.address in _network(wanted.local_address),
-        wanted.remote_address is None
-        or (remote is not None and remote.address in _network(wanted.remote_address)),
-    )
-    return all(checks)
-
-
-def _network(text: str) -> IPv4Network | IPv6Network:
-    return ip_network(text, strict=False)
-
-
-def _check_addresses(wanted: api.SocketFilter) -> None:
-    for text in (wanted.local_address, wanted.remote_address):
-        try:
-            _network(text or "0.0.0.0/0")
-        except ValueError as error:
-            raise Refusal(Code.BAD_REQUEST, f"{text!r} is no address and no network: {error}.") from None
 
 
 def _in_history(request: api.HistoryRequest, record: api.MigrationRecord) -> bool:
@@ -551,13 +479,3 @@ def _in_history(request: api.HistoryRequest, record: api.MigrationRecord) -> boo
         and request.batch_id in (None, record.batch_id)
         and request.host in (None, record.from_, record.to)
     )
-
-
-def unit_of(pid: int) -> str | None:
-    """The systemd unit of a process (the last unit in its cgroup path), or None."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-            for part in reversed(line.split(":", 2)[2].split("/")):
-                if part.endswith((".service", ".scope", ".socket")):
-                    return part
-    return None
