@@ -516,7 +516,8 @@ class Exporting:
         importer = self._shell.name_of(action.decision.importer)
         for index in going:
             route = action.routes[index]
-            audit(change, route.migration, "export", step="committed", to=importer, mode=route.place.mode)
+            news = {"step": "committed", "to": importer, "mode": route.place.mode, "hop": route.hop}
+            audit(change, route.migration, "export", **news)
         self._shell.journal.write(change)
 
     def _original(self, facts: SocketFacts, route: Route) -> list[Any]:

@@ -245,7 +245,7 @@ class Bench:
             "mapped": f"::ffff:{host.address(4)}",
         }[kind]
 
-    def socket(self, name: str, kind: str) -> socket.socket:
+    def sock(self, name: str, kind: str) -> socket.socket:
         """A new socket on a host."""
         sock = self.host(name).socket(socket.AF_INET if kind == "v4" else socket.AF_INET6)
         if kind == "mapped":
@@ -257,7 +257,7 @@ class Bench:
         self, name: str, kind: str, port: int, address: str | None = None, backlog: int = 64
     ) -> socket.socket:
         """A listening socket."""
-        sock = self.socket(name, kind)
+        sock = self.sock(name, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((self.address(kind, name) if address is None else address, port))
         sock.listen(backlog)
@@ -267,7 +267,7 @@ class Bench:
         """An established connection."""
         port = port or self.port()
         with self.listener(host, kind, port) as listener:
-            peer = self.socket("peer", "v6" if kind == "v6" else "v4")
+            peer = self.sock("peer", "v6" if kind == "v6" else "v4")
             peer.connect((self.address("v6" if kind == "v6" else "v4", host), port))
             ours, _ = listener.accept()
         ours.settimeout(PATIENCE_S)
@@ -319,7 +319,7 @@ class Bench:
     def _syn_sent(self, kind: str) -> Case:
         port, kind_there = self.port(), "v6" if kind == "v6" else "v4"
         there = self.port()
-        ours = self.socket("a", kind)
+        ours = self.sock("a", kind)
         ours.bind((self.address(kind), port))
         ours.setblocking(False)
         case = Case("SYN-SENT", kind, "SYN-SENT", ours, port, deaf=True)

@@ -141,12 +141,12 @@ def test_without_a_connection(it: Bench, tmp_path: Path, way: str, kind: str) ->
         made: dict[str, tuple[socket.socket, str, int]] = {}
         for name, address in (("wildcard", wildcard), ("specific", it.address(kind))):
             port = it.port()
-            bound = it.socket("a", kind)
+            bound = it.sock("a", kind)
             bound.bind((address, port))
             made[f"bound {name}"] = bound, address, port
             port = it.port()
             made[f"listening {name}"] = it.listener("a", kind, port, address, backlog=17), address, port
-        made["unconnected"] = it.socket("a", kind), wildcard, 0
+        made["unconnected"] = it.sock("a", kind), wildcard, 0
         for sock, _, _ in made.values():
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(TCP, socket.TCP_KEEPIDLE, 77)
@@ -201,7 +201,7 @@ def use(it: Bench, kind: str, copies: dict[str, socket.socket], port: int) -> No
             with peer:
                 exchange(copies[name], peer, 10_000)
                 exchange(peer, copies[name], 10_000)
-    with it.socket("peer", there) as peer:
+    with it.sock("peer", there) as peer:
         peer.connect((it.address(there, "b"), port))
         ours, _ = copies["listening wildcard"].accept()
         ours.settimeout(10)
@@ -220,7 +220,7 @@ def test_a_listener_with_its_queue(it: Bench, tmp_path: Path, way: str, kind: st
         listener = it.listener("a", kind, port)
         peers = []
         for index in range(5):
-            peer = it.socket("peer", there)
+            peer = it.sock("peer", there)
             peer.connect((it.address(there), port))
             peer.sendall(b"%d" % index * (1 + 20_000 * index))
             peers.append(peer)
@@ -249,7 +249,7 @@ def test_a_listener_with_its_queue(it: Bench, tmp_path: Path, way: str, kind: st
             assert peer.recv(1) == b""
             peer.close()
             assert ours.recv(1) == b""
-            until(lambda ours=ours: state(ours) == "CLOSED")
+            until(lambda ours=ours: state(ours) == "CLOSED")  # type: ignore[misc]
             ours.close()
         assert not by_port
         copy_of(came).close()
@@ -307,7 +307,7 @@ def test_sequence_wrap(it: Bench, tmp_path: Path, kind: str) -> None:
             assert case.peer
             case.to_us, case.to_peer = os.urandom(30_000), os.urandom(55_000)
             case.peer.sendall(case.to_us)
-            until(lambda case=case: unread(case.ours) == len(case.to_us))
+            until(lambda case=case: unread(case.ours) == len(case.to_us))  # type: ignore[misc]
             it.deafen([case.port])
             case.deaf = True
             case.ours.setblocking(False)
@@ -331,7 +331,7 @@ def repair_pair(it: Bench, kind: str, sequence: int) -> Case:
     port = it.port()
     made = []
     for host, other in (("a", "peer"), ("peer", "a")):
-        sock = it.socket(host, kind)
+        sock = it.sock(host, kind)
         sock.setsockopt(TCP, 19, 1)  # TCP_REPAIR
         sock.bind((it.address(kind, host), port))
         for queue in (2, 1):

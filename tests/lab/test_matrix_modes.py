@@ -25,7 +25,7 @@ def pairs(it: Bench, version: int, address: str, count: int) -> list[Case]:
     cases = []
     with it.listener("a", kind, port, address) as listener:
         for _ in range(count):
-            peer = it.socket("peer", kind)
+            peer = it.sock("peer", kind)
             peer.connect((address, port))
             ours, _ = listener.accept()
             ours.settimeout(20)

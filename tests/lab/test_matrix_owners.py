@@ -389,7 +389,7 @@ def test_the_tuple_is_taken_at_the_last_moment(it: Bench, tmp_path: Path) -> Non
         with Held(it, case) as held:
             moving = held.move()
             stall.wait()
-            squatter = it.socket("b", "v4")
+            squatter = it.sock("b", "v4")
             squatter.setsockopt(socket.SOL_IP, 19, 1)  # IP_TRANSPARENT
             squatter.setsockopt(TCP, 19, 1)  # TCP_REPAIR: it says nothing to the peer
             squatter.bind((it.address("v4"), case.port))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import signal
 import socket
@@ -78,7 +79,7 @@ def refused(
     try:
         verdicts = [verdict(record) for record in it.export_passively(pairs, **more)]
     except SockMiError as error:  # of the whole request
-        verdicts = [("refused", error.code, error.strerror)]
+        verdicts = [("refused", error.code, str(error.strerror))]
     return judged(verdicts, code, outcome)
 
 
@@ -185,7 +186,7 @@ def test_signed_connections(it: Bench) -> None:
 def test_addresses_and_states(it: Bench) -> None:
     scope = it.host("a").python(socket.if_nametoindex, "eth0")
     addresses = it.host("a").run(["ip", "-6", "-o", "addr", "show", "dev", "eth0", "scope", "link"]).stdout
-    with it.socket("a", "v6") as local:
+    with it.sock("a", "v6") as local:
         local.bind((addresses.split()[3].split("/")[0], it.port(), 0, scope))
         refused(it, ours(local), Code.LINK_LOCAL)
     case = it.pair("v4")
@@ -292,7 +293,7 @@ def test_taken_ports_and_tuples(it: Bench) -> None:
     port = it.port()
     with it.listener("b", "v4", port, EVERYWHERE), it.listener("a", "v4", port, EVERYWHERE) as mine:
         refused(it, ours(mine), Code.PORT_TAKEN, outcome="aborted")
-        with it.socket("peer", "v4") as peer:
+        with it.sock("peer", "v4") as peer:
             peer.connect((it.address("v4"), port))
             mine.accept()[0].close()
 
@@ -300,7 +301,7 @@ def test_taken_ports_and_tuples(it: Bench) -> None:
 @contextlib.contextmanager
 def squatter(it: Bench, case: Case, address: str) -> Iterator[socket.socket]:
     """A connection of b from ``address`` that has all else in common with ``case``; it says nothing."""
-    with it.socket("b", "v4") as sock:
+    with it.sock("b", "v4") as sock:
         sock.setsockopt(socket.SOL_IP, 19, 1)  # IP_TRANSPARENT
         sock.setsockopt(TCP, 19, 1)  # TCP_REPAIR
         sock.bind((address, case.port))
@@ -549,7 +550,7 @@ def test_another_users_listener(it: Bench) -> None:
         return sorted(got)
 
     with as_nobody(it, "a", export) as exporter:
-        peer = it.socket("peer", "v4")
+        peer = it.sock("peer", "v4")
         until(lambda: peer.connect_ex((address, port)) in (0, errno.EISCONN))
         peer.sendall(b"hello")
         assert exporter.result(30) == "moved"
@@ -564,22 +565,23 @@ def test_another_users_duplicate(it: Bench) -> None:
     with it.listener("peer", "v4", it.port()) as listener:
         address = listener.getsockname()
 
-        def as_three(saved: int) -> None:
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, saved)
+        def as_three(saved: int, work: Callable[[], Any]) -> Callable[[], Any]:
+            def start() -> Any:
+                os.setresgid(NOBODY, NOBODY, NOBODY)
+                os.setresuid(NOBODY, NOBODY, saved)
+                return work()
+
+            return start
 
         def export() -> list[str]:
             codes = []
             for saved in (0, NOBODY):
                 own = socket.create_connection(address, timeout=10)
-                with Keeper([own.fileno()], lambda saved=saved: (as_three(saved), signal.pause())) as other:
-                    until(
-                        lambda other=other, saved=saved: (
-                            f"Uid:\t{NOBODY}\t{NOBODY}\t{saved}\t" in status_of(other.pid)
-                        )
-                    )
-                    with Keeper([own.fileno()], lambda own=own: (as_three(NOBODY), plan(own))[1]) as caller:
-                        os.close(own.detach())
+                users = f"Uid:\t{NOBODY}\t{NOBODY}\t{saved}\t"
+                with Keeper([own.fileno()], as_three(saved, signal.pause)) as other:
+                    until(lambda pid=other.pid, users=users: users in status_of(pid))  # type: ignore[misc]
+                    with Keeper([own.fileno()], as_three(NOBODY, functools.partial(plan, own))) as caller:
+                        own.close()
                         codes.append(caller.result(30))
             return codes
 
@@ -635,7 +637,7 @@ def test_a_taken_port_is_no_obstacle_to_translation(lab: Lab) -> None:
     modes = {"devices": ["eth0"], "modes": ["nat"]}
     with daemons(lab, "cd", unicast=True, redirect=modes) as both, bench(lab, "nat", both) as it:
         case = it.pair("v4", host="c")
-        with it.socket("d", "v4") as squatting:
+        with it.sock("d", "v4") as squatting:
             squatting.setsockopt(TCP, 19, 1)
             squatting.bind((it.address("v4", "d"), case.port))
             squatting.connect(case.remote)
