@@ -191,7 +191,7 @@ class Config(Strict):
     redirect: RedirectConfig = RedirectConfig()
     policy: Literal["first", "least-loaded", "weighted"] = "first"
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    chunk_size: Annotated[int, Field(ge=1, le=1024)] = 32
+    chunk_size: Annotated[int, Field(ge=1, le=126)] = 32
     pipeline_depth: Annotated[int, Field(ge=1, le=4)] = 1
     image_bytes_max: Annotated[int, Field(ge=65536, le=1 << 30)] = 64 << 20
     metrics_address: Address = IPv4Address("127.0.0.1")

@@ -385,6 +385,8 @@ class Importing:
                 copy = self.copies[candidate.migration_id.bytes]
                 if self._wake(copy):
                     copies.append(copy)
+                else:
+                    self.lists.unreserve(candidate.migration_id)
             if copies:
                 self._hand(client, copies, lambda: None)
                 return

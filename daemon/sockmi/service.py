@@ -52,7 +52,7 @@ from sockmi.redirect.factory import make_redirects
 from sockmi.redirect.held import HeldPackets
 from sockmi.redirect.icmp import IcmpError, IcmpInjector, IcmpRelay
 from sockmi.redirecting import Redirecting
-from sockmi.refusal import Refusal
+from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell, unknown
 from sockmi.spool import Spool, SpoolError
 from sockmi.transport.group import GroupError
@@ -466,7 +466,12 @@ class Daemon:
         owners = self.engine.owners
 
         def finish(one: asyncio.Future[dict[int, dict[int, list[int]]]]) -> None:
-            holders = one.result()
+            try:
+                holders = one.result()
+            except OSError as error:
+                message = f"The owners of this socket cannot be found ({error}); try again."
+                found({}, dict.fromkeys(inodes, Refusal(Code.OWNER_UNSTOPPABLE, message)))
+                return
             verdicts = dict(zip(holders, owners.verdicts(list(holders)), strict=True))
             found(
                 {inode: sorted(by_pid) for inode, by_pid in holders.items()},

@@ -197,7 +197,9 @@ class Connection:
         if self.peer and self.owner:
             self.owner.pause()
             self.peer.pause()
-        assert (self.capture.resets, self.capture.fins, self.capture.redirects) == (0, 0, 0)
+        assert (self.capture.resets, self.capture.fins) == (0, 0)
+        # While an address is on its way, its old host may rightly tell the peer of its new one.
+        assert self.capture.redirects == 0 or self.site.mode is Mode.TAKEOVER
         assert self.capture.segments > 0
         self.capture.close()
 
