@@ -52,8 +52,8 @@ def _measure(part: str, where: Site, report: Report, *, quick: bool) -> bool:
     try:
         run(where, report, quick=quick)
     except Exception as error:  # the other parts still can be measured
-        traceback.print_exc()
-        report.problem(f"({part}) ended early: {error}")
+        traceback.print_exc()  # a daemon's log may be the note of the error
+        report.problem(f"({part}) ended early: {str(error).splitlines()[0]}")
         return False
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from bisect import bisect_left
@@ -14,11 +15,12 @@ from sockmi.redirect.tables import Tables
 
 INTERVAL_US = 200
 PAUSE_S = 0.06
+_FLOOR_MAX = 0.75
 
 
 def run(site: Site, report: Report, *, quick: bool) -> None:
     """Rounds of daemon and bare program in turn, so that both see the same noise."""
-    rounds, moves = (2, 20) if quick else (4, 40)
+    rounds, moves = (2, 10) if quick else (4, 40)
     ours: list[float] = []
     bare: list[float] = []
     still: list[float] = []
@@ -40,8 +42,17 @@ def run(site: Site, report: Report, *, quick: bool) -> None:
     for percent in (50, 99):
         ratio = percentile(ours, percent) / percentile(bare, percent)
         report.add("a", f"blackout, daemons / bare, p{percent}", ratio, "x")
+    ratio = percentile(ours, 50) / percentile(bare, 50)
+    floor = percentile(still, 50) / percentile(bare, 50)
+    if floor > _FLOOR_MAX:
+        # Both would then be measured by what else the machine does, and the ratio flatters.
+        report.problem(
+            f"(a) without a move the client waits {floor:.2g} times as long as for a bare one: the machine "
+            "is too busy to compare them; run it again when nothing else runs"
+        )
+        ratio = math.nan
     report.aim("a", "blackout of one connection, p50", percentile(ours, 50), 2.0, "ms")
-    report.aim("a", "blackout, daemons / bare, p50", percentile(ours, 50) / percentile(bare, 50), 3.0, "x")
+    report.aim("a", "blackout, daemons / bare, p50", ratio, 3.0, "x")
 
 
 def _bare(site: Site, moves: int, told: list[float]) -> list[float]:

@@ -13,14 +13,17 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lab.capture import Capture, Trouble
 from lab.daemons import GROUP_PORT, STREAM_PORT, Daemons
+from lab.host import Host
 from lab.labs import Lab
 from sockmi.crashpoints import VARIABLE
 from sockmi.journal import Journal, Record
@@ -65,6 +68,12 @@ class Cluster:
         assert process is not None
         process.send_signal(number)
 
+    def go_on(self) -> None:
+        """Whoever is stopped goes on."""
+        for daemon in self.daemons.by_host.values():
+            if daemon.process is not None and daemon.process.poll() is None:
+                daemon.process.send_signal(signal.SIGCONT)
+
     def died(self, host: str, timeout_s: float = 20.0) -> None:
         """Wait until a daemon has died where it was told to."""
         process = self.daemons[host].process
@@ -96,8 +105,8 @@ def cluster(
     one = Cluster(lab, hosts, **overrides)
     try:
         for host in hosts:
-            shutil.rmtree(lab.host(host).state_dir)
-            lab.host(host).state_dir.mkdir()
+            for path in lab.host(host).state_dir.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             one.daemons[host].log_file.unlink(missing_ok=True)
             one.start(host, (crash_at or {}).get(host, ""))
         one.ready()
@@ -106,9 +115,8 @@ def cluster(
         error.add_note(one.notes())
         raise
     finally:
+        one.go_on()
         for host in hosts:
-            with contextlib.suppress(ProcessLookupError):
-                one.signal(host, signal.SIGCONT)
             one.kill(host)
 
 
@@ -125,8 +133,9 @@ def _environment(crash_at: str) -> Iterator[None]:
 class Drain(threading.Thread):
     """A drain in the background: its daemon, or the other one, will die of it."""
 
-    def __init__(self, lab: Lab, source: str, target: str | None, port: int) -> None:
+    def __init__(self, lab: Lab, source: str, target: str | None, port: int, kind: str = "connected") -> None:
         super().__init__(daemon=True)
+        self._kind = kind
         self._source, self._target, self._port = lab.host(source), target, port
         self.records: list[dict[str, Any]] | None = None
         self.start()
@@ -134,7 +143,7 @@ class Drain(threading.Thread):
     def run(self) -> None:
         """Ask, and keep the answer if there is one."""
         with contextlib.suppress(OSError):
-            wanted = {"kinds": ["connected"], "local_port": self._port}
+            wanted = {"kinds": [self._kind], "local_port": self._port}
             answers = ask(self._source, "drain", filter=wanted, to=self._target)
             self.records = [record for answer in answers for record in answer["migrations"]]
 
@@ -161,24 +170,98 @@ class Crashing(Service):
 
 
 @contextlib.contextmanager
-def service(lab: Lab, kind: str, hosts: str, directory: Path, **options: Any) -> Iterator[Crashing]:
+def service(daemons: Cluster, kind: str, hosts: str, directory: Path, **options: Any) -> Iterator[Crashing]:
     """As `scenario.service`. After an outage the peer has many holes, and SACKs may forget some."""
-    one = Crashing(lab, kind, hosts, directory, **options)
-    with Capture(lab.host("peer"), f"tcp port {one.port}", directory / "peer.pcap") as capture:
+    one = Crashing(daemons.lab, kind, hosts, directory, **options)
+    with Capture(daemons.lab.host("peer"), f"tcp port {one.port}", directory / "peer.pcap") as capture:
         try:
             one.start()
             yield one
         finally:
+            daemons.go_on()  # a process whose tracer is stopped does not end
             one.kill()
     verdict = capture.check(allow={Trouble.SACK_RENEGED})
     assert verdict.clean, str(verdict)
 
 
+class Sleeper:
+    """An application that asks for two connections of a port, and then does nothing about them."""
+
+    def __init__(self, host: Host, port: int) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(host.control_socket))
+        wanted = {"states": ["connected"], "local_port": port}
+        request = {"op": "import", "requests": [wanted, wanted], "timeout_ms": -1}
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        self._descriptors: list[int] = []
+        until(lambda: status(host)["import_lists"]["connected"]["waiting"] == 2)
+
+    def served(self) -> None:
+        """Wait until descriptors have been sent; they are not read."""
+        self._socket.settimeout(20)
+        self._socket.recv(1, socket.MSG_PEEK)
+
+    def descriptors(self) -> list[int]:
+        """Read them."""
+        _, self._descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 16)
+        assert len(self._descriptors) == 2
+        return self._descriptors
+
+    def close(self) -> None:
+        """The application has gone."""
+        self._socket.close()
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(slots=True)
+class Disk:
+    """A small file system that can be full."""
+
+    path: Path
+
+    def fill(self) -> None:
+        """Nothing can be written any more."""
+        with contextlib.suppress(OSError), (self.path / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def empty(self) -> None:
+        """There is room again."""
+        (self.path / "filler").unlink()
+
+
+@contextlib.contextmanager
+def small_disk(host: Host) -> Iterator[Disk]:
+    """The state of a host's daemon is on a file system of 8 MiB."""
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m,mode=0700", "sockmi-test", host.state_dir], check=True
+    )
+    try:
+        yield Disk(host.state_dir)
+    finally:
+        subprocess.run(["umount", "--lazy", host.state_dir], check=True)
+
+
+def is_closed(descriptor: int) -> bool:
+    """Whether a TCP socket is in CLOSED."""
+    with socket.socket(fileno=os.dup(descriptor)) as each:
+        return each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x07"
+
+
 @contextlib.contextmanager
 def partitioned(lab: Lab, hosts: str) -> Iterator[None]:
     """The daemons of ``hosts`` do not hear each other inside the block; everything else goes on."""
-    rules = f"""table inet partition {{ chain out {{ type filter hook output priority 0; policy accept;
-        udp dport {GROUP_PORT} drop; tcp dport {STREAM_PORT} drop; tcp sport {STREAM_PORT} drop; }} }}"""
+    words = [f"udp dport {GROUP_PORT}", f"tcp dport {STREAM_PORT}", f"tcp sport {STREAM_PORT}"]
+    rules = "add table inet partition\nadd chain inet partition out { type filter hook output priority 0; }\n"
+    rules += "".join(f"add rule inet partition out {one} drop\n" for one in words)
     try:
         for name in hosts:
             lab.host(name).run(["nft", "-f", "-"], input=rules)
@@ -211,7 +294,7 @@ def received(serving: Service) -> list[int]:
 def flowing(serving: Service) -> None:
     """Every client gets more bytes."""
     before = received(serving)
-    until(lambda: all(now > then for now, then in zip(received(serving), before, strict=True)), 30)
+    until(lambda: all(now > then for now, then in zip(received(serving), before, strict=True)), 8)
 
 
 def places(serving: Service, hosts: str) -> dict[str, set[str]]:

@@ -19,15 +19,18 @@ from tests.lab.crash_lab import (
     CLIENTS,
     Crashing,
     Drain,
+    Sleeper,
     cluster,
     finish,
     flowing,
+    is_closed,
     journals_agree,
     nothing_left,
     partitioned,
     places,
     service,
     settled,
+    small_disk,
     tracers,
 )
 from tests.lab.scenario import drain, status, until
@@ -81,7 +84,7 @@ def test_exporter_dies(lab: Lab, tmp_path: Path, point: str, mode: str) -> None:
     """Two connections under two-way load; the exporter is killed at one step and comes back."""
     with (
         cluster(lab, "ab", {"a": point}, redirect={"modes": [mode]}) as daemons,
-        service(lab, "duplex", "ab", tmp_path) as serving,
+        service(daemons, "duplex", "ab", tmp_path) as serving,
     ):
         clients(serving)
         moving = Drain(lab, "a", "b", serving.port)
@@ -97,7 +100,7 @@ def test_importer_dies(lab: Lab, tmp_path: Path, point: str, mode: str) -> None:
     """The same for the importer."""
     with (
         cluster(lab, "ab", {"b": point}, redirect={"modes": [mode]}) as daemons,
-        service(lab, "lines", "ab", tmp_path) as serving,
+        service(daemons, "lines", "ab", tmp_path) as serving,
     ):
         clients(serving)
         moving = Drain(lab, "a", "b", serving.port)
@@ -124,7 +127,7 @@ def test_second_chunk(lab: Lab, tmp_path: Path, victim: str, point: str) -> None
     """One connection has moved already when the daemon dies of the next."""
     with (
         cluster(lab, "ab", {victim: point}, chunk_size=1) as daemons,
-        service(lab, "lines", "ab", tmp_path) as serving,
+        service(daemons, "lines", "ab", tmp_path) as serving,
     ):
         clients(serving)
         Drain(lab, "a", "b", serving.port)
@@ -143,7 +146,7 @@ def test_second_chunk(lab: Lab, tmp_path: Path, victim: str, point: str) -> None
 )
 def test_undoing(lab: Lab, tmp_path: Path, crash_at: dict[str, str], victim: str) -> None:
     """The importer is too late, and a daemon dies while the chunk is undone."""
-    with cluster(lab, "ab", crash_at) as daemons, service(lab, "duplex", "ab", tmp_path) as serving:
+    with cluster(lab, "ab", crash_at) as daemons, service(daemons, "duplex", "ab", tmp_path) as serving:
         clients(serving)
         moving = Drain(lab, "a", "b", serving.port)
         daemons.stopped("b")
@@ -173,7 +176,7 @@ def test_further_hop(lab: Lab, tmp_path: Path, victim: str, point: str, mode: st
     """a -> b -> c: the home, the waypoint or the new holder dies while the redirects are collapsed."""
     with (
         cluster(lab, "abc", {victim: point}, redirect={"modes": [mode]}) as daemons,
-        service(lab, "lines", "abc", tmp_path) as serving,
+        service(daemons, "lines", "abc", tmp_path) as serving,
     ):
         clients(serving)
         serving.move("a", "b")
@@ -190,7 +193,7 @@ def test_coming_home(lab: Lab, tmp_path: Path, point: str, mode: str) -> None:
     """a -> b -> a: the home dies while its own redirect is out of force."""
     with (
         cluster(lab, "ab", {"a": point}, redirect={"modes": [mode]}) as daemons,
-        service(lab, "lines", "ab", tmp_path) as serving,
+        service(daemons, "lines", "ab", tmp_path) as serving,
     ):
         clients(serving)
         serving.move("a", "b")
@@ -213,7 +216,7 @@ def test_coming_home(lab: Lab, tmp_path: Path, point: str, mode: str) -> None:
 )
 def test_end_of_the_connection(lab: Lab, tmp_path: Path, victim: str, point: str) -> None:
     """A daemon dies while the redirects of connections that have ended are collected."""
-    with cluster(lab, "ab", {victim: point}) as daemons, service(lab, "lines", "ab", tmp_path) as serving:
+    with cluster(lab, "ab", {victim: point}) as daemons, service(daemons, "lines", "ab", tmp_path) as serving:
         clients(serving)
         serving.move("a", "b")
         where = settled(serving, "ab")
@@ -228,7 +231,7 @@ def test_end_of_the_connection(lab: Lab, tmp_path: Path, victim: str, point: str
 @pytest.mark.parametrize("dead", ["a", "b", "ab"])
 def test_ended_while_a_daemon_is_down(lab: Lab, tmp_path: Path, dead: str) -> None:
     """Redirects go on without the daemons; what ends meanwhile is collected when they are back."""
-    with cluster(lab, "ab") as daemons, service(lab, "lines", "ab", tmp_path) as serving:
+    with cluster(lab, "ab") as daemons, service(daemons, "lines", "ab", tmp_path) as serving:
         clients(serving)
         serving.move("a", "b")
         for host in dead:
@@ -245,7 +248,7 @@ def test_ended_while_a_daemon_is_down(lab: Lab, tmp_path: Path, dead: str) -> No
 )
 def test_both_die(lab: Lab, tmp_path: Path, first: str, point: str, order: str) -> None:
     """One dies at a step, then the other; they are restarted in either order, the later one much later."""
-    with cluster(lab, "ab", {first: point}) as daemons, service(lab, "duplex", "ab", tmp_path) as serving:
+    with cluster(lab, "ab", {first: point}) as daemons, service(daemons, "duplex", "ab", tmp_path) as serving:
         clients(serving)
         Drain(lab, "a", "b", serving.port)
         daemons.died(first)
@@ -263,7 +266,7 @@ def test_at_random_times(lab: Lab, tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)  # noqa: S311
     with (
         cluster(lab, "ab", chunk_size=1, redirect={"modes": [dice.choice(["forward", "nat"])]}) as daemons,
-        service(lab, "duplex", "ab", tmp_path) as serving,
+        service(daemons, "duplex", "ab", tmp_path) as serving,
     ):
         clients(serving, 4)
         for _ in range(5):
@@ -296,7 +299,7 @@ def test_partition(lab: Lab, tmp_path: Path, paused: str, point: str) -> None:
     """The hosts stop hearing each other just there; some time later they do again."""
     with (
         cluster(lab, "ab", {paused: f"{point}:1:STOP"}) as daemons,
-        service(lab, "lines", "ab", tmp_path) as serving,
+        service(daemons, "lines", "ab", tmp_path) as serving,
     ):
         clients(serving)
         Drain(lab, "a", "b", serving.port)
@@ -317,7 +320,7 @@ def test_stopped_for_longer_than_the_freeze_may_last(lab: Lab, tmp_path: Path, p
     """The kernel lifts the hold by itself, and the belated commit is refused."""
     with (
         cluster(lab, "ab", {"a": f"{point}:1:STOP"}, timing={"freeze_deadline_s": 0.3}) as daemons,
-        service(lab, "duplex", "ab", tmp_path) as serving,
+        service(daemons, "duplex", "ab", tmp_path) as serving,
     ):
         clients(serving)
         moving = Drain(lab, "a", "b", serving.port)
@@ -346,7 +349,7 @@ def test_clean_stop_in_the_middle(lab: Lab, tmp_path: Path, stopped: str, point:
     """SIGTERM: what is committed is finished, what is not is undone; then a restart."""
     with (
         cluster(lab, "ab", {stopped: f"{point}:1:STOP"}) as daemons,
-        service(lab, "lines", "ab", tmp_path) as serving,
+        service(daemons, "lines", "ab", tmp_path) as serving,
     ):
         clients(serving)
         Drain(lab, "a", "b", serving.port)
@@ -364,7 +367,7 @@ def test_clean_stop_in_the_middle(lab: Lab, tmp_path: Path, stopped: str, point:
 
 def test_reload_in_the_middle(lab: Lab, tmp_path: Path) -> None:
     """SIGHUP while connections move changes nothing for them."""
-    with cluster(lab, "ab", chunk_size=1) as daemons, service(lab, "duplex", "ab", tmp_path) as serving:
+    with cluster(lab, "ab", chunk_size=1) as daemons, service(daemons, "duplex", "ab", tmp_path) as serving:
         clients(serving, 4)
         moving = Drain(lab, "a", "b", serving.port)
         while moving.is_alive():
@@ -375,54 +378,59 @@ def test_reload_in_the_middle(lab: Lab, tmp_path: Path) -> None:
         assert set(proved(serving, "ab").values()) == {"b"}
 
 
-@pytest.mark.parametrize("point", ["hand.sent", "taken.received"])
-def test_application_dies_with_a_descriptor_on_its_way(lab: Lab, tmp_path: Path, point: str) -> None:
-    """The importer's application is killed before it has the sockets; another one gets them."""
-    with (
-        cluster(lab, "ab", {"b": f"{point}:1:STOP"}) as daemons,
-        service(lab, "lines", "ab", tmp_path) as serving,
-    ):
+def test_application_dies_with_descriptors_on_their_way(lab: Lab, tmp_path: Path) -> None:
+    """It is gone before it has read them; another one gets the connections."""
+    with cluster(lab, "ab") as daemons, service(daemons, "lines", "a", tmp_path) as serving:
         clients(serving)
+        sleeper = Sleeper(lab.host("b"), serving.port)
         moving = Drain(lab, "a", "b", serving.port)
-        daemons.stopped("b")
-        if point == "taken.received":
-            # It is ours no more: the kernel ends the connection as for any application that is killed.
-            first = serving.processes["b"]
-            first.send_signal(signal.SIGSTOP)
-        else:
-            serving.processes["b"].kill()
-            serving.processes["b"].wait()
-        daemons.signal("b", signal.SIGCONT)
+        sleeper.served()
+        sleeper.close()
         assert {one["outcome"] for one in moving.ended() or []} == {"moved"}
-        if point == "taken.received":
-            serving.processes["b"].send_signal(signal.SIGCONT)
-        else:
-            assert status(lab.host("b"))["import_lists"]["connected"]["length"] == 2
-            serving.serve("b")
+        until(lambda: status(lab.host("b"))["import_lists"]["connected"]["length"] == 2)
+        serving.serve("b")
         assert set(proved(serving, "ab").values()) == {"b"}
 
 
-def test_stopped_application_loses_its_turn(lab: Lab, tmp_path: Path) -> None:
-    """It sits on dormant descriptors; the daemon dies, and another application gets the connections."""
-    with cluster(lab, "ab", {"b": "hand.sent"}) as daemons, service(lab, "lines", "ab", tmp_path) as serving:
+@pytest.mark.parametrize("read", [False, True])
+def test_application_that_is_late(lab: Lab, tmp_path: Path, read: bool) -> None:
+    """It does not answer in time: what it was sent is worth nothing, another one gets the connections."""
+    with (
+        cluster(lab, "ab") as daemons,
+        service(daemons, "lines", "a", tmp_path) as serving,
+        Sleeper(lab.host("b"), serving.port) as sleeper,
+    ):
         clients(serving)
-        until(lambda: status(lab.host("b"))["import_lists"]["connected"]["waiting"] > 0)
-        first = serving.processes.pop("b")
-        try:
-            first.send_signal(signal.SIGSTOP)
-            Drain(lab, "a", "b", serving.port)
-            daemons.died("b")
-            daemons.restart_dead()
-            serving.serve("b")
-            proved(serving, "ab")
-        finally:
-            first.kill()
-            first.wait()
+        moving = Drain(lab, "a", "b", serving.port)
+        sleeper.served()
+        descriptors = sleeper.descriptors() if read else []
+        serving.serve("b")
+        assert {one["outcome"] for one in moving.ended() or []} == {"moved"}
+        assert set(proved(serving, "ab").values()) == {"b"}
+        assert all(is_closed(descriptor) for descriptor in descriptors)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_daemon_dies_and_the_application_sleeps(lab: Lab, tmp_path: Path, read: bool) -> None:
+    """It sits on dormant descriptors, or has not even read them; after the restart another one is served."""
+    with (
+        cluster(lab, "ab", {"b": "hand.sent"}) as daemons,
+        service(daemons, "lines", "a", tmp_path) as serving,
+        Sleeper(lab.host("b"), serving.port) as sleeper,
+    ):
+        clients(serving)
+        Drain(lab, "a", "b", serving.port)
+        daemons.died("b")
+        descriptors = sleeper.descriptors() if read else []
+        daemons.restart_dead()
+        serving.serve("b")
+        assert set(proved(serving, "ab").values()) == {"b"}
+        assert all(is_closed(descriptor) for descriptor in descriptors)
 
 
 def test_listed_over_a_restart(lab: Lab, tmp_path: Path) -> None:
     """Nobody waits at b; its daemon is killed; then an application comes."""
-    with cluster(lab, "ab") as daemons, service(lab, "lines", "a", tmp_path) as serving:
+    with cluster(lab, "ab") as daemons, service(daemons, "lines", "a", tmp_path) as serving:
         clients(serving)
         records = drain(lab.host("a"), "b", local_port=serving.port)
         assert {one["outcome"] for one in records} == {"moved"}
@@ -432,3 +440,48 @@ def test_listed_over_a_restart(lab: Lab, tmp_path: Path) -> None:
         assert all(not where for where in places(serving, "ab").values())  # no socket: an image, held
         serving.serve("b")
         assert set(proved(serving, "ab").values()) == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("paused", "point", "home"),
+    [("a", "commit.led-away", "a"), ("b", "prepare.restored", "a"), ("b", "activate.suspended", "b")],
+)
+def test_full_disk(lab: Lab, tmp_path: Path, paused: str, point: str, home: str) -> None:
+    """The journal or the spool cannot be written just then: that must not cost a connection.
+
+    What cannot be undone any more is finished by a restart, when there is room again.
+    """
+    with (
+        small_disk(lab.host(paused)) as disk,
+        cluster(lab, "ab", {paused: f"{point}:1:STOP"}) as daemons,
+        service(daemons, "lines", "ab", tmp_path) as serving,
+    ):
+        clients(serving)
+        moving = Drain(lab, "a", "b", serving.port)
+        daemons.stopped(paused)
+        disk.fill()
+        daemons.signal(paused, signal.SIGCONT)
+        process = daemons.daemons[paused].process
+        assert process is not None
+        if home == "b":
+            assert process.wait(15) == 1
+        elif paused == "a":
+            assert {one["refusal"]["code"] for one in moving.ended() or []} == {"internal"}
+        else:
+            flowing(serving)
+        disk.empty()
+        daemons.restart_dead()
+        assert moving.ended() is not None
+        assert set(proved(serving, "ab").values()) == {home}
+
+
+@pytest.mark.parametrize("point", ["freeze.held", "commit.journalled"])
+def test_listener_stays(lab: Lab, tmp_path: Path, point: str) -> None:
+    """The exporter dies before its listener has gone: it goes on listening."""
+    with cluster(lab, "ab", {"a": point}) as daemons, service(daemons, "lines", "a", tmp_path) as serving:
+        moving = Drain(lab, "a", "b", serving.port, "listening")
+        daemons.died("a")
+        assert moving.ended() is None
+        daemons.restart_dead()
+        clients(serving)
+        assert set(proved(serving, "ab").values()) == {"a"}
