@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import Report, percentile
-from bench.site import CONTROL_TIMEOUT_S, ECHO_PORT, SINK_PORT, Site
+from bench.site import CONTROL_TIMEOUT_S, ECHO_PORT, SINK_PORT, Site, ask
 from lab.daemons import Daemons
 from sockmi.client import Control
 
@@ -68,7 +68,16 @@ def measure(site: Site, count: int, content: int, **settings: Any) -> dict[str, 
         before = cpu_s(daemons)
         begun = time.monotonic_ns()
         records = drain(site, ECHO_PORT)
-        done = [int(line) for line in peer.lines(count)]
+        try:
+            done = [int(line) for line in peer.lines(count)]
+        except TimeoutError as error:
+            [status] = ask(site.b, "status")
+            lists, at_b = status["import_lists"]["connected"], len(site.sockets(site.b, ECHO_PORT))
+            moved = sum(record["outcome"] == "moved" for record in records)
+            raise TimeoutError(
+                f"not all of {count} connections are echoed: {moved} moved, {at_b} with b's application, "
+                f"{lists['length']} listed there, {lists['waiting']} imports waiting"
+            ) from error
         after = cpu_s(daemons)
         stuck = [record for record in records if record["outcome"] != "moved"]
         if stuck or len(records) != count:

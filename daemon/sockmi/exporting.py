@@ -599,7 +599,7 @@ class Exporting:
             else:
                 self._finish(change, export, result, batch)
         if change.audit:
-            self._shell.journal.write(change)
+            self._shell.note(change)
 
     def _finish(self, change: Change, export: Export, result: Result, batch: Batch | None) -> None:
         record = export.record
@@ -658,7 +658,7 @@ class Exporting:
         """The importer is ACTIVE: nothing of the decision is needed any more."""
         reached("decision.forgetting")
         change = Change(drop=[(Record.DECISION, str(chunk)), (Record.ORIGINALS, str(chunk))])
-        self._shell.journal.write(change)
+        self._shell.note(change)
         reached("decision.forgotten")
 
 

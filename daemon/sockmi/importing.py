@@ -72,6 +72,7 @@ class Copy:
     fd: int = -1
     image: bytes = b""
     holding: Holding | None = None
+    complained: bool = False  # that it cannot be restored
 
     @property
     def tuple(self) -> FourTuple | None:
@@ -418,7 +419,9 @@ class Importing:
             copy.fd = outcome.fd
             self.lists.remove(migration)
             return True
-        _log.warning("%s cannot be restored now: %s", copy.tuple or migration, outcome)
+        if not copy.complained:
+            _log.warning("%s cannot be restored now: %s", copy.tuple or migration, outcome)
+            copy.complained = True
         copy.image = b""
         self.lists.unclaim(migration)
         self._shell.loop.call_later(_WAKE_AGAIN_S, self._offer, migration)
@@ -535,10 +538,7 @@ class Importing:
         reached("taken.unspooled")
         if change.drop:
             self._shell.metrics.migrations.labels(direction="import", outcome="moved").inc(len(copies))
-            try:
-                self._shell.journal.write(change)
-            except Exception:  # they live all the same; a restart sees that
-                _log.exception("journalling that %d sockets live", len(change.drop))
+            self._shell.note(change)
         reached("taken.journalled")
         if tuples := [copy.tuple for copy in copies if copy.tuple]:
             self._shell.holds.settle(tuples)
@@ -589,7 +589,10 @@ class Importing:
             for position in chunk.prepared:
                 arrival = chunk.arrivals[position]
                 if (image := images.get(UUID(bytes=arrival.item.migration))) is not None:
-                    self._remember(name, chunk.exporter, arrival, image)
+                    copy = self._remember(name, chunk.exporter, arrival, image)
+                    # Perhaps on its way to an application, but the journal had not heard of that.
+                    if copy.tuple is not None and came_to_life(copy.tuple):
+                        _log.error("%s is here, though its move is undecided", copy.tuple)
         change = Change()
         for content in shell.journal.records(Record.LISTED).values():
             name, exporter, arrival = _read_listed(content)

@@ -168,14 +168,14 @@ class Redirecting:
             self.drop_route(route.connection)
         durable.drop(change, gone)
         if change.drop:
-            self._shell.journal.write(change)
+            self._shell.note(change)
         reached("collect.journalled")
         self._shell.dispatch(CollectDone(tuple((route.connection, route.hop) for route in action.routes)))
 
     def forget_notices(self, action: ForgetNotices) -> None:
         """The home has answered."""
         names = [durable.notice_name(connection, hop) for connection, hop in action.notices]
-        self._shell.journal.write(Change(drop=[(Record.NOTICE, name) for name in names]))
+        self._shell.note(Change(drop=[(Record.NOTICE, name) for name in names]))
 
     def forget_holdings(self, action: ForgetHoldings) -> None:
         """Ended and collected everywhere: remove the translation."""
@@ -191,7 +191,7 @@ class Redirecting:
         reached("forget-holdings.evicted")
         durable.drop(change, gone)
         if change.drop:
-            self._shell.journal.write(change)
+            self._shell.note(change)
         reached("forget-holdings.journalled")
 
     # -- ends

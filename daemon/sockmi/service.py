@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 import socket
+import sqlite3
 import sys
 import time
 from collections import deque
@@ -70,6 +71,8 @@ _FOLD_INTERVAL_S = 1.0
 _ADDRESSES_INTERVAL_S = 10.0
 _KEEP_HISTORY = 100_000
 _STOP_GRACE_S = 5.0
+# What is in doubt is silent until the other host is heard again: ask often.
+_RETRY_MAX_S = 3.0
 
 
 class StartError(Exception):
@@ -354,7 +357,9 @@ class Daemon:
     def _fold(self) -> None:
         """Off the freeze: index what the journal has appended."""
         if self.core.idle:
-            self.journal.fold()
+            with contextlib.suppress(sqlite3.Error):  # a full disk: next time
+                self.shell.catch_up()
+                self.journal.fold()
         self.loop.call_later(_FOLD_INTERVAL_S, self._fold)
 
     # -- events and actions
@@ -515,6 +520,7 @@ def core_settings(config: Config) -> CoreSettings:
         lease_s=timing.lease_s,
         freeze_deadline_s=timing.freeze_deadline_s,
         audit_interval_s=timing.audit_interval_s,
+        retry_max_s=_RETRY_MAX_S,
         chunk_items=config.chunk_size,
         pipeline_depth=config.pipeline_depth,
     )
@@ -537,7 +543,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise StartError("sockmid needs root (its unit takes all but six capabilities away)")
         daemon = Daemon(config, options.config)
         daemon.start()
-    except (*_START_ERRORS, RuntimeError, OSError) as error:
+    except (*_START_ERRORS, sqlite3.Error, RuntimeError, OSError) as error:
         print(f"sockmid: {error}", file=sys.stderr)
         return 1
     try:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
@@ -26,6 +28,10 @@ from sockmi.refusal import Refusal
 from sockmi.spool import Spool
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_UNWRITTEN_MAX = 10_000
 
 _TRANSLATING = frozenset({Mode.NAT, Mode.IPTABLES})
 
@@ -59,6 +65,24 @@ class Shell:
     dispatch: Callable[[Event], None]
     send_held: Callable[[HostId, bytes], bool]
     name_of: Callable[[HostId], str]
+    unwritten: deque[tuple[UUID, str, dict[str, Any]]] = field(
+        default_factory=lambda: deque(maxlen=_UNWRITTEN_MAX)
+    )
+
+    def note(self, change: Change) -> None:
+        """Journal what a restart would find out by itself: a full disk must not end the daemon for it."""
+        try:
+            self.journal.write(change)
+        except Exception:
+            _log.exception("the journal cannot be written; outcomes are kept, the next start does the rest")
+            # Not the records: newer ones may be written before.
+            self.unwritten.extend(change.audit)
+
+    def catch_up(self) -> None:
+        """Journal the outcomes that could not be written; raises as the journal does."""
+        if self.unwritten:
+            self.journal.write(Change(audit=list(self.unwritten)))
+            self.unwritten.clear()
 
 
 def outbound(route: Route) -> Outbound | None:

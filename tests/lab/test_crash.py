@@ -160,16 +160,17 @@ def test_undoing(lab: Lab, tmp_path: Path, crash_at: dict[str, str], victim: str
         proved(serving, "ab")
 
 
-@pytest.mark.parametrize("mode", ["forward", "nat"])
 @pytest.mark.parametrize(
-    ("victim", "point"),
+    ("victim", "point", "mode"),
     [
-        ("a", "reroute.led"),
-        ("a", "reroute.journalled"),
-        ("b", "collect.expired"),
-        ("b", "collect.journalled"),
-        ("b", "commit.journalled"),
-        ("c", "taken.admitted"),
+        ("a", "reroute.led", "forward"),
+        ("a", "reroute.led", "nat"),
+        ("a", "reroute.journalled", "forward"),
+        ("b", "collect.expired", "forward"),
+        ("b", "collect.expired", "nat"),
+        ("b", "collect.journalled", "forward"),
+        ("b", "commit.journalled", "nat"),
+        ("c", "taken.admitted", "nat"),
     ],
 )
 def test_further_hop(lab: Lab, tmp_path: Path, victim: str, point: str, mode: str) -> None:
@@ -187,8 +188,10 @@ def test_further_hop(lab: Lab, tmp_path: Path, victim: str, point: str, mode: st
         assert where == ({"b"} if point == "commit.journalled" else {"c"})
 
 
-@pytest.mark.parametrize("point", ["prepare.journalled", "activate.suspended", "activate.journalled"])
-@pytest.mark.parametrize("mode", ["forward", "nat"])
+@pytest.mark.parametrize(
+    ("point", "mode"),
+    [("prepare.journalled", "nat"), ("activate.suspended", "forward"), ("activate.journalled", "nat")],
+)
 def test_coming_home(lab: Lab, tmp_path: Path, point: str, mode: str) -> None:
     """a -> b -> a: the home dies while its own redirect is out of force."""
     with (
@@ -242,9 +245,14 @@ def test_ended_while_a_daemon_is_down(lab: Lab, tmp_path: Path, dead: str) -> No
         nothing_left(lab, "ab")
 
 
-@pytest.mark.parametrize("order", ["ab", "ba"])
 @pytest.mark.parametrize(
-    ("first", "point"), [("a", "commit.done"), ("a", "commit.journalled"), ("b", "prepare.journalled")]
+    ("first", "point", "order"),
+    [
+        ("a", "commit.done", "ab"),
+        ("a", "commit.done", "ba"),
+        ("a", "commit.journalled", "ba"),
+        ("b", "prepare.journalled", "ab"),
+    ],
 )
 def test_both_die(lab: Lab, tmp_path: Path, first: str, point: str, order: str) -> None:
     """One dies at a step, then the other; they are restarted in either order, the later one much later."""
@@ -260,7 +268,7 @@ def test_both_die(lab: Lab, tmp_path: Path, first: str, point: str, order: str) 
         assert where == ({"b"} if point == "commit.done" else {"a"})
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_at_random_times(lab: Lab, tmp_path: Path, seed: int) -> None:
     """Four connections go to and fro under load; daemons are killed whenever it pleases the dice."""
     dice = random.Random(seed)  # noqa: S311
