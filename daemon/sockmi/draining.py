@@ -20,6 +20,7 @@ _TIMEOUT_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
 _RATE_TICK_S = 0.1
 _BATCH_MAX = 4096
+_BATCH_NEXT = 256  # when so few are left of one, the next begins
 
 
 class Drain:
@@ -60,7 +61,8 @@ class Drain:
 
     def _next(self) -> None:
         if self._request.rate_per_s is None:
-            take = _BATCH_MAX
+            # Batches that run beside each other only lengthen each other's freezes.
+            take = _BATCH_MAX if self._under_way < _BATCH_NEXT else 0
         else:
             self._allowance = min(self._allowance + self._request.rate_per_s * _RATE_TICK_S, _BATCH_MAX)
             take = int(self._allowance)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab.capture import Capture
+from lab.capture import Capture, Trouble
 from lab.daemons import Daemons
 from lab.host import Host
 from lab.labs import Lab
@@ -170,5 +170,7 @@ def service(lab: Lab, kind: str, hosts: str, directory: Path, **options: Any) ->
             yield one
         finally:
             one.kill()
-    verdict = capture.check()
+    # This engine cannot carry out-of-order data (its fidelity report says so): what a loss had put out of
+    # order at the moment of a move is acknowledged anew.
+    verdict = capture.check(allow={Trouble.SACK_RENEGED})
     assert verdict.clean, str(verdict)
