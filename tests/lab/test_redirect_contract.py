@@ -512,6 +512,9 @@ def test_path_mtu_reaches_the_copy(wide_lab: Lab, mode: Mode, version: int) -> N
     """A router between importer and peer cannot send on what the copy sends, and says so to A."""
     lab = wide_lab
     lab.d.ip("link", "set", "eth0", "mtu", "1500")  # so that the handshake agrees on full segments
+    for host in (lab.a, lab.b):  # what an earlier test has taught them
+        host.ip("-4", "route", "flush", "cache")
+        host.ip("-6", "route", "flush", "cache")
     site = Site(lab, mode)
     with connection(site, version, peer=lab.d, talk=False) as c:
         c.move(lab.b)
