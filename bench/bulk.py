@@ -68,21 +68,20 @@ def measure(site: Site, count: int, content: int, **settings: Any) -> dict[str, 
         before = cpu_s(daemons)
         begun = time.monotonic_ns()
         records = drain(site, ECHO_PORT)
+        stuck = [record for record in records if record["outcome"] != "moved"]
+        if stuck or len(records) != count:
+            why = stuck[0]["refusal"] if stuck else "they were not found"
+            raise RuntimeError(f"{len(records) - len(stuck)} of {count} connections moved: {why}")
         try:
             done = [int(line) for line in peer.lines(count)]
         except TimeoutError as error:
             [status] = ask(site.b, "status")
             lists, at_b = status["import_lists"]["connected"], len(site.sockets(site.b, ECHO_PORT))
-            moved = sum(record["outcome"] == "moved" for record in records)
             raise TimeoutError(
-                f"not all of {count} connections are echoed: {moved} moved, {at_b} with b's application, "
+                f"not all of {count} connections are echoed, though all moved: {at_b} with b's application, "
                 f"{lists['length']} listed there, {lists['waiting']} imports waiting"
             ) from error
         after = cpu_s(daemons)
-        stuck = [record for record in records if record["outcome"] != "moved"]
-        if stuck or len(records) != count:
-            why = stuck[0]["refusal"]["message"] if stuck else "they were not found"
-            raise RuntimeError(f"{len(records) - len(stuck)} of {count} connections moved: {why}")
         return {
             "rate_per_s": count / ((max(done) - begun) / 1e9),
             "freezes_ms": [record["blackout_us"] / 1e3 for record in records],

@@ -20,6 +20,7 @@ from sockmi.refusal import Code, Refusal
 from tests.simulation.world import SCENARIOS, Host, LawBroken, World, random_run, scripted_run
 
 RUNS = int(os.environ.get("SOCKMI_SIM_RUNS", "1250"))
+FOUND = (946624783,)  # a home that could not follow a hop was never told the end
 FRESH = random.SystemRandom().randrange(1 << 32)
 
 
@@ -46,6 +47,12 @@ def test_random_runs(start: int) -> None:
     if len(seeds) > 100:  # the runs must have done something
         assert outcomes[actions.Outcome.ACTIVE] > len(seeds)
         assert outcomes[actions.Outcome.REFUSED] > len(seeds) / 2
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_seeds_that_failed_once(seed: int) -> None:
+    """Fresh seeds that found a fault, which has been mended."""
+    run_seed(seed)
 
 
 def test_a_seed_is_a_run() -> None:

@@ -93,7 +93,8 @@ class Routes:
         self._by_holder: dict[HostId, dict[ConnectionId, None]] = {}
         self._holdings: dict[ConnectionId, Holding] = {}
         self._ending: dict[ConnectionId, tuple[int, set[HostId]]] = {}
-        self._replies: dict[Hop, set[HostId]] = {}  # who gets COLLECTED after CollectDone
+        # Who gets COLLECTED, for which of his hops, after the CollectDone of which of ours.
+        self._replies: dict[Hop, set[tuple[HostId, Hop]]] = {}
         self._noticed: set[ConnectionId] = set()
         self._notices: _Outbox[Move] = _Outbox(context, "reroute", MOVES_MAX, messages.Reroute)
         self._endings: _Outbox[Hop] = _Outbox(context, "ended", HOPS_MAX, messages.Ended)
@@ -220,8 +221,8 @@ class Routes:
             if route is not None and route.hop == hop and self._states[connection] is Routing.COLLECTING:
                 self._states[connection] = step(ROUTING, Routing.COLLECTING, "collected")
                 self._remove(connection)
-            for host in self._replies.pop(Hop(connection, hop), ()):
-                answers.setdefault(host, []).append(Hop(connection, hop))
+            for host, ended in self._replies.pop(Hop(connection, hop), ()):
+                answers.setdefault(host, []).append(ended)
         for host, hops in answers.items():
             for page in _pages(hops, HOPS_MAX):
                 self._context.datagram(host, messages.Collected(page))
@@ -323,21 +324,21 @@ class Routes:
             self._context.out.append(actions.ForgetNotices(tuple(settled)))
 
     def on_ended(self, source: HostId, message: messages.Ended, _: Channel) -> None:
-        """Collect what leads to the sender."""
+        """Collect: what has ended at some hop needs none of the redirects made up to that hop.
+
+        It need not be the sender that we lead it to: a home that could not follow (its redirect is
+        pinned) knows an early hop for ever.
+        """
         done: list[Hop] = []
         gone: list[Route] = []
         for hop in message.hops:
             route = self._routes.get(hop.connection)
             if route is None or route.hop > hop.hop:
                 done.append(hop)
-            elif (
-                route.holder == source
-                and route.hop == hop.hop
-                and self._states[hop.connection] in (Routing.ROUTED, Routing.COLLECTING)
-            ):
-                self._replies.setdefault(hop, set()).add(source)
+            elif self._states[hop.connection] in (Routing.ROUTED, Routing.COLLECTING):
+                self._replies.setdefault(Hop(route.connection, route.hop), set()).add((source, hop))
                 gone.append(route)
-            # else: an earlier move is still to be told; it is asked again
+            # else: the shell is changing it; we are told again
         self._finish(gone)
         for page in _pages(done, HOPS_MAX):
             self._context.datagram(source, messages.Collected(page))
