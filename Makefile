@@ -14,11 +14,8 @@ setup: ## Packages, Python environment, C libraries
 demo: setup ## A lab of hosts; moves live connections from a to b to c while clients use them
 	@scripts/demo
 
-test: setup ## Every test but the crash tests: style, unit, simulation, fuzz, traffic, lab
+test: setup ## Every test: style, unit, simulation, fuzz, traffic, lab, crash
 	@scripts/test
-
-test-crash: setup ## Kills the daemons at every step; some 15 minutes
-	@scripts/test crash
 
 lint: setup ## Style and types only
 	@scripts/test style
@@ -30,5 +27,5 @@ clean: ## Remove what the above made in this folder
 	rm -rf .venv .build
 	$(MAKE) -C daemon/libsockmi clean
 
-.PHONY: help setup demo test test-crash lint bench clean
+.PHONY: help setup demo test lint bench clean
 .DEFAULT_GOAL := help

@@ -65,6 +65,7 @@ def measure(site: Site, count: int, content: int, **settings: Any) -> dict[str, 
         start(site.b, "server", f"-t{THREADS}", f"-n{batch}", ECHO_PORT, SINK_PORT)
         site.wait_for_importers(site.b, count=THREADS * batch)
         peer = start(site.peer, "peer", "many", site.a.address(4), ECHO_PORT, count, content)
+        site.sockets(site.a, ECHO_PORT, count)  # the kernel acknowledges before the application accepts
         before = cpu_s(daemons)
         begun = time.monotonic_ns()
         records = drain(site, ECHO_PORT)

@@ -223,6 +223,11 @@ class _Direction:
         self.regressions = 0
         self.sacked: list[tuple[int, int]] = []  # by the other side, above ``acknowledged``
 
+    @property
+    def over(self) -> bool:
+        """Whether its FIN has been acknowledged."""
+        return self.fin_at is not None and self.acknowledged > self.fin_at
+
     def unwrap(self, sequence: int) -> int:
         """The 64-bit number nearest to what was sent last whose low 32 bits are ``sequence``."""
         if self.base is None:
@@ -321,7 +326,8 @@ def _look(
     sender = connection.sides.setdefault(segment.source, _Direction())
     other = connection.sides.setdefault(segment.target, _Direction())
     if segment.has(dpkt.tcp.TH_RST):
-        if segment.source[0] not in rules.rst_from:
+        # Nobody has the connection any more: a RST answers what came late or twice, on any host.
+        if segment.source[0] not in rules.rst_from and not (sender.over and other.over):
             yield Trouble.RST, "RST"
         return
     syn, fin = segment.has(dpkt.tcp.TH_SYN), segment.has(dpkt.tcp.TH_FIN)

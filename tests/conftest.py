@@ -1,15 +1,24 @@
-"""What all tests share: the C libraries are as new as their sources."""
+"""What all tests share: the C libraries are as new as their sources, and examples can be repeated.
+
+Property tests try the same examples in each run; ``SOCKMI_RANDOM=1 pytest ...`` tries others.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+settings.register_profile("same", derandomize=True)
+if not os.environ.get("SOCKMI_RANDOM"):
+    settings.load_profile("same")
 
 
 @pytest.fixture(scope="session", autouse=True)

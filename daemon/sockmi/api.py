@@ -148,7 +148,7 @@ class Outcome(StrEnum):
     """How a migration ended.
 
     ``refused``: before the freeze; ``aborted``: undone after it; both leave the socket live at
-    the exporter. ``failed``: an error after COMMIT. ``planned``: a dry run found no obstacle.
+    the exporter. ``failed``: an error after COMMIT. ``planned``: a dry run found room for it.
     """
 
     MOVED = "moved"
@@ -487,10 +487,14 @@ class FailedItem(_Model):
 
 
 class TakenResponse(_Response):
-    """Which of the taken sockets are live, and which are not the client's after all."""
+    """Which of the taken sockets are live, and which are not the client's after all.
+
+    ``waiting``: all of them have been undone, and the import waits again: another answer to it follows.
+    """
 
     live: list[UUID]
     failed: list[FailedItem] = []
+    waiting: bool = False
 
 
 class SocketRow(_Model):

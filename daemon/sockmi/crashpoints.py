@@ -32,6 +32,7 @@ IMPORTER = (
     "prepare.restored",
     "prepare.spooled",
     "prepare.journalled",  # PREPARED has not been said
+    "drop.led-again",  # nothing is closed yet
     "discard.dropped",
     "discard.journalled",
     "activate.suspended",
@@ -52,7 +53,8 @@ ROUTES = (
     "forget-holdings.evicted",
     "forget-holdings.journalled",
 )
-POINTS = EXPORTER + IMPORTER + ROUTES
+RESTART = ("recovery.taken-back",)
+POINTS = EXPORTER + IMPORTER + ROUTES + RESTART
 
 
 def parse(text: str) -> list[tuple[str, int, signal.Signals]]:

@@ -20,6 +20,7 @@ _TIMEOUT_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
 _RATE_TICK_S = 0.1
 _BATCH_MAX = 4096
+_PLAN_MAX = 32768
 _BATCH_NEXT = 256  # when so few are left of one, the next begins
 
 
@@ -60,7 +61,9 @@ class Drain:
         self._left.clear()
 
     def _next(self) -> None:
-        if self._request.rate_per_s is None:
+        if self._request.dry_run:
+            take = _PLAN_MAX  # at once: nothing of the room that one batch finds is kept for the next
+        elif self._request.rate_per_s is None:
             # Batches that run beside each other only lengthen each other's freezes.
             take = _BATCH_MAX if self._under_way < _BATCH_NEXT else 0
         else:
@@ -92,7 +95,6 @@ class Drain:
             target=self._target,
             timeout_s=self._request.timeout_s or _TIMEOUT_S,
             dry_run=self._request.dry_run,
-            nobody=self._daemon.members.nobody(self._target) if self._request.dry_run else None,
             done=lambda records: self._check(),
             progress=self._ended,
         )

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from sockmi.addresses import Endpoint, FourTuple, text_of
-from sockmi.engine.base import Kind, Needs
+from sockmi.engine.base import BindFlag, Kind, Needs
 from sockmi.journal import Change, Journal, Record
 from sockmi.protocol.events import Started
 from sockmi.protocol.records import (
@@ -213,7 +213,7 @@ def _write_item(item: Item) -> list[Any]:
         write_endpoint(item.origin),
         item.hop,
         item.home.hex(),
-        [item.needs.window_scale, item.needs.timestamp_us, item.needs.image_bytes_max],
+        [item.needs.window_scale, item.needs.timestamp_us, item.needs.image_bytes_max, item.needs.bind_flags],
         item.size_bytes,
         item.listener.hex() if item.listener else None,
     ]
@@ -233,7 +233,7 @@ def _read_item(content: list[Any]) -> Item:
         read_endpoint(origin),
         hop,
         bytes.fromhex(home),
-        Needs(*needs),
+        Needs(*needs[:3], *map(BindFlag, needs[3:])),
         size_bytes,
         bytes.fromhex(listener) if listener else None,
     )

@@ -35,11 +35,15 @@ from sockmi.shell import Shell, audit, by_mode, microseconds_since, now_text, ou
 
 _log = logging.getLogger(__name__)
 
-_STOP_TIMEOUT_S = 0.1
+_STOP_TIMEOUT_MAX_S = 0.5
 # The kernel's hold outlasts the freeze by this much; a commit that comes later than half of it is undone.
 _HOLD_MARGIN_S = 1.0
 _REACHABILITY_TTL_S = 2.0
 _IMAGE_OVERHEAD_BYTES = 2048
+# What the end of a migration adds to its record.
+_NEWS = (
+    "outcome", "refusal", "step", "to", "mode", "ended_at", "blackout_us", "image_bytes", "fidelity",
+)  # fmt: skip
 _GROWTH_BYTES = 1 << 20  # what queues may take between selection and freeze
 
 
@@ -118,20 +122,22 @@ class Exporting:
         dry_run: bool,
         done: Callable[[list[dict[str, Any]]], None],
         progress: Callable[[dict[str, Any]], None] | None = None,
-        nobody: Refusal | None = None,
     ) -> BatchId:
         """Move sockets; ``done`` gets one record for each, in order, and ``progress`` each as it ends.
 
-        ``nobody``: why a dry run finds no importer, if so. A descriptor whose socket is already
-        migrating, or cannot move, is refused at once. Returns the batch id, for ``cancel``.
+        A descriptor whose socket is already migrating, or cannot move, is refused at once.
+        Returns the batch id, for ``cancel``.
         """
         batch_id = uuid4().bytes
         batch = Batch(done, progress)
         going: list[Export] = []
+        begun: list[dict[str, Any]] = []
         facts = self._shell.engine.inspect([one.descriptor for one in selection])
         for one, fact in zip(selection, facts, strict=True):
             export = self._register(one, fact, batch_id)
             batch.records.append(export.record)
+            if self.exports[export.migration] is export:  # else the journal has it of the one under way
+                begun.append(export.record)
             refusal = fact.refusal
             if refusal is None:
                 refusal = self._obstacle(export)
@@ -140,7 +146,7 @@ class Exporting:
             else:
                 self._inodes.add(fact.inode)
                 going.append(export)
-        self._journal_start(batch.records)
+        self._journal_start(begun)
         if not going:
             done(batch.records)
             return batch_id
@@ -158,8 +164,6 @@ class Exporting:
                 refusal = (caller.obstacle(export.holders) if caller else None) or verdicts.get(inode)
                 if refusal is not None:
                     self._end(export, batch, "refused", refusal)
-                elif dry_run:
-                    self._end(export, batch, "refused" if nobody else "planned", nobody)
                 else:
                     items.append(self._item(export))
             self._journal_start([export.record for export in going if export.record.get("outcome")])
@@ -167,7 +171,9 @@ class Exporting:
                 self.batch_done(batch_id)
                 return
             modes = self._shell.config.redirect.modes
-            self._shell.dispatch(StartExport(batch_id, tuple(items), modes, timeout_s, *target))
+            self._shell.dispatch(
+                StartExport(batch_id, tuple(items), modes, timeout_s, *target, dry_run=dry_run)
+            )
 
         self._find_holders({export.facts.inode for export in going}, found)
         return batch_id
@@ -285,10 +291,19 @@ class Exporting:
         for index, place in enumerate(action.places):
             if obstacle := self._unreachable(place):
                 results[index] = Refusal(Code.NO_REDIRECT, obstacle)
+        for mode, indices in by_mode(
+            (place.mode, index) for index, place in enumerate(action.places)
+        ).items():
+            leaving = [connection for index in indices if (connection := exports[index].facts.tuple)]
+            if obstacle := shell.redirects[mode].obstacle(leaving):
+                refusal = Refusal(Code.REDIRECT, f"The {mode} redirect cannot be set up: {obstacle}.")
+                results = [refusal if index in indices else result for index, result in enumerate(results)]
         frozen_at = time.monotonic()
-        for export in exports:
-            export.frozen_at = frozen_at
-        self._stop(exports, results)
+        for export, result in zip(exports, results, strict=True):
+            if isinstance(result, bytes):
+                export.frozen_at = frozen_at
+        # A busy host takes its time to have a thread stop; the other half is for the rest of the freeze.
+        self._stop(exports, results, min(action.deadline_s / 2, _STOP_TIMEOUT_MAX_S))
         reached("freeze.stopped")
         frozen = [index for index, result in enumerate(results) if isinstance(result, bytes)]
         self._hold([exports[index] for index in frozen], action.deadline_s + _HOLD_MARGIN_S)
@@ -314,11 +329,11 @@ class Exporting:
             known = self._reachability[key] = (time.monotonic() + _REACHABILITY_TTL_S, obstacle)
         return known[1]
 
-    def _stop(self, exports: list[Export], results: list[bytes | Refusal]) -> None:
+    def _stop(self, exports: list[Export], results: list[bytes | Refusal], timeout_s: float) -> None:
         going = [index for index, result in enumerate(results) if isinstance(result, bytes)]
         pids = sorted({pid for index in going for pid in exports[index].holders})
         inodes = [exports[index].facts.inode for index in going]
-        for index, refusal in zip(going, self._shell.engine.stop(inodes, pids, _STOP_TIMEOUT_S), strict=True):
+        for index, refusal in zip(going, self._shell.engine.stop(inodes, pids, timeout_s), strict=True):
             if refusal is None:
                 exports[index].stopped = True
             else:
@@ -474,8 +489,12 @@ class Exporting:
         pairs = [(routes[index].place.mode, index) for index in failed]
         for mode, indices in by_mode(pairs).items():
             tuples = [one.tuple for index in indices if (one := outbound(routes[index]))]
+            holdings = [held for index in indices if (held := self._holding_of(exports[index].facts))]
             try:
+                # What had been imported needs its own translation again: nothing passes before.
+                self._hold([exports[index] for index in indices], _HOLD_MARGIN_S)
                 self._shell.redirects[mode].take_back(tuples)
+                self._redirecting.admit(holdings)
             except Exception:
                 # What could not be led away (all or nothing) is not led away: it just goes on here.
                 if any(why_not.code is not Code.REDIRECT for index in indices if (why_not := results[index])):
@@ -614,11 +633,14 @@ class Exporting:
             record["blackout_us"] = microseconds_since(export.frozen_at)
             self._shell.metrics.freeze.observe(record["blackout_us"] / 1e6)
             self._end(export, batch, "moved", None)
+        elif result.outcome is Outcome.PLANNED:
+            self._end(export, batch, "planned", None)
         elif result.outcome is Outcome.LOST:
             self._end(export, batch, "failed", result.refusal)
         else:
             self._end(export, batch, "aborted" if export.frozen_at else "refused", result.refusal)
-        change.audit.append((UUID(bytes=result.migration), "export", record))
+        news = {name: record[name] for name in _NEWS if name in record}
+        change.audit.append((UUID(bytes=result.migration), "export", news))
 
     def _report_after_restart(self, change: Change, result: Result) -> None:
         """A migration that an earlier run of this daemon had committed."""

@@ -8,10 +8,12 @@ Until then its image is in the spool, so that whatever dies, the copy can be mad
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Any
@@ -26,7 +28,7 @@ from sockmi.engine.base import Fidelity, Kind, Placement, Restored
 from sockmi.image import Family, ImageError, Section, Summary, peek, section
 from sockmi.image import Kind as ImageKind
 from sockmi.image.native import validate
-from sockmi.imports import Candidate, Criteria, ImportLists, Waiting
+from sockmi.import_lists import Candidate, Criteria, ImportLists, Waiting
 from sockmi.journal import Change, Record
 from sockmi.placing import Placing
 from sockmi.protocol.actions import Activate, Discard, Prepare, Reserve, Unreserve
@@ -44,7 +46,7 @@ from sockmi.protocol.records import (
 from sockmi.redirect.held import unpack
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, by_mode, inbound, living, now_text, whole_record
+from sockmi.shell import Shell, inbound, living, now_text, whole_record
 from sockmi.spool import SpoolError
 
 _log = logging.getLogger(__name__)
@@ -55,10 +57,11 @@ _TAKE_TIMEOUT_S = 5.0
 _WAKE_AGAIN_S = 0.25
 
 
+_UNDONE = Refusal(Code.CHANGED, "Its exporter has undone the move; ask again.")
 _LOST = Refusal(Code.IMAGE, "The importer's spool had lost its image; see the importer's log.")
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Copy:
     """One socket that is prepared, listed or being handed over here."""
 
@@ -73,6 +76,7 @@ class Copy:
     image: bytes = b""
     holding: Holding | None = None
     complained: bool = False  # that it cannot be restored
+    client: Client | None = None  # it is on its way to
 
     @property
     def tuple(self) -> FourTuple | None:
@@ -85,12 +89,36 @@ class Copy:
 
 
 @dataclass(slots=True)
-class Handing:
-    """Descriptors on their way to one client; ``waitings`` in the order of ``copies``."""
+class Wish:
+    """What a client waits for, and until when (time.monotonic(); None: for ever)."""
 
+    request: api.ImportRequest
+    until_s: float | None
+    timer: Any = None
+
+
+@dataclass(slots=True)
+class Handing:
+    """Dormant descriptors on their way to one client.
+
+    They leave as soon as they are prepared, so that the application has them when the exporter has
+    decided: before that (``decided``) its ``taken`` is not answered. ``undone``: those that were
+    not committed.
+    """
+
+    wish: Wish
     copies: list[Copy]
     done: Callable[[], None]
+    decided: bool
     timer: Any = None
+    taken: api.TakenRequest | None = None
+    undone: set[UUID] = field(default_factory=set)
+
+    def cancel(self) -> None:
+        """The time limit of what is waited for."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class Importing:
@@ -110,7 +138,7 @@ class Importing:
         self.lists = ImportLists({})
         self.copies: dict[MigrationId, Copy] = {}
         self._handings: dict[Client, Handing] = {}
-        self._requests: dict[Client, tuple[api.ImportRequest, Any]] = {}
+        self._wishes: dict[Client, Wish] = {}
         self._spooled: dict[str, set[MigrationId]] = {}
         self.set_maxima(shell.config.imports)
 
@@ -146,19 +174,14 @@ class Importing:
         except Exception as error:
             _log.exception("preparing %s", action.chunk)
             refusal = Refusal(Code.INTERNAL, f"The importer failed ({error}); its log has the details.")
-            for index, copy in enumerate(copies):
-                if copy is not None:
-                    results[index] = refusal
-                    copies[index] = None
-                    self._drop([copy])
-                    self._unspool(copy)
-        self._redirecting.lead_again(
-            [
-                arrival.item.connection
-                for arrival, kept in zip(action.arrivals, copies, strict=True)
-                if not kept
+            dropped = [copy for copy in copies if copy is not None]
+            results = [
+                result if copy is None else refusal for result, copy in zip(results, copies, strict=True)
             ]
-        )
+            copies = [None] * len(copies)
+            self._drop(dropped)
+            for copy in dropped:
+                self._unspool(copy)
         for arrival, kept in zip(action.arrivals, copies, strict=True):
             if kept is None:
                 self._placing.forget(arrival.item.migration)
@@ -167,6 +190,8 @@ class Importing:
             self.lists.claim(kept.candidate)
         self.update_capacity()
         self._shell.dispatch(PrepareDone(action.chunk, tuple(results)))
+        # When PREPARED is on its way.
+        self._shell.loop.call_later(0, self._hand_early, [copy for copy in copies if copy is not None])
 
     def _prepare(self, action: Prepare, copies: list[Copy | None], results: list[Fidelity | Refusal]) -> None:
         shell = self._shell
@@ -176,12 +201,12 @@ class Importing:
             shell.held.want(tuples)
             shell.holds.hold(tuples, None)
         reached("prepare.held")
-        self._redirecting.suspend(action.returning)
+        self._redirecting.suspend(copy.arrival.item.connection for _, copy in chosen)
         restored = shell.engine.restore(
             [copy.image for _, copy in chosen], [copy.placement for _, copy in chosen]
         )
         reached("prepare.restored")
-        ready = []
+        ready, failed = [], []
         for (index, copy), outcome in zip(chosen, restored, strict=True):
             if isinstance(outcome, Restored):
                 copy.fd = outcome.fd
@@ -189,8 +214,11 @@ class Importing:
                 ready.append((index, copy))
             else:
                 results[index] = outcome
-                copies[index] = None
-                self._drop([copy])
+                failed.append((index, copy))
+        if failed:
+            self._drop([copy for _, copy in failed])
+        for index, _ in failed:
+            copies[index] = None
         self._promise(action, [index for index, _ in ready], [copy for _, copy in ready])
 
     def _examine(self, chunk: ChunkId, exporter: bytes, arrival: Arrival, image: bytes) -> Copy | Refusal:
@@ -267,7 +295,6 @@ class Importing:
             copy.record.update(outcome="aborted", ended_at=now_text())
             change.audit.append((copy.candidate.migration_id, "import", copy.record))
         self._drop(copies)
-        self._redirecting.lead_again([route.connection for route in action.leading])
         reached("discard.dropped")
         if not self._spooled.get(_chunk_name(action.chunk), set()) - set(action.migrations):
             change.drop.append((Record.PREPARED, str(action.chunk)))
@@ -276,13 +303,20 @@ class Importing:
         reached("discard.journalled")
         for copy in copies:
             self._unspool(copy)  # not before: what the journal has prepared is in the spool
+            self._undo_handing(copy)
         for migration in action.migrations:
             self._placing.forget(migration)
         self.update_capacity()
 
     def _drop(self, copies: Iterable[Copy]) -> None:
-        """Close dormant copies without a packet, lift their holds, give up their places."""
+        """Close dormant copies without a packet, lift their holds, give up their places.
+
+        What had left this host before is led away again first: without a redirect, a hold and a socket
+        the kernel would answer the peer with a RST.
+        """
         copies = list(copies)
+        self._redirecting.lead_again(copy.arrival.item.connection for copy in copies)
+        reached("drop.led-again")
         self._shell.engine.discard([copy.fd for copy in copies if copy.fd >= 0])
         tuples = [copy.tuple for copy in copies if copy.tuple]
         if tuples:
@@ -316,14 +350,13 @@ class Importing:
         for copy, holding in zip(copies, holdings, strict=True):
             copy.holding = holding
             copy.record["step"] = "committed"
-        by_client: dict[Client, list[Copy]] = {}
+        early = {copy.client: self._handings[copy.client] for copy in copies if copy.client}
+        by_client = self._by_client(copy for copy in copies if copy.client is None)
+        going = {copy for theirs in by_client.values() for copy in theirs}
         for copy in copies:
-            waiting = self.lists.claimed(copy.candidate.migration_id)
-            if waiting is not None and isinstance(waiting.client, Client) and not waiting.client.closed:
-                by_client.setdefault(waiting.client, []).append(copy)
-            else:
+            if copy.client is None and copy not in going:
                 self._list(copy)
-        pending = len(by_client)
+        pending = len(early) + len(by_client)
         results = tuple(None if one.migration in self.copies else _LOST for one in action.holdings)
         answer = ActivateDone(action.chunk, results)
 
@@ -336,6 +369,8 @@ class Importing:
         # The applications look at what they get while we write; nothing comes to life before that is done.
         for client, theirs in by_client.items():
             self._hand(client, theirs, handed)
+        for handing in early.values():
+            handing.decided, handing.done = True, handed
         durable.keep(change, [holding for holding in holdings if holding.durable])
         for copy in copies:
             change.keep.append((Record.LISTED, copy.candidate.migration_id.hex, _listed(copy)))
@@ -343,20 +378,63 @@ class Importing:
         self._redirecting.add_holdings(holdings)
         shell.journal.write(change)
         reached("activate.journalled")
-        if not by_client:
+        if not early and not by_client:
             self.update_capacity()
             shell.dispatch(answer)
+        for client, handing in early.items():
+            if handing.taken is not None:
+                self._take(client, handing, handing.taken)
+
+    def _by_client(self, copies: Iterable[Copy]) -> dict[Client, list[Copy]]:
+        """Those that an application waits for."""
+        found: dict[Client, list[Copy]] = {}
+        for copy in copies:
+            waiting = self.lists.claimed(copy.candidate.migration_id)
+            if waiting is not None and isinstance(waiting.client, Client) and waiting.client in self._wishes:
+                found.setdefault(waiting.client, []).append(copy)
+        return found
+
+    def _hand_early(self, copies: list[Copy]) -> None:
+        """Send what is prepared, so that no time is lost with that once it is decided."""
+        undecided = [
+            copy for copy in copies
+            if copy.holding is None and self.copies.get(copy.arrival.item.migration) is copy
+        ]  # fmt: skip
+        for client, theirs in self._by_client(undecided).items():
+            self._hand(client, theirs, _nothing, decided=False)
+
+    def _undo_handing(self, copy: Copy) -> None:
+        """A copy is discarded that a client has, dormant (and now dead)."""
+        if copy.client is None:
+            return
+        handing = self._handings[copy.client]
+        handing.copies.remove(copy)
+        handing.undone.add(copy.candidate.migration_id)
+        if not handing.copies and handing.taken is not None:
+            self._wait_again(copy.client, handing, handing.taken)
+
+    def _wait_again(self, client: Client, handing: Handing, taken: api.TakenRequest) -> None:
+        """All that a client had been handed is undone: it waits as before."""
+        del self._handings[client]
+        handing.cancel()
+        client.respond(api.TakenResponse(id=taken.id, live=[], waiting=True))
+        self._wait(client, handing.wish)
 
     def _list(self, copy: Copy) -> None:
         """No application has it: it waits as an image, its tuple held."""
         migration = copy.candidate.migration_id
-        self._shell.engine.discard([copy.fd] if copy.fd >= 0 else [])
-        copy.fd = -1
-        copy.image = b""
+        self._put_away(copy)
         self.lists.unreserve(migration)
         self.lists.put(copy.candidate)
         # Somebody else may be waiting for just this; not now, as we may be in the middle of handing over.
         self._shell.loop.call_later(0, self._offer, migration)
+
+    def _put_away(self, copy: Copy) -> None:
+        """Keep no more of it than its image in the spool and its hold."""
+        self._shell.engine.discard([copy.fd] if copy.fd >= 0 else [])
+        copy.fd = -1
+        copy.image = b""
+        copy.client = None
 
     def _offer(self, migration: UUID) -> None:
         """Give a listed socket to an application that waits."""
@@ -365,46 +443,51 @@ class Importing:
         copy = self.copies[migration.bytes]
         waiting = self.lists.claim(copy.candidate)
         if waiting is not None and isinstance(waiting.client, Client) and self._wake(copy):
-            self._hand(waiting.client, [copy], lambda: None)
+            self._hand(waiting.client, [copy], _nothing)
 
     # -- applications
 
     def wait(self, client: Client, request: api.ImportRequest) -> None:
         """An application wants sockets: give what is listed, else let it wait."""
-        if client in self._requests or client in self._handings:
+        if client in self._wishes or client in self._handings:
             raise Refusal(Code.BAD_REQUEST, "This connection has an import under way; use another one.")
+        until_s = time.monotonic() + request.timeout_ms / 1000 if request.timeout_ms >= 0 else None
+        self._wait(client, Wish(request, until_s))
+
+    def _wait(self, client: Client, wish: Wish) -> None:
+        request = wish.request
         waitings = [
             Waiting(client, index, _criteria(one), client.uid) for index, one in enumerate(request.requests)
         ]
-        found = [(waiting, one) for waiting in waitings if (one := self.lists.take(waiting))]
-        limit = api.DESCRIPTORS_MAX // 2
+        # No more than one answer can carry: what is claimed is handed over now.
+        taken = (one for waiting in waitings if (one := self.lists.take(waiting)))
+        found = list(itertools.islice(taken, api.DESCRIPTORS_MAX // 2))
         self.lists.wait(waitings)
-        self._requests[client] = (request, None)
+        self._wishes[client] = wish
         if found:
             copies = []
-            for _waiting, candidate in found[:limit]:
+            for candidate in found:
                 copy = self.copies[candidate.migration_id.bytes]
                 if self._wake(copy):
                     copies.append(copy)
                 else:
                     self.lists.unreserve(candidate.migration_id)
             if copies:
-                self._hand(client, copies, lambda: None)
+                self._hand(client, copies, _nothing)
                 return
-        if request.timeout_ms == 0:
-            self._answer_nothing(client)
-            return
-        timer = None
-        if request.timeout_ms > 0:
-            timer = self._shell.loop.call_later(request.timeout_ms / 1000, self._answer_nothing, client)
-        self._requests[client] = (request, timer)
+        if wish.until_s is not None:
+            left_s = wish.until_s - time.monotonic()
+            if left_s <= 0:
+                self._answer_nothing(client)
+                return
+            wish.timer = self._shell.loop.call_later(left_s, self._answer_nothing, client)
         self.update_capacity()
 
     def _answer_nothing(self, client: Client) -> None:
-        request, _ = self._requests.pop(client)
+        wish = self._wishes.pop(client)
         self.lists.cancel(client)
         self.update_capacity()
-        client.respond(api.ImportResponse(id=request.id, imported=[]))
+        client.respond(api.ImportResponse(id=wish.request.id, imported=[]))
 
     def _wake(self, copy: Copy) -> bool:
         """Restore a listed socket from its image and take it off the list; if not, try again soon."""
@@ -427,13 +510,16 @@ class Importing:
         self._shell.loop.call_later(_WAKE_AGAIN_S, self._offer, migration)
         return False
 
-    def _hand(self, client: Client, copies: list[Copy], done: Callable[[], None]) -> None:
-        """Send dormant descriptors; the client's ``taken`` brings them to life."""
-        request, timer = self._requests.pop(client)
-        if timer is not None:
-            timer.cancel()
+    def _hand(
+        self, client: Client, copies: list[Copy], done: Callable[[], None], *, decided: bool = True
+    ) -> None:
+        """Send dormant descriptors; the client's ``taken``, and the decision, bring them to life."""
+        wish = self._wishes.pop(client)
+        if wish.timer is not None:
+            wish.timer.cancel()
         items, contexts = [], []
         for copy in copies:
+            copy.client = client
             if client.uid:  # it is the importer's now, not ours
                 os.fchown(copy.fd, client.uid, -1)
             waiting = self.lists.claimed(copy.candidate.migration_id)
@@ -452,11 +538,17 @@ class Importing:
                 }
             )
         self.lists.cancel(client)
-        handing = Handing(copies, done)
+        handing = Handing(wish, copies, done, decided)
         handing.timer = self._shell.loop.call_later(_TAKE_TIMEOUT_S, self._taken_too_late, client)
         self._handings[client] = handing
         descriptors = [copy.fd for copy in copies] + contexts
-        answer = {"id": request.id, "ok": True, "more": False, "fds": len(descriptors), "imported": items}
+        answer = {
+            "id": wish.request.id,
+            "ok": True,
+            "more": False,
+            "fds": len(descriptors),
+            "imported": items,
+        }
         client.respond(answer, descriptors)
         reached("hand.sent")
         for context_fd in contexts:
@@ -465,13 +557,34 @@ class Importing:
 
     def taken(self, client: Client, request: api.TakenRequest) -> None:
         """The application has its descriptors: bring them to life."""
-        handing = self._handings.pop(client, None)
-        if handing is None:
+        handing = self._handings.get(client)
+        if handing is None or handing.taken is not None:
             raise Refusal(
                 Code.TIMEOUT, f"Nothing is on its way to you; answer an import within {_TAKE_TIMEOUT_S:g} s."
             )
         reached("taken.received")
-        handing.timer.cancel()
+        handing.cancel()
+        handing.taken = request
+        if not handing.copies:
+            self._wait_again(client, handing, request)
+        elif handing.decided:
+            self._take(client, handing, request)
+        elif handing.wish.until_s is not None:
+            left_s = max(0.0, handing.wish.until_s - time.monotonic())
+            handing.timer = self._shell.loop.call_later(left_s, self._undecided_too_long, client)
+
+    def _undecided_too_long(self, client: Client) -> None:
+        """The application does not wait longer, whatever the exporter will say."""
+        handing = self._handings.pop(client)
+        for copy in handing.copies:
+            self._put_away(copy)
+        if handing.taken is not None:
+            client.respond(api.TakenResponse(id=handing.taken.id, live=[]))
+
+    def _take(self, client: Client, handing: Handing, request: api.TakenRequest) -> None:
+        """The decision is there, and so is the application's word."""
+        del self._handings[client]
+        handing.cancel()
         wanted = set(request.migrations)
         taken = [copy for copy in handing.copies if copy.candidate.migration_id in wanted]
         for copy in handing.copies:
@@ -485,6 +598,7 @@ class Importing:
             failed = {copy.candidate.migration_id: refusal for copy in taken}
             for copy in taken:
                 self._fall_back(copy)
+        failed |= dict.fromkeys(handing.undone & wanted, _UNDONE)
         live = [copy.candidate.migration_id for copy in taken if copy.candidate.migration_id not in failed]
         client.respond(
             api.TakenResponse(
@@ -504,10 +618,7 @@ class Importing:
 
     def _bring_to_life(self, copies: list[Copy]) -> dict[UUID, Refusal]:
         shell = self._shell
-        pairs = [(copy.arrival.place.mode, copy) for copy in copies]
-        for mode, group in by_mode(pairs).items():
-            held = [copy.holding for copy in group if copy.holding]
-            shell.redirects[mode].admit([one for each in held if (one := inbound(each))])
+        self._redirecting.admit(copy.holding for copy in copies if copy.holding)
         reached("taken.admitted")
         failed: dict[UUID, Refusal] = {}
         outcomes = shell.engine.activate([copy.fd for copy in copies], [copy.image for copy in copies])
@@ -564,14 +675,14 @@ class Importing:
         client.close()
 
     def gone(self, client: Client) -> None:
-        """A client has disconnected: what was on its way to it is listed."""
+        """A client has disconnected: what was on its way to it is listed, once it is decided."""
         self.lists.cancel(client)
-        if (waiting := self._requests.pop(client, None)) is not None and waiting[1] is not None:
-            waiting[1].cancel()
+        if (wish := self._wishes.pop(client, None)) is not None and wish.timer is not None:
+            wish.timer.cancel()
         if (handing := self._handings.pop(client, None)) is not None:
-            handing.timer.cancel()
+            handing.cancel()
             for copy in handing.copies:
-                self._list(copy)
+                (self._list if handing.decided else self._put_away)(copy)
             handing.done()
         self.update_capacity()
 
@@ -658,6 +769,10 @@ class Importing:
         self._capacity.waiting = Counts(*(waiting[kind] for kind in order))
         maximum = max(1, sum(self.lists.maxima.values()))
         self._capacity.load = 1000 * sum(self.lists.counts().values()) // maximum
+
+
+def _nothing() -> None:
+    """For a handing that nobody else waits for."""
 
 
 def _criteria(wanted: api.ImportCriteria) -> Criteria:

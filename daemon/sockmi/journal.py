@@ -10,7 +10,6 @@ as much, and appending stands in the freeze.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+
+from pydantic_core import from_json, to_json
 
 _SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -117,17 +118,19 @@ class Journal:
             "drop": change.drop,
             "audit": [(migration.hex, direction, news) for migration, direction, news in change.audit],
         }
-        text = json.dumps(content, separators=(",", ":"))
-        self._database.execute("INSERT INTO event (content) VALUES (?)", (text,))
+        self._database.execute("INSERT INTO event (content) VALUES (?)", (to_json(content).decode(),))
 
     def fold(self) -> int:
         """Turn appended rows into indexed ones; returns how many were appended."""
         events = self._database.execute("SELECT sequence, content FROM event ORDER BY sequence").fetchall()
         if not events:
             return 0
+        records: dict[tuple[str, str], Any] = {}
+        audit: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
+        for _, content in events:
+            _merge(from_json(content), records, audit)
         with self._transaction():
-            for _, content in events:
-                self._apply(json.loads(content))
+            self._apply(records, audit)
             self._database.execute("DELETE FROM event WHERE sequence <= ?", (events[-1][0],))
         return len(events)
 
@@ -135,7 +138,7 @@ class Journal:
         """Everything of one kind, by name."""
         self.fold()
         rows = self._database.execute("SELECT name, content FROM record WHERE kind=?", (kind,))
-        return {name: json.loads(content) for name, content in rows}
+        return {name: from_json(content) for name, content in rows}
 
     def migration(self, migration_id: UUID, direction: str) -> dict[str, Any] | None:
         """One migration record, or None."""
@@ -144,7 +147,7 @@ class Journal:
             "SELECT content FROM migration WHERE migration_id=? AND direction=?",
             (migration_id.bytes, direction),
         ).fetchone()
-        return json.loads(row[0]) if row else None
+        return from_json(row[0]) if row else None
 
     def history(self, *, is_open: bool = False) -> Iterator[dict[str, Any]]:
         """Migration records that have an outcome (or not yet), newest first."""
@@ -153,7 +156,7 @@ class Journal:
             "SELECT content FROM migration WHERE open=? ORDER BY sequence DESC", (is_open,)
         )
         for (content,) in rows:
-            yield json.loads(content)
+            yield from_json(content)
 
     def prune(self, keep: int) -> int:
         """Forget all but the latest ``keep`` migrations that have an outcome; returns how many went."""
@@ -174,24 +177,25 @@ class Journal:
         """Keep a value across restarts."""
         self._database.execute("INSERT OR REPLACE INTO state VALUES (?,?)", (name, value))
 
-    def _apply(self, content: dict[str, Any]) -> None:
-        """One appended row; applying it twice gives the same as once."""
+    def _apply(
+        self,
+        records: dict[tuple[str, str], Any],
+        audit: dict[tuple[str, str], tuple[float, dict[str, Any]]],
+    ) -> None:
+        """What appended rows come to; applying it twice gives the same as once."""
         self._database.executemany(
             "INSERT OR REPLACE INTO record VALUES (?,?,?)",
-            [(kind, name, json.dumps(record)) for kind, name, record in content["keep"]],
+            [(*place, to_json(one).decode()) for place, one in records.items() if one is not None],
         )
-        self._database.executemany("DELETE FROM record WHERE kind=? AND name=?", content["drop"])
+        self._database.executemany(
+            "DELETE FROM record WHERE kind=? AND name=?",
+            [place for place, one in records.items() if one is None],
+        )
         self._database.executemany(
             _UPSERT,
             [
-                (
-                    bytes.fromhex(migration),
-                    direction,
-                    news.get("outcome") is None,
-                    content["at"],
-                    json.dumps(news, separators=(",", ":")),
-                )
-                for migration, direction, news in content["audit"]
+                (bytes.fromhex(migration), direction, news.get("outcome") is None, at, to_json(news).decode())
+                for (migration, direction), (at, news) in audit.items()
             ],
         )
 
@@ -204,3 +208,18 @@ class Journal:
             self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
+
+
+def _merge(
+    content: dict[str, Any],
+    records: dict[tuple[str, str], Any],
+    audit: dict[tuple[str, str], tuple[float, dict[str, Any]]],
+) -> None:
+    """Add an appended row to what came before it: the last word counts. A dropped record is None."""
+    for kind, name, record in content["keep"]:
+        records[kind, name] = record
+    for kind, name in content["drop"]:
+        records[kind, name] = None
+    for migration, direction, news in content["audit"]:
+        _, before = audit.get((migration, direction), (0.0, {}))
+        audit[migration, direction] = (content["at"], before | news)

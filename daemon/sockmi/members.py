@@ -191,15 +191,6 @@ class Members:
         names = ", ".join(sorted(member.host_name for member in known.values())) or "nobody"
         raise Refusal(Code.NO_SUCH_HOST, f"No member of the group is called {text!r}; heard: {names}.")
 
-    def nobody(self, target: tuple[HostId | None, IPv4Address | IPv6Address | None]) -> Refusal | None:
-        """Why an export to ``target`` would find no importer, as far as it is known without asking."""
-        host, address = target
-        if address is not None:
-            return Refusal(Code.NO_OFFER, f"No member of the group with the address {address} is heard.")
-        if host is None and self.count() == 0:
-            return Refusal(Code.NO_OFFER, "No other daemon of the group is heard; see sockmi doctor.")
-        return None
-
     # -- groups, for operators
 
     def rekey(self) -> None:

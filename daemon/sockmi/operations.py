@@ -96,7 +96,6 @@ class Operations:
             target=target,
             timeout_s=request.timeout_s or _EXPORT_TIMEOUT_S,
             dry_run=request.dry_run,
-            nobody=self._daemon.members.nobody(target) if request.dry_run else None,
             done=done,
         )
         if self._daemon.exporting.is_open(batch):

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 from sockmi.addresses import Endpoint, FourTuple
-from sockmi.engine.base import Kind, Placement
+from sockmi.engine.base import Kind, Needs, Placement
 from sockmi.protocol.records import Item, MigrationId, Place
 from sockmi.redirect.base import Mode
 from sockmi.redirect.routes import ARPHRD_ETHER, RTN_LOCAL, RTN_UNICAST, Way, apart
@@ -30,21 +30,34 @@ class Placing:
         modes: Sequence[Mode],
         path_to: Callable[[IPv4Address | IPv6Address], Way | None],
         exists: Callable[[FourTuple], bool],
+        obstacle: Callable[[Needs, str, Placement, Endpoint | None], Refusal | None],
     ) -> None:
-        """``path_to``: this host's route to an address. ``exists``: whether a connection lives here."""
+        """``path_to``: this host's route to an address. ``exists``: whether a connection lives here.
+
+        ``obstacle``: why this host could not restore such a socket at a place (engine/trial.py).
+        """
         self._modes = frozenset(modes)
         self._path_to = path_to
         self._exists = exists
+        self._obstacle = obstacle
         self._paths: dict[IPv4Address | IPv6Address, tuple[float, Way | None]] = {}
         self._given: dict[MigrationId, FourTuple] = {}
         self._taken: set[FourTuple] = set()
 
     def choose(self, item: Item, modes: Sequence[Mode], former: Endpoint | None = None) -> Place:
-        """A place for one socket; raises Refusal if there is none.
+        """A place for one socket; raises Refusal if there is none, or the socket could not live there.
 
         ``former``: where this host had the connection before it led it away. Others still send
         there, so it must be there again.
         """
+        place = self._choose(item, modes, former)
+        refusal = self._obstacle(item.needs, item.state, self.placement(item, place), item.remote)
+        if refusal is None:
+            return place
+        self.forget(item.migration)
+        raise refusal
+
+    def _choose(self, item: Item, modes: Sequence[Mode], former: Endpoint | None) -> Place:
         if item.kind is not Kind.CONNECTED or item.local is None or item.remote is None:
             return Place()
         origin = item.origin or item.local
@@ -78,7 +91,9 @@ class Placing:
                 f"The connection was at {former} here and must be there again, but none of "
                 f"{', '.join(modes)} can lead packets for {item.local} to it; export it to another host.",
             )
-        return self._keep(item, Place(Endpoint(address, former.port), fitting[0]), FourTuple(former, remote))
+        connection = FourTuple(former, remote)
+        self._free(connection)
+        return self._keep(item, Place(Endpoint(address, former.port), fitting[0]), connection)
 
     def _try(self, item: Item, origin: Endpoint, mode: Mode, path: Way | None) -> Place | None:
         assert item.local is not None and item.remote is not None
@@ -89,10 +104,7 @@ class Placing:
             if not direct or origin != item.local:
                 return None
             connection = FourTuple(item.local, item.remote)
-            if self._is_taken(connection):
-                raise Refusal(
-                    Code.TUPLE_TAKEN, f"{connection} exists at the importer already; close it there first."
-                )
+            self._free(connection)
             return self._keep(item, Place(Endpoint(path.source, item.local.port), mode), connection)
         for port in _ports(item.local.port):
             connection = FourTuple(Endpoint(path.source, port), item.remote)
@@ -125,6 +137,12 @@ class Placing:
         self.forget(item.migration)
         self.keep(item.migration, connection)
         return place
+
+    def _free(self, connection: FourTuple) -> None:
+        if self._is_taken(connection):
+            raise Refusal(
+                Code.TUPLE_TAKEN, f"{connection} exists at the importer already; close it there first."
+            )
 
     def _is_taken(self, connection: FourTuple) -> bool:
         return connection in self._taken or self._exists(connection)

@@ -17,6 +17,7 @@ from uuid import UUID
 
 from sockmi import durable
 from sockmi.addresses import Endpoint, FourTuple
+from sockmi.crashpoints import reached
 from sockmi.diag import Found
 from sockmi.durable import Original
 from sockmi.engine.base import Kind
@@ -28,6 +29,8 @@ from sockmi.shell import Shell, audit, close_all, inbound, now_text, outbound, w
 
 _log = logging.getLogger(__name__)
 
+# What is held while its translation changes is let go then at the latest.
+_RESTORE_S = 5.0
 _UNDONE = Refusal(
     Code.SHUTTING_DOWN,
     "The exporting daemon ended before the connection had moved; it goes on here, export it again.",
@@ -175,12 +178,18 @@ class Recovery:
         redirects = self._shell.redirects
         away = [route for route in routes.values() if route.connection not in returning]
         here = [holding for holding in holdings.values() if holding.connection not in listed]
-        # All that is wrong goes before anything comes: another mode may have had the same connection.
+        # All that is wrong goes before anything comes: another mode may have had the same connection. What
+        # is an imported one's needs its own translation again: nothing passes before.
+        wrong = {mode: _wrong(mode, redirect, away) for mode, redirect in redirects.items()}
+        between = [one for tuples in wrong.values() for one in tuples if one not in keep_held]
+        if between:
+            self._shell.holds.hold(between, _RESTORE_S)
         for mode, redirect in redirects.items():
-            _take_back(mode, redirect, away)
+            redirect.take_back(wrong[mode])
+        reached("recovery.taken-back")
         for mode, redirect in redirects.items():
             self._restore(mode, redirect, away, here)
-        stale = [one for one in held if one not in keep_held]
+        stale = [*between, *(one for one in held if one not in keep_held)]
         if stale:
             self._shell.holds.unhold(stale)
 
@@ -196,9 +205,10 @@ class Recovery:
         redirect.admit([each for each in living if each not in known and self._find(each.tuple) is not None])
 
 
-def _take_back(mode: Mode, redirect: Redirect, away: Iterable[Route]) -> None:
+def _wrong(mode: Mode, redirect: Redirect, away: Iterable[Route]) -> list[FourTuple]:
+    """What is led away, though the journal does not say so."""
     wanted = {one.tuple for route in away if route.place.mode is mode and (one := outbound(route))}
-    redirect.take_back([one.tuple for one in redirect.outbound() if one.tuple not in wanted])
+    return [one.tuple for one in redirect.outbound() if one.tuple not in wanted]
 
 
 def _without(decision: Decision, undone: Iterable[Original]) -> Decision:

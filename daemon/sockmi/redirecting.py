@@ -96,6 +96,11 @@ class Redirecting:
         for mode, group in by_mode((route.place.mode, route) for route in routes).items():
             self._shell.redirects[mode].send_away([one for route in group if (one := outbound(route))])
 
+    def admit(self, holdings: Iterable[Holding]) -> None:
+        """What came to this host is received here, under the name that the peer knows; holds are lifted."""
+        for mode, group in by_mode((holding.place.mode, holding) for holding in holdings).items():
+            self._shell.redirects[mode].admit([one for holding in group if (one := inbound(holding))])
+
     def route_of(self, connection: FourTuple) -> Route | None:
         """The route that leads a connection's packets away."""
         found = self._routes_by_tuple.get(connection)

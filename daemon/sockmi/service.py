@@ -33,6 +33,7 @@ from sockmi.diag import DestroyedSockets, SocketDiag
 from sockmi.engine.duplicate import duplicate
 from sockmi.engine.owners import find_holders
 from sockmi.engine.repair import RepairEngine
+from sockmi.engine.trial import obstacle
 from sockmi.exporting import Exporting
 from sockmi.importing import Importing
 from sockmi.journal import Journal, JournalError
@@ -163,7 +164,10 @@ class Daemon:
         self.importing = Importing(
             self.shell,
             Placing(
-                config.redirect.modes, self.tables.routes.path, lambda one: self.diag.state(one) is not None
+                config.redirect.modes,
+                self.tables.routes.path,
+                lambda one: self.diag.state(one) is not None,
+                obstacle,
             ),
             self.capacity,
             self.redirecting,

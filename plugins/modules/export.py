@@ -131,7 +131,8 @@ RETURN = r"""
 migrations:
   description:
     - A record for each selected socket, as the daemon keeps it.
-    - In check mode the RV(migrations[].outcome) of those that can be moved is V(planned).
+    - In check mode the RV(migrations[].outcome) of those that can be moved is V(planned), and
+      RV(migrations[].to) the host that has offered room for it.
   returned: always, but after a failure before any socket was selected
   type: list
   elements: dict

@@ -75,6 +75,8 @@ class FakeDaemon:
         self.path = path
         self.break_at = ""
         self.activation_refusal: Refusal | None = None
+        self.undone = 0  # how many moves are undone when their sockets have been taken
+        self.undecided = False  # for longer than the client waits
         self.refusal: Refusal | None = None
         self.outcomes: dict[str, Any] = {}
         self.listed: list[Dormant] = []
@@ -288,8 +290,9 @@ class FakeDaemon:
             )
         handed = [dormant for _, dormant in chosen]
         fds = [dormant.socket.fileno() for dormant in handed] + contexts
+        again = False
         try:
-            self._hand_out(one, {"ok": True, "fds": len(fds), "imported": items}, fds, handed)
+            again = self._hand_out(one, {"ok": True, "fds": len(fds), "imported": items}, fds, handed)
         finally:
             for fd in contexts:
                 os.close(fd)
@@ -297,21 +300,34 @@ class FakeDaemon:
                 for dormant in handed:
                     dormant.claimed = dormant.taken
                 self._changed.notify_all()
+        if again:
+            self._import(one, request, [])
+        return None
 
     def _hand_out(
         self, one: socket.socket, answer: dict[str, Any], fds: list[int], handed: list[Dormant]
-    ) -> None:
+    ) -> bool:
+        """Whether the import waits again."""
         self._send(one, answer, fds, api.ImportResponse)
         if handed:
             line, _ = next(self._lines(one), (b"", []))
             if not line:
                 raise EOFError
-            self._taken(one, api.parse_request(line), handed)
+            return self._taken(one, api.parse_request(line), handed)
+        return False
 
-    def _taken(self, one: socket.socket, request: api.TakenRequest, handed: list[Dormant]) -> None:
+    def _taken(self, one: socket.socket, request: api.TakenRequest, handed: list[Dormant]) -> bool:
         self.requests.append(request)
         if self.break_at == "taken":
             raise EOFError
+        if self.undone or self.undecided:
+            for dormant in handed:
+                dormant.taken = True  # as dead as taken
+                dormant.socket.close()
+            again = self.undone > 0
+            self.undone -= again
+            self._send(one, {"ok": True, "live": [], "failed": [], "waiting": again}, [], api.TakenResponse)
+            return again
         live: list[str] = []
         failed: list[dict[str, Any]] = []
         for dormant in handed:
@@ -327,6 +343,7 @@ class FakeDaemon:
         if self.break_at == "live":
             raise EOFError
         self._send(one, {"ok": True, "live": live, "failed": failed}, [], api.TakenResponse)
+        return False
 
     def _export(self, one: socket.socket, request: api.ExportRequest, fds: list[int]) -> None:
         if self.refusal:

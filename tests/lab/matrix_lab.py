@@ -282,9 +282,12 @@ class Bench:
             verb = "add" if deaf else "delete"
             nft(self.host("peer"), f"{verb} element inet deaf ports {{ {elements} }}\n")
 
-    def make(self, kind: str, wanted: str, queued: bool) -> Case:
-        """A connection in a state, with bytes in all queues if ``queued``; the peer may be deaf then."""
-        case = self._syn_sent(kind) if wanted == "SYN-SENT" else self.pair(kind)
+    def make(self, kind: str, wanted: str, queued: bool, receive_buffer_bytes: int = 0) -> Case:
+        """A connection in a state, with bytes in all queues if ``queued``; the peer may be deaf then.
+
+        ``receive_buffer_bytes``: SO_RCVBUF before the SYN of one in SYN-SENT.
+        """
+        case = self._syn_sent(kind, receive_buffer_bytes) if wanted == "SYN-SENT" else self.pair(kind)
         case.name, case.state = f"{wanted}{'+queued' if queued else ''}", wanted
         if wanted == "SYN-SENT":
             return case
@@ -316,10 +319,12 @@ class Bench:
         until(lambda: state(ours) == wanted)
         return case
 
-    def _syn_sent(self, kind: str) -> Case:
+    def _syn_sent(self, kind: str, receive_buffer_bytes: int) -> Case:
         port, kind_there = self.port(), "v6" if kind == "v6" else "v4"
         there = self.port()
         ours = self.sock("a", kind)
+        if receive_buffer_bytes:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
         ours.bind((self.address(kind), port))
         ours.setblocking(False)
         case = Case("SYN-SENT", kind, "SYN-SENT", ours, port, deaf=True)

@@ -53,10 +53,28 @@ def wait_for_members(lab: Lab, hosts: str) -> None:
 
 @contextlib.contextmanager
 def daemons(lab: Lab, hosts: str = "abc", *, unicast: bool = False, **overrides: Any) -> Iterator[Daemons]:
-    """Daemons that know each other."""
+    """Daemons that know each other. No freeze is given up only because this machine is busy."""
+    overrides["timing"] = {"freeze_deadline_s": 5.0} | overrides.get("timing", {})
     with Daemons(lab, hosts, overrides, unicast=unicast) as running:
         wait_for_members(lab, hosts)
-        yield running
+        try:
+            yield running
+        except BaseException as error:
+            for name in hosts:
+                error.add_note(f"--- what did not move on {name}: {unmoved(lab.host(name))}")
+            raise
+
+
+def unmoved(host: Host) -> list[Any]:
+    """For a report: the migrations of a host that did not end as `moved`, and its state."""
+    try:
+        rows = [one for answer in ask(host, "history") for one in answer["migrations"]]
+        [now] = ask(host, "info")
+        keys = ("migration_id", "direction", "step", "outcome", "refusal")
+        found = [{key: row.get(key) for key in keys} for row in rows if row["outcome"] != "moved"]
+        return [*found, now, status(host)]
+    except Exception as error:  # a report must not hide what it reports
+        return [repr(error)]
 
 
 def drain(host: Host, to: str | None = None, **wanted: Any) -> list[dict[str, Any]]:
@@ -152,6 +170,20 @@ class Service:
             assert process.returncode == 0, f"server on {name}: {output}"
         return results
 
+    def last_words(self) -> str:
+        """For a report: end what still runs, and what it says at the end."""
+        said = []
+        running = [(f"client {n}", process) for n, process in enumerate(self.clients)]
+        running += [(f"server on {name}", process) for name, process in self.processes.items()]
+        for name, process in running:
+            process.terminate()
+            try:
+                output, _ = process.communicate(timeout=10)
+            except (subprocess.TimeoutExpired, ValueError) as error:  # stuck; already read to its end
+                output = repr(error)
+            said.append(f"--- {name} (code {process.returncode}): {output}")
+        return "\n".join(said)
+
     def kill(self) -> None:
         """Whatever still runs."""
         for process in [*self.clients, *self.processes.values()]:
@@ -168,6 +200,9 @@ def service(lab: Lab, kind: str, hosts: str, directory: Path, **options: Any) ->
         try:
             one.start()
             yield one
+        except BaseException as error:
+            error.add_note(one.last_words())
+            raise
         finally:
             one.kill()
     # This engine cannot carry out-of-order data (its fidelity report says so): what a loss had put out of

@@ -208,7 +208,7 @@ def test_export_as_a_dry_run(scene: Scene, lab: Lab) -> None:
     pid, fd = scene.descriptor_of(client)
     planned = run("export", "--pid", pid, "--fd", fd, "--dry-run", "--json", host=lab.host("a"))
     assert planned.status == OK
-    assert planned.json[0]["outcome"] == "planned"
+    assert (planned.json[0]["outcome"], planned.json[0]["to"]) == ("planned", "b")
     assert client.say("still here") == "still here"
     assert scene.descriptor_of(client) == (pid, fd)
 
@@ -497,7 +497,7 @@ def test_drain_selects(scene: Scene, lab: Lab) -> None:
         assert {record.outcome for record in records} == {"planned"}
         assert set(plan.json) == {"progress", "migrations"}
     shown = run("drain", "--port", 5130, "--kind", "connected", "--dry-run", host=a)
-    assert "4 of 4 could be moved" in shown.out
+    assert "4 of 4 could be moved" in shown.out and "room for 4 on b" in shown.out
     nothing = run("drain", "--port", 5997, "--json", host=a)
     assert (nothing.status, nothing.json["progress"]["selected"]) == (NOTHING, 0)
     assert "0 of 0 moved" in run("drain", "--port", 5997, host=a).out

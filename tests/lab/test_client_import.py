@@ -214,6 +214,28 @@ def test_some_fail_to_come_to_life(daemon: FakeDaemon, caller: Caller) -> None:
             one.close()
 
 
+def test_an_undone_move_is_waited_through(daemon: FakeDaemon, caller: Caller, target: socket.socket) -> None:
+    """What was handed out dormant never comes to life: the call goes on waiting, for the next."""
+    daemon.undone = 2
+    dead = [daemon.put(), daemon.put()]
+    third = daemon.put()
+    [got] = caller.take([want(target)], 10)
+    assert got.migration_id == third.migration_id
+    assert all(one.claimed for one in dead)
+    assert third.peer is not None
+    echo(target, third.peer)
+
+
+def test_an_undecided_move_is_not_waited_for_too_long(
+    daemon: FakeDaemon, caller: Caller, target: socket.socket
+) -> None:
+    old = inode(target.fileno())
+    daemon.undecided = True
+    daemon.put()
+    assert caller.take([want(target)], 5) == []
+    assert inode(target.fileno()) == old
+
+
 def wait_until(condition: Any, seconds: float = 5) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -298,6 +320,27 @@ def test_no_daemon(
     with pytest.raises(OSError, match="daemon") as caught:
         caller.take([want(target)])
     assert caught.value.errno == errno.ECONNREFUSED
+
+
+def test_a_full_backlog_is_waited_for(
+    caller: Caller, target: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that is behind with accepting is waited for, as long as the call may take."""
+    path = str(tmp_path / "control")
+    monkeypatch.setenv("SOCKMI_CONTROL", path)
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as waiting:
+        listener.bind(path)
+        listener.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ahead = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                ahead.setblocking(False)
+                ahead.connect(path)
+        started = time.monotonic()
+        with pytest.raises(OSError) as caught:
+            caller.take([want(target)], 0.1)
+        assert caught.value.errno == errno.ETIMEDOUT
+        assert 0.1 <= time.monotonic() - started < 10
 
 
 def test_bad_descriptors(daemon: FakeDaemon, caller: Caller, target: socket.socket) -> None:

@@ -52,6 +52,13 @@ def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
             assert case.peer
             exchange(case.ours, case.peer, 50_000)
         try:
+            # One alone is refused before it is frozen: it would take the address from the others.
+            [record] = it.export_actively([cases[0].ours])
+            assert (record.outcome, record.code) == ("refused", "redirect"), record
+            assert "is not in the batch; move or close it too" in record.message
+            for case in cases:
+                assert case.peer
+                exchange(case.ours, case.peer, 5000)
             records = it.export_actively([case.ours for case in cases])
             moved(records)
             assert {record.mode for record in records} == {"takeover"}

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from sockmi.protocol import actions, events, messages
-from sockmi.protocol.exporter import ExporterCore
+from sockmi.protocol.chunks import Chunks
 from sockmi.protocol.importer import ImporterCore
 from sockmi.protocol.messages import Verdict
 from sockmi.protocol.routing import Routes
 from sockmi.protocol.tables import Export, Import, UndeclaredTransition
 from sockmi.refusal import Code, Refusal
-from tests.simulation.world import SCENARIOS, Host, LawBroken, World, random_run, scripted_run
+from tests.simulation.world import SCENARIOS, SETTINGS, Host, LawBroken, World, random_run, scripted_run
 
 RUNS = int(os.environ.get("SOCKMI_SIM_RUNS", "1250"))
 FOUND = (946624783,)  # a home that could not follow a hop was never told the end
@@ -86,12 +86,27 @@ def test_calm_runs_end_where_they_should(scenario: str) -> None:
     assert [bool(host.away) for host in world.hosts] == [goal != 0, False, False]
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_a_dry_run_leaves_nothing(targeted: bool) -> None:
+    """Everything is planned, nothing has moved, and no importer keeps room for it."""
+    world = World(3, connections=3)
+    a, b, _ = world.hosts
+    for connection, home in world.home.items():
+        a.live[connection] = home.live.pop(connection)
+        world.home[connection] = a
+    world.export(a, sorted(a.live), b if targeted else None, dry_run=True)
+    world.run(SETTINGS.lease_s / 2)
+    assert world.outcomes[actions.Outcome.PLANNED] == 3 == sum(world.outcomes.values())
+    assert all(host.core is not None and host.core.idle for host in world.hosts)
+    assert len(a.live) == 3 and not world.open_batches
+
+
 # --- planted faults: a simulator that finds nothing proves nothing --------------------------
 
 
 def forget_decisions(patch: pytest.MonkeyPatch) -> None:
     """The exporter does not read its decisions back: restart presumes abort."""
-    patch.setattr(ExporterCore, "started", lambda self, event: None)
+    patch.setattr(Chunks, "started", lambda self, event: None)
 
 
 def skip_commit_journal(patch: pytest.MonkeyPatch) -> None:
@@ -122,29 +137,29 @@ def abort_prepared_by_timeout(patch: pytest.MonkeyPatch) -> None:
 
 def abort_while_committing(patch: pytest.MonkeyPatch) -> None:
     """The exporter answers ABORT while its shell is committing."""
-    original = ExporterCore.on_query
+    original = Chunks.on_query
 
-    def on_query(self: ExporterCore, source: bytes, message: messages.Query, channel: Any) -> None:
+    def on_query(self: Chunks, source: bytes, message: messages.Query, channel: Any) -> None:
         chunk = self._chunks.get(message.chunk)
         if chunk is not None and chunk.state is not Export.CONFIRMING:
             self._context.out.append(actions.Send(source, messages.Abort(message.chunk), channel))
         else:
             original(self, source, message, channel)
 
-    patch.setattr(ExporterCore, "on_query", on_query)
+    patch.setattr(Chunks, "on_query", on_query)
 
 
 def confirm_too_early(patch: pytest.MonkeyPatch) -> None:
     """The exporter confirms what is prepared, not what is committed."""
-    original = ExporterCore.on_prepared
+    original = Chunks.on_prepared
 
-    def on_prepared(self: ExporterCore, source: bytes, message: messages.Prepared, channel: Any) -> None:
+    def on_prepared(self: Chunks, source: bytes, message: messages.Prepared, channel: Any) -> None:
         original(self, source, message, channel)
         chunk = self._chunks.get(message.chunk)
         if chunk is not None and chunk.state is Export.COMMITTING:
             self._context.stream(source, messages.Confirm(chunk.id, chunk.prepared))
 
-    patch.setattr(ExporterCore, "on_prepared", on_prepared)
+    patch.setattr(Chunks, "on_prepared", on_prepared)
 
 
 def ignore_hop_fencing(patch: pytest.MonkeyPatch) -> None:
@@ -186,26 +201,26 @@ def audit_forgets_what_is_prepared(patch: pytest.MonkeyPatch) -> None:
 
 def stop_confirming(patch: pytest.MonkeyPatch) -> None:
     """CONFIRM is sent only three times, and then the decision is forgotten."""
-    original = ExporterCore._confirm
+    original = Chunks._confirm
 
-    def confirm(self: ExporterCore, chunk: Any, channel: Any) -> None:
+    def confirm(self: Chunks, chunk: Any, channel: Any) -> None:
         if chunk.attempt >= 3:
             self._settle(chunk, "ACTIVE", lost=())
         else:
             original(self, chunk, channel)
 
-    patch.setattr(ExporterCore, "_confirm", confirm)
+    patch.setattr(Chunks, "_confirm", confirm)
 
 
 def abort_what_is_committed(patch: pytest.MonkeyPatch) -> None:
     """A deadline undoes, in the core, what the shell has committed."""
-    original = ExporterCore.committed
+    original = Chunks.committed
 
-    def committed(self: ExporterCore, event: events.CommitDone) -> None:
+    def committed(self: Chunks, event: events.CommitDone) -> None:
         late = (Refusal(Code.FREEZE_DEADLINE, "late"),) * len(event.results)
         original(self, events.CommitDone(event.chunk, late))
 
-    patch.setattr(ExporterCore, "committed", committed)
+    patch.setattr(Chunks, "committed", committed)
 
 
 def return_to_another_port(patch: pytest.MonkeyPatch) -> None:

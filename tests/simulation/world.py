@@ -287,6 +287,8 @@ class Host:
         yield from ()
 
     def on_freeze(self, action: actions.Freeze) -> Iterator[None]:
+        if action.chunk.batch in self.world.dry:
+            raise LawBroken("a dry run freezes")
         hold_s = (action.deadline_s * 2 + 0.2) / self.rate
         results: list[bytes | Refusal] = []
         for item in action.items:
@@ -361,6 +363,8 @@ class Host:
         yield
 
     def on_reserve(self, action: actions.Reserve) -> Iterator[None]:
+        if action.batch in self.world.dry:
+            raise LawBroken("a dry run reserves a place")
         places: list[Place | Refusal] = []
         for item, former in zip(action.items, action.former, strict=True):
             if self.refuses():
@@ -527,6 +531,7 @@ class World:
         self.sent: list[tuple[Host, Host, messages.Message, Channel]] = []
         self.decided: dict[ChunkId, Decision] = {}
         self.open_batches: set[bytes] = set()
+        self.dry: set[bytes] = set()
         self.batch_hosts: dict[bytes, tuple[Host, int]] = {}
         self.ended: set[bytes] = set()
         self.version: dict[bytes, int] = {}
@@ -718,9 +723,14 @@ class World:
     # --- operator and applications ---------------------------------------------------------
 
     def export(
-        self, host: Host, connections: list[bytes], target: Host | None = None, timeout_s: float = 1.0
+        self,
+        host: Host,
+        connections: list[bytes],
+        target: Host | None = None,
+        timeout_s: float = 1.0,
+        dry_run: bool | None = False,
     ) -> None:
-        """Ask a host to export some of its connections."""
+        """Ask a host to export some of its connections. ``dry_run`` None: seldom, by the batch's id."""
         if host.core is None:
             return
         items = []
@@ -739,8 +749,11 @@ class World:
         batch = self.random.randbytes(16)
         self.open_batches.add(batch)
         self.batch_hosts[batch] = (host, host.epoch)
-        if target is not None and target is not host and self.random.random() < 0.2:
-            modes = (Mode.FORWARD, Mode.NAT)
+        if dry_run or (dry_run is None and batch[0] < 5):
+            self.dry.add(batch)
+        modes = (Mode.FORWARD, Mode.NAT)
+        follows = target is not None and target is not host and self.random.random() < 0.2
+        if target is not None and follows and batch not in self.dry:
             host.do(events.ChildrenFound(batch, target.id, tuple(items), modes, timeout_s))
             return
         wanted: dict[str, Any] = {}
@@ -748,7 +761,8 @@ class World:
             wanted = (
                 {"target": target.id} if self.random.random() < 0.5 else {"target_address": target.address}
             )
-        host.do(events.StartExport(batch, tuple(items), (Mode.FORWARD, Mode.NAT), timeout_s, **wanted))
+        dry = batch in self.dry
+        host.do(events.StartExport(batch, tuple(items), modes, timeout_s, **wanted, dry_run=dry))
 
     def progress(self) -> None:
         """Applications send: whoever can."""
@@ -767,7 +781,7 @@ class World:
         if here and pick.random() < 0.5:
             some = pick.sample(here, pick.randint(1, len(here)))
             target = pick.choice(self.hosts) if pick.random() < 0.4 else None
-            self.export(host, some, target, pick.uniform(0.2, 2.0))
+            self.export(host, some, target, pick.uniform(0.2, 2.0), dry_run=None)
         if here and pick.random() < self.chaos.end:
             self.end(host, pick.choice(here))
         if pick.random() < self.chaos.partition:
@@ -794,6 +808,10 @@ class World:
         """What the cores say of each migration."""
         for result in report.results:
             self.outcomes[result.outcome] += 1
+            planned = result.outcome is actions.Outcome.PLANNED
+            is_dry = report.batch in self.dry
+            if planned > is_dry or (is_dry and not planned and result.outcome is not actions.Outcome.REFUSED):
+                raise LawBroken(f"{'a dry' if is_dry else 'an earnest'} run ends {result.outcome}")
 
     # --- the laws --------------------------------------------------------------------------
 

@@ -136,6 +136,18 @@ def test_reset(trace: Trace, source: tuple[str, int]) -> None:
     assert troubles(trace, allow=[Trouble.RST]) == set()
 
 
+def test_reset_of_what_is_over(trace: Trace) -> None:
+    """A FIN that is sent twice is acknowledged twice; the second time nobody is there."""
+    trace.close()
+    trace.send(SERVER, flags=FIN | ACK, sequence=trace.next[SERVER] - 1)
+    trace.send(PEER)
+    trace.send(SERVER, flags=RST)
+    assert troubles(trace) == set()
+    del trace.segments[-4:]  # all after the server's first FIN
+    trace.send(SERVER, flags=RST)
+    assert troubles(trace) == {Trouble.RST}
+
+
 def test_unexpected_fin(trace: Trace) -> None:
     trace.send(SERVER, flags=FIN | ACK)
     assert troubles(trace, fin_from=[PEER[0]]) == {Trouble.FIN}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sockmi import durable
 from sockmi.addresses import Endpoint
-from sockmi.engine.base import Kind, Needs
+from sockmi.engine.base import BindFlag, Kind, Needs
 from sockmi.journal import Change, Journal
 from sockmi.protocol.events import Started
 from sockmi.protocol.records import (
@@ -26,7 +26,20 @@ from sockmi.redirect.base import Mode
 A, B, C = (bytes([letter]) * 16 for letter in b"abc")
 LOCAL, REMOTE = Endpoint.parse("192.0.2.1:80"), Endpoint.parse("[2001:db8::2]:4000")
 PLACE = Place(Endpoint.parse("192.0.2.7:81"), Mode.NAT)
-ITEM = Item(A, B, Kind.CONNECTED, "ESTABLISHED", LOCAL, REMOTE, LOCAL, 2, C, Needs(7, True, 900), 800, C)
+ITEM = Item(
+    A,
+    B,
+    Kind.CONNECTED,
+    "ESTABLISHED",
+    LOCAL,
+    REMOTE,
+    LOCAL,
+    2,
+    C,
+    Needs(7, True, 900, BindFlag.V6_ONLY),
+    800,
+    C,
+)
 BARE = Item(B, A, Kind.BOUND, "CLOSED", None, None, None, 1, C)
 EVERYTHING = Started(
     decisions=(Decision(ChunkId(A, 3), B, (A, C), (1,)),),

@@ -42,7 +42,7 @@ def test_what_was_written_comes_back_after_reopening(tmp_path: Path) -> None:
 
 def test_a_failing_write_leaves_nothing(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
-    with pytest.raises(TypeError, match="JSON"):
+    with pytest.raises(ValueError, match="serialize"):
         journal.write(Change(keep=[(Record.ROUTE, "a", 1), (Record.ROUTE, "b", object())]))
     assert journal.records(Record.ROUTE) == {}
 

@@ -12,7 +12,7 @@ import pytest
 import sockmi.protocol
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import Fidelity, Kind, Needs
-from sockmi.policy import LeastLoaded
+from sockmi.policy import LeastLoaded, Weighted
 from sockmi.protocol import actions as a
 from sockmi.protocol import events as e
 from sockmi.protocol import messages as m
@@ -47,8 +47,8 @@ T = TypeVar("T")
 # --- rules ---------------------------------------------------------------------------------
 
 PURE = {
-    "__future__", "abc", "collections", "collections.abc", "dataclasses", "enum", "functools", "heapq",
-    "ipaddress", "re", "struct", "typing",
+    "__future__", "abc", "collections", "collections.abc", "copy", "dataclasses", "enum", "functools",
+    "heapq", "ipaddress", "re", "struct", "typing",
     "sockmi.addresses", "sockmi.refusal", "sockmi.policy", "sockmi.engine.base", "sockmi.redirect.base",
 }  # fmt: skip
 
@@ -144,6 +144,10 @@ def results(out: list[a.Action]) -> dict[bytes, tuple[Outcome, Code | None]]:
         if isinstance(action, a.Report)
         for one in action.results
     }
+
+
+def reported(out: list[a.Action]) -> list[a.Result]:
+    return [one for action in out if isinstance(action, a.Report) for one in action.results]
 
 
 class Bench:
@@ -297,6 +301,36 @@ def test_a_large_batch_is_split_over_importers() -> None:
     assert reserved == {B: [1, 2, 3], C: [4, 5, 6, 7]}
 
 
+def test_a_dry_run_says_who_has_room_and_keeps_none() -> None:
+    bench = Bench()
+    bench.export(item(1), item(2), item(3), dry_run=True)
+    assert bench.offer(B, Counts(0, 0, 2)) == []
+    assert bench.offer(B, Counts(0, 0, 2)) == []  # the same room once more
+    out = bench.offer(C, Counts(0, 0, 3))
+    assert [(one.migration[0], one.outcome, one.importer) for one in reported(out)] == [
+        (1, Outcome.PLANNED, B), (2, Outcome.PLANNED, B), (3, Outcome.PLANNED, C)
+    ]  # fmt: skip
+    assert sent(out, m.Release) == [(None, m.Release(BATCH))]
+    only(out, a.BatchDone)
+    assert bench.core.exporter.idle
+
+
+def test_a_dry_run_without_enough_room() -> None:
+    bench = Bench()
+    bench.core.policy = Weighted()
+    bench.export(item(1), item(2), dry_run=True, target=B)
+    bench.offer(B, Counts(0, 0, 1))
+    out = bench.wait(1.1)  # no longer, whatever the timeout is
+    assert results(out) == {
+        bytes([1]) * 16: (Outcome.PLANNED, None),
+        bytes([2]) * 16: (Outcome.REFUSED, Code.NO_OFFER),
+    }
+    assert "room for 1 of 2 sockets" in str(reported(out)[1].refusal)
+    assert sent(out, m.Release) == [(B, m.Release(BATCH))]
+    assert bench.core.policy._credit == {}  # nobody has got anything
+    assert bench.core.exporter.idle
+
+
 def test_grace_lets_the_policy_choose() -> None:
     bench = Bench(offer_grace_s=0.05)
     bench.core.policy = LeastLoaded()
@@ -310,12 +344,12 @@ def test_full_importers_send_items_elsewhere_others_refuse_them() -> None:
     bench.export(item(1), item(2))
     bench.offer(B)
     bench.do(e.StreamOpened(B))
-    full, no = Refusal(Code.LIST_FULL, "full"), Refusal(Code.WINDOW_SCALE, "no")
+    full, no = Refusal(Code.LIST_FULL, "full"), Refusal(Code.INTERNAL, "no")
     out = bench.stream(B, m.Reserved(BATCH, 0, (full, no)))
-    assert results(out) == {bytes([2]) * 16: (Outcome.REFUSED, Code.WINDOW_SCALE)}
+    assert results(out) == {bytes([2]) * 16: (Outcome.REFUSED, Code.INTERNAL)}
     only(bench.offer(C), a.OpenStream)
     out = bench.do(e.StreamLost(C)) + bench.wait(10)
-    assert results(out) == {bytes([1]) * 16: (Outcome.REFUSED, Code.PEER_LOST)}  # the last reason
+    assert results(out) == {bytes([1]) * 16: (Outcome.REFUSED, Code.LIST_FULL)}  # the first real reason
 
 
 def test_a_mode_that_was_not_offered_is_refused() -> None:
@@ -495,16 +529,13 @@ def test_offers_are_kept_under_a_lease() -> None:
         ({"target_address": IPv4Address("192.0.2.1")}, True),
         ({"target_address": IPv4Address("192.0.2.9")}, False),
         ({"modes": (Mode.IPTABLES,)}, False),
-        ({"needs": Needs(window_scale=14)}, False),
-        ({"needs": Needs(timestamp_us=True)}, False),
-        ({"needs": Needs(image_bytes_max=1 << 20)}, False),
+        ({"needs": Needs(14, True, 1 << 20)}, True),  # RESERVE says which ones, and why
     ],
 )
 def test_who_answers_a_request(fields: dict[str, Any], answers: bool) -> None:
     capacity = Capacity(
-        ROOMY, modes=(Mode.NAT,), window_scale_max=10, timestamp_us=False, image_bytes_max=1 << 19,
-        addresses=frozenset({IPv4Address("192.0.2.1")}),
-    )  # fmt: skip
+        ROOMY, modes=(Mode.NAT,), image_bytes_max=1 << 19, addresses=frozenset({IPv4Address("192.0.2.1")})
+    )
     assert bool(sent(Bench(capacity).hear(B, request(Counts(0, 0, 1), **fields)), m.Offer)) is answers
 
 
@@ -517,6 +548,15 @@ def test_reserve_without_room() -> None:
     assert reserved.places[0] == PLACE
     assert isinstance(reserved.places[1], Refusal)
     assert reserved.places[1].code is Code.LIST_FULL
+
+
+def test_one_that_is_too_large_is_refused_alone() -> None:
+    bench = Bench(Capacity(ROOMY, modes=(Mode.NAT,), image_bytes_max=1 << 19))
+    large = item(2, needs=Needs(image_bytes_max=1 << 20))
+    reserve = only(bench.stream(B, m.Reserve(BATCH, 0, (item(1), large), (Mode.NAT,))), a.Reserve)
+    ((_, reserved),) = sent(bench.do(e.ReserveDone(BATCH, B, reserve.page, (PLACE,))), m.Reserved)
+    assert reserved.places[0] == PLACE
+    assert isinstance(reserved.places[1], Refusal) and reserved.places[1].code is Code.TOO_LARGE
 
 
 def test_what_was_reserved_is_given_up_when_the_stream_breaks() -> None:
@@ -700,11 +740,13 @@ def test_the_end_between_live_and_its_answer() -> None:
 
 def test_home_collects_what_its_holder_says_has_ended() -> None:
     bench = Bench(started=e.Started(routes=(route(),)))
-    assert bench.hear(C, m.Ended((m.Hop(ONE, 1),))) == []
-    assert bench.hear(B, m.Ended((m.Hop(ONE, 2),))) == []
     assert only(bench.hear(B, m.Ended((m.Hop(ONE, 1),))), a.Collect).routes == (route(),)
+    bench.hear(C, m.Ended((m.Hop(ONE, 2),)))  # to whom it went on, though it is not led there
     out = bench.do(e.CollectDone(((ONE, 1),)))
-    assert sent(out, m.Collected) == [(B, m.Collected((m.Hop(ONE, 1),)))]
+    assert dict(sent(out, m.Collected)) == {
+        B: m.Collected((m.Hop(ONE, 1),)),
+        C: m.Collected((m.Hop(ONE, 2),)),
+    }
     assert sent(bench.hear(B, m.Ended((m.Hop(ONE, 1),))), m.Collected)  # again: it is not known
 
 

@@ -274,9 +274,13 @@ static void note_failure(const json_t *answer)
 	fail_code(code ? code : "internal", message ? message : "The socket could not be activated.");
 }
 
-/* Say what we take, and learn what is live; sets the error for the case that nothing is. */
-static void take(struct connection *connection, struct arrival *arrivals, unsigned int narrivals)
+/*
+ * Say what we take, and learn what is live; sets the error for the case that nothing is (none: the time was
+ * up). True: the move was undone, and the requests wait again.
+ */
+static bool take(struct connection *connection, struct arrival *arrivals, unsigned int narrivals)
 {
+	bool waiting = false;
 	json_t *ids = json_array();
 	json_t *message, *answer = NULL;
 
@@ -284,7 +288,7 @@ static void take(struct connection *connection, struct arrival *arrivals, unsign
 		if (json_array_append_new(ids, id_text(arrivals[i].migration))) {
 			fail(ENOMEM, "No memory for a request.");
 			json_decref(ids);
-			return;
+			return false;
 		}
 	message = json_pack("{s:s,s:o}", "op", "taken", "migrations", ids);
 	if (!message)
@@ -294,12 +298,17 @@ static void take(struct connection *connection, struct arrival *arrivals, unsign
 	json_decref(message);
 	if (answer && !refused(answer)) {
 		mark_live(answer, arrivals, narrivals);
-		note_failure(answer);
+		waiting = json_is_true(json_object_get(answer, "waiting"));
+		if (json_array_size(json_object_get(answer, "failed")))
+			note_failure(answer);
+		else
+			no_error();
 	} else if (message) {
 		for (unsigned int i = 0; i < narrivals; i++)
 			arrivals[i].live = is_live(arrivals[i].fd, arrivals[i].state);
 	}
 	json_decref(answer);
+	return waiting;
 }
 
 /* Put a live socket in the place of the caller's; if that fails, the caller gets our descriptor. */
@@ -349,15 +358,47 @@ static int finish(struct arrival *arrivals, unsigned int narrivals, struct sockm
 	return nlive;
 }
 
+/* One answer, and what becomes of it. *@waiting: of nothing, and there will be another answer. */
+static int once(struct connection *connection, long long deadline, struct import_req *irqs,
+		const unsigned int *indices, unsigned int nsent, const struct sockmi_import_options *options,
+		struct arrival *arrivals, bool *waiting)
+{
+	json_t *answer = connection_receive(connection, deadline);
+	unsigned int narrivals = 0;
+	int result = -1;
+
+	*waiting = false;
+	memset(arrivals, 0, DESCRIPTORS_MAX * sizeof(*arrivals));
+	if (answer && !refused(answer) &&
+	    !read_arrivals(connection, answer, irqs, indices, nsent, arrivals, &narrivals)) {
+		if (narrivals == 0)
+			result = 0;
+		else if (!prepare(arrivals, narrivals, options->contexts))
+			*waiting = take(connection, arrivals, narrivals);
+	}
+	if (narrivals) {
+		int failure = errno;
+
+		result = finish(arrivals, narrivals, options->contexts);
+		if (result == 0 && sockmi_last_error()->errnum) {
+			errno = failure;
+			result = -1;
+		}
+	}
+	json_decref(answer);
+	return result;
+}
+
 static int run(struct import_req *irqs, unsigned int nirqs, int timeout,
 	       const struct sockmi_import_options *options, struct arrival *arrivals,
 	       unsigned int *indices)
 {
 	long long deadline = deadline_after(timeout);
 	struct connection connection;
-	unsigned int nsent = 0, narrivals = 0;
-	json_t *message, *answer = NULL;
+	unsigned int nsent;
+	json_t *message;
 	int result = -1;
+	bool waiting;
 
 	if (deadline >= 0)
 		deadline += GRACE_MS;
@@ -365,32 +406,15 @@ static int run(struct import_req *irqs, unsigned int nirqs, int timeout,
 	if (!message)
 		return fail(ENOMEM, "No memory for %u import requests.", nirqs);
 	nsent = (unsigned int)json_array_size(json_object_get(message, "requests"));
-	if (connection_open(&connection, options->control, deadline))
-		goto out;
-	if (!connection_send(&connection, message, NULL, 0, deadline))
-		answer = connection_receive(&connection, deadline);
-	if (answer && !refused(answer) &&
-	    !read_arrivals(&connection, answer, irqs, indices, nsent, arrivals, &narrivals)) {
-		if (narrivals == 0)
-			result = 0;
-		else if (!prepare(arrivals, narrivals, options->contexts))
-			take(&connection, arrivals, narrivals);
-	}
-	if (narrivals) {
-		int failure = errno;
-
-		result = finish(arrivals, narrivals, options->contexts);
-		if (result == 0) {
-			errno = failure;
-			result = -1;
-		}
-	}
+	if (!connection_open(&connection, options->control, deadline) &&
+	    !connection_send(&connection, message, NULL, 0, deadline))
+		do
+			result = once(&connection, deadline, irqs, indices, nsent, options, arrivals, &waiting);
+		while (waiting);
 	if (result >= 0)
 		no_error();
-out:
 	connection_close(&connection);
 	json_decref(message);
-	json_decref(answer);
 	return result;
 }
 

@@ -161,4 +161,7 @@ SOCKMI_EXPORT void sockmi_discard(const int *fds, size_t n);
 /* Take what waits in a listener's queue, at most @room descriptors. Their number, or -errno. */
 SOCKMI_EXPORT int sockmi_accept_children(int fd, int *out_fds, size_t room);
 
+/* What the SYN of a connecting socket offers: its window scale, and 256 if its timestamps count microseconds. */
+SOCKMI_EXPORT int sockmi_syn_offered(int fd);
+
 #endif

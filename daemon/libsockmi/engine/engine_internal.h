@@ -174,5 +174,7 @@ struct sockmi_syn {
 int sockmi_syn_find(int fd, struct sockmi_syn *syn);
 /* What the SYN of a socket in SYN-SENT offers: SOCKMI_NEGOTIATED_* flags and rcv_wscale. */
 void sockmi_syn_offer(int fd, struct sockmi_negotiated *offer);
+/* Whether its timestamps count microseconds. TCP_TIMESTAMP's lowest bit says so only since Linux 6.7. */
+bool sockmi_counts_us(int fd);
 
 #endif

@@ -371,7 +371,13 @@ static int restore_syn_sent(struct restore *r)
 		return failed_call(r, SOCKMI_STEP_REPAIR);
 	sockmi_options_write(r->fd, &r->plan, SOCKMI_BEFORE_CONNECT, r->result);
 	sockmi_options_write(r->fd, &r->plan, SOCKMI_LATE, r->result);
-	if (grow_buffers(r) < 0 || connect_remote(r) < 0 || repair_on(r) < 0)
+	if (grow_buffers(r) < 0)
+		return -1;
+	/* A smaller scale than this host's own is offered by who wants no larger window. */
+	sockmi_syn_offer(r->fd, &offer);
+	if (offer.rcv_wscale > i->negotiated.rcv_wscale)
+		sockmi_set_int(r->fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, (65536 << i->negotiated.rcv_wscale) - 1);
+	if (connect_remote(r) < 0 || repair_on(r) < 0)
 		return -1;
 	if (sockmi_get_queue_seq(r->fd, TCP_SEND_QUEUE, &seq) < 0)
 		return failed_call(r, SOCKMI_STEP_SEQUENCE);
@@ -383,12 +389,8 @@ static int restore_syn_sent(struct restore *r)
 		return sockmi_fail(r->result, SOCKMI_RESULT_SCALE, SOCKMI_STEP_NEGOTIATED, 0);
 	}
 	if (i->negotiated.flags & SOCKMI_NEGOTIATED_TIMESTAMPS) {
-		int now;
-
-		if (sockmi_get_int(r->fd, IPPROTO_TCP, TCP_TIMESTAMP, &now) < 0)
-			return failed_call(r, SOCKMI_STEP_TIMESTAMP);
 		/* The time of a SYN is kept in the unit that connect() found: it cannot be changed any more. */
-		if ((now & 1) != (i->timestamp.unit == SOCKMI_TIMESTAMP_US))
+		if (sockmi_counts_us(r->fd) != (i->timestamp.unit == SOCKMI_TIMESTAMP_US))
 			return sockmi_fail(r->result, SOCKMI_RESULT_UNIT, SOCKMI_STEP_TIMESTAMP, 0);
 		if (set_clock(r, i->timestamp.syn_first_tsval) < 0)
 			return -1;

@@ -177,3 +177,19 @@ void sockmi_syn_offer(int fd, struct sockmi_negotiated *offer)
 		offer->rcv_wscale = offered_scale((uint32_t)clamp);
 	}
 }
+
+bool sockmi_counts_us(int fd)
+{
+	struct tcp_info info = { 0 };
+	socklen_t length = sizeof(info);
+
+	return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) == 0 && info.tcpi_options & TCPI_OPT_USEC_TS;
+}
+
+int sockmi_syn_offered(int fd)
+{
+	struct sockmi_negotiated offer;
+
+	sockmi_syn_offer(fd, &offer);
+	return offer.rcv_wscale | sockmi_counts_us(fd) << 8;
+}

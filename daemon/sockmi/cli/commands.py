@@ -15,25 +15,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sockmi.cli.arguments import selection
 from sockmi.cli.output import ProgressBar, print_json, print_json_line, print_table, show_records
 from sockmi.cli.relay import relay
-from sockmi.client import (
-    Control,
-    Export,
-    Imported,
-    ImportRequest,
-    Receive,
-    Send,
-    SockMiError,
-    importing,
-    milliseconds,
-)
-from sockmi.client import _duplicate as duplicate
+from sockmi.client import Control, Export, Imported, ImportRequest, SockMiError
+from sockmi.client.exports import duplicate, migrations
+from sockmi.client.imports import importing
+from sockmi.client.link import Link
 
 OK, NOT_DONE, USAGE, NO_DAEMON, NOTHING = 0, 1, 2, 3, 4
 
@@ -82,8 +75,9 @@ def _outcomes(records: list[dict[str, Any]], options: argparse.Namespace) -> int
 # -- moving
 
 
-def _exporting(options: argparse.Namespace) -> Generator[Send | Receive, Any, list[dict[str, Any]]]:
+async def _exporting(link: Link, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One export; the duplicate is ours, so that the kernel asks whether we might trace the process."""
+    link.allow(options.timeout or _EXPORT_TIMEOUT_S)
     descriptor = duplicate(Export(options.fd, options.pid))
     request = {
         "op": "export",
@@ -94,26 +88,16 @@ def _exporting(options: argparse.Namespace) -> Generator[Send | Receive, Any, li
         "dry_run": options.dry_run,
     }
     try:
-        yield Send(request, [descriptor])
+        await link.send(request, [descriptor])
     finally:
         os.close(descriptor)  # before the daemon looks for the socket's owners
-    records: list[dict[str, Any]] = []
-    more = True
-    while more:
-        answer, _ = yield Receive()
-        if not answer.get("ok"):
-            why = answer["error"]
-            number = getattr(errno, why.get("errno") or "", errno.EIO)
-            raise SockMiError(number, why["message"], why["code"])
-        records += answer["migrations"]
-        more = bool(answer.get("more"))
-    return records
+    return await migrations(link)
 
 
 def export(options: argparse.Namespace) -> int:
     """``sockmi export``."""
     with _daemon(options) as control:
-        records = control.run(_exporting(options), options.timeout or _EXPORT_TIMEOUT_S)
+        records = control.run(lambda link: _exporting(link, options))
     return _outcomes(records, options)
 
 
@@ -132,7 +116,7 @@ def import_(options: argparse.Namespace) -> int:
     while taken < options.count:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         with _daemon(options) as control:
-            arrived = control.run(importing([request], milliseconds(left)), left)
+            arrived = control.run(lambda link: importing(link, [request], left))  # noqa: B023
         if not arrived:
             break
         taken += 1
@@ -230,6 +214,8 @@ def drain(options: argparse.Namespace) -> int:
             show_records(failed)
         verb = "could be moved" if options.dry_run else "moved"
         print(f"{done} of {progress['selected']} {verb} in {progress['elapsed_s']:.2f} s")
+        for host, count in Counter(one["to"] for one in records if one["outcome"] == "planned").items():
+            print(f"room for {count} on {host}")
     if not progress["selected"]:
         return NOTHING
     return OK if done == progress["selected"] else NOT_DONE

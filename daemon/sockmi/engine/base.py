@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntFlag, StrEnum
 from typing import Protocol
 
 from sockmi.addresses import Endpoint, FourTuple
@@ -25,13 +25,30 @@ class Kind(StrEnum):
     CONNECTED = "connected"
 
 
+class BindFlag(IntFlag):
+    """What decides with whom a socket that is not connected can share its port."""
+
+    REUSE_ADDRESS = 1
+    REUSE_PORT = 2
+    V6_ONLY = 4
+    DEVICE = 8
+    """SO_BINDTODEVICE."""
+
+
+_NO_FLAGS = BindFlag(0)
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the importer must be able to do for this socket."""
+    """What the importer must be able to do for this socket.
+
+    ``window_scale``: the larger one of a connection; of a socket in SYN-SENT the one that it has offered.
+    """
 
     window_scale: int = 0
     timestamp_us: bool = False
     image_bytes_max: int = 0
+    bind_flags: BindFlag = _NO_FLAGS
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import socket
 import struct
 from collections.abc import Sequence
 from enum import IntFlag
@@ -21,7 +22,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from sockmi.addresses import Endpoint
-from sockmi.engine.base import Kind, Needs, SocketFacts
+from sockmi.engine.base import BindFlag, Kind, Needs, SocketFacts
 from sockmi.native import library
 from sockmi.refusal import Code, Refusal
 
@@ -45,7 +46,8 @@ STATES = {
 #: What an image holds besides the two queues, in bytes, generously.
 IMAGE_OVERHEAD_BYTES = 8192
 
-_LISTEN, _CLOSED = 10, 7
+_SYN_SENT, _CLOSED, _LISTEN = 2, 7, 10
+_SO_REUSEPORT, _SO_BINDTODEVICE = 15, 25
 _IMMOBILE = frozenset({3, 6, 12})
 _FACTS = struct.Struct("=QQIiIIIIHHHHBBBBB3x16s16s16s")  # struct sockmi_facts
 
@@ -196,6 +198,29 @@ def inspect(fds: Sequence[int]) -> list[SocketFacts]:
     return [_facts(fd, fields) for fd, fields in zip(fds, _FACTS.iter_unpack(buffer.raw), strict=True)]
 
 
+def syn_offered(fd: int) -> tuple[int, bool]:
+    """What the SYN of a socket offers: its window scale, and whether its timestamps count microseconds."""
+    offered = library().sockmi_syn_offered(fd)
+    return offered & 0xFF, bool(offered >> 8)
+
+
+def _bind_flags(fd: int) -> BindFlag:
+    flags = BindFlag(0)
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        for flag, level, option in (
+            (BindFlag.REUSE_ADDRESS, socket.SOL_SOCKET, socket.SO_REUSEADDR),
+            (BindFlag.REUSE_PORT, socket.SOL_SOCKET, _SO_REUSEPORT),
+            (BindFlag.V6_ONLY, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
+        ):
+            if (level != socket.IPPROTO_IPV6 or sock.family == socket.AF_INET6) and sock.getsockopt(
+                level, option
+            ):
+                flags |= flag
+        if sock.getsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, 16).rstrip(b"\0"):
+            flags |= BindFlag.DEVICE
+    return flags
+
+
 def _facts(fd: int, fields: tuple[Any, ...]) -> SocketFacts:
     (inode, cookie, findings, error, receive_queue, send_queue, receive_buffer, send_buffer, family, _,
      local_port, remote_port, state, send_scale, receive_scale, timestamp_us, version, local, remote,
@@ -207,12 +232,15 @@ def _facts(fd: int, fields: tuple[Any, ...]) -> SocketFacts:
         send_queue = 0
     connected = state not in (0, _CLOSED, _LISTEN)
     unseen = Finding.BAD_DESCRIPTOR | Finding.NOT_TCP | Finding.MPTCP
+    if state == _SYN_SENT:
+        receive_scale, timestamp_us = syn_offered(fd)
     needs = Needs(
         max(send_scale, receive_scale),
         bool(timestamp_us),
         max(receive_queue, receive_buffer) + max(send_queue, send_buffer) + IMAGE_OVERHEAD_BYTES
         if not listening
         else IMAGE_OVERHEAD_BYTES,
+        BindFlag(0) if connected or findings & unseen else _bind_flags(fd),
     )
     return SocketFacts(
         inode,

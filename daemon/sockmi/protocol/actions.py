@@ -62,6 +62,7 @@ class Outcome(StrEnum):
     COMMITTED = "committed"  # on its way, only forward from here
     ACTIVE = "active"  # the importer has it
     REFUSED = "refused"  # it goes on where it was
+    PLANNED = "planned"  # a dry run: the importer has room for it
     LOST = "lost"  # committed, but the importer could not bring it to life
 
 
@@ -87,7 +88,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class BatchDone:
-    """Every migration of the batch is ACTIVE, REFUSED or LOST; nothing of it is left."""
+    """Every migration of the batch is ACTIVE, REFUSED, PLANNED or LOST; nothing of it is left."""
 
     batch: BatchId
 

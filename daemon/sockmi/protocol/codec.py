@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any, TypeVar
 
 from sockmi.addresses import Endpoint
-from sockmi.engine.base import Fidelity, Kind, Needs
+from sockmi.engine.base import BindFlag, Fidelity, Kind, Needs
 from sockmi.protocol import messages
 from sockmi.protocol.messages import STREAM_ONLY, Hop, Message, Move, Verdict
 from sockmi.protocol.records import CHUNK_ITEMS_MAX, PAGE_ITEMS_MAX, ChunkId, Counts, Item, Place
@@ -102,23 +102,31 @@ COUNTS = Field(
 _NEEDS = struct.Struct(">BBQ")
 
 
+_BIND_FLAGS = [BindFlag(number) for number in range(sum(BindFlag) + 1)]
+
+
 def _flag(value: int) -> bool:
     if value > 1:
         raise CodecError(f"a flag is 0 or 1, not {value}")
     return value == 1
 
 
-def _get_needs(data: memoryview, at: int) -> tuple[Needs, int]:
-    scale, timestamp_us, image_bytes_max = _NEEDS.unpack_from(data, at)
+def _needs(scale: int, flags: int, image_bytes_max: int) -> Needs:
     if scale > 14:
         raise CodecError(f"window scale {scale} is more than 14 (RFC 7323)")
-    return Needs(scale, _flag(timestamp_us), image_bytes_max), at + _NEEDS.size
+    if flags >> 1 >= len(_BIND_FLAGS):
+        raise CodecError(f"unknown flags {flags:#x}")
+    return Needs(scale, bool(flags & 1), image_bytes_max, _BIND_FLAGS[flags >> 1])
+
+
+def _needs_parts(needs: Needs) -> tuple[int, int, int]:
+    return needs.window_scale, needs.timestamp_us | needs.bind_flags << 1, needs.image_bytes_max
 
 
 NEEDS = Field(
     "10",
-    lambda out, value: out.extend(_NEEDS.pack(value.window_scale, value.timestamp_us, value.image_bytes_max)),
-    _get_needs,
+    lambda out, value: out.extend(_NEEDS.pack(*_needs_parts(value))),
+    lambda data, at: (_needs(*_NEEDS.unpack_from(data, at)), at + _NEEDS.size),
 )
 E = TypeVar("E", bound=StrEnum)
 
@@ -234,26 +242,25 @@ def _put_item(out: bytearray, item: Item) -> None:
     state = item.state.encode("ascii")
     if not 0 < len(state) <= 12 or not len(item.migration) == len(item.connection) == len(item.home) == 16:
         raise CodecError(f"an item's ids have 16 bytes and its state 1..12: {item}")
-    needs = item.needs
     out += _ITEM.pack(
         item.migration, item.connection, item.home, item.listener or _NO_ID, item.hop, item.size_bytes,
-        needs.window_scale, needs.timestamp_us, needs.image_bytes_max, _KIND_CODES[item.kind], state,
+        *_needs_parts(item.needs), _KIND_CODES[item.kind], state,
         *_endpoint_parts(item.local), *_endpoint_parts(item.remote), *_endpoint_parts(item.origin),
     )  # fmt: skip
 
 
 def _get_item(data: memoryview, at: int) -> tuple[Item, int]:
-    (migration, connection, home, listener, hop, size, scale, timestamp_us, image_max, kind, state,
+    (migration, connection, home, listener, hop, size, scale, flags, image_max, kind, state,
      *ends) = _ITEM.unpack_from(data, at)  # fmt: skip
-    if kind >= len(_KINDS) or scale > 14 or hop < 1:
-        raise CodecError(f"an item with kind {kind}, window scale {scale}, hop {hop}")
+    if kind >= len(_KINDS) or hop < 1:
+        raise CodecError(f"an item with kind {kind}, hop {hop}")
     name = state.rstrip(b"\0")
     if not name.replace(b"-", b"").replace(b"_", b"").isalnum() or not name.isascii():
         raise CodecError("a state is a word")
     item = Item(
         migration, connection, _KINDS[kind], name.decode("ascii"),
         _endpoint(*ends[0:3]), _endpoint(*ends[3:6]), _endpoint(*ends[6:9]), hop, home,
-        Needs(scale, _flag(timestamp_us), image_max), size, None if listener == _NO_ID else listener,
+        _needs(scale, flags, image_max), size, None if listener == _NO_ID else listener,
     )  # fmt: skip
     return item, at + _ITEM.size
 

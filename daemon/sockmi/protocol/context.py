@@ -64,7 +64,7 @@ class Capacity:
     ``rooms``: free places in the import lists (maximum less what waits there or is prepared;
     what is merely offered or reserved the core subtracts itself). ``waiting``: pending import
     requests. ``load``: per mille. ``modes``: redirects this host can be the importer of.
-    ``window_scale_max``, ``timestamp_us``: what its engine can restore. ``addresses``: its own.
+    ``addresses``: its own.
     """
 
     rooms: Counts = field(default_factory=Counts)
@@ -72,8 +72,6 @@ class Capacity:
     load: int = 0
     weight: int = 1
     modes: tuple[Mode, ...] = ()
-    window_scale_max: int = 14
-    timestamp_us: bool = True
     image_bytes_max: int = 1 << 30
     addresses: frozenset[IPv4Address | IPv6Address] = frozenset()
 

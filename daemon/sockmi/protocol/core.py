@@ -52,8 +52,8 @@ class Core:
             events.StartExport: exporter.start_export,
             events.CancelExport: exporter.cancel_export,
             events.ChildrenFound: exporter.children_found,
-            events.FreezeDone: exporter.frozen,
-            events.CommitDone: exporter.committed,
+            events.FreezeDone: exporter.chunks.frozen,
+            events.CommitDone: exporter.chunks.committed,
             events.ReserveDone: importer.reserve_done,
             events.PrepareDone: importer.prepared,
             events.ActivateDone: importer.activated,
@@ -72,9 +72,9 @@ class Core:
             messages.Undecided: importer.on_undecided,
             messages.Offer: exporter.on_offer,
             messages.Reserved: exporter.on_reserved,
-            messages.Prepared: exporter.on_prepared,
-            messages.Active: exporter.on_active,
-            messages.Query: exporter.on_query,
+            messages.Prepared: exporter.chunks.on_prepared,
+            messages.Active: exporter.chunks.on_active,
+            messages.Query: exporter.chunks.on_query,
             messages.Reroute: routes.on_reroute,
             messages.Rerouted: routes.on_rerouted,
             messages.Ended: routes.on_ended,
@@ -156,7 +156,7 @@ class Core:
         return out
 
     def _busy(self) -> bool:
-        return self.exporter.busy or self.importer.busy or self.routes.busy
+        return self.exporter.chunks.busy or self.importer.busy or self.routes.busy
 
     def _say_quiet(self) -> None:
         if not self._quiet:
@@ -170,7 +170,7 @@ class Core:
         self._started = True
         self.routes.started(event)
         self.importer.started(event)
-        self.exporter.started(event)
+        self.exporter.chunks.started(event)
 
     def _on_stop(self, event: events.Stop) -> None:
         if self._context.stopping:
@@ -185,7 +185,7 @@ class Core:
         self.importer.stream_lost(event)
 
     def _on_forget(self, event: events.Forget) -> None:
-        self.exporter.forget(event.host)
+        self.exporter.chunks.forget(event.host)
         self.routes.forget(event.host)
 
     def _on_received(self, event: events.Received) -> None:

@@ -55,7 +55,8 @@ class StartExport:
 
     ``target``/``target_address``: an explicit importer, or None for any. ``modes``: redirects
     that may be used, in order of preference. ``timeout_s``: what has found no importer by
-    then is refused (NO_OFFER); what is being moved then goes on.
+    then is refused (NO_OFFER); what is being moved then goes on. ``dry_run``: only ask who would
+    take them: each is reported PLANNED or REFUSED, and nothing is reserved.
     """
 
     batch: BatchId
@@ -64,6 +65,7 @@ class StartExport:
     timeout_s: float
     target: HostId | None = None
     target_address: IPv4Address | IPv6Address | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,13 +208,8 @@ class ImporterCore:
             explicit and message.target != context.host and message.target_address not in capacity.addresses
         ):
             return
-        if (
-            message.needs.window_scale > capacity.window_scale_max
-            or (message.needs.timestamp_us and not capacity.timestamp_us)
-            or message.needs.image_bytes_max > capacity.image_bytes_max
-            or (message.counts.connected and not set(message.modes) & set(capacity.modes))
-        ):
-            return
+        if message.counts.connected and not set(message.modes) & set(capacity.modes):
+            return  # what a single one needs is looked at by RESERVE
         lease = self._leases.get((source, message.batch))
         if lease is not None:
             self._unroom(lease)
@@ -267,7 +262,7 @@ class ImporterCore:
         wanted: list[Item] = []
         again: list[MigrationId] = []
         for position, item in enumerate(message.items):
-            refusal = self._acceptable(item)
+            refusal = self._acceptable(item) or self._too_large(item)
             other = self._reserved.get(item.migration)
             if refusal is None and other is lease and item.migration in lease.reserved:
                 del lease.reserved[item.migration], self._reserved[item.migration]
@@ -405,6 +400,16 @@ class ImporterCore:
                 f"the importer already knows this connection (hop {known}); wait until that move is over",
             )
         return None
+
+    def _too_large(self, item: Item) -> Refusal | None:
+        size, most = item.needs.image_bytes_max, self._context.capacity.image_bytes_max
+        if size <= most:
+            return None
+        return Refusal(
+            Code.TOO_LARGE,
+            f"its image may take {size} bytes, and the importer's image_bytes_max is {most}; raise it there, "
+            "or try again when less is queued",
+        )
 
     def _keep(self, item: Item, by: int) -> None:
         self._kept[_index(item)] += by

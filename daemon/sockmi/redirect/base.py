@@ -91,6 +91,9 @@ class Redirect(Protocol):
     def reachable(self, importer: IPv4Address | IPv6Address) -> str | None:
         """None if this mode can lead packets from here to ``importer``, else why not."""
 
+    def obstacle(self, leaving: Sequence[FourTuple]) -> str | None:
+        """Exporter, before the freeze: why these, all at once, could not be sent away; None if they could."""
+
     def send_away(self, connections: Sequence[Outbound]) -> None:
         """Exporter, at COMMIT: divert the peer's packets, drop the late and mute our own
         stack for these tuples, and lift the hold, in one transaction."""

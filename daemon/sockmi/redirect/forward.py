@@ -62,6 +62,9 @@ class Forward:
                 self._tables.routes.warm(importer, way.device)
         return reason
 
+    def obstacle(self, leaving: Sequence[FourTuple]) -> None:
+        """See base.Redirect; each connection goes for itself."""
+
     def send_away(self, connections: Sequence[Outbound]) -> None:
         """See base.Redirect."""
         t = self._tables

@@ -5,10 +5,11 @@ Rules are searched one by one by the kernel and installed one by one by python-i
 milliseconds each), so this is for a few connections at a time: choose `nat` wherever nftables
 is allowed to do the work.
 
-Exporter: DNAT, the connection's conntrack entry deleted so that DNAT is consulted, and a filter
-for what our own stack would say (the paper's FIN/RST filter). Importer: what comes in from the peer is
-not tracked, what goes out gets SNAT. Both need conntrack's willingness to pick up
-connections in their middle: net.netfilter.nf_conntrack_tcp_loose must not be 0.
+Exporter: DNAT, and a filter for what our own stack would say (the paper's FIN/RST filter). Importer: what
+comes in from the peer is not tracked, what goes out gets SNAT. Conntrack would consult these rules only for
+connections that it picks up in their middle, which net.netfilter.nf_conntrack_tcp_loose can forbid; so the
+connection's old entry is replaced by one that is translated already (and is liberal: each host sees
+one direction only). The rules are there for those whose entries somebody flushes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ from sockmi.redirect.tables import Tables
 
 _TCP = 6
 _FAMILY = {4: 2, 6: 10}
+# Of a conntrack entry: seen both ways, assured, confirmed; of both ends: SACK, be liberal (value, mask).
+_SETTLED = 0b1110
+_LIBERAL = (0x0A, 0x0A)
+_TCP_ESTABLISHED = 3  # TCP_CONNTRACK_ESTABLISHED
+_ESTABLISHED_S = 432000
 _AWAY, _HOME, _UNTRACKED, _MUTE = "away", "home", "raw", "mute"
 _PACKAGES = str(Path(__file__).resolve().parents[2])
 _Target = tuple[str, dict[str, str]]
@@ -122,17 +128,13 @@ class Iptables:
 
     def setup(self) -> None:
         """See base.Redirect. OSError says why when this host cannot do it."""
-        reason = unusable(self._command)
-        if reason is None and read_sysctl("net/netfilter/nf_conntrack_tcp_loose") == 0:
-            reason = (
-                "net.netfilter.nf_conntrack_tcp_loose is 0: conntrack would call moved connections invalid; "
-                "set it to 1 or use redirect mode nat"
-            )
-        if reason:
+        if reason := unusable(self._command):
             raise OSError(errno.EOPNOTSUPP, f"redirect mode iptables: {reason}")
         self._tables.setup(self.mode)
         for worker in self._workers.values():
             worker.call("install")
+        self._track(_AWAY, self._list(_AWAY))
+        self._track(_HOME, self._list(_HOME))
 
     def teardown(self) -> None:
         """See base.Redirect."""
@@ -176,6 +178,9 @@ class Iptables:
             return f"no route from this host to {importer}; see `ip route get {importer}`"
         return not_forwarding(way, importer.version)
 
+    def obstacle(self, leaving: Sequence[FourTuple]) -> None:
+        """See base.Redirect; each connection goes for itself."""
+
     def send_away(self, connections: Sequence[Outbound]) -> None:
         """See base.Redirect; one transaction for each table, in an order that lets nothing slip."""
         to = {_turned(c.tuple): c.importer for c in connections}
@@ -186,6 +191,7 @@ class Iptables:
         self._edit(_MUTE, tuples, lambda t: ("DROP", {}))
         self._edit(_AWAY, to, lambda t: ("DNAT", {"to_destination": str(to[t])}))
         self._forget_tracked(tuples)
+        self._track(_AWAY, to.items())
         with self._tables.transaction() as batch:
             # conntrack drops ICMP redirects about what it has translated, but no ICMPv6 ones
             importers = (c.importer.address for c in connections)
@@ -195,7 +201,12 @@ class Iptables:
     reroute = send_away
 
     def take_back(self, tuples: Sequence[FourTuple]) -> None:
-        """See base.Redirect."""
+        """See base.Redirect; conntrack knows them again as it did before."""
+        self._drop(tuples)
+        self._track(None, ((_turned(t), t.local) for t in tuples))
+
+    def _drop(self, tuples: Sequence[FourTuple]) -> None:
+        """Nothing leads them away."""
         self._edit(_AWAY, map(_turned, tuples), None)
         self._edit(_MUTE, tuples, None)
         self._forget_tracked(tuples)
@@ -203,7 +214,7 @@ class Iptables:
     def expire(self, tuples: Sequence[FourTuple], linger_s: float) -> None:
         """See base.Redirect; iptables has no timeouts, so the late packets meet our nftables flow map."""
         self._tables.expire(self.mode, tuples, linger_s)
-        self.take_back(tuples)
+        self._drop(tuples)
 
     def admit(self, connections: Sequence[Inbound]) -> None:
         """See base.Redirect; a connection that is home again has no rules."""
@@ -214,6 +225,7 @@ class Iptables:
         self._edit(_UNTRACKED, map(_turned, origins), lambda t: ("CT", {"notrack": ""}))
         self._edit(_HOME, origins, lambda t: ("SNAT", {"to_source": str(origins[t])}))
         self._forget_tracked(list(origins))
+        self._track(_HOME, origins.items())
         with self._tables.transaction() as batch:
             self._tables.clear(batch, [c.tuple for c in connections])
 
@@ -245,9 +257,25 @@ class Iptables:
 
         apart(work)
 
+    def _track(self, role: str | None, rows: Iterable[tuple[FourTuple, Endpoint]]) -> None:
+        """Make conntrack entries for segments with these ends, translated as ``role`` says (None: not)."""
+        by_version: dict[int, list[tuple[FourTuple, Endpoint]]] = {}
+        for row in rows:
+            by_version.setdefault(row[0].version, []).append(row)
+        timeout_s = read_sysctl("net/netfilter/nf_conntrack_tcp_timeout_established") or _ESTABLISHED_S
 
-def _delete_tracked(conntrack: Any, first: Endpoint, second: Endpoint) -> None:
-    original = NFCTAttrTuple(
+        def work(_: Any) -> None:
+            for version, members in by_version.items():
+                with NFCTSocket(nfgen_family=_FAMILY[version]) as conntrack:
+                    for ends, other in members:
+                        _insert_tracked(conntrack, role, ends, other, timeout_s)
+
+        if by_version:
+            apart(work)
+
+
+def _tracked(first: Endpoint, second: Endpoint) -> Any:
+    return NFCTAttrTuple(
         family=_FAMILY[first.version],
         saddr=str(first.address),
         daddr=str(second.address),
@@ -255,8 +283,34 @@ def _delete_tracked(conntrack: Any, first: Endpoint, second: Endpoint) -> None:
         sport=first.port,
         dport=second.port,
     )
+
+
+def _insert_tracked(
+    conntrack: Any, role: str | None, ends: FourTuple, other: Endpoint, timeout_s: int
+) -> None:
+    port = ["CTA_NAT_PROTO", {"attrs": [["CTA_PROTONAT_PORT_MIN", other.port]]}]
+    to = {"attrs": [[f"CTA_NAT_V{other.version}_MINIP", str(other.address)], port]}
+    nat = {_AWAY: {"nat_dst": to}, _HOME: {"nat_src": to}}.get(role or "", {})
+    tcp = [["CTA_PROTOINFO_TCP_STATE", _TCP_ESTABLISHED]]
+    tcp += [[f"CTA_PROTOINFO_TCP_FLAGS_{way}", {"value": _LIBERAL}] for way in ("ORIGINAL", "REPLY")]
     try:
-        conntrack.entry("del", tuple_orig=original)
+        conntrack.entry(
+            "add",
+            tuple_orig=_tracked(ends.local, ends.remote),
+            tuple_reply=_tracked(ends.remote, ends.local),
+            status=_SETTLED,
+            protoinfo={"attrs": [["CTA_PROTOINFO_TCP", {"attrs": tcp}]]},
+            timeout=timeout_s,
+            **nat,
+        )
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:  # a packet was faster: the rule has made it
+            raise
+
+
+def _delete_tracked(conntrack: Any, first: Endpoint, second: Endpoint) -> None:
+    try:
+        conntrack.entry("del", tuple_orig=_tracked(first, second))
     except NetlinkError as error:
         if error.code != errno.ENOENT:
             raise

@@ -116,6 +116,9 @@ class Nat:
             self.path_mtu.probe(importer, way)
         return reason
 
+    def obstacle(self, leaving: Sequence[FourTuple]) -> None:
+        """See base.Redirect; each connection goes for itself."""
+
     def send_away(self, connections: Sequence[Outbound]) -> None:
         """See base.Redirect."""
         t = self._tables

@@ -54,7 +54,6 @@ def _family(settings: Settings, version: int) -> str:
         "nat_in",
         "out",
         "did_out",
-        "local_out",
         "nat_src",
     )
     lines = [
@@ -92,11 +91,10 @@ def _family(settings: Settings, version: int) -> str:
         (
             "did_out",
             f"meta mark & 0xffff0000 vmap {{ {mark(Tag.MOVED)} : drop, "
-            f"{mark(Tag.LOCAL)} : goto local_out{v}, "
+            f"{mark(Tag.LOCAL)} : goto own_mark, "
             f"{mark(Tag.NAT_OUT)} : drop, {mark(Tag.NAT_IN)} : goto nat_src{v} }}",
         ),
-        ("local_out", "meta mark set 0 notrack accept"),
-        ("nat_src", f"{ip} saddr set {out} map @addr{v} tcp sport set {port} meta mark set 0 notrack accept"),
+        ("nat_src", f"{ip} saddr set {out} map @addr{v} tcp sport set {port} goto own_mark"),
         ("nat_src", "drop"),
     )
     return "\n".join((*lines, *(f"add rule {table} {chain}{v} {rule}" for chain, rule in rules)))
@@ -108,6 +106,13 @@ def inet(settings: Settings) -> str:
     inject, passing = (f"{settings.marked(tag):#x}" for tag in (Tag.INJECT, Tag.PASS))
     base = {"prerouting": "in", "output": "out"}
     lines = [f"add table {table}", f"add map {table} ports {{ type mark : inet_service; }}"]
+    # The flow map has had the mark; what goes out gets back the one of its socket (SO_MARK), if it has one.
+    lines += [
+        f"add chain {table} own_mark",
+        f"flush chain {table} own_mark",
+        f"add rule {table} own_mark meta mark set socket mark notrack accept",
+        f"add rule {table} own_mark meta mark set 0 notrack accept",
+    ]
     lines += [_family(settings, version) for version in (4, 6)]
     for hook, chain in base.items():
         lines += [
@@ -125,9 +130,14 @@ def inet(settings: Settings) -> str:
     lines += [
         f"add chain {table} reroute {{ type route hook output priority mangle; policy accept; }}",
         f"flush chain {table} reroute",
+        # A chain of its own: beside the type nft 1.1 lists this as "icmpv6 daddr", which it cannot read
+        # again, and the ruleset that an administrator has saved would not load.
+        f"add chain {table} redirect6",
+        f"flush chain {table} redirect6",
+        f"add rule {table} redirect6 @th,192,128 @importers6 drop",
         f"add rule {table} reroute meta mark {passing} accept",
         f"add rule {table} reroute icmp type redirect @th,192,32 @importers4 drop",
-        f"add rule {table} reroute icmpv6 type nd-redirect @th,192,128 @importers6 drop",
+        f"add rule {table} reroute icmpv6 type nd-redirect jump redirect6",
         f"add rule {table} reroute icmp type destination-unreachable @th,192,32 @importers4 "
         f"fib daddr type != local meta mark set {inject}",
         f"add rule {table} reroute icmpv6 type {{ destination-unreachable, packet-too-big }} "

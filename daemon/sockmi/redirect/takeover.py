@@ -102,15 +102,22 @@ class Takeover:
                 reasons.append(f"connection {local} <-> {remote} is not in the batch; move or close it too")
         return reasons
 
+    def _here(self, leaving: Sequence[FourTuple]) -> list[FourTuple]:
+        """Those whose address has not been given up yet."""
+        return [t for t in leaving if t.local.address not in self._given_up]
+
+    def obstacle(self, leaving: Sequence[FourTuple]) -> str | None:
+        """See base.Redirect. Listeners are no obstacle: they end, or follow in a batch of their own."""
+        here = self._here(leaving)
+        listeners = {local for local, _, listening in users({t.local.address for t in here}) if listening}
+        return "; ".join(self.conflicts(here, listeners)[:5]) or None
+
     def send_away(self, connections: Sequence[Outbound]) -> None:
-        """See base.Redirect. OSError (EBUSY), and nothing is changed, if others use the address."""
-        listeners = {
-            local for local, _, listening in users({c.tuple.local.address for c in connections}) if listening
-        }
-        here = [c.tuple for c in connections if c.tuple.local.address not in self._given_up]
-        reasons = self.conflicts(here, listeners) if here else []
-        if reasons:
-            raise OSError(errno.EBUSY, f"takeover: {'; '.join(reasons[:5])}")
+        """See base.Redirect. OSError (EBUSY), and nothing is changed, if there is an ``obstacle`` now."""
+        tuples = [c.tuple for c in connections]
+        here = self._here(tuples)
+        if why := self.obstacle(tuples):
+            raise OSError(errno.EBUSY, f"takeover: {why}")
         self.reroute(connections)
         for address in sorted({t.local.address for t in here}, key=str):
             held = self._tables.routes.held(address)

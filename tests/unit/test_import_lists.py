@@ -9,7 +9,7 @@ import pytest
 
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import Kind
-from sockmi.imports import Candidate, Criteria, ImportLists, Waiting
+from sockmi.import_lists import Candidate, Criteria, ImportLists, Waiting
 
 ANY = Criteria(frozenset(Kind))
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""What the exporter knows of a batch, and of its legs."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+
+from sockmi.protocol import messages
+from sockmi.protocol.actions import Outcome, Result
+from sockmi.protocol.records import BatchId, ChunkId, Counts, HostId, Item, MigrationId, Place
+from sockmi.protocol.tables import Leg as LegState
+from sockmi.redirect.base import Mode
+from sockmi.refusal import Code, Refusal
+
+# What only follows from an earlier failure of the same migration.
+_FOLLOWING = frozenset({Code.PEER_LOST, Code.ALREADY_MIGRATING, Code.NO_OFFER, Code.TIMEOUT})
+
+
+@dataclass(slots=True)
+class Leg:
+    """The part of a batch that goes to one importer."""
+
+    host: HostId
+    state: LegState = LegState.OPENING
+    unreserved: deque[Item] = field(default_factory=deque)
+    pages: dict[int, tuple[Item, ...]] = field(default_factory=dict)
+    ready: deque[tuple[Item, Place]] = field(default_factory=deque)
+    moving: set[ChunkId] = field(default_factory=set)
+
+    @property
+    def unfrozen(self) -> list[Item]:
+        """Items whose freeze has not begun."""
+        reserving = [item for page in self.pages.values() for item in page]
+        return [*self.unreserved, *reserving, *(item for item, _ in self.ready)]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One export: its items ask for importers until each has one."""
+
+    id: BatchId
+    modes: tuple[Mode, ...]
+    deadline: float
+    timeout_s: float
+    target: HostId | None
+    target_address: IPv4Address | IPv6Address | None = None
+    left: int = 0  # items without an outcome
+    pending: dict[MigrationId, Item] = field(default_factory=dict)  # without an importer
+    reasons: dict[MigrationId, Refusal] = field(default_factory=dict)  # why they were sent back
+    offers: dict[HostId, messages.Offer] = field(default_factory=dict)
+    legs: dict[HostId, Leg] = field(default_factory=dict)
+    failures: dict[HostId, int] = field(default_factory=dict)
+    next_page: int = 0  # numbers are never used again in a batch: they fence
+    next_chunk: int = 0
+    expired: Refusal | None = None
+    follows: bool = False  # a listener's children: straight to the target, without REQUEST
+    dry_run: bool = False  # ends with the offers
+
+    def because(self, migration: MigrationId, reason: Refusal) -> Refusal:
+        """Why a migration is refused in the end: the first reason that does not only follow from another."""
+        known = self.reasons.get(migration)
+        if known is None or (known.code in _FOLLOWING and reason.code not in _FOLLOWING):
+            self.reasons[migration] = known = reason
+        return known
+
+    def refused(
+        self, migrations: Iterable[MigrationId], reason: Refusal, importer: HostId | None = None
+    ) -> list[Result]:
+        """Results for migrations that are refused, each for its own reason."""
+        return [
+            Result(one, Outcome.REFUSED, importer, refusal=self.because(one, reason)) for one in migrations
+        ]
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether the offers that are there take all that is pending."""
+        rooms = Counts(*map(sum, zip(*(offer.rooms for offer in self.offers.values()), strict=True)))
+        wanted = Counter(item.kind for item in self.pending.values())
+        return all(rooms.of(kind) >= count for kind, count in wanted.items())
