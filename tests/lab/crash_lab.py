@@ -601,7 +601,7 @@ def partitioned(lab: Lab, hosts: str) -> Iterator[None]:
 def flowing(serving: Serving) -> None:
     """Every client gets more bytes."""
     before = [peer.received for peer in serving.peers]
-    until(lambda: all(peer.received > then for peer, then in zip(serving.peers, before, strict=True)), 8)
+    until(lambda: all(peer.received > then for peer, then in zip(serving.peers, before, strict=True)), 20)
 
 
 def places(serving: Serving, hosts: str) -> dict[str, list[str]]:

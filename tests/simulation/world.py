@@ -294,7 +294,8 @@ class Host:
         for item in action.items:
             socket = self.live.get(item.connection)
             if socket is None or socket.hop != item.hop - 1 or self.refuses():
-                results.append(Refusal(Code.NO_SUCH_SOCKET, "gone"))
+                busy = socket is not None and item.migration[-1] & 1  # may pass
+                results.append(Refusal(Code.OWNER_UNSTOPPABLE if busy else Code.NO_SUCH_SOCKET, "no"))
                 continue
             self.frozen[item.connection] = self.world.time + hold_s
             image = item.connection + socket.version.to_bytes(8, "big")

@@ -191,12 +191,18 @@ class Bench:
         offer = m.Offer(BATCH, rooms, Counts(0, 0, waiting), load, 1, (Mode.NAT,), 1000)
         return self.hear(host, offer)
 
-    def to_shipped(self, *items: Item) -> ChunkId:
+    def reserved(self, out: list[a.Action]) -> a.Freeze:
+        if any(isinstance(one, a.OpenStream) for one in out):
+            out = self.do(e.StreamOpened(B))
+        ((_, reserve),) = sent(out, m.Reserve)
+        return only(self.stream(B, m.Reserved(BATCH, reserve.page, (PLACE,) * len(reserve.items))), a.Freeze)
+
+    def to_freezing(self, *items: Item) -> a.Freeze:
         self.export(*items)
-        self.offer(B)
-        (_, reserve) = sent(self.do(e.StreamOpened(B)), m.Reserve)[0]
-        out = self.stream(B, m.Reserved(BATCH, reserve.page, (PLACE,) * len(items)))
-        freeze = only(out, a.Freeze)
+        return self.reserved(self.offer(B))
+
+    def to_shipped(self, *items: Item) -> ChunkId:
+        freeze = self.to_freezing(*items)
         self.do(e.FreezeDone(freeze.chunk, tuple(b"image" for _ in freeze.items)))
         return freeze.chunk
 
@@ -388,6 +394,23 @@ def test_freeze_deadline_thaws_and_tries_again() -> None:
     # what comes too late is told so
     assert sent(bench.stream(B, m.Prepared(chunk, (Fidelity(),))), m.Abort)
     assert sent(bench.hear(B, m.Query(chunk)), m.Abort)
+
+
+def test_a_freeze_that_may_succeed_in_a_moment_is_repeated() -> None:
+    """Of the two items one cannot be stopped now; the other is not held up, nor tried twice."""
+    bench = Bench()
+    busy = Refusal(Code.OWNER_UNSTOPPABLE, "busy")
+    freeze = bench.to_freezing(item(1), item(2))
+    out = bench.do(e.FreezeDone(freeze.chunk, (busy, b"image")))
+    assert sent(out, m.Ship)[0][1].migrations == (bytes([2]) * 16,)
+    assert not results(out)
+    for last in (False, True):
+        asked = sent(out + bench.wait(0.3), m.Request)[0][1]
+        assert asked.counts.connected == 1
+        freeze = bench.reserved(bench.offer(B))
+        assert [one.migration for one in freeze.items] == [bytes([1]) * 16]
+        out = bench.do(e.FreezeDone(freeze.chunk, (busy,)))
+        assert results(out) == ({bytes([1]) * 16: (Outcome.REFUSED, Code.OWNER_UNSTOPPABLE)} if last else {})
 
 
 def test_undecided_while_the_shell_commits_whatever_happens() -> None:

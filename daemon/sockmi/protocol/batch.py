@@ -53,6 +53,7 @@ class Batch:
     offers: dict[HostId, messages.Offer] = field(default_factory=dict)
     legs: dict[HostId, Leg] = field(default_factory=dict)
     failures: dict[HostId, int] = field(default_factory=dict)
+    freezes: Counter[MigrationId] = field(default_factory=Counter)  # that failed, and may be repeated
     next_page: int = 0  # numbers are never used again in a batch: they fence
     next_chunk: int = 0
     expired: Refusal | None = None

@@ -32,6 +32,9 @@ from sockmi.protocol.routing import Routes
 from sockmi.protocol.tables import EXPORT, Export, UndeclaredTransition, step
 from sockmi.refusal import Code, Refusal
 
+# Why a freeze fails that may succeed in a moment: the host is busy, or a packet came at the wrong time.
+_PASSING = frozenset({Code.OWNER_UNSTOPPABLE, Code.CHANGED})
+
 
 class Batches(Protocol):
     """What chunks tell those who made them. A batch may have ended before its chunk is settled."""
@@ -46,6 +49,9 @@ class Batches(Protocol):
 
     def take_back(self, identifier: BatchId, items: Iterable[Item], reason: Refusal) -> None:
         """These may try another importer."""
+
+    def freeze_again(self, identifier: BatchId, items: Iterable[Item], reason: Refusal) -> None:
+        """These could not be frozen now."""
 
     def shipped(self, chunk: ChunkId, host: HostId) -> None:
         """The next chunk may be frozen."""
@@ -174,8 +180,11 @@ class Chunks:
         images: list[bytes] = []
         kept: list[int] = []
         refused: list[Result] = []
+        passing: dict[Refusal, list[Item]] = {}
         for position, result in enumerate(event.results):
-            if isinstance(result, Refusal):
+            if isinstance(result, Refusal) and result.code in _PASSING and chunk.state is Export.FREEZING:
+                passing.setdefault(result, []).append(chunk.items[position])
+            elif isinstance(result, Refusal):
                 refused.append(Result(chunk.migrations[position], Outcome.REFUSED, refusal=result))
             else:
                 kept.append(position)
@@ -185,6 +194,8 @@ class Chunks:
         chunk.migrations = tuple(chunk.migrations[position] for position in kept)
         chunk.state = step(EXPORT, chunk.state, "frozen" if kept else "none frozen")
         self._batches.report(chunk.id.batch, refused)
+        for refusal, items in passing.items():
+            self._batches.freeze_again(chunk.id.batch, items, refusal)
         if chunk.state is Export.SHIPPED:
             self._context.stream(
                 chunk.host, messages.Ship(chunk.id, chunk.migrations, chunk.places, tuple(images))

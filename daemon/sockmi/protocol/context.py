@@ -22,8 +22,9 @@ class Settings:
     ``chunk_items``/``chunk_bytes``: how many sockets, and image bytes (at least one socket),
     are frozen together. ``pipeline_depth``: chunks of one leg that may be frozen at once.
     ``freeze_deadline_s``: from Freeze to PREPARED; then the chunk is undone. ``offer_grace_s``:
-    how long to collect offers before choosing (0: take the first). Retries start at
-    ``retry_s`` and double up to ``retry_max_s``.
+    how long to collect offers before choosing (0: take the first). ``freezes_max``: how often a
+    freeze is tried that fails for a passing reason. Retries start at ``retry_s`` and double up
+    to ``retry_max_s``.
     """
 
     request_interval_s: float = 0.25
@@ -41,6 +42,7 @@ class Settings:
     page_items: int = 128
     pages_in_flight: int = 4
     leg_failures_max: int = 2
+    freezes_max: int = 3
 
     def __post_init__(self) -> None:
         for name in ("request_interval_s", "lease_s", "stream_timeout_s", "reserve_timeout_s",
@@ -53,8 +55,8 @@ class Settings:
                            ("pipeline_depth", 8), ("pages_in_flight", 64)):  # fmt: skip
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be in 1..{most}, not {getattr(self, name)!r}")
-        if self.chunk_bytes < 1 or self.leg_failures_max < 1:
-            raise ValueError("chunk_bytes and leg_failures_max must be at least 1")
+        if min(self.chunk_bytes, self.leg_failures_max, self.freezes_max) < 1:
+            raise ValueError("chunk_bytes, leg_failures_max and freezes_max must be at least 1")
 
 
 @dataclass(slots=True)

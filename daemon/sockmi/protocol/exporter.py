@@ -484,6 +484,18 @@ class ExporterCore:
         """These may try another importer."""
         self._return(self._batches[identifier], items, reason)
 
+    def freeze_again(self, identifier: BatchId, items: Iterable[Item], reason: Refusal) -> None:
+        """These could not be frozen now: some more tries, each after a new REQUEST."""
+        batch = self._batches[identifier]
+        again: list[Item] = []
+        for item in items:
+            batch.freezes[item.migration] += 1
+            if batch.freezes[item.migration] < self._context.settings.freezes_max:
+                again.append(item)
+            else:
+                self.report(identifier, batch.refused([item.migration], reason))
+        self._return(batch, again, reason)
+
     def shipped(self, chunk: ChunkId, host: HostId) -> None:
         """The next chunk may be frozen."""
         self._advance(self._batches[chunk.batch], host)
