@@ -25,12 +25,10 @@ from sockmi.journal import Change, Record
 from sockmi.protocol.records import Decision, Holding, Route
 from sockmi.redirect.base import Mode, Redirect
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, audit, close_all, inbound, now_text, outbound, why
+from sockmi.shell import Shell, audit, close_all, inbound, living, now_text, outbound, why
 
 _log = logging.getLogger(__name__)
 
-# What is held while its translation changes is let go then at the latest.
-_RESTORE_S = 5.0
 _UNDONE = Refusal(
     Code.SHUTTING_DOWN,
     "The exporting daemon ended before the connection had moved; it goes on here, export it again.",
@@ -179,11 +177,12 @@ class Recovery:
         away = [route for route in routes.values() if route.connection not in returning]
         here = [holding for holding in holdings.values() if holding.connection not in listed]
         # All that is wrong goes before anything comes: another mode may have had the same connection. What
-        # is an imported one's needs its own translation again: nothing passes before.
+        # then needs something of its own again is held until it has that, be it by the next run.
         wrong = {mode: _wrong(mode, redirect, away) for mode, redirect in redirects.items()}
-        between = [one for tuples in wrong.values() for one in tuples if one not in keep_held]
+        coming = {one.tuple for route in away if (one := outbound(route))} | {living(one) for one in here}
+        between = [one for each in wrong.values() for one in each if one in coming and one not in keep_held]
         if between:
-            self._shell.holds.hold(between, _RESTORE_S)
+            self._shell.holds.hold(between, None)
         for mode, redirect in redirects.items():
             redirect.take_back(wrong[mode])
         reached("recovery.taken-back")
