@@ -198,10 +198,10 @@ class Recovery:
         present = set(redirect.outbound())
         wanted = [one for route in away if route.place.mode is mode and (one := outbound(route))]
         redirect.send_away([one for one in wanted if one not in present])
-        living = dict.fromkeys(came for each in here if each.place.mode is mode and (came := inbound(each)))
+        lives = dict.fromkeys(came for each in here if each.place.mode is mode and (came := inbound(each)))
         known = set(redirect.inbound())
-        redirect.evict([each for each in known if each not in living])
-        redirect.admit([each for each in living if each not in known and self._find(each.tuple) is not None])
+        redirect.evict([each for each in known if each not in lives])
+        redirect.admit([each for each in lives if each not in known and self._find(each.tuple) is not None])
 
 
 def _wrong(mode: Mode, redirect: Redirect, away: Iterable[Route]) -> list[FourTuple]:
