@@ -332,13 +332,14 @@ def test_a_damaged_identity(host: Host) -> None:
 def test_reload(lab: Lab, host: Host) -> None:
     with daemons(lab, "c") as running:
         daemon = running["c"]
+        timing = yaml.safe_load(daemon.config_file.read_text())["timing"]
         unchanged = run("reload", "--json", host=host)
         assert unchanged.status == 0
         answer = api.ReloadResponse.model_validate_json(unchanged.out)
         assert (answer.changed, answer.restart_needed) == ([], [])
         assert "changed: nothing" in run("reload", host=host).out
 
-        written(host, policy="weighted", imports={"max_connected": 7}, metrics_port=9781)
+        written(host, policy="weighted", imports={"max_connected": 7}, metrics_port=9781, timing=timing)
         changed = run("reload", "--json", host=host).json
         assert set(changed["changed"]) == {"policy", "imports"}
         assert changed["restart_needed"] == ["metrics_port"]
