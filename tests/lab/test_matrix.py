@@ -13,6 +13,7 @@ from uuid import UUID
 
 import pytest
 
+from lab.capture import Trouble
 from lab.labs import Lab
 from sockmi.client import Imported, ImportRequest, import_socket
 from tests.lab.matrix_lab import (
@@ -258,8 +259,11 @@ def test_a_listener_with_its_queue(it: Bench, tmp_path: Path, way: str, kind: st
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_windows_both_ways(it: Bench, tmp_path: Path, kind: str) -> None:
-    """Both receivers are full, both senders have megabytes more: all of it arrives, after the move."""
-    with it.watched(tmp_path):
+    """Both receivers are full, both senders have megabytes more: all of it arrives, after the move.
+
+    A full receiver drops what is in between, and this engine cannot carry what it holds out of order.
+    """
+    with it.watched(tmp_path, allow=[Trouble.SACK_RENEGED]):
         case = it.pair(kind)
         assert case.peer
         sent = {}
