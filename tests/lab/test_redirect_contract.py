@@ -201,7 +201,9 @@ class Connection:
             self.peer.pause()
         assert (self.capture.resets, self.capture.fins) == (0, 0)
         # While an address is on its way, its old host may rightly tell the peer of its new one.
-        assert self.capture.redirects == 0 or self.site.mode is Mode.TAKEOVER
+        # Over IPv6 the kernel was seen to send some beside the iptables rules: docs/operations.md.
+        told = self.site.mode is Mode.TAKEOVER or (self.site.mode is Mode.IPTABLES and self.version == 6)
+        assert self.capture.redirects == 0 or told
         assert self.capture.segments > 0
         self.capture.close()
 
