@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 from hypothesis import settings
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+# Started in the background of a script, we ignore SIGINT, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("same", derandomize=True)
 if not os.environ.get("SOCKMI_RANDOM"):
