@@ -9,6 +9,7 @@ import functools
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ _NFT_MSG_NEWSETELEM, _NFT_MSG_GETSETELEM = 12, 13
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _DUMP_BYTES = 1 << 18
+_WALKS_MAX = 20
+_REHASH_S = 0.01
 
 
 class _Set(ctypes.Structure):
@@ -158,9 +161,20 @@ class NftSocket:
                 return data
         return None
 
-    def dump(self, nftset: NftSet) -> Iterator[tuple[bytes, bytes]]:
-        """All (key, data) of a set, read in pieces; concurrent changes may or may not be seen."""
-        return self._request(nftset, _NLM_F_DUMP, b"")
+    def dump(self, nftset: NftSet) -> list[tuple[bytes, bytes]]:
+        """All (key, data) of a set; concurrent changes may or may not be seen.
+
+        A set that has just grown or shrunk is rehashed by the kernel in the background, and a walk that
+        meets this misses elements (nft_rhash_walk()): so it is read until two walks agree.
+        """
+        found = dict(self._request(nftset, _NLM_F_DUMP, b""))
+        for _ in range(_WALKS_MAX):
+            again = dict(self._request(nftset, _NLM_F_DUMP, b""))
+            if again == found:
+                break
+            found = again
+            time.sleep(_REHASH_S)
+        return list(found.items())
 
     def _request(self, nftset: NftSet, flags: int, elements: bytes) -> Iterator[tuple[bytes, bytes]]:
         self._seq += 1
