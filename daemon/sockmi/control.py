@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from sockmi import api
 from sockmi.refusal import Code, Refusal
@@ -72,7 +72,7 @@ class Client:
         A dict is a response of plain values, for the hot path: it is not validated.
         """
         if isinstance(response, dict):
-            line, more = json.dumps(response, separators=(",", ":")).encode() + b"\n", response.get("more")
+            line, more = to_json(response) + b"\n", response.get("more")
         else:
             line = response.model_dump_json(by_alias=True).encode() + b"\n"
             more = getattr(response, "more", False)

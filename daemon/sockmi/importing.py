@@ -27,7 +27,7 @@ from sockmi.crashpoints import reached
 from sockmi.engine.base import Fidelity, Kind, Placement, Restored
 from sockmi.image import Family, ImageError, Section, Summary, peek, section
 from sockmi.image import Kind as ImageKind
-from sockmi.image.native import validate
+from sockmi.image.native import examine
 from sockmi.import_lists import Candidate, Criteria, ImportLists, Waiting
 from sockmi.journal import Change, Record
 from sockmi.placing import Placing
@@ -77,15 +77,13 @@ class Copy:
     holding: Holding | None = None
     complained: bool = False  # that it cannot be restored
     client: Client | None = None  # it is on its way to
+    tuple: FourTuple | None = field(init=False)
+    """The connection as it lives here."""
 
-    @property
-    def tuple(self) -> FourTuple | None:
-        """The connection as it lives here."""
-        if self.candidate.kind is not Kind.CONNECTED:
-            return None
-        if self.placement.local is None or self.candidate.remote is None:
-            return None
-        return FourTuple(self.placement.local, self.candidate.remote)
+    def __post_init__(self) -> None:
+        local, remote = self.placement.local, self.candidate.remote
+        connected = self.candidate.kind is Kind.CONNECTED and local is not None and remote is not None
+        self.tuple = FourTuple(local, remote) if connected else None  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
@@ -224,8 +222,7 @@ class Importing:
     def _examine(self, chunk: ChunkId, exporter: bytes, arrival: Arrival, image: bytes) -> Copy | Refusal:
         item = arrival.item
         try:
-            validate(image, self._shell.config.image_bytes_max)
-            facts = peek(image)
+            facts = examine(image, self._shell.config.image_bytes_max)
         except ImageError as error:
             return Refusal(Code.IMAGE, f"The image is not valid: {error}.")
         announced = (item.migration, item.kind, item.local, item.remote, item.hop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -54,23 +55,27 @@ def kind_of(listed: ListedSocket) -> Kind:
 
 def _matches(wanted: api.SocketFilter, listed: ListedSocket, holder: Holder, unit: str | None) -> bool:
     local, remote = listed.local, listed.remote
-    checks = (
-        holder.fd >= 0,
-        wanted.pid in (None, holder.pid),
-        wanted.fd in (None, holder.fd),
-        wanted.process is None or fnmatch.fnmatchcase(holder.name, wanted.process),
-        wanted.unit is None or (unit is not None and fnmatch.fnmatchcase(unit, wanted.unit)),
-        wanted.kinds is None or kind_of(listed) in wanted.kinds,
-        wanted.states is None or listed.state in {one.upper().replace("_", "-") for one in wanted.states},
-        wanted.local_port in (None, local.port),
-        wanted.remote_port is None or (remote is not None and remote.port == wanted.remote_port),
-        wanted.local_address is None or local.address in _network(wanted.local_address),
-        wanted.remote_address is None
-        or (remote is not None and remote.address in _network(wanted.remote_address)),
+    return (
+        holder.fd >= 0
+        and wanted.local_port in (None, local.port)
+        and wanted.pid in (None, holder.pid)
+        and wanted.fd in (None, holder.fd)
+        and (wanted.remote_port is None or (remote is not None and remote.port == wanted.remote_port))
+        and (wanted.kinds is None or kind_of(listed) in wanted.kinds)
+        and (
+            wanted.states is None or listed.state in {one.upper().replace("_", "-") for one in wanted.states}
+        )
+        and (wanted.process is None or fnmatch.fnmatchcase(holder.name, wanted.process))
+        and (wanted.unit is None or (unit is not None and fnmatch.fnmatchcase(unit, wanted.unit)))
+        and (wanted.local_address is None or local.address in _network(wanted.local_address))
+        and (
+            wanted.remote_address is None
+            or (remote is not None and remote.address in _network(wanted.remote_address))
+        )
     )
-    return all(checks)
 
 
+@functools.lru_cache(maxsize=64)
 def _network(text: str) -> IPv4Network | IPv6Network:
     return ip_network(text, strict=False)
 

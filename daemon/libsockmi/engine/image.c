@@ -160,6 +160,22 @@ int sockmi_image_validate(const void *image, size_t length, size_t limit, char e
 	return sockmi_image_decode(image, length, limit, &out, error);
 }
 
+int sockmi_image_examine(const void *image, size_t length, size_t limit, struct sockmi_summary *summary,
+			 char error[SOCKMI_ERROR_BYTES])
+{
+	struct sockmi_image out;
+	int result = sockmi_image_decode(image, length, limit, &out, error);
+
+	if (result)
+		return result;
+	summary->identity = out.identity;
+	summary->receive_length = sockmi_section_view(&out, SOCKMI_RECEIVE_QUEUE)->length;
+	summary->sent_length = sockmi_section_view(&out, SOCKMI_SENT_QUEUE)->length;
+	summary->unsent_length = sockmi_section_view(&out, SOCKMI_UNSENT_QUEUE)->length;
+	summary->context_length = sockmi_section_view(&out, SOCKMI_CONTEXT)->length;
+	return 0;
+}
+
 /* Length of a section's payload as it will be written; 0: it will not. */
 static size_t payload_length(const struct sockmi_image *image, unsigned int type)
 {

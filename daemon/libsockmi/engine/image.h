@@ -475,6 +475,19 @@ SOCKMI_EXPORT int sockmi_image_decode(const void *image, size_t length, size_t l
 SOCKMI_EXPORT int sockmi_image_validate(const void *image, size_t length, size_t limit,
 					char error[SOCKMI_ERROR_BYTES]);
 
+/* Who an image is, and how large. Of a valid image; lengths are in bytes. */
+struct sockmi_summary {
+	struct sockmi_identity identity; /* host order */
+	uint64_t receive_length;
+	uint64_t sent_length;
+	uint64_t unsent_length;
+	uint64_t context_length;
+};
+
+/* sockmi_image_decode() for its verdict and, if that is 0, the summary. */
+SOCKMI_EXPORT int sockmi_image_examine(const void *image, size_t length, size_t limit, struct sockmi_summary *summary,
+				       char error[SOCKMI_ERROR_BYTES]);
+
 /* The checks of sockmi_image_decode() on the content alone. Same return value. */
 SOCKMI_EXPORT int sockmi_image_check(const struct sockmi_image *image, char error[SOCKMI_ERROR_BYTES]);
 

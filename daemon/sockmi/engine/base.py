@@ -71,13 +71,13 @@ class SocketFacts:
     send_queue_bytes: int
     needs: Needs
     refusal: Refusal | None = None
+    tuple: FourTuple | None = field(init=False, compare=False, repr=False)
+    """Local and remote endpoint of a connected socket, else None: made once, as every step asks for it."""
 
-    @property
-    def tuple(self) -> FourTuple | None:
-        """Local and remote endpoint of a connected socket, else None."""
-        if self.local is None or self.remote is None or self.kind is not Kind.CONNECTED:
-            return None
-        return FourTuple(self.local, self.remote)
+    def __post_init__(self) -> None:
+        connected = self.local is not None and self.remote is not None and self.kind is Kind.CONNECTED
+        found = FourTuple(self.local, self.remote) if connected else None  # type: ignore[arg-type]
+        object.__setattr__(self, "tuple", found)
 
 
 @dataclass(slots=True)

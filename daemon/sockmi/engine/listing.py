@@ -7,12 +7,14 @@ netlink, because the state of thousands of sockets is wanted at once and few fie
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from typing import Any
 
 from sockmi.addresses import Endpoint
 from sockmi.engine.owners import find_holders, process_name
@@ -72,22 +74,28 @@ def list_sockets(pids: set[int] | None = None) -> list[ListedSocket]:
     names: dict[int, str] = {}
     sockets = {}
     for family in (socket.AF_INET, socket.AF_INET6):
-        for listed in _dump(family):
-            held = holders.get(listed.inode, {}) if listed.inode else {}
+        for fields in _dump(family):
+            inode = fields[-1]
+            held = holders.get(inode, {}) if inode else {}
             if pids is not None and not held:
                 continue
             for pid in held:
                 if pid not in names:
                     names[pid] = process_name(pid)
             by = tuple(Holder(pid, fd, names[pid]) for pid in sorted(held) for fd in sorted(held[pid]))
-            sockets[listed.cookie] = replace(listed, holders=by)
-    return sorted(
-        sockets.values(),
-        key=lambda s: (s.state != "LISTEN", s.local.version, s.local, str(s.remote), s.cookie),
-    )
+            listed = _listed(fields, by)
+            sockets[listed.cookie] = listed
+    return sorted(sockets.values(), key=_order)
 
 
-def _dump(family: int) -> list[ListedSocket]:
+def _order(listed: ListedSocket) -> tuple[bool | int, ...]:
+    """By tuple, listeners first; in numbers, as there may be many."""
+    local, remote = listed.local, listed.remote
+    far = (int(remote.address), remote.port) if remote else (-1, -1)
+    return listed.state != "LISTEN", local.version, int(local.address), local.port, *far, listed.cookie
+
+
+def _dump(family: int) -> list[tuple[Any, ...]]:
     for _ in range(_TRIES):
         sockets, complete = _dump_once(family)
         if complete:
@@ -95,11 +103,12 @@ def _dump(family: int) -> list[ListedSocket]:
     return sockets
 
 
-def _dump_once(family: int) -> tuple[list[ListedSocket], bool]:
-    """One dump; the second value is False if the tables changed under it (NLM_F_DUMP_INTR)."""
+def _dump_once(family: int) -> tuple[list[tuple[Any, ...]], bool]:
+    """One dump (fields of ``_MESSAGE``); the second value is False if the tables changed under it
+    (NLM_F_DUMP_INTR)."""
     body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF)
     header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0)
-    sockets: list[ListedSocket] = []
+    sockets: list[tuple[Any, ...]] = []
     complete = True
     with socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG
@@ -113,7 +122,7 @@ def _dump_once(family: int) -> tuple[list[ListedSocket], bool]:
                 if kind == _NLMSG_ERROR:
                     error = -struct.unpack_from("=i", data)[0]
                     raise OSError(error, f"inet_diag does not list TCP sockets: {os.strerror(error)}")
-                sockets.append(_listed(data))
+                sockets.append(_MESSAGE.unpack_from(data))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -124,20 +133,20 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         at += (length + 3) & ~3
 
 
-def _endpoint(family: int, address: bytes, port: bytes) -> Endpoint:
-    ip: IPv4Address | IPv6Address
+@functools.lru_cache(maxsize=1024)
+def _address(family: int, address: bytes) -> IPv4Address | IPv6Address:
     if family == socket.AF_INET:
-        ip = IPv4Address(address[:4])
-    else:
-        v6 = IPv6Address(address)
-        ip = v6.ipv4_mapped or v6
-    return Endpoint(ip, int.from_bytes(port, "big"))
+        return IPv4Address(address[:4])
+    v6 = IPv6Address(address)
+    return v6.ipv4_mapped or v6
 
 
-def _listed(data: bytes) -> ListedSocket:
-    (family, state, sport, dport, source, destination, cookie, receive, send, uid, inode) = (
-        _MESSAGE.unpack_from(data)
-    )
+def _endpoint(family: int, address: bytes, port: bytes) -> Endpoint:
+    return Endpoint(_address(family, address), int.from_bytes(port, "big"))
+
+
+def _listed(fields: tuple[Any, ...], holders: tuple[Holder, ...]) -> ListedSocket:
+    family, state, sport, dport, source, destination, cookie, receive, send, uid, inode = fields
     connected = STATES.get(state) not in (None, "CLOSED", "LISTEN")
     return ListedSocket(
         inode,
@@ -149,5 +158,5 @@ def _listed(data: bytes) -> ListedSocket:
         receive,
         send,
         uid,
-        (),
+        holders,
     )
