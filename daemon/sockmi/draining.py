@@ -19,7 +19,7 @@ from sockmi.shell import whole_record
 _TIMEOUT_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
 _RATE_TICK_S = 0.1
-_BATCH_MAX = 4096
+_BATCH_MAX = 1024
 _PLAN_MAX = 32768
 _BATCH_NEXT = 256  # when so few are left of one, the next begins
 

@@ -23,6 +23,7 @@ from uuid import UUID
 from pydantic_core import from_json, to_json
 
 _SCHEMA_VERSION = 1
+_FOLD_ROWS = 128  # at once: what a drain of thousands has appended need not all be in memory
 _SCHEMA = """
 CREATE TABLE event (                -- appended, not yet folded
     sequence INTEGER PRIMARY KEY,
@@ -122,17 +123,19 @@ class Journal:
 
     def fold(self) -> int:
         """Turn appended rows into indexed ones; returns how many were appended."""
-        events = self._database.execute("SELECT sequence, content FROM event ORDER BY sequence").fetchall()
-        if not events:
-            return 0
-        records: dict[tuple[str, str], Any] = {}
-        audit: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
-        for _, content in events:
-            _merge(from_json(content), records, audit)
-        with self._transaction():
-            self._apply(records, audit)
-            self._database.execute("DELETE FROM event WHERE sequence <= ?", (events[-1][0],))
-        return len(events)
+        folded = 0
+        while events := self._database.execute(
+            "SELECT sequence, content FROM event ORDER BY sequence LIMIT ?", (_FOLD_ROWS,)
+        ).fetchall():
+            records: dict[tuple[str, str], Any] = {}
+            audit: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
+            for _, content in events:
+                _merge(from_json(content), records, audit)
+            with self._transaction():
+                self._apply(records, audit)
+                self._database.execute("DELETE FROM event WHERE sequence <= ?", (events[-1][0],))
+            folded += len(events)
+        return folded
 
     def records(self, kind: Record) -> dict[str, Any]:
         """Everything of one kind, by name."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from sockmi.unread import unread
+
+with unread("prometheus_client"):
+    from prometheus_client.metrics import Counter, Gauge, Histogram
+    from prometheus_client.registry import CollectorRegistry
 
 
 class Metrics:
@@ -52,6 +56,8 @@ class Metrics:
 
     def serve(self, address: str, port: int) -> None:
         """Serve on ``http://address:port/metrics`` from a thread; raise OSError if the port is taken."""
+        from prometheus_client.exposition import start_http_server
+
         try:
             self._server, _ = start_http_server(port, address, registry=self._registry)
         except OSError as error:

@@ -6,6 +6,7 @@ The parts that call it declare the prototypes of the functions they use, beside 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -36,3 +37,9 @@ def library() -> ctypes.CDLL:
     raise FileNotFoundError(
         f"libsockmi-engine.so is not at {tried}; build it with `make -C daemon/libsockmi`"
     )
+
+
+def trim() -> None:
+    """Give memory that is free, but not at the end of the heap, back to the kernel (malloc_trim(3))."""
+    with contextlib.suppress(AttributeError):  # a C library that is not glibc
+        ctypes.CDLL(None).malloc_trim(0)

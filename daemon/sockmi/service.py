@@ -39,6 +39,7 @@ from sockmi.importing import Importing
 from sockmi.journal import Journal, JournalError
 from sockmi.members import Members
 from sockmi.metrics import Metrics
+from sockmi.native import trim
 from sockmi.operations import Operations
 from sockmi.placing import Placing, local_addresses
 from sockmi.policy import POLICIES
@@ -69,6 +70,7 @@ _FRAME_PROTOCOL = 0
 _FRAME_ICMP = 1
 _FRAME_HELD = 2
 _FOLD_INTERVAL_S = 1.0
+_TRIM_AFTER_ROWS = 100
 _ADDRESSES_INTERVAL_S = 10.0
 _KEEP_HISTORY = 100_000
 _STOP_GRACE_S = 5.0
@@ -111,6 +113,7 @@ class Daemon:
         self._draining = False
         self._failure: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._untrimmed = 0  # rows folded since memory was given back
         config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _lock(config.state_dir / "lock")
         self.journal = Journal(config.journal_path)
@@ -261,6 +264,7 @@ class Daemon:
         self.loop.add_signal_handler(signal.SIGHUP, self._hangup)
         # What is there now stays; and a batch of thousands is no garbage to look through every 700 objects.
         gc.collect()
+        trim()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
         notify.ready()
@@ -359,11 +363,15 @@ class Daemon:
         self.loop.call_later(_ADDRESSES_INTERVAL_S, self._learn_addresses)
 
     def _fold(self) -> None:
-        """Off the freeze: index what the journal has appended."""
+        """Off the freeze: index what the journal has appended, and give back memory after much work."""
         if self.core.idle:
             with contextlib.suppress(sqlite3.Error):  # a full disk: next time
                 self.shell.catch_up()
-                self.journal.fold()
+                self._untrimmed += self.journal.fold()
+            if self._untrimmed >= _TRIM_AFTER_ROWS:
+                self._untrimmed = 0
+                gc.collect()
+                trim()
         self.loop.call_later(_FOLD_INTERVAL_S, self._fold)
 
     # -- events and actions
