@@ -35,9 +35,9 @@ static size_t connections_max;
 static int epoll;
 static unsigned int echo_port, sink_port, batch = 32;
 
-static void watch(int fd, bool sink)
+static void watch(int fd, bool sink, uint32_t events)
 {
-	struct epoll_event event = { .events = EPOLLIN, .data.fd = fd };
+	struct epoll_event event = { .events = events, .data.fd = fd };
 
 	if ((size_t)fd >= connections_max)
 		errx(1, "descriptor %d is beyond RLIMIT_NOFILE", fd);
@@ -80,23 +80,25 @@ static void flush(int fd)
 	}
 }
 
-static void serve(int fd)
+/* False: the connection has ended. */
+static bool serve(int fd)
 {
-	static char buffer[BUFFER_BYTES];
+	static __thread char buffer[BUFFER_BYTES];
 	struct connection *c = &connections[fd];
 	ssize_t got = recv(fd, buffer, sizeof(buffer), MSG_DONTWAIT), sent;
 
 	if (got <= 0) {
-		if (!got || errno != EAGAIN)
-			forget(fd);
-		return;
+		if (got < 0 && errno == EAGAIN)
+			return true;
+		forget(fd);
+		return false;
 	}
 	if (c->sink)
-		return;
+		return true;
 	sent = send(fd, buffer, (size_t)got, MSG_NOSIGNAL | MSG_DONTWAIT);
 	if (sent < 0 && errno != EAGAIN) {
 		forget(fd);
-		return;
+		return false;
 	}
 	if (sent < 0)
 		sent = 0;
@@ -108,6 +110,18 @@ static void serve(int fd)
 		memcpy(c->unsent, buffer + sent, c->unsent_bytes);
 		interest(fd, EPOLLOUT);
 	}
+	return true;
+}
+
+/* What came in meanwhile is answered at once, as an application would that has just got its connection. */
+static void adopt(int fd, bool sink)
+{
+	static const int on = 1;
+
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+	watch(fd, sink, 0); /* ours until we say what the other thread shall wait for */
+	if (serve(fd) && !connections[fd].unsent_bytes)
+		interest(fd, EPOLLIN);
 }
 
 static int fresh(void)
@@ -122,7 +136,6 @@ static int fresh(void)
 static void *import(void *unused)
 {
 	struct import_req *requests = calloc(batch, sizeof(*requests));
-	static const int on = 1;
 
 	(void)unused;
 	if (!requests)
@@ -137,8 +150,7 @@ static void *import(void *unused)
 		for (unsigned int i = 0; i < batch; i++) {
 			if (!requests[i].returned)
 				continue;
-			setsockopt(requests[i].fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-			watch(requests[i].fd, requests[i].returned_origin.port == sink_port);
+			adopt(requests[i].fd, requests[i].returned_origin.port == sink_port);
 			requests[i] = SOCKMI_IMPORT(fresh(), SOCKMI_CONNECTED);
 		}
 	}
@@ -156,7 +168,7 @@ static int listen_at(unsigned int port)
 	    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &room, sizeof(room)) ||
 	    bind(fd, (struct sockaddr *)&address, sizeof(address)) || listen(fd, 4096))
 		err(1, "listening at port %u", port);
-	watch(fd, false);
+	watch(fd, false, EPOLLIN);
 	return fd;
 }
 
@@ -220,7 +232,7 @@ int main(int argc, char **argv)
 				int one = accept4(fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
 
 				if (one >= 0 && !paused)
-					watch(one, fd == sink);
+					watch(one, fd == sink, EPOLLIN);
 			} else if (connections[fd].unsent_bytes) {
 				flush(fd);
 			} else {

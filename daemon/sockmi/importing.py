@@ -53,6 +53,8 @@ _log = logging.getLogger(__name__)
 
 # An application that has been sent its descriptor and does not answer loses it again.
 _TAKE_TIMEOUT_S = 5.0
+# The daemon goes on when the application runs: both may have the same processor.
+_SETTLE_AFTER_S = 0.001
 # A listed socket whose place is not free yet is tried again.
 _WAKE_AGAIN_S = 0.25
 
@@ -596,22 +598,25 @@ class Importing:
             for copy in taken:
                 self._fall_back(copy)
         failed |= dict.fromkeys(handing.undone & wanted, _UNDONE)
-        live = [copy.candidate.migration_id for copy in taken if copy.candidate.migration_id not in failed]
+        live = [copy for copy in taken if copy.candidate.migration_id not in failed]
         client.respond(
-            api.TakenResponse(
-                id=request.id,
-                live=live,
-                failed=[
-                    api.FailedItem(migration_id=one, refusal=api.Why.of(refusal))
+            {
+                "id": request.id,
+                "ok": True,
+                "more": False,
+                "fds": 0,
+                "live": [copy.candidate.migration_id for copy in live],
+                "failed": [
+                    {"migration_id": one, "refusal": api.Why.of(refusal).model_dump()}
                     for one, refusal in failed.items()
                 ],
-            )
+                "waiting": False,
+            }
         )
+        self._shell.held.deliver(self._shell.held.take([copy.tuple for copy in live if copy.tuple]))
         reached("taken.answered")
-        # They are the client's, whatever happens to us: this can wait until it knows.
-        self._settle([copy for copy in taken if copy.candidate.migration_id not in failed])
-        self.update_capacity()
-        handing.done()
+        # They are the client's, whatever happens to us: this can wait until it has had the processor.
+        self._shell.loop.call_later(_SETTLE_AFTER_S, self._settle, live, handing.done)
 
     def _bring_to_life(self, copies: list[Copy]) -> dict[UUID, Refusal]:
         shell = self._shell
@@ -624,11 +629,9 @@ class Importing:
             if refusal is not None:
                 failed[copy.candidate.migration_id] = refusal
                 self._fall_back(copy)
-        live = [copy.tuple for copy in copies if copy.candidate.migration_id not in failed]
-        shell.held.deliver(shell.held.take([one for one in live if one]))
         return failed
 
-    def _settle(self, copies: list[Copy]) -> None:
+    def _settle(self, copies: list[Copy], done: Callable[[], None]) -> None:
         """They live with their applications: nothing of them is kept here but the holdings."""
         change = Change()
         news = {"step": "active", "outcome": "moved", "ended_at": now_text()}
@@ -650,6 +653,8 @@ class Importing:
         reached("taken.journalled")
         if tuples := [copy.tuple for copy in copies if copy.tuple]:
             self._shell.holds.settle(tuples)
+        self.update_capacity()
+        done()
 
     def held_arrived(self, content: bytes) -> None:
         """Packets that the exporter's hold has kept for copies here; ValueError if malformed."""
