@@ -22,10 +22,12 @@ EXPORTER = (
     "thaw.unheld",
     "commit.led-away",
     "commit.journalled",
+    "commit.accepted",  # what waited in listeners' queues
     "commit.released",
     "commit.done",  # nobody has been told
     "decision.forgetting",
     "decision.forgotten",
+    "queue.ended",
 )
 IMPORTER = (
     "prepare.held",
@@ -53,7 +55,7 @@ ROUTES = (
     "forget-holdings.evicted",
     "forget-holdings.journalled",
 )
-RESTART = ("recovery.taken-back",)
+RESTART = ("recovery.taken-back", "queue.closing")
 POINTS = EXPORTER + IMPORTER + ROUTES + RESTART
 
 

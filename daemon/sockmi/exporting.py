@@ -27,6 +27,7 @@ from sockmi.permission import Caller
 from sockmi.protocol.actions import Commit, Freeze, Outcome, Report, Result, Thaw
 from sockmi.protocol.events import CancelExport, ChildrenFound, CommitDone, FreezeDone, StartExport
 from sockmi.protocol.records import BatchId, ChunkId, Decision, HostId, Item, MigrationId, Place, Route
+from sockmi.queues import Queue, Queues, queue_length
 from sockmi.redirect.base import Mode
 from sockmi.redirect.held import pack
 from sockmi.redirecting import Redirecting
@@ -44,6 +45,7 @@ _IMAGE_OVERHEAD_BYTES = 2048
 _NEWS = (
     "outcome", "refusal", "step", "to", "mode", "ended_at", "blackout_us", "image_bytes", "fidelity",
 )  # fmt: skip
+_LATE_MAX = 16  # how often a listener that is being closed is looked at for what came late
 _GROWTH_BYTES = 1 << 20  # what queues may take between selection and freeze
 
 
@@ -107,6 +109,8 @@ class Exporting:
         self._find_holders = find_holders
         self.exports: dict[MigrationId, Export] = {}
         self._batches: dict[BatchId, Batch] = {}
+        self.queues = Queues(shell, self._follow)
+        self._following: dict[BatchId, Queue] = {}
         self._inodes: set[int] = set()
         self._to_resume: list[Export] = []
         self._reachability: dict[tuple[Mode, IPv4Address | IPv6Address], tuple[float, str | None]] = {}
@@ -420,22 +424,30 @@ class Exporting:
                     Code.FREEZE_DEADLINE,
                     "The freeze took longer than timing.freeze_deadline_s; the connection goes on here.",
                 )
+        queues = self._open_queues(action, exports, results)
         self._take_back(action.routes, exports, results, undone=set())
         going = [index for index, result in enumerate(results) if result is None]
         try:
-            self._journal_commit(action, exports, going)
+            self._journal_commit(action, exports, going, queues=list(queues.values()))
         except Exception as error:  # a full disk must not cost a connection
+            for index in list(queues):
+                self.queues.end(queues.pop(index))
             refusal = Refusal(Code.INTERNAL, f"The journal cannot be written ({error}); see sockmi doctor.")
             for index in going:
                 results[index] = refusal
             self._take_back(action.routes, exports, results, undone=set(range(len(exports))) - set(going))
             going = []
         reached("commit.journalled")
-        children = self._accept_children([exports[index] for index in going])
+        for queue in queues.values():
+            self.queues.take(queue)
+        reached("commit.accepted")
         refusals = shell.engine.release(
             [exports[index].selected.descriptor for index in going],
             [exports[index].image for index in going],
         )
+        for position, index in enumerate(going):
+            if exports[index].facts.kind is Kind.LISTENING and refusals[position] is not None:
+                refusals[position] = self._insist(action, index, exports[index], queues)
         reached("commit.released")
         changed = [index for index, refusal in zip(going, refusals, strict=True) if refusal is not None]
         if changed:
@@ -453,8 +465,8 @@ class Exporting:
         self._ship_held(action.decision.importer, [(action.routes[index], exports[index]) for index in going])
         reached("commit.done")
         shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))
-        for export, descriptors in children:
-            self._follow(action.decision.importer, export, descriptors)
+        for index, queue in queues.items():
+            self._begin_to_follow(queue, exports[index], moved=index in going)
 
     def _ship_held(self, importer: HostId, pairs: list[tuple[Route, Export]]) -> None:
         """What the peer has sent meanwhile goes to the copy, on the stream and so before CONFIRM."""
@@ -503,7 +515,13 @@ class Exporting:
         self._undo([exports[index] for index in failed])
 
     def _journal_commit(
-        self, action: Commit, exports: list[Export], going: list[int], undone: Sequence[Export] = ()
+        self,
+        action: Commit,
+        exports: list[Export],
+        going: list[int],
+        *,
+        undone: Sequence[Export] = (),
+        queues: Sequence[Queue] = (),
     ) -> None:
         """The point of no return: one transaction."""
         if not going and not undone:
@@ -537,6 +555,8 @@ class Exporting:
             route = action.routes[index]
             news = {"step": "committed", "to": importer, "mode": route.place.mode, "hop": route.hop}
             audit(change, route.migration, "export", **news)
+        for queue in queues:
+            self.queues.keep(change, queue)
         self._shell.journal.write(change)
 
     def _original(self, facts: SocketFacts, route: Route) -> list[Any]:
@@ -566,42 +586,78 @@ class Exporting:
 
     # -- listeners' queues
 
-    def _accept_children(self, exports: list[Export]) -> list[tuple[Export, list[int]]]:
-        """Take the not yet accepted connections out of the queues of listeners that are about to close."""
-        found = []
-        for export in exports:
-            if export.facts.kind is Kind.LISTENING:
-                children = self._shell.engine.accept_children(export.selected.descriptor)
-                if children:
-                    # Accepted by us, they would be root's: they are whose the listener is.
-                    owner_uid = os.fstat(export.selected.descriptor).st_uid
-                    for child in children:
-                        os.fchown(child, owner_uid, -1)
-                    found.append((export, children))
-        return found
+    def _open_queues(
+        self, action: Commit, exports: list[Export], results: list[Refusal | None]
+    ) -> dict[int, Queue]:
+        """Keepers for the listeners that have a queue, by index; nothing is taken yet."""
+        queues: dict[int, Queue] = {}
+        for index, export in enumerate(exports):
+            if (
+                results[index] is None
+                and export.facts.kind is Kind.LISTENING
+                and queue_length(export.selected.descriptor)
+            ):
+                try:
+                    queues[index] = self._open_queue(action, export)
+                except OSError as error:
+                    results[index] = Refusal(
+                        Code.INTERNAL, f"Its queue cannot be kept ({error}); close something, and try again."
+                    )
+        return queues
 
-    def _follow(self, importer: HostId, listener: Export, descriptors: list[int]) -> None:
-        """They are in nobody's hands but ours now; they follow their listener."""
+    def _open_queue(self, action: Commit, export: Export) -> Queue:
+        return self.queues.open(export.selected.descriptor, export.migration, action.decision.importer)
+
+    def _insist(self, action: Commit, index: int, export: Export, queues: dict[int, Queue]) -> Refusal | None:
+        """Close a listener in whose queue something came late; what is taken out of it cannot go back."""
+        descriptor, refusal = export.selected.descriptor, None
+        for _ in range(_LATE_MAX):
+            queue = queues.get(index)
+            if queue is None:
+                try:
+                    queue = queues[index] = self._open_queue(action, export)
+                except OSError as error:
+                    return Refusal(Code.INTERNAL, f"Its queue cannot be kept ({error}); try again.")
+                change = Change()
+                self.queues.keep(change, queue)
+                self._shell.journal.write(change)
+            self.queues.take(queue)
+            (refusal,) = self._shell.engine.release([descriptor], [export.image])
+            if refusal is None or not queue.kept:
+                return refusal
+        _log.error("%s: its queue was taken, and it still does not close: %s", export.facts.local, refusal)
+        return None
+
+    def _begin_to_follow(self, queue: Queue, listener: Export, *, moved: bool) -> None:
+        if not moved:
+            self.queues.end(queue)
+            return
+        self.queues.listener_gone(queue)
+        queue.parent = self._batches.get(UUID(listener.record["batch_id"]).bytes)
+        self.queues.follow(queue)
+
+    def _follow(self, queue: Queue, descriptors: list[int]) -> None:
+        """What waited in the queue of a listener follows it."""
         shell = self._shell
-        parent = UUID(listener.record["batch_id"]).bytes
-        batch = self._batches.get(parent)
+        parent, queue.parent = queue.parent, None
         batch_id = uuid4().bytes
         items = []
         for descriptor, facts in zip(descriptors, shell.engine.inspect(descriptors), strict=True):
             child = self._register(Selected(descriptor, None, None), facts, batch_id)
-            child.listener = listener.migration
-            child.record["listener"] = listener.record["migration_id"]
+            child.listener = queue.listener
+            child.record["listener"] = str(UUID(bytes=queue.listener))
             self._inodes.add(facts.inode)
             items.append(self._item(child))
-            if batch:
-                batch.records.append(child.record)
+            if parent:
+                parent.records.append(child.record)
         self._journal_start([item.handle.record for item in items if isinstance(item.handle, Export)])
-        if batch:
-            batch.open_batches += 1
-            self._batches[batch_id] = batch
+        if parent:
+            parent.open_batches += 1
+            self._batches[batch_id] = parent
+        self._following[batch_id] = queue
         modes = shell.config.redirect.modes
         timeout_s = shell.config.timing.negotiation_timeout_s
-        shell.dispatch(ChildrenFound(batch_id, importer, tuple(items), modes, timeout_s))
+        shell.dispatch(ChildrenFound(batch_id, queue.importer, tuple(items), modes, timeout_s))
 
     # -- outcomes
 
@@ -669,6 +725,8 @@ class Exporting:
 
     def batch_done(self, batch_id: BatchId) -> None:
         """Every migration of the batch has its outcome."""
+        if (queue := self._following.pop(batch_id, None)) is not None:
+            self.queues.batch_done(queue)
         batch = self._batches.pop(batch_id, None)
         if batch is None:
             return

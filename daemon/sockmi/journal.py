@@ -65,6 +65,7 @@ class Record(StrEnum):
     HOLDING = "holding"
     ORIGINALS = "originals"  # the sockets that a decision closes
     LISTED = "listed"  # ours, but no application has it yet
+    QUEUE = "queue"  # connections of a listener that has moved, in a keeper's hands
 
 
 class JournalError(Exception):

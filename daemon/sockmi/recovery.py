@@ -4,7 +4,8 @@
 The journal decides, and the kernel is made to agree. A decision is journalled before its originals
 are closed, and nobody is told before they are. So an original that still lives was not given away:
 its part of the decision is undone, and nothing is lost, as whatever its owner wrote meanwhile has
-waited behind the redirect. An original that is gone has moved.
+waited behind the redirect. An original that is gone has moved. So has, as soon as this daemon has closed
+it, a listener whose queue was being taken: that cannot be undone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sockmi.durable import Original
 from sockmi.engine.base import Kind
 from sockmi.journal import Change, Record
 from sockmi.protocol.records import Decision, Holding, Route
+from sockmi.queues import Queues
 from sockmi.redirect.base import Mode, Redirect
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell, audit, close_all, inbound, living, now_text, outbound, why
@@ -44,18 +46,21 @@ class Recovery:
         find: Callable[[FourTuple], Found | None],
         destroy: Callable[[FourTuple, int], bool],
         descriptors: Callable[[set[int]], dict[int, int]],
+        queues: Queues,
     ) -> None:
         """``find``, ``destroy``: the socket of a connection. ``descriptors``: ours of sockets, by inode."""
         self._shell = shell
         self._find = find
         self._destroy = destroy
         self._descriptors = descriptors
+        self._queues = queues
 
     # -- what was on its way out
 
     def exports(self) -> None:
         """Every export of the earlier run has moved, or goes on here, and the journal says so."""
         journal = self._shell.journal
+        self._queues.remember()
         change = Change()
         decisions = {str(one.chunk): one for one in durable.started(journal).decisions}
         undone: list[Original] = []
@@ -81,8 +86,10 @@ class Recovery:
             return False  # nothing led to it: the owner's is a socket like any other
         for descriptor in self._descriptors({original.inode}).values():
             (facts,) = self._shell.engine.inspect([descriptor])
+            lives = facts.cookie == original.cookie and facts.kind is Kind.LISTENING
+            lives = lives and not self._queues.close_listener(original, descriptor)
             os.close(descriptor)
-            return facts.cookie == original.cookie and facts.kind is Kind.LISTENING
+            return lives
         return False
 
     def _undo(self, change: Change, name: str, left: Decision, alive: Iterable[Original]) -> None:

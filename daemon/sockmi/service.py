@@ -227,11 +227,14 @@ class Daemon:
         )
         self._fold()
         self._learn_addresses()
+        self.exporting.queues.resume()
         _log.info("host %s (%s) is ready", self.host_name, self.identity.host_id.hex())
 
     def _recover(self) -> events.Started:
         """Settle what an earlier run left; what is to be resumed."""
-        recovery = Recovery(self.shell, self.diag.find, self.diag.destroy, self._duplicates)
+        recovery = Recovery(
+            self.shell, self.diag.find, self.diag.destroy, self._duplicates, self.exporting.queues
+        )
         recovery.exports()
         started = durable.started(self.journal)
         self.redirecting.add_routes(started.routes)

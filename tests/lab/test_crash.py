@@ -44,7 +44,10 @@ pytestmark = pytest.mark.timeout(240)
 #: For what waits for the end of a freeze.
 SOON = {"freeze_deadline_s": 0.5}
 #: Until then the exporter has not decided, or can and does undo it.
-UNDECIDED = {"freeze.stopped", "freeze.held", "freeze.captured", "commit.led-away", "commit.journalled"}
+UNDECIDED = {
+    "freeze.stopped", "freeze.held", "freeze.captured",
+    "commit.led-away", "commit.journalled", "commit.accepted",
+}  # fmt: skip
 #: Where translation makes a difference.
 TRANSLATED = {
     "commit.led-away", "commit.journalled", "commit.released",
@@ -78,8 +81,10 @@ END = [
 ]
 RETURN = [(point, mode) for point in ("drop.led-again", "discard.dropped") for mode in ("forward", "nat")]
 AGAIN = "recovery.taken-back"
+#: Only listeners with connections in their queues get there: test_queue.py.
+QUEUE = {"queue.ended", "queue.closing"}
 #: Reached only when something else goes wrong: they have tests of their own.
-UNDONE = {"thaw.unheld", "drop.led-again", "discard.dropped", "discard.journalled"}
+UNDONE = {"thaw.unheld", "drop.led-again", "discard.dropped", "discard.journalled", *QUEUE}
 
 
 def cases(points: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -107,7 +112,7 @@ def pause(seconds: float) -> None:
 def test_every_point_has_its_test() -> None:
     """None is forgotten."""
     crashes = [at for ats, _ in UNDOING for at in ats.values()] + [at for _, at, _ in FURTHER_HOP + END]
-    crashes += [point for point, _ in cases(EXPORTER) + cases(IMPORTER) + RETURN] + [AGAIN]
+    crashes += [point for point, _ in cases(EXPORTER) + cases(IMPORTER) + RETURN] + [AGAIN, *QUEUE]
     assert {one.partition(":")[0] for at in crashes for one in at.split(",")} == set(POINTS)
 
 

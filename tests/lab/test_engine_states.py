@@ -19,6 +19,7 @@ import pytest
 
 from sockmi import image as codec
 from sockmi.engine.base import Captured, Placement, Restored
+from sockmi.engine.keeper import Keeper
 from sockmi.engine.repair import RepairEngine
 from sockmi.refusal import Code, Refusal
 from tests.lab import engine_lab as el
@@ -390,8 +391,11 @@ def test_listener_with_children(lab: el.Lab, engine: RepairEngine, kind: str) ->
     assert codec.decode(image).listener.backlog == 1024  # type: ignore[union-attr]
     (refused,) = engine.release([listener.fileno()], [image])
     assert isinstance(refused, Refusal) and refused.code == Code.CHANGED
-    children = [socket.socket(fileno=fd) for fd in engine.accept_children(listener.fileno())]
-    assert len(children) == len(clients) and engine.accept_children(listener.fileno()) == []
+    keeper = Keeper.start(listener.fileno())
+    assert (keeper.take(), keeper.take()) == (len(clients), len(clients))
+    kept = [socket.socket(fileno=fd) for fd in keeper.sockets()]
+    children = [sock for sock in kept if sock.family != socket.AF_UNIX and el.state(sock) == "ESTABLISHED"]
+    assert len(children) == len(clients)
     copies = []
     moved, _ = move(lab, engine, listener, port)
     for child in children:
@@ -405,8 +409,11 @@ def test_listener_with_children(lab: el.Lab, engine: RepairEngine, kind: str) ->
     late.sendall(b"late")
     assert receive(accepted, 4) == b"late"
     quiet(lab, port, 0)
-    for sock in (late, accepted, moved, listener, *copies, *children, *clients):
+    for sock in (late, accepted, moved, listener, *copies, *kept, *clients):
         sock.close()
+    keeper.end()
+    el.wait_for(lambda: not keeper.alive)
+    assert keeper.sockets() == []
 
 
 @pytest.mark.parametrize("kind", ["v4", "v6", "dual", "v6only"])

@@ -150,7 +150,7 @@ SOCKMI_EXPORT int sockmi_activate(const int *fds, const void *const *images, con
 /*
  * Close originals for every holder, without a packet, if they still equal their images: the next
  * call of a holder gets ECONNABORTED, later ones ENOTCONN or EPIPE; a listener's accept EINVAL.
- * Children in a listener's queue must have been accepted before. The descriptors stay open.
+ * What waits in a listener's queue must have been taken before (sockmi_keeper_start). The descriptors stay open.
  */
 SOCKMI_EXPORT int sockmi_release(const int *fds, const void *const *images, const size_t *lengths, size_t n,
 				 struct sockmi_result *results);
@@ -158,8 +158,19 @@ SOCKMI_EXPORT int sockmi_release(const int *fds, const void *const *images, cons
 /* Close dormant copies without a packet. */
 SOCKMI_EXPORT void sockmi_discard(const int *fds, size_t n);
 
-/* Take what waits in a listener's queue, at most @room descriptors. Their number, or -errno. */
-SOCKMI_EXPORT int sockmi_accept_children(int fd, int *out_fds, size_t room);
+/* What a keeper is told, an octet each. */
+#define SOCKMI_KEEPER_TAKE 't'
+#define SOCKMI_KEEPER_LISTENER_GONE 'g'
+
+/*
+ * Start a process, no child of this one, that can take what waits in a listener's queue and outlives us.
+ * Its pid, or -errno. @control: one end of a SOCK_SEQPACKET pair; both it and @listener stay ours.
+ *
+ * Told to take (its owner must be stopped), it accepts all that waits, and answers how much it keeps by
+ * now (uint32_t). Told that the listener has gone, it lets go of that. When the other end is closed it ends
+ * if it keeps nothing, else it sleeps until it is killed.
+ */
+SOCKMI_EXPORT int sockmi_keeper_start(int listener, int control);
 
 /* What the SYN of a connecting socket offers: its window scale, and 256 if its timestamps count microseconds. */
 SOCKMI_EXPORT int sockmi_syn_offered(int fd);

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 /* Closes originals, for every process that holds them, without a packet. */
-#include <fcntl.h>
 #include <unistd.h>
 
 #include "engine_internal.h"
@@ -136,25 +135,4 @@ int sockmi_release(const int *fds, const void *const *images, const size_t *leng
 			count++;
 	}
 	return count;
-}
-
-int sockmi_accept_children(int fd, int *out_fds, size_t room)
-{
-	int flags = fcntl(fd, F_GETFL);
-	int error = 0;
-	size_t n = 0;
-
-	/* The file is the owner's too, but the owner is stopped. */
-	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
-		return -errno;
-	while (n < room && !error) {
-		int child = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
-
-		if (child >= 0)
-			out_fds[n++] = child;
-		else if (errno != ECONNABORTED && errno != EINTR && errno != EPROTO)
-			error = errno;
-	}
-	fcntl(fd, F_SETFL, flags);
-	return error && error != EAGAIN && !n ? -error : (int)n;
 }

@@ -153,9 +153,6 @@ class Engine(Protocol):
     def end_repair(self, fd: int) -> bool:
         """Lead a socket out of repair that a killed daemon left in it; False if it was not."""
 
-    def accept_children(self, fd: int) -> list[int]:
-        """Take every connection out of a listener's queue, as descriptors of ours; cannot be undone."""
-
     def restore(self, images: Sequence[bytes], placements: Sequence[Placement]) -> list[Restored | Refusal]:
         """Make a dormant copy of each image."""
 

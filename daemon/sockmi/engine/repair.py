@@ -33,7 +33,6 @@ _REPAIR_OFF_NO_PROBE = -1
 _RESULT = struct.Struct("=iiiiQQQQQ6HI")  # struct sockmi_result (engine.h)
 _PLACEMENT = struct.Struct("=16sHHIB3x")  # struct sockmi_placement
 _FIRST_BUFFER_BYTES = 1 << 20
-_CHILDREN_PER_CALL = 256
 
 
 class _Result(IntEnum):
@@ -129,7 +128,6 @@ def _native() -> Any:
     lib.sockmi_release.argtypes = [ints, pointer, pointer, size, pointer]
     lib.sockmi_discard.argtypes = [ints, size]
     lib.sockmi_discard.restype = None
-    lib.sockmi_accept_children.argtypes = [ctypes.c_int, ints, size]
     for name in ("sockmi_fidelity_name", "sockmi_option_name", "sockmi_step_name"):
         getattr(lib, name).argtypes = [ctypes.c_uint]
         getattr(lib, name).restype = ctypes.c_char_p
@@ -321,19 +319,3 @@ class RepairEngine:
     def discard(self, fds: Sequence[int]) -> None:
         """The inverse of ``restore``: close dormant copies without a packet."""
         _native().sockmi_discard(_ints(fds), len(fds))
-
-    def accept_children(self, fd: int) -> list[int]:
-        """Take the connections that wait in a listener's queue (its owner is stopped, SYNs are held).
-
-        They are connections of their own, to be moved with the listener; ``release`` of a
-        listener is refused while there are any. Raises OSError if ``fd`` does not listen.
-        """
-        children: list[int] = []
-        room = (ctypes.c_int * _CHILDREN_PER_CALL)()
-        while True:
-            found = _native().sockmi_accept_children(fd, room, _CHILDREN_PER_CALL)
-            if found < 0:
-                raise OSError(-found, os.strerror(-found))
-            children += room[:found]
-            if found < _CHILDREN_PER_CALL:
-                return children
