@@ -745,8 +745,8 @@ class Importing:
         self._spooled.setdefault(name, set()).add(arrival.item.migration)
         self.copies[arrival.item.migration] = copy
         self.lists.reserve(copy.candidate.migration_id, copy.candidate.kind)
+        self._placing.keep(arrival.item, copy.tuple)
         if copy.tuple:
-            self._placing.keep(arrival.item.migration, copy.tuple)
             self._shell.held.want([copy.tuple])
             self._shell.holds.hold([copy.tuple], None)
         return copy

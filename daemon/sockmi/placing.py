@@ -11,6 +11,7 @@ from typing import Any
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.engine.base import Kind, Needs, Placement
+from sockmi.ports import Ports
 from sockmi.protocol.records import Item, MigrationId, Place
 from sockmi.redirect.base import Mode
 from sockmi.redirect.routes import ARPHRD_ETHER, RTN_LOCAL, RTN_UNICAST, Way, apart
@@ -43,6 +44,7 @@ class Placing:
         self._paths: dict[IPv4Address | IPv6Address, tuple[float, Way | None]] = {}
         self._given: dict[MigrationId, FourTuple] = {}
         self._taken: set[FourTuple] = set()
+        self._ports = Ports()
 
     def choose(self, item: Item, modes: Sequence[Mode], former: Endpoint | None = None) -> Place:
         """A place for one socket; raises Refusal if there is none, or the socket could not live there.
@@ -59,7 +61,7 @@ class Placing:
 
     def _choose(self, item: Item, modes: Sequence[Mode], former: Endpoint | None) -> Place:
         if item.kind is not Kind.CONNECTED or item.local is None or item.remote is None:
-            return Place()
+            return self._bind(item)
         origin = item.origin or item.local
         if former is None and self._is_local(origin.address):
             former = origin
@@ -74,6 +76,17 @@ class Placing:
             f"No redirect of {', '.join(modes)} can lead packets for {item.local} to this host; "
             "allow nat (redirect.modes) on both, or use a host on the same segment.",
         )
+
+    def _bind(self, item: Item) -> Place:
+        if self._ports.taken(item):
+            raise Refusal(
+                Code.PORT_TAKEN,
+                f"{item.local} is promised to another socket that moves to the importer, or waits there for "
+                "its application; move it to another host, or wait until that one has ended",
+            )
+        self.forget(item.migration)
+        self._ports.keep(item)
+        return Place()
 
     def _return(self, item: Item, modes: Sequence[Mode], former: Endpoint, remote: Endpoint) -> Place:
         """Back to where it has been: unchanged if its address still is the same, else by translation."""
@@ -123,19 +136,23 @@ class Placing:
             return Placement(item.local, not self._is_local(item.local.address))
         return Placement(place.endpoint, False)
 
-    def keep(self, migration: MigrationId, connection: FourTuple) -> None:
-        """A place that was given before a restart is still kept."""
-        self._given[migration] = connection
-        self._taken.add(connection)
+    def keep(self, item: Item, connection: FourTuple | None) -> None:
+        """A place that was given, be it before a restart; ``connection``: as it lives there, if it is one."""
+        if connection is None:
+            self._ports.keep(item)
+        else:
+            self._given[item.migration] = connection
+            self._taken.add(connection)
 
     def forget(self, migration: MigrationId) -> None:
         """Give up a place (the copy is there, or will not come)."""
         if (connection := self._given.pop(migration, None)) is not None:
             self._taken.discard(connection)
+        self._ports.forget(migration)
 
     def _keep(self, item: Item, place: Place, connection: FourTuple) -> Place:
         self.forget(item.migration)
-        self.keep(item.migration, connection)
+        self.keep(item, connection)
         return place
 
     def _free(self, connection: FourTuple) -> None:
