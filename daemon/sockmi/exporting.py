@@ -169,7 +169,7 @@ class Exporting:
                 if refusal is not None:
                     self._end(export, batch, "refused", refusal)
                 else:
-                    items.append(self._item(export))
+                    items.append(self._item(export, planned=dry_run))
             self._journal_start([export.record for export in going if export.record.get("outcome")])
             if not items:
                 self.batch_done(batch_id)
@@ -243,8 +243,9 @@ class Exporting:
             self.exports[migration_id.bytes] = export
         return export
 
-    def _item(self, export: Export) -> Item:
+    def _item(self, export: Export, *, planned: bool = False) -> Item:
         facts = export.facts
+        asked = planned and facts.kind is Kind.LISTENING
         migration = export.migration
         holding = self._holding_of(facts)
         bound = facts.local is not None and (facts.local.port or not facts.local.address.is_unspecified)
@@ -263,6 +264,7 @@ class Exporting:
             needs=replace(facts.needs, image_bytes_max=_size(export) + _GROWTH_BYTES),
             size_bytes=_size(export),
             listener=export.listener,
+            queued=queue_length(export.selected.descriptor) if asked else 0,
             handle=export,
         )
 

@@ -12,6 +12,7 @@ import pytest
 
 from lab.labs import Lab
 from sockmi.client import ImportRequest
+from sockmi.queues import queue_length
 from sockmi.refusal import Code
 from tests.lab.matrix_lab import (
     EVERYWHERE,
@@ -26,7 +27,7 @@ from tests.lab.matrix_lab import (
     reconfigured,
     verdict,
 )
-from tests.lab.scenario import ask, daemons
+from tests.lab.scenario import ask, daemons, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -87,6 +88,26 @@ def test_a_dry_run_asks_for_room(it: Bench) -> None:
         [came] = it.take([it.request(case)], host)
         it.finish(case, copy_of(came))
         copy_of(came).close()
+
+
+def test_a_dry_run_counts_the_queue_of_a_listener(it: Bench) -> None:
+    """It goes only where there is room for what waits in its queue, too."""
+    port = it.port()
+    listener, peers = it.listener("a", "v4", port), [it.sock("peer", "v4") for _ in range(4)]
+    for peer in peers:
+        peer.connect((it.address("v4"), port))
+    until(lambda: queue_length(listener.fileno()) == 4)
+    sockets = [(os.getpid(), listener.fileno())]
+    full, roomy = {"max_connected": 3}, {"max_connected": 4}
+    with reconfigured(it, "b", imports=full), reconfigured(it, "c", imports=full):
+        [record] = it.export_passively(sockets, to=None, dry_run=True)
+        assert verdict(record)[1] == Code.NO_OFFER and "4 of the others wait" in verdict(record)[2]
+        with reconfigured(it, "c", imports=roomy):
+            [record] = it.export_passively(sockets, to=None, dry_run=True)
+            assert (record["outcome"], record["to"]) == ("planned", "c")
+    assert queue_length(listener.fileno()) == 4
+    for sock in (listener, *peers):
+        sock.close()
 
 
 def listed(it: Bench, name: str, case: Case) -> bool:

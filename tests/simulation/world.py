@@ -763,6 +763,9 @@ class World:
                 {"target": target.id} if self.random.random() < 0.5 else {"target_address": target.address}
             )
         dry = batch in self.dry
+        if dry:
+            queues = [one.migration[0] % 4 if one.kind is Kind.LISTENING else 0 for one in items]
+            items = [replace(one, queued=queued) for one, queued in zip(items, queues, strict=True)]
         host.do(events.StartExport(batch, tuple(items), modes, timeout_s, **wanted, dry_run=dry))
 
     def progress(self) -> None:

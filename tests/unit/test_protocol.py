@@ -337,6 +337,35 @@ def test_a_dry_run_without_enough_room() -> None:
     assert bench.core.exporter.idle
 
 
+def listener(number: int, queued: int) -> Item:
+    return item(number, kind=Kind.LISTENING, state="LISTEN", remote=None, queued=queued)
+
+
+def test_a_dry_run_counts_what_waits_in_queues() -> None:
+    bench = Bench()
+    out = bench.export(item(1), listener(2, 3), dry_run=True)
+    assert sent(out, m.Request)[0][1].counts == Counts(0, 1, 4)
+    assert bench.offer(B, Counts(0, 1, 2)) == [], "no room for the queue"
+    assert bench.offer(C, Counts(0, 0, 9)) == [], "room enough, but not where the listener would go"
+    out = bench.offer(C, Counts(0, 1, 3))
+    assert {one.migration[0]: (one.outcome, one.importer) for one in reported(out)} == {
+        1: (Outcome.PLANNED, B), 2: (Outcome.PLANNED, C)
+    }  # fmt: skip
+    assert bench.core.exporter.idle
+
+
+def test_a_dry_run_without_room_for_a_queue() -> None:
+    bench = Bench()
+    bench.export(item(1), listener(2, 3), dry_run=True, target=B)
+    bench.offer(B, Counts(0, 1, 3))
+    out = bench.wait(1.1)
+    assert results(out) == {
+        bytes([1]) * 16: (Outcome.REFUSED, Code.NO_OFFER),
+        bytes([2]) * 16: (Outcome.PLANNED, None),
+    }
+    assert "room for 4 of 5 sockets" in str(reported(out)[1].refusal)
+
+
 def test_grace_lets_the_policy_choose() -> None:
     bench = Bench(offer_grace_s=0.05)
     bench.core.policy = LeastLoaded()

@@ -10,7 +10,8 @@ from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.protocol import messages
 from sockmi.protocol.actions import Outcome, Result
-from sockmi.protocol.records import BatchId, ChunkId, Counts, HostId, Item, MigrationId, Place
+from sockmi.protocol.dividing import wanted
+from sockmi.protocol.records import BatchId, ChunkId, HostId, Item, MigrationId, Place
 from sockmi.protocol.tables import Leg as LegState
 from sockmi.redirect.base import Mode
 from sockmi.refusal import Code, Refusal
@@ -78,6 +79,5 @@ class Batch:
     @property
     def satisfied(self) -> bool:
         """Whether the offers that are there take all that is pending."""
-        rooms = Counts(*map(sum, zip(*(offer.rooms for offer in self.offers.values()), strict=True)))
-        wanted = Counter(item.kind for item in self.pending.values())
-        return all(rooms.of(kind) >= count for kind, count in wanted.items())
+        rooms = map(sum, zip(*(offer.rooms for offer in self.offers.values()), strict=True))
+        return all(room >= want for room, want in zip(rooms, wanted(self.pending.values()), strict=True))

@@ -18,12 +18,12 @@ from sockmi.protocol.actions import Outcome, Result
 from sockmi.protocol.batch import Batch, Leg
 from sockmi.protocol.chunks import Chunks
 from sockmi.protocol.context import Context
+from sockmi.protocol.dividing import divide, wanted
 from sockmi.protocol.messages import Channel
 from sockmi.protocol.records import (
     BatchId,
     ChunkId,
     ConnectionId,
-    Counts,
     HostId,
     Item,
     MigrationId,
@@ -146,7 +146,7 @@ class ExporterCore:
             case ("request", bytes() as batch_id):
                 self._request(self._batches[batch_id])
             case ("choose", bytes() as batch_id):
-                self._assign(self._batches[batch_id])
+                self._assign(self._batches[batch_id], last=not self._batches[batch_id].dry_run)
                 self._finish(self._batches[batch_id])
             case ("batch", bytes() as batch_id):
                 self._expire(self._batches[batch_id])
@@ -170,8 +170,7 @@ class ExporterCore:
         if batch.target is not None and source != batch.target:
             context.ignore(source, message, "another host is the target")
             return
-        needs_redirect = any(item.kind is Kind.CONNECTED for item in batch.pending.values())
-        if needs_redirect and not set(batch.modes) & set(message.modes):
+        if wanted(batch.pending.values()).connected and not set(batch.modes) & set(message.modes):
             context.ignore(source, message, "no redirect that both hosts can")
             return
         if batch.failures.get(source, 0) >= context.settings.leg_failures_max:
@@ -181,7 +180,7 @@ class ExporterCore:
         if batch.dry_run and not batch.satisfied:
             return  # others may have room for the rest; what is asked for again is already offered here
         if context.settings.offer_grace_s <= 0:
-            self._assign(batch)
+            self._assign(batch, last=not batch.dry_run)
             self._finish(batch)
         elif ("choose", batch.id) not in context.timers:
             context.timers.set(("choose", batch.id), context.now + context.settings.offer_grace_s)
@@ -258,22 +257,16 @@ class ExporterCore:
         """REQUEST what has no importer yet, again and again until the deadline."""
         if not batch.pending or batch.follows:
             return
-        bound = listening = connected = size = scale = image_max = 0
+        size = scale = image_max = 0
         timestamp_us = False
         for item in batch.pending.values():
-            if item.kind is Kind.CONNECTED:
-                connected += 1
-            elif item.kind is Kind.LISTENING:
-                listening += 1
-            else:
-                bound += 1
             size += item.size_bytes
             scale = max(scale, item.needs.window_scale)
             image_max = max(image_max, item.needs.image_bytes_max)
             timestamp_us = timestamp_us or item.needs.timestamp_us
         request = messages.Request(
             batch.id,
-            Counts(bound, listening, connected),
+            wanted(batch.pending.values()),
             Needs(scale, timestamp_us, image_max),
             size,
             batch.modes,
@@ -284,8 +277,8 @@ class ExporterCore:
         interval = self._context.settings.request_interval_s
         self._context.timers.set(("request", batch.id), self._context.now + interval)
 
-    def _assign(self, batch: Batch) -> None:
-        """Divide the pending items among the offers, by policy."""
+    def _assign(self, batch: Batch, last: bool = True) -> None:
+        """Divide the pending items among the offers, by policy; unless ``last``, not before all fit."""
         context = self._context
         if not batch.pending or not batch.offers:
             return
@@ -293,20 +286,14 @@ class ExporterCore:
             Candidate(host, offer.rooms, offer.waiting, offer.load, offer.weight)
             for host, offer in batch.offers.items()
         ]
+        policy = deepcopy(context.policy) if batch.dry_run else context.policy
+        shares = divide(batch.pending.values(), candidates, policy)
+        if not last and sum(len(items) for _, items in shares) < len(batch.pending):
+            return
         batch.offers.clear()
         context.timers.cancel(("choose", batch.id))
-        lists: dict[Kind, list[Item]] = {kind: [] for kind in Kind}
-        for item in batch.pending.values():
-            lists[item.kind].append(item)
-        wanted = Counts(len(lists[Kind.BOUND]), len(lists[Kind.LISTENING]), len(lists[Kind.CONNECTED]))
-        policy = deepcopy(context.policy) if batch.dry_run else context.policy
-        for share in policy.assign(wanted, candidates):
-            taken: list[Item] = []
-            for kind, waiting in lists.items():
-                count = share.counts.of(kind)
-                taken += waiting[:count]
-                del waiting[:count]
-            self._to_leg(batch, share.host, taken)
+        for host, items in shares:
+            self._to_leg(batch, host, items)
         if not batch.pending:
             context.timers.cancel(("request", batch.id))
             chosen = tuple(leg.host for leg in batch.legs.values())
@@ -410,12 +397,16 @@ class ExporterCore:
             "this group's key run on the other hosts, have room, and can be redirected to (sockmi doctor)",
         )
         if batch.offers and batch.dry_run:
-            wanted = len(batch.pending)
+            asked = wanted(batch.pending.values()).total
             self._assign(batch)
+            planned = asked - wanted(batch.pending.values()).total
+            queued = sum(item.queued for item in batch.pending.values())
+            queues = " (one of the others waits in a listener's queue)" if queued == 1 else ""
+            queues = f" ({queued} of the others wait in listeners' queues)" if queued > 1 else queues
             batch.expired = Refusal(
                 Code.NO_OFFER,
-                f"those who offered have room for {wanted - len(batch.pending)} of {wanted} sockets; import "
-                "from them, raise their maxima (imports), or move fewer",
+                f"those who offered have room for {planned} of {asked} sockets{queues}; import from them, "
+                "raise their maxima (imports), or move fewer",
             )
         self._refuse_pending(batch, batch.expired)
         self._finish(batch)

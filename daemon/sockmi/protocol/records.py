@@ -67,8 +67,9 @@ class Item:
     that the peer knows (equal to ``local`` at the first hop). ``hop`` is the number that the
     connection has *after* this move (1 for the first). ``home`` is the host that the peer
     sends to (the exporter itself at hop 1). ``listener``: migration id of the listener whose
-    queue this connection was in. ``size_bytes``: expected image size. ``handle`` is the
-    shell's own and never travels.
+    queue this connection was in. ``size_bytes``: expected image size. Two never travel: ``queued``, how
+    many connections in a listener's queue need room with it (asked by dry runs only), and ``handle``, which
+    is the shell's own.
     """
 
     migration: MigrationId
@@ -83,6 +84,7 @@ class Item:
     needs: Needs = field(default_factory=Needs)
     size_bytes: int = 0
     listener: MigrationId | None = None
+    queued: int = field(default=0, compare=False)
     handle: object = field(default=None, compare=False, repr=False)
 
     @property
