@@ -162,6 +162,10 @@ class Members:
         """How many other hosts are heard."""
         return len({host for joined in self._joined.values() for host in joined.group.members})
 
+    def hosts(self) -> frozenset[HostId]:
+        """The other hosts that are heard."""
+        return frozenset(host for joined in self._joined.values() for host in joined.group.members)
+
     def name_of(self, host: HostId) -> str:
         """A host's name, or its id if it is not (or no longer) a member."""
         if host == self._identity.host_id:

@@ -138,7 +138,7 @@ class Daemon:
             on_frame=self._frame,
             on_opened=lambda host: self.dispatch(events.StreamOpened(host)),
             on_lost=lambda host, reason: self.dispatch(events.StreamLost(host, reason)),
-            on_count=lambda group, count: self.metrics.members.labels(group=group).set(count),
+            on_count=self._members_changed,
         )
         self.engine = RepairEngine(inject_mark=self.tables.settings.inject_mark)
         self.held = HeldPackets(config.redirect.log_group, self.tables.settings.inject_mark)
@@ -364,6 +364,10 @@ class Daemon:
 
         future.add_done_callback(learnt)
         self.loop.call_later(_ADDRESSES_INTERVAL_S, self._learn_addresses)
+
+    def _members_changed(self, group: str, count: int) -> None:
+        self.metrics.members.labels(group=group).set(count)
+        self.capacity.members = self.members.hosts()
 
     def _fold(self) -> None:
         """Off the freeze: index what the journal has appended, and give back memory after much work."""

@@ -123,3 +123,17 @@ def test_nobody_is_asked_in_vain_for_long(it: Bench) -> None:
     [record] = it.export_passively([(os.getpid(), case.fd)], to="10.77.1.99", dry_run=True)
     assert verdict(record)[:2] == ("refused", Code.NO_OFFER)
     assert time.monotonic() < started + 5
+
+
+def test_who_is_refused_by_all_does_not_wait(it: Bench) -> None:
+    """Neither b nor c has a place for the port, and that will not change by itself."""
+    port = it.port()
+    with (
+        it.listener("b", "v4", port, EVERYWHERE),
+        it.listener("c", "v4", port, EVERYWHERE),
+        it.listener("a", "v4", port, EVERYWHERE) as mine,
+    ):
+        started = time.monotonic()
+        [record] = it.export_passively([(os.getpid(), mine.fileno())], to=None, timeout_s=30.0)
+        assert time.monotonic() < started + 5
+    assert verdict(record)[:2] == ("refused", Code.PORT_TAKEN)

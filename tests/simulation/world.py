@@ -158,6 +158,7 @@ class Host:
         capacity = Capacity(
             rooms=Counts(8, 8, 8), modes=(Mode.FORWARD, Mode.NAT), addresses=frozenset({self.address})
         )
+        capacity.members = frozenset(other.id for other in self.world.hosts) - {self.id}
         self.core = Core(self.id, SETTINGS, capacity)
         self.do(
             events.Started(

@@ -387,6 +387,58 @@ def test_full_importers_send_items_elsewhere_others_refuse_them() -> None:
     assert results(out) == {bytes([1]) * 16: (Outcome.REFUSED, Code.LIST_FULL)}  # the first real reason
 
 
+NO_SCALE, NO_TUPLE = Refusal(Code.WINDOW_SCALE, "scale"), Refusal(Code.TUPLE_TAKEN, "taken")
+
+
+def refuse(bench: Bench, host: bytes, *refusals: Refusal) -> list[a.Action]:
+    """A host offers, and refuses all that it is asked for."""
+    bench.offer(host)
+    ((_, reserve),) = sent(bench.do(e.StreamOpened(host)), m.Reserve)
+    assert len(reserve.items) == len(refusals)
+    return bench.stream(host, m.Reserved(BATCH, reserve.page, refusals))
+
+
+def test_who_is_refused_for_good_by_all_does_not_wait() -> None:
+    bench = Bench()
+    bench.capacity.members = frozenset({B, C})
+    bench.export(item(1))
+    assert not results(refuse(bench, B, NO_SCALE))
+    out = refuse(bench, C, NO_TUPLE) + bench.wait(0.3)
+    assert results(out) == {bytes([1]) * 16: (Outcome.REFUSED, Code.WINDOW_SCALE)}  # the first real reason
+    only(out, a.BatchDone)
+    assert bench.core.exporter.idle
+
+
+def test_who_has_refused_for_good_is_not_asked_again() -> None:
+    """But it gets the others, and whoever has not refused may still come."""
+    bench = Bench()
+    bench.capacity.members = frozenset({B, C})
+    bench.export(item(1), item(2), item(3))
+    refuse(bench, B, NO_SCALE, NO_SCALE, NO_SCALE)
+    for _ in range(3):
+        assert sent(bench.wait(0.3), m.Request)
+        assert bench.offer(B) == []
+    assert only(bench.offer(C, Counts(0, 0, 1)), a.OpenStream).host == C
+    bench.do(e.StreamOpened(C))
+    assert not results(bench.wait(0.3))
+    bench.capacity.members = frozenset({B})  # the other two have only had that one to go to
+    assert results(bench.wait(0.3)) == {
+        bytes([2]) * 16: (Outcome.REFUSED, Code.WINDOW_SCALE),
+        bytes([3]) * 16: (Outcome.REFUSED, Code.WINDOW_SCALE),
+    }
+
+
+def test_what_may_pass_is_waited_for() -> None:
+    bench = Bench()
+    bench.capacity.members = frozenset({B})
+    bench.export(item(1))
+    refuse(bench, B, Refusal(Code.LIST_FULL, "full"))
+    assert not results(bench.wait(1.0))
+    bench.offer(B)
+    out = bench.do(e.StreamLost(B)) + bench.wait(0.3)
+    assert results(out) == {bytes([1]) * 16: (Outcome.REFUSED, Code.LIST_FULL)}  # it has failed twice
+
+
 def test_a_mode_that_was_not_offered_is_refused() -> None:
     bench = Bench()
     bench.export(item(1))

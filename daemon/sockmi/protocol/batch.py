@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
@@ -40,7 +40,10 @@ class Leg:
 
 @dataclass(slots=True)
 class Batch:
-    """One export: its items ask for importers until each has one."""
+    """One export: its items ask for importers until each has one.
+
+    ``failures``: of hosts, for reasons that may pass. ``barred``: who has refused an item for good.
+    """
 
     id: BatchId
     modes: tuple[Mode, ...]
@@ -54,6 +57,7 @@ class Batch:
     offers: dict[HostId, messages.Offer] = field(default_factory=dict)
     legs: dict[HostId, Leg] = field(default_factory=dict)
     failures: dict[HostId, int] = field(default_factory=dict)
+    barred: defaultdict[MigrationId, set[HostId]] = field(default_factory=lambda: defaultdict(set))
     freezes: Counter[MigrationId] = field(default_factory=Counter)  # that failed, and may be repeated
     next_page: int = 0  # numbers are never used again in a batch: they fence
     next_chunk: int = 0

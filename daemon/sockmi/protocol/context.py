@@ -66,7 +66,7 @@ class Capacity:
     ``rooms``: free places in the import lists (maximum less what waits there or is prepared;
     what is merely offered or reserved the core subtracts itself). ``waiting``: pending import
     requests. ``load``: per mille. ``modes``: redirects this host can be the importer of.
-    ``addresses``: its own.
+    ``addresses``: its own. ``members``: the other hosts that are heard now.
     """
 
     rooms: Counts = field(default_factory=Counts)
@@ -76,6 +76,7 @@ class Capacity:
     modes: tuple[Mode, ...] = ()
     image_bytes_max: int = 1 << 30
     addresses: frozenset[IPv4Address | IPv6Address] = frozenset()
+    members: frozenset[HostId] = frozenset()
 
 
 class Timers:

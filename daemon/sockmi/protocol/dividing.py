@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from sockmi.engine.base import Kind
 from sockmi.policy import Candidate, Policy
-from sockmi.protocol.records import Counts, HostId, Item
+from sockmi.protocol.records import Counts, HostId, Item, MigrationId
 
 
 def wanted(items: Iterable[Item]) -> Counts:
@@ -20,20 +20,27 @@ def wanted(items: Iterable[Item]) -> Counts:
 
 
 def divide(
-    items: Iterable[Item], candidates: Sequence[Candidate], policy: Policy
+    items: Iterable[Item],
+    candidates: Sequence[Candidate],
+    policy: Policy,
+    barred: Mapping[MigrationId, Set[HostId]],
 ) -> list[tuple[HostId, list[Item]]]:
     """Items by host; what no host has room for is left out.
 
-    A listener goes where there is room for its queue too; who has a long one, first.
+    Who cannot go just anywhere is looked at first and alone: a listener goes where there is room for its
+    queue too (the longest first), and none goes to a host by which it is ``barred``.
     """
     found: dict[HostId, list[Item]] = {}
     lists: dict[Kind, list[Item]] = {kind: [] for kind in Kind}
-    queues: list[Item] = []
+    particular: list[Item] = []
+    hosts = {candidate.host for candidate in candidates}
     for item in items:
-        (queues if item.queued else lists[item.kind]).append(item)
-    for item in sorted(queues, key=lambda one: -one.queued):
+        alone = item.queued or not hosts.isdisjoint(barred.get(item.migration, ()))
+        (particular if alone else lists[item.kind]).append(item)
+    for item in sorted(particular, key=lambda one: -one.queued):
         need = wanted([item])
-        for candidate in policy.order(candidates):
+        fitting = [one for one in candidates if one.host not in barred.get(item.migration, ())]
+        for candidate in policy.order(fitting):
             left = Counts(*(room - want for room, want in zip(candidate.rooms, need, strict=True)))
             if min(left) >= 0:
                 found.setdefault(candidate.host, []).append(item)

@@ -33,11 +33,15 @@ from sockmi.protocol.tables import LEG, UndeclaredTransition, step
 from sockmi.protocol.tables import Leg as LegState
 from sockmi.refusal import Code, Refusal
 
-# An importer's refusals that another importer might not give.
-_ELSEWHERE = frozenset(
-    {Code.LIST_FULL, Code.PORT_TAKEN, Code.TUPLE_TAKEN, Code.SHUTTING_DOWN, Code.WINDOW_SCALE,
-     Code.TIMESTAMP_UNIT, Code.TOO_LARGE, Code.NO_REDIRECT}
+# An importer's refusals that another importer might not give; the first ones it may not give again itself.
+_PASSING = frozenset({Code.LIST_FULL, Code.SHUTTING_DOWN})
+_ELSEWHERE = _PASSING | frozenset(
+    {Code.PORT_TAKEN, Code.TUPLE_TAKEN, Code.WINDOW_SCALE, Code.TIMESTAMP_UNIT, Code.TOO_LARGE,
+     Code.NO_REDIRECT}
 )  # fmt: skip
+_ALL_REFUSE = Refusal(
+    Code.NO_OFFER, "every host of the group has refused it, or failed too often; see their logs"
+)
 _DRY_REQUESTS = 4  # how often a dry run asks for what there is no room for
 _CHOSEN_MAX = 60  # hosts that a RELEASE datagram can name; with more, the leases just expire
 
@@ -145,6 +149,7 @@ class ExporterCore:
         match key:
             case ("request", bytes() as batch_id):
                 self._request(self._batches[batch_id])
+                self._finish(self._batches[batch_id])
             case ("choose", bytes() as batch_id):
                 self._assign(self._batches[batch_id], last=not self._batches[batch_id].dry_run)
                 self._finish(self._batches[batch_id])
@@ -211,10 +216,13 @@ class ExporterCore:
             else:
                 leg.ready.append((item, place))
         self._report(batch, refused)
-        if back:
+        if any(refusal.code in _PASSING for refusal in back):
             batch.failures[source] = batch.failures.get(source, 0) + 1
-            for refusal, returned in back.items():
-                self._return(batch, returned, refusal)
+        for refusal, returned in back.items():
+            if refusal.code not in _PASSING:
+                for item in returned:
+                    batch.barred[item.migration].add(source)
+            self._return(batch, returned, refusal)
         self._advance(batch, source)
         self._finish(batch)
 
@@ -255,6 +263,7 @@ class ExporterCore:
 
     def _request(self, batch: Batch) -> None:
         """REQUEST what has no importer yet, again and again until the deadline."""
+        self._refuse_hopeless(batch)
         if not batch.pending or batch.follows:
             return
         size = scale = image_max = 0
@@ -287,7 +296,7 @@ class ExporterCore:
             for host, offer in batch.offers.items()
         ]
         policy = deepcopy(context.policy) if batch.dry_run else context.policy
-        shares = divide(batch.pending.values(), candidates, policy)
+        shares = divide(batch.pending.values(), candidates, policy, batch.barred)
         if not last and sum(len(items) for _, items in shares) < len(batch.pending):
             return
         batch.offers.clear()
@@ -435,6 +444,23 @@ class ExporterCore:
         if not batch.legs:
             self._context.datagram(batch.target, messages.Release(batch.id))
         self._report(batch, refused)
+
+    def _refuse_hopeless(self, batch: Batch) -> None:
+        """What every host that is heard has refused for good need not wait until the batch's time is over."""
+        members, most = self._context.capacity.members, self._context.settings.leg_failures_max
+        failed = {host for host, failures in batch.failures.items() if failures >= most}
+        if batch.target is not None or batch.target_address is not None or not members:
+            return
+        hopeless = [
+            migration for migration in batch.pending
+            if members <= failed | batch.barred.get(migration, set())
+        ]  # fmt: skip
+        if len(hopeless) == len(batch.pending):
+            self._refuse_pending(batch, _ALL_REFUSE)
+            return
+        for migration in hopeless:
+            del batch.pending[migration]
+        self._report(batch, batch.refused(hopeless, _ALL_REFUSE))
 
     def _finish(self, batch: Batch) -> None:
         """Forget the batch when everything has its outcome."""
