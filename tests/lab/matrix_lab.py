@@ -227,6 +227,8 @@ class Bench:
     mode: str
     daemons: Daemons
     cases: list[Case] = field(default_factory=list)
+    service: dict[int, str] = field(default_factory=dict)
+    """By IP version: an address of host a that is to move with its connections (takeover)."""
 
     def host(self, name: str) -> Host:
         """A host of the lab."""
@@ -237,13 +239,11 @@ class Bench:
         return next(_ports)
 
     def address(self, kind: str, name: str = "a") -> str:
-        """The host's address as a socket of that kind writes it."""
-        host = self.host(name)
-        return {
-            "v4": host.address(4),
-            "v6": host.address(6),
-            "mapped": f"::ffff:{host.address(4)}",
-        }[kind]
+        """The host's address as a socket of that kind writes it; of a the one that moves, if there is one."""
+        version = 6 if kind == "v6" else 4
+        plain = self.service.get(version) if name == "a" else None
+        plain = plain or str(self.host(name).address(version))
+        return f"::ffff:{plain}" if kind == "mapped" else plain
 
     def sock(self, name: str, kind: str) -> socket.socket:
         """A new socket on a host."""

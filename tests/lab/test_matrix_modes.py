@@ -1,22 +1,24 @@
-"""ESTABLISHED connections over the redirects for special cases: takeover and iptables."""
+"""Every state over the redirects for special cases, takeover and iptables; and what only they do."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lab.labs import Lab
 from sockmi.redirect.iptables import unusable
-from tests.lab.matrix_lab import Bench, Case, bench, copy_of, exchange, moved, state
+from tests.lab.matrix_lab import KINDS, Bench, Case, bench, copy_of, exchange, moved
+from tests.lab.matrix_states import WAYS, move_all_states
 from tests.lab.scenario import daemons
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 SERVICE = {4: "10.77.1.77", 6: "fd77:1::77"}
+WIDTH = {4: 24, 6: 64}
 
 
 def pairs(it: Bench, version: int, address: str, count: int) -> list[Case]:
@@ -38,7 +40,7 @@ def pairs(it: Bench, version: int, address: str, count: int) -> list[Case]:
 @pytest.mark.parametrize("version", [4, 6])
 def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
     """A service address of a moves with all its connections; b has and announces it then."""
-    address, width = SERVICE[version], {4: 24, 6: 64}[version]
+    address, width = SERVICE[version], WIDTH[version]
     extra = ["nodad"] if version == 6 else []
     lab.host("a").run(["ip", "addr", "add", f"{address}/{width}", "dev", "eth0", *extra])
     redirect = {"devices": ["eth0"], "modes": ["takeover"]}
@@ -79,35 +81,59 @@ def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
         lab.host(name).run(["ip", "addr", "flush", "dev", "eth0", "to", address], check=False)
 
 
-@pytest.mark.skipif(bool(unusable("iptables-legacy")), reason=str(unusable("iptables-legacy")))
-@pytest.mark.parametrize("version", [4, 6])
-def test_iptables(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
-    """The paper's own rules, on hosts whose iptables is the legacy one."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_state_by_takeover(lab: Lab, tmp_path: Path, way: str, kind: str) -> None:
+    """All connections of the address are in one batch, whatever their state."""
+    for version, address in SERVICE.items():
+        extra = ["nodad"] if version == 6 else []
+        lab.host("a").run(["ip", "addr", "add", f"{address}/{WIDTH[version]}", "dev", "eth0", *extra])
+    lab.host("peer").run(["ip", "neigh", "flush", "dev", "eth0"])  # it has been b's before
+    redirect = {"devices": ["eth0"], "modes": ["takeover"]}
+    try:
+        with (
+            daemons(lab, "ab", redirect=redirect, timing={"freeze_deadline_s": 5.0}) as both,
+            bench(lab, "takeover", both) as it,
+        ):
+            it.service = SERVICE
+            try:
+                move_all_states(it, tmp_path, way, kind)
+            finally:
+                it.clear()
+    finally:
+        for name in "ab":
+            for address in SERVICE.values():
+                lab.host(name).run(["ip", "addr", "flush", "dev", "eth0", "to", address], check=False)
+
+
+@pytest.fixture(scope="module")
+def legacy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Daemons for which ``iptables`` is the legacy one."""
+    programs = tmp_path_factory.mktemp("bin")
     for name in ("iptables", "ip6tables"):
         (programs / name).symlink_to(shutil.which(f"{name}-legacy") or "")
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        yield
+
+
+@pytest.fixture(scope="module")
+def by_iptables(lab: Lab, legacy: None) -> Iterator[Bench]:
+    """Daemons that redirect by the paper's own rules."""
     redirect = {"devices": ["eth0"], "modes": ["iptables"]}
     with (
         daemons(lab, "ab", redirect=redirect, timing={"freeze_deadline_s": 5.0}) as both,
         bench(lab, "iptables", both) as it,
-        it.watched(tmp_path),
     ):
-        case = it.pair(f"v{version}")
-        assert case.peer
-        exchange(case.ours, case.peer, 50_000)
-        case.peer.sendall(b"unread")
-        try:
-            [record] = it.export_actively([case.ours])
-            assert (record.outcome, record.mode) == ("moved", "iptables"), record
-            case.to_us = b"unread"
-            [came] = it.take([it.request(case, it.target())])
-            copy = copy_of(came)
-            assert state(copy) == "ESTABLISHED"
-            assert copy.getsockname()[0] == it.host("b").address(version)
-            assert copy.family == (socket.AF_INET if version == 4 else socket.AF_INET6)
-            it.finish(case, copy)
-            copy.close()
-        finally:
-            it.clear()
+        yield it
+
+
+@pytest.mark.skipif(bool(unusable("iptables-legacy")), reason=str(unusable("iptables-legacy")))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_state_by_iptables(by_iptables: Bench, tmp_path: Path, way: str, kind: str) -> None:
+    """The paper's own rules, on hosts whose iptables is the legacy one."""
+    try:
+        move_all_states(by_iptables, tmp_path, way, kind)
+    finally:
+        by_iptables.clear()

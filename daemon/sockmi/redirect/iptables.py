@@ -41,7 +41,9 @@ _FAMILY = {4: 2, 6: 10}
 # Of a conntrack entry: seen both ways, assured, confirmed; of both ends: SACK, be liberal (value, mask).
 _SETTLED = 0b1110
 _LIBERAL = (0x0A, 0x0A)
-_TCP_ESTABLISHED = 3  # TCP_CONNTRACK_ESTABLISHED
+# TCP_CONNTRACK_*. To what leaves, the peer may still answer with SYN and ACK; anything else that comes in
+# makes an established connection of it (tcp_conntracks[] of nf_conntrack_proto_tcp.c).
+_TCP_SYN_RECV, _TCP_ESTABLISHED = 2, 3
 _ESTABLISHED_S = 432000
 _AWAY, _HOME, _UNTRACKED, _MUTE = "away", "home", "raw", "mute"
 _PACKAGES = str(Path(__file__).resolve().parents[2])
@@ -291,7 +293,7 @@ def _insert_tracked(
     port = ["CTA_NAT_PROTO", {"attrs": [["CTA_PROTONAT_PORT_MIN", other.port]]}]
     to = {"attrs": [[f"CTA_NAT_V{other.version}_MINIP", str(other.address)], port]}
     nat = {_AWAY: {"nat_dst": to}, _HOME: {"nat_src": to}}.get(role or "", {})
-    tcp = [["CTA_PROTOINFO_TCP_STATE", _TCP_ESTABLISHED]]
+    tcp = [["CTA_PROTOINFO_TCP_STATE", _TCP_SYN_RECV if role == _AWAY else _TCP_ESTABLISHED]]
     tcp += [[f"CTA_PROTOINFO_TCP_FLAGS_{way}", {"value": _LIBERAL}] for way in ("ORIGINAL", "REPLY")]
     try:
         conntrack.entry(
