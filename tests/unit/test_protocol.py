@@ -799,8 +799,7 @@ def test_coming_home_keeps_the_endpoint_and_takes_the_redirect_back() -> None:
     assert reserve.former == (route().local,)
     bench.do(e.ReserveDone(BATCH, B, reserve.page, (PLACE,)))
     chunk = ChunkId(BATCH, 0)
-    prepare = only(bench.stream(B, m.Ship(chunk, (ONE,), (PLACE,), (b"",))), a.Prepare)
-    assert prepare.returning == (ONE,)
+    only(bench.stream(B, m.Ship(chunk, (ONE,), (PLACE,), (b"",))), a.Prepare)
     bench.do(e.PrepareDone(chunk, (Fidelity(),)))
     assert bench.hear(B, move(2, ME)) == []  # not yet
     assert only(bench.hear(B, m.Confirm(chunk, (0,))), a.Activate).returning == (ONE,)
@@ -809,10 +808,11 @@ def test_coming_home_keeps_the_endpoint_and_takes_the_redirect_back() -> None:
     assert sent(bench.hear(B, move(2, ME)), m.Rerouted)[0][1].verdicts[0][1] is m.Verdict.DONE
 
 
-def test_abort_of_a_return_puts_the_redirect_in_force_again() -> None:
+def test_abort_of_a_return_keeps_the_route() -> None:
     bench = Bench(started=e.Started(routes=(route(),)), audit_interval_s=1000)
     chunk = bench.to_prepared(item(1, hop=2))
-    assert only(bench.hear(B, m.Abort(chunk)), a.Discard).leading == (route(),)
+    assert only(bench.hear(B, m.Abort(chunk)), a.Discard).migrations == (ONE,)
+    assert list(bench.core.routes.routes.values()) == [route()]
 
 
 def test_an_old_hop_is_not_imported() -> None:

@@ -196,18 +196,17 @@ class Prepare:
     """Validate, hold the tuples, restore dormant; spool the images and journal a
     ``PreparedChunk``, if at least one went well. Answer: ``events.PrepareDone``.
 
-    Reservations of refused ones are given up by this action. ``returning``: connections
-    that this host itself still leads away (they come back): while the copy is held its redirect
-    is out of force (``take_back`` in the kernel; the journal keeps the route), or packets
-    would go round between the two hosts from COMMIT until ``Activate``. After a restart the same
-    follows from the journal: a route whose connection is prepared is not in force.
+    Reservations of refused ones are given up by this action. Connections that this host itself still
+    leads away come back: while the copy is held its redirect is out of force (``take_back`` in the
+    kernel; the journal keeps the route), or packets would go round between the two hosts from COMMIT
+    until ``Activate``. After a restart the same follows from the journal: a route whose connection is
+    prepared is not in force.
     """
 
     chunk: ChunkId
     exporter: HostId
     arrivals: tuple[Arrival, ...]
     images: tuple[bytes, ...]
-    returning: tuple[ConnectionId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,12 +230,11 @@ class Activate:
 class Discard:
     """The inverse of ``Prepare`` for these: closed without a packet, unheld, image and spool
     entry deleted, reservation given up; if it is all that was left of the chunk, its PreparedChunk
-    deleted. Idempotent: what is already gone is skipped. No answer. ``leading``: routes that
-    ``Prepare`` had put out of force and that are in force again (``send_away``)."""
+    deleted. Idempotent: what is already gone is skipped. No answer. Routes that ``Prepare`` had put
+    out of force are in force again before the copy goes (``send_away``)."""
 
     chunk: ChunkId
     migrations: tuple[MigrationId, ...]
-    leading: tuple[Route, ...] = ()
 
 
 # --- redirects over hops -------------------------------------------------------------------

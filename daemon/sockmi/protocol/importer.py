@@ -336,10 +336,7 @@ class ImporterCore:
         self._chunks[chunk.id] = chunk
         for arrival in arrivals:
             self._arriving[arrival.item.connection] = chunk.id
-        returning = tuple(
-            arrival.item.connection for arrival in arrivals if arrival.item.connection in self._routes.routes
-        )
-        context.out.append(actions.Prepare(chunk.id, source, arrivals, message.images, returning))
+        context.out.append(actions.Prepare(chunk.id, source, arrivals, message.images))
 
     def on_confirm(self, source: HostId, message: messages.Confirm, channel: Channel) -> None:
         """The decision is COMMIT: carry it out, once."""
@@ -483,11 +480,8 @@ class ImporterCore:
 
     def _discard(self, chunk: _Chunk, positions: tuple[int, ...]) -> None:
         if positions:
-            items = [chunk.arrivals[position].item for position in positions]
-            known = self._routes.routes
-            leading = tuple(known[item.connection] for item in items if item.connection in known)
-            gone = tuple(item.migration for item in items)
-            self._context.out.append(actions.Discard(chunk.id, gone, leading))
+            gone = tuple(chunk.arrivals[position].item.migration for position in positions)
+            self._context.out.append(actions.Discard(chunk.id, gone))
 
     def _forget(self, chunk: _Chunk) -> None:
         del self._chunks[chunk.id]
