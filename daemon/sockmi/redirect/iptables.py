@@ -135,7 +135,9 @@ class Iptables:
         self._tables.setup(self.mode)
         for worker in self._workers.values():
             worker.call("install")
-        self._track(_AWAY, self._list(_AWAY))
+        away = self._list(_AWAY)
+        self._expect_redirects(importer.address for _, importer in away)
+        self._track(_AWAY, away)
         self._track(_HOME, self._list(_HOME))
 
     def teardown(self) -> None:
@@ -187,6 +189,7 @@ class Iptables:
         """See base.Redirect; one transaction for each table, in an order that lets nothing slip."""
         to = {_turned(c.tuple): c.importer for c in connections}
         tuples = [c.tuple for c in connections]
+        self._expect_redirects(c.importer.address for c in connections)
         # what came here and goes on: untracked packets would pass DNAT by
         self._edit(_UNTRACKED, to, None)
         self._edit(_HOME, tuples, None)
@@ -195,12 +198,14 @@ class Iptables:
         self._forget_tracked(tuples)
         self._track(_AWAY, to.items())
         with self._tables.transaction() as batch:
-            # conntrack drops ICMP redirects about what it has translated, but no ICMPv6 ones
-            importers = (c.importer.address for c in connections)
-            self._tables.note_importers(batch, (each for each in importers if each.version == 6))
             self._tables.clear(batch, tuples)
 
     reroute = send_away
+
+    def _expect_redirects(self, importers: Iterable[IPv4Address | IPv6Address]) -> None:
+        """Before anything goes there: conntrack drops ICMP redirects about it, but no ICMPv6 ones."""
+        with self._tables.transaction() as batch:
+            self._tables.note_importers(batch, (each for each in importers if each.version == 6))
 
     def take_back(self, tuples: Sequence[FourTuple]) -> None:
         """See base.Redirect; conntrack knows them again as it did before."""
