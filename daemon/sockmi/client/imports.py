@@ -178,6 +178,7 @@ class _Arrival:
             fd = self.target
         else:
             made = socket.socket(fileno=self.fd)
+            made.settimeout(socket.getdefaulttimeout())  # the daemon's descriptors never wait
         return Imported(
             request=self.request,
             socket=made,
