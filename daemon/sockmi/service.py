@@ -559,7 +559,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         logs.configure(config)
         if os.geteuid() != 0:
-            raise StartError("sockmid needs root (its unit takes all but six capabilities away)")
+            raise StartError("sockmid needs root (its unit takes all but seven capabilities away)")
         daemon = Daemon(config, options.config)
         daemon.start()
     except (*_START_ERRORS, sqlite3.Error, RuntimeError, OSError) as error:

@@ -25,9 +25,12 @@ from lab.daemons import Daemon, daemon_config, key_file, write_secret
 from lab.host import Host
 from lab.labs import Lab
 from sockmi import api
+from sockmi.client import Imported, ImportRequest, import_socket
+from sockmi.engine.base import Kind
 from sockmi.journal import Journal
 from sockmi.version import VERSION
-from tests.lab.scenario import daemons, status, until
+from tests.lab.matrix_lab import Keeper
+from tests.lab.scenario import daemons, status, until, wait_for_members
 from tests.lab.terminal import Result, Scene, ended, run
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -573,6 +576,56 @@ def test_the_units_capabilities_suffice(lab: Lab) -> None:
             importer.kill()
         finally:
             scene.close()
+
+
+def test_the_units_capabilities_suffice_for_users(lab: Lab) -> None:
+    """What a user's application is handed, and what waited in the queue of its listener, is the user's."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv (util-linux) is not installed, so capabilities cannot be taken away")
+    names = [name.removeprefix("CAP_").lower() for name in _unit()["CapabilityBoundingSet"].split()]
+    only = "-all," + ",".join(f"+{name}" for name in names)
+    control, nobody, port = lab.host("b").control_socket, 65534, 5211
+    address = lab.host("a").address(4)
+
+    def as_nobody() -> None:
+        os.setgroups([])
+        os.setresgid(nobody, nobody, nobody)
+        os.setresuid(nobody, nobody, nobody)
+
+    def serve() -> None:
+        as_nobody()
+        listener = socket.create_server((address, port))
+        signal.pause()
+        listener.close()
+
+    def take() -> list[int]:
+        as_nobody()
+        wanted = [ImportRequest([kind], local_port=port) for kind in ("listening", "connected")]
+        came: list[Imported] = []
+        while len(came) < 2:
+            came += import_socket(wanted, 10, control=control)
+        [connection] = [one.socket for one in came if one.kind is Kind.CONNECTED and one.socket]
+        connection.sendall(connection.recv(99))
+        return [os.fstat(one.fd).st_uid for one in came]
+
+    with daemons(lab, "ab", control_mode=0o666) as running, lab.host("peer").socket() as peer:
+        for name in "ab":
+            words = ["setpriv", "--bounding-set", only, "--inh-caps", only, "--no-new-privs"]
+            _restart_with(running[name], words)
+        wait_for_members(lab, "ab")
+        with lab.host("a").entered():
+            server = Keeper([], serve)
+        with server:
+            until(lambda: peer.connect_ex((address, port)) == 0)
+            peer.settimeout(10)
+            peer.sendall(b"hello")
+            with lab.host("b").entered():
+                importer = Keeper([], take)
+            with importer:
+                done = run("drain", "--port", port, "--kind", "listening", "--to", "b", host=lab.host("a"))
+                assert done.status == 0, done.out
+                assert peer.recv(99) == b"hello"
+                assert importer.result() == [nobody, nobody]
 
 
 def _restart_with(daemon: Daemon, prefix: list[str]) -> None:
