@@ -8,6 +8,7 @@ have it pause there). A name that is not in ``POINTS`` is an error at the start 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections import Counter
@@ -47,6 +48,11 @@ IMPORTER = (
     "taken.journalled",
     "taken.answered",
 )
+ENGINE = (  # inside its calls, see arm()
+    "restore.open",  # out of repair for a moment, with all that has not been sent
+    "alive.hearing",  # still in repair
+    "alive.begun",  # nothing has been pushed
+)
 ROUTES = (
     "reroute.led",
     "reroute.journalled",
@@ -56,7 +62,7 @@ ROUTES = (
     "forget-holdings.journalled",
 )
 RESTART = ("recovery.taken-back", "queue.closing")
-POINTS = EXPORTER + IMPORTER + ROUTES + RESTART
+POINTS = EXPORTER + IMPORTER + ENGINE + ROUTES + RESTART
 
 
 def parse(text: str) -> list[tuple[str, int, signal.Signals]]:
@@ -95,3 +101,12 @@ def _unarmed(_point: str) -> None:
 
 
 reached: Callable[[str], None] = _armed(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _unarmed
+
+_hook = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda point: reached(point.decode()))
+
+
+def arm(library: ctypes.CDLL) -> None:
+    """Let the places inside libsockmi-engine be reached too (``sockmi_crash_hook`` of engine.h)."""
+    if os.environ.get(VARIABLE):
+        place = ctypes.c_void_p.in_dll(library, "sockmi_crash_hook")
+        place.value = ctypes.cast(_hook, ctypes.c_void_p).value

@@ -29,6 +29,7 @@ from typing import Any
 from sockmi import durable, logs, notify
 from sockmi.config import Config, ConfigError
 from sockmi.control import ControlServer
+from sockmi.crashpoints import arm
 from sockmi.diag import DestroyedSockets, SocketDiag
 from sockmi.engine.duplicate import duplicate
 from sockmi.engine.owners import find_holders
@@ -39,7 +40,7 @@ from sockmi.importing import Importing
 from sockmi.journal import Journal, JournalError
 from sockmi.members import Members
 from sockmi.metrics import Metrics
-from sockmi.native import trim
+from sockmi.native import library, trim
 from sockmi.operations import Operations
 from sockmi.placing import Placing, local_addresses
 from sockmi.policy import POLICIES
@@ -140,6 +141,7 @@ class Daemon:
             on_lost=lambda host, reason: self.dispatch(events.StreamLost(host, reason)),
             on_count=self._members_changed,
         )
+        arm(library())
         self.engine = RepairEngine(inject_mark=self.tables.settings.inject_mark)
         self.held = HeldPackets(config.redirect.log_group, self.tables.settings.inject_mark)
         self.shell = Shell(

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from lab.labs import Lab
-from sockmi.crashpoints import EXPORTER, IMPORTER, POINTS
+from sockmi.crashpoints import ENGINE, EXPORTER, IMPORTER, POINTS
 from tests.lab.crash_lab import (
     CLOSED,
     Sleeper,
@@ -83,8 +83,10 @@ RETURN = [(point, mode) for point in ("drop.led-again", "discard.dropped") for m
 AGAIN = "recovery.taken-back"
 #: Only listeners with connections in their queues get there: test_queue.py.
 QUEUE = {"queue.ended", "queue.closing"}
+#: Only connections with something unsent get there: test_tail.py.
+UNSENT = {"restore.open"}
 #: Reached only when something else goes wrong: they have tests of their own.
-UNDONE = {"thaw.unheld", "drop.led-again", "discard.dropped", "discard.journalled", *QUEUE}
+UNDONE = {"thaw.unheld", "drop.led-again", "discard.dropped", "discard.journalled", *QUEUE, *UNSENT}
 
 
 def cases(points: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -112,7 +114,8 @@ def pause(seconds: float) -> None:
 def test_every_point_has_its_test() -> None:
     """None is forgotten."""
     crashes = [at for ats, _ in UNDOING for at in ats.values()] + [at for _, at, _ in FURTHER_HOP + END]
-    crashes += [point for point, _ in cases(EXPORTER) + cases(IMPORTER) + RETURN] + [AGAIN, *QUEUE]
+    crashes += [point for point, _ in cases(EXPORTER) + cases(IMPORTER + ENGINE) + RETURN]
+    crashes += [AGAIN, *QUEUE, *UNSENT]
     assert {one.partition(":")[0] for at in crashes for one in at.split(",")} == set(POINTS)
 
 
@@ -129,7 +132,7 @@ def test_exporter_dies(stages: Stages, tmp_path: Path, point: str, mode: str) ->
         proved(daemons, serving, "a" if point in UNDECIDED else "b")
 
 
-@pytest.mark.parametrize(("point", "mode"), cases(IMPORTER))
+@pytest.mark.parametrize(("point", "mode"), cases(IMPORTER + ENGINE))
 def test_importer_dies(stages: Stages, tmp_path: Path, point: str, mode: str) -> None:
     """The same for the importer."""
     with stages("lines", tmp_path, {"b": point}, mode) as (daemons, serving):

@@ -4,9 +4,9 @@
 
 #include "engine_internal.h"
 
-#define SEND_TRIES 8
-#define BUFFER_MAX (INT32_MAX / 2)
 #define SOCKMI_TCP_RTO_MAX_MS 44
+
+void (*sockmi_crash_hook)(const char *point);
 
 struct activate {
 	int fd;
@@ -23,34 +23,6 @@ static int failed_call(struct activate *a, int step)
 static int64_t option(const struct activate *a, uint16_t id, int64_t otherwise, uint8_t *flags)
 {
 	return sockmi_options_find(a->image->socket_options, id, otherwise, flags);
-}
-
-/* Out of repair: what the peer's window does not take yet waits in the queue. */
-static int send_unsent(struct activate *a)
-{
-	struct sockmi_view queue = a->image->unsent_queue;
-	int64_t lowat = option(a, SOCKMI_OPT_NOTSENT_LOWAT, 0, NULL);
-	int tries = 0, size = 0;
-
-	if (!queue.length)
-		return 0;
-	sockmi_set_int(a->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, -1); /* would refuse what is more */
-	while (queue.length) {
-		ssize_t taken = send(a->fd, queue.data, queue.length, MSG_DONTWAIT | MSG_NOSIGNAL);
-
-		if (taken > 0) {
-			queue.data += taken;
-			queue.length -= (size_t)taken;
-			continue;
-		}
-		if (errno != EAGAIN || ++tries > SEND_TRIES ||
-		    sockmi_get_int(a->fd, SOL_SOCKET, SO_SNDBUF, &size) < 0 || size > BUFFER_MAX / 2 ||
-		    sockmi_set_int(a->fd, SOL_SOCKET, SO_SNDBUFFORCE, size) < 0)
-			return failed_call(a, SOCKMI_STEP_SEND_QUEUE);
-	}
-	sockmi_set_int(a->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, (int)lowat);
-	a->result->carried |= SOCKMI_FIDELITY_BIT(UNSENT_QUEUE);
-	return 0;
 }
 
 /* One buffer at the size it had, and tuned by the kernel again unless the application had fixed it. */
@@ -104,18 +76,34 @@ static void wait_for_clock(struct activate *a)
 	}
 }
 
-static int restore_reuse(struct activate *a)
+/* Repair mode has taken it away. Nothing that the peer could notice, and so no failure any more. */
+static void restore_reuse(struct activate *a)
 {
 	if (option(a, SOCKMI_OPT_REUSEADDR, 0, NULL) && sockmi_set_int(a->fd, SOL_SOCKET, SO_REUSEADDR, 1) < 0)
-		return failed_call(a, SOCKMI_STEP_OPTION);
-	return 0;
+		sockmi_lost_option(a->result, SOCKMI_OPT_REUSEADDR);
+}
+
+/*
+ * Have the kernel send what waits: these options do so when they are set. If this process dies before, the
+ * kernel's window probe does it. A corked part of a segment goes too.
+ */
+static void push(struct activate *a)
+{
+	int nodelay = (int)option(a, SOCKMI_OPT_NODELAY, 0, NULL);
+
+	if (!option(a, SOCKMI_OPT_CORK, 0, NULL)) {
+		sockmi_set_int(a->fd, IPPROTO_TCP, TCP_CORK, 0);
+		return;
+	}
+	sockmi_set_int(a->fd, IPPROTO_TCP, TCP_NODELAY, 1);
+	if (!nodelay)
+		sockmi_set_int(a->fd, IPPROTO_TCP, TCP_NODELAY, 0);
 }
 
 static int activate_connection(struct activate *a)
 {
 	const struct sockmi_image *i = a->image;
-	bool unsent = i->unsent_queue.length;
-	bool fin = i->sequence.flags & SOCKMI_OWN_FIN && !(i->sequence.flags & SOCKMI_OWN_FIN_SENT);
+	bool waits = sockmi_image_waits(i);
 
 	if (i->identity.state == SOCKMI_SYN_SENT)
 		wait_for_clock(a);
@@ -123,18 +111,17 @@ static int activate_connection(struct activate *a)
 		sockmi_set_int(a->fd, IPPROTO_TCP, SOCKMI_TCP_RTO_MAX_MS,
 			       (int)(option(a, SOCKMI_OPT_RTO_MAX_US,
 					    sockmi_fresh_number(a->fresh, SOCKMI_OPT_RTO_MAX_US, 120000000), NULL) / 1000));
-	sockmi_undeafen(a->fd, i); /* before it lives: the peer's answer may come at once */
-	/* A window probe tells the peer; unsent data does so too. */
-	if (sockmi_repair(a->fd, unsent || fin ? TCP_REPAIR_OFF_NO_WP : TCP_REPAIR_OFF) < 0)
-		return failed_call(a, SOCKMI_STEP_REPAIR);
-	if (send_unsent(a) < 0)
-		return -1;
-	if (fin && shutdown(a->fd, SHUT_WR) < 0)
-		return failed_call(a, SOCKMI_STEP_SHUTDOWN);
-	if (fin)
-		a->result->carried |= SOCKMI_FIDELITY_BIT(OWN_FIN);
 	set_buffers(a);
-	return restore_reuse(a);
+	sockmi_undeafen(a->fd, i); /* before it lives: the peer's answer may come at once */
+	sockmi_reached("alive.hearing");
+	/* A window probe tells the peer; unsent data does so too. */
+	if (sockmi_repair(a->fd, waits ? TCP_REPAIR_OFF_NO_WP : TCP_REPAIR_OFF) < 0)
+		return failed_call(a, SOCKMI_STEP_REPAIR);
+	sockmi_reached("alive.begun");
+	if (waits)
+		push(a);
+	restore_reuse(a);
+	return 0;
 }
 
 static int activate_listener(struct activate *a)
@@ -143,11 +130,11 @@ static int activate_listener(struct activate *a)
 	int fastopen = (int)l->fastopen_qlen;
 
 	set_buffers(a);
+	if (fastopen && sockmi_set_int(a->fd, IPPROTO_TCP, TCP_FASTOPEN, fastopen) < 0)
+		a->result->approximated |= SOCKMI_FIDELITY_BIT(LISTENER);
 	if (listen(a->fd, (int)l->backlog) < 0)
 		return sockmi_fail(a->result, errno == EADDRINUSE ? SOCKMI_RESULT_PORT_TAKEN : SOCKMI_RESULT_FAILED,
 				   SOCKMI_STEP_LISTEN, errno);
-	if (fastopen && sockmi_set_int(a->fd, IPPROTO_TCP, TCP_FASTOPEN, fastopen) < 0)
-		a->result->approximated |= SOCKMI_FIDELITY_BIT(LISTENER);
 	a->result->carried |= SOCKMI_FIDELITY_BIT(LISTENER);
 	return 0;
 }
@@ -164,6 +151,9 @@ static int activate(struct activate *a, struct sockmi_host *host)
 		return activate_listener(a);
 	default:
 		set_buffers(a);
+		if (sockmi_repair(a->fd, TCP_REPAIR_OFF_NO_WP) < 0)
+			return failed_call(a, SOCKMI_STEP_REPAIR);
+		restore_reuse(a);
 		return 0;
 	}
 }

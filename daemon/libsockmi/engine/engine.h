@@ -111,6 +111,12 @@ struct sockmi_placement {
 	uint8_t reserved[3];
 };
 
+/*
+ * For crash tests: called with a name at places inside a call where this process may be killed
+ * (sockmi.crashpoints). NULL, as it is at first: nothing is called.
+ */
+SOCKMI_EXPORT extern void (*sockmi_crash_hook)(const char *point);
+
 /* Names for reports; NULL if there is no such. */
 SOCKMI_EXPORT const char *sockmi_fidelity_name(unsigned int bit);
 SOCKMI_EXPORT const char *sockmi_option_name(unsigned int id);
@@ -129,8 +135,9 @@ SOCKMI_EXPORT int sockmi_capture_common(const int *fds, size_t n, void *buffer, 
 					struct sockmi_result *results);
 
 /*
- * Make a dormant copy of each image: out_fds[i], close-on-exec, non-blocking, in repair if it is
- * connected (closing it emits nothing), not yet listening if it is to listen.
+ * Make a dormant copy of each image: out_fds[i], close-on-exec, non-blocking, in repair (closing it
+ * emits nothing); one that is to listen is bound only, and not in repair. A connection's copy holds all that
+ * the image has, and only a hold keeps a process that is killed in the middle of this call from sending an RST.
  *
  * What the peer has closed, or has acknowledged of our close, is told to the copy by a TCP segment made
  * here, sent with SO_MARK @inject_mark and without timestamps: the hold of the tuple must let that
@@ -141,8 +148,9 @@ SOCKMI_EXPORT int sockmi_restore(const void *const *images, const size_t *length
 				 int *out_fds, struct sockmi_result *results);
 
 /*
- * Bring dormant copies to life: repair off (which makes the kernel tell the peer), unsent data,
- * own FIN, sizes and SO_REUSEADDR; listen(). After a failure the copy may be dead: see code.
+ * Bring dormant copies to life: sizes, repair off, which makes the kernel tell the peer, or listen(). That is
+ * the last step that can fail: a copy that fails has never lived, and its image is as good as before. From
+ * repair off on the copy is whole, whoever dies: its unsent data and its FIN have been in it since the restore.
  */
 SOCKMI_EXPORT int sockmi_activate(const int *fds, const void *const *images, const size_t *lengths, size_t n,
 				  struct sockmi_result *results);

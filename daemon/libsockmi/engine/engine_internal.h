@@ -71,6 +71,13 @@ static inline int sockmi_set_queue_seq(int fd, int queue, uint32_t seq)
 	return sockmi_set_int(fd, IPPROTO_TCP, TCP_QUEUE_SEQ, (int)seq);
 }
 
+/* Whether something waits behind what has been sent: data, or our FIN. */
+static inline bool sockmi_image_waits(const struct sockmi_image *image)
+{
+	return image->unsent_queue.length ||
+	       (image->sequence.flags & SOCKMI_OWN_FIN && !(image->sequence.flags & SOCKMI_OWN_FIN_SENT));
+}
+
 /* sockmi_result for "this descriptor cannot be read at all", from errno. */
 int sockmi_fail_access(struct sockmi_result *result, int step);
 
@@ -154,6 +161,13 @@ void sockmi_lost_option(struct sockmi_result *result, uint16_t id);
 /* inject.c: one TCP segment without options, as if the peer had sent it. 0 or -1 with errno. */
 int sockmi_inject(const struct sockmi_endpoint *from, const struct sockmi_endpoint *to, uint32_t seq,
 		  uint32_t ack, uint16_t window, bool fin, uint32_t mark);
+
+/* A place at which a crash test may end this process: see sockmi_crash_hook. */
+static inline void sockmi_reached(const char *point)
+{
+	if (sockmi_crash_hook)
+		sockmi_crash_hook(point);
+}
 
 /* deaf.c: a dormant copy takes no packet in. */
 void sockmi_deafen(int fd, const struct sockmi_image *image);

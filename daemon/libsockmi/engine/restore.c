@@ -7,7 +7,8 @@
  *   other socket, and bind() would have to look at all of them;
  * - TCP_MAXSEG before connect(), or the segment size stays at 536 until the path MTU changes;
  * - TCP_CONGESTION before connect(), or the default one is initialized;
- * - the windows after the queues and FINs (which move them), before anything can be sent.
+ * - the windows after the queues and FINs (which move them), before anything can be sent; what has
+ *   not been sent while the peer's window is still closed: keep_unsent().
  */
 #include <time.h>
 #include <unistd.h>
@@ -92,6 +93,11 @@ static int connect_remote(struct restore *r)
 		       failed_call(r, SOCKMI_STEP_CONNECT);
 }
 
+static int repair_on(struct restore *r)
+{
+	return sockmi_repair(r->fd, TCP_REPAIR_ON) < 0 ? failed_call(r, SOCKMI_STEP_REPAIR) : 0;
+}
+
 /* Bound, listening or unconnected: nothing but name and options. */
 static int restore_closed(struct restore *r)
 {
@@ -104,7 +110,8 @@ static int restore_closed(struct restore *r)
 		return -1;
 	sockmi_options_write(r->fd, &r->plan, SOCKMI_BEFORE_CONNECT, r->result);
 	sockmi_options_write(r->fd, &r->plan, SOCKMI_LATE, r->result);
-	return 0;
+	/* Whoever has it can see that it does not live yet: of a listener LISTEN says so. */
+	return r->image->identity.kind == SOCKMI_KIND_LISTENING ? 0 : repair_on(r);
 }
 
 /* ---- Queues ---- */
@@ -244,6 +251,74 @@ static int close_both(struct restore *r)
 	return state == SOCKMI_FIN_WAIT_2 ? inject(r, s->rcv_nxt, s->snd_una, false) : 0;
 }
 
+/* ---- What has not been sent ---- */
+
+#define SEND_TRIES 8
+
+/* Out of repair, the peer's window closed. */
+static int queue_unsent(struct restore *r)
+{
+	struct sockmi_view queue = r->image->unsent_queue;
+	int tries = 0, size = 0;
+
+	while (queue.length) {
+		ssize_t taken = send(r->fd, queue.data, queue.length, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+		if (taken > 0) {
+			queue.data += taken;
+			queue.length -= (size_t)taken;
+			continue;
+		}
+		if (errno != EAGAIN || ++tries > SEND_TRIES ||
+		    sockmi_get_int(r->fd, SOL_SOCKET, SO_SNDBUF, &size) < 0 || size > BUFFER_MAX / 2 ||
+		    sockmi_set_int(r->fd, SOL_SOCKET, SO_SNDBUFFORCE, size) < 0)
+			return failed_call(r, SOCKMI_STEP_SEND_QUEUE);
+	}
+	sockmi_reached("restore.open");
+	return 0;
+}
+
+/*
+ * In repair the kernel takes all that is written for sent. So the copy leaves repair for a moment, with
+ * a window of nothing: what is written waits in the queue, and so does the FIN. Nothing is sent, as the
+ * window is closed and no probe asked for; nothing is heard. If this process is killed just then the
+ * kernel ends the copy at once, by an RST that the hold keeps in.
+ */
+static int keep_unsent(struct restore *r)
+{
+	const struct sockmi_image *i = r->image;
+	struct tcp_repair_window closed = { .snd_wl1 = i->window.snd_wl1, .max_window = i->window.max_window,
+					    .rcv_wnd = i->window.rcv_wnd, .rcv_wup = i->window.rcv_wup };
+	struct linger at_once = { .l_onoff = 1 }, as_new = { 0 };
+
+	if (!sockmi_image_waits(i))
+		return 0;
+	sockmi_deafen(r->fd, i);
+	if (setsockopt(r->fd, IPPROTO_TCP, TCP_REPAIR_WINDOW, &closed, sizeof(closed)) < 0)
+		return failed_call(r, SOCKMI_STEP_WINDOW);
+	if (i->unsent_queue.length) /* a lower mark of this host would refuse what is more */
+		sockmi_set_int(r->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, -1);
+	if (setsockopt(r->fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof(at_once)) < 0 ||
+	    sockmi_repair(r->fd, TCP_REPAIR_OFF_NO_WP) < 0)
+		return failed_call(r, SOCKMI_STEP_REPAIR);
+	if (queue_unsent(r) < 0)
+		return -1;
+	if (has_flag(r, SOCKMI_OWN_FIN) && !has_flag(r, SOCKMI_OWN_FIN_SENT)) {
+		if (shutdown(r->fd, SHUT_WR) < 0)
+			return failed_call(r, SOCKMI_STEP_SHUTDOWN);
+		r->result->carried |= SOCKMI_FIDELITY_BIT(OWN_FIN);
+	}
+	if (repair_on(r) < 0)
+		return -1;
+	setsockopt(r->fd, SOL_SOCKET, SO_LINGER, &as_new, sizeof(as_new));
+	if (i->unsent_queue.length) {
+		sockmi_set_int(r->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT,
+			       (int)sockmi_options_find(i->socket_options, SOCKMI_OPT_NOTSENT_LOWAT, 0, NULL));
+		r->result->carried |= SOCKMI_FIDELITY_BIT(UNSENT_QUEUE);
+	}
+	return 0;
+}
+
 /* ---- A connection ---- */
 
 static int set_negotiated(struct restore *r)
@@ -309,11 +384,6 @@ static int set_window(struct restore *r)
 	return 0;
 }
 
-static int repair_on(struct restore *r)
-{
-	return sockmi_repair(r->fd, TCP_REPAIR_ON) < 0 ? failed_call(r, SOCKMI_STEP_REPAIR) : 0;
-}
-
 static int restore_connection(struct restore *r)
 {
 	const struct sockmi_image *i = r->image;
@@ -338,11 +408,13 @@ static int restore_connection(struct restore *r)
 			return -1;
 		r->result->reset |= SOCKMI_FIDELITY_BIT(TS_RECENT);
 	}
-	if (fill_queues(r) < 0 || close_both(r) < 0 || set_window(r) < 0)
+	if (fill_queues(r) < 0 || close_both(r) < 0 || keep_unsent(r) < 0)
 		return -1;
 	if (has_flag(r, SOCKMI_SHUT_RD) && !has_flag(r, SOCKMI_PEER_FIN) && shutdown(r->fd, SHUT_RD) < 0)
 		return failed_call(r, SOCKMI_STEP_SHUTDOWN);
-	sockmi_options_write(r->fd, &r->plan, SOCKMI_LATE, r->result);
+	sockmi_options_write(r->fd, &r->plan, SOCKMI_LATE, r->result); /* some push what waits */
+	if (set_window(r) < 0)
+		return -1;
 	r->result->reset |= SOCKMI_FIDELITY_BIT(PATH_MODEL) | SOCKMI_FIDELITY_BIT(CONGESTION_STATE) |
 			    SOCKMI_FIDELITY_BIT(TIMERS) | SOCKMI_FIDELITY_BIT(COUNTERS);
 	if (i->out_of_order.length)

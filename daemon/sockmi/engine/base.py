@@ -111,7 +111,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A dormant copy: in repair, so closing ``fd`` emits nothing."""
+    """A dormant copy: in repair or, if it is to listen, bound; closing ``fd`` emits nothing."""
 
     fd: int
     fidelity: Fidelity
@@ -160,4 +160,7 @@ class Engine(Protocol):
         """The inverse of ``restore``: close dormant copies without a packet."""
 
     def activate(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
-        """Bring dormant copies to life: unsent data, options, repair off. Keeps ``fds`` open."""
+        """Bring dormant copies to life; keeps ``fds`` open.
+
+        One that is refused has never lived, and its image is as good as before.
+        """

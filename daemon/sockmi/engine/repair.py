@@ -292,7 +292,7 @@ class RepairEngine:
             return True
 
     def activate(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
-        """Bring dormant copies to life. A copy that is refused here may have begun to live: discard it."""
+        """Bring dormant copies to life. One that is refused has never lived."""
         return self._with_images(_native().sockmi_activate, fds, images, Code.RESTORE)
 
     @staticmethod
@@ -306,7 +306,7 @@ class RepairEngine:
         return [None if result[0] == _Result.OK else _refusal(result, failed) for result in unpacked]
 
     def restore(self, images: Sequence[bytes], placements: Sequence[Placement]) -> list[Restored | Refusal]:
-        """Make a dormant copy of each image: in repair, non-blocking, close-on-exec."""
+        """Make a dormant copy of each image: whole, non-blocking, close-on-exec."""
         count = len(images)
         given, results, fds = _Images(images), _room(count), (ctypes.c_int * count)()
         where = b"".join(map(_placement, placements))
