@@ -51,6 +51,15 @@ class Original:
         return FourTuple(self.local, self.remote) if self.local and self.remote else None
 
 
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A socket without a connection that an application is given; see `Original` for what tells it apart."""
+
+    kind: Kind
+    inode: int
+    cookie: int
+
+
 Durable = Decision | Route | Notice | PreparedChunk | Holding
 
 
@@ -328,6 +337,17 @@ def read_original(content: list[Any]) -> Original:
         read_endpoint(remote),
         _read_holding(holding) if holding else None,
     )
+
+
+def write_handed(one: Handed) -> list[Any]:
+    """A socket that an application is given."""
+    return [one.kind, one.inode, one.cookie]
+
+
+def read_handed(content: list[Any]) -> Handed:
+    """The inverse of ``write_handed``."""
+    kind, inode, cookie = content
+    return Handed(Kind(kind), inode, cookie)
 
 
 _WRITERS: dict[Record, Any] = {

@@ -11,6 +11,8 @@ import functools
 import itertools
 import logging
 import os
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -59,6 +61,8 @@ _SETTLE_AFTER_S = 0.001
 _WAKE_AGAIN_S = 0.25
 
 
+_SO_COOKIE = 57
+
 _UNDONE = Refusal(Code.CHANGED, "Its exporter has undone the move; ask again.")
 _LOST = Refusal(Code.IMAGE, "The importer's spool had lost its image; see the importer's log.")
 
@@ -79,6 +83,7 @@ class Copy:
     holding: Holding | None = None
     complained: bool = False  # that it cannot be restored
     client: Client | None = None  # it is on its way to
+    handed: durable.Handed | None = None  # as the journal has it
     tuple: FourTuple | None = field(init=False)
     """The connection as it lives here."""
 
@@ -372,7 +377,7 @@ class Importing:
             handing.decided, handing.done = True, handed
         durable.keep(change, [holding for holding in holdings if holding.durable])
         for copy in copies:
-            change.keep.append((Record.LISTED, copy.candidate.migration_id.hex, _listed(copy)))
+            self._keep_listed(change, copy)
             change.audit.append((copy.candidate.migration_id, "import", {"step": "committed"}))
         self._redirecting.add_holdings(holdings)
         shell.journal.write(change)
@@ -594,9 +599,12 @@ class Importing:
         except Exception as error:
             _log.exception("bringing %d sockets to life", len(taken))
             refusal = Refusal(Code.INTERNAL, f"The importer failed ({error}); its log has the details.")
-            failed = {copy.candidate.migration_id: refusal for copy in taken}
-            for copy in taken:
-                self._fall_back(copy)
+            # What lives has moved: the image of it is the past.
+            dead = [copy for copy in taken if copy.fd < 0 or not self._lives(copy)]
+            failed = {copy.candidate.migration_id: refusal for copy in dead}
+            for copy in dead:
+                if copy.fd >= 0:
+                    self._fall_back(copy)
         failed |= dict.fromkeys(handing.undone & wanted, _UNDONE)
         live = [copy for copy in taken if copy.candidate.migration_id not in failed]
         client.respond(
@@ -620,6 +628,7 @@ class Importing:
 
     def _bring_to_life(self, copies: list[Copy]) -> dict[UUID, Refusal]:
         shell = self._shell
+        self._note_handed(copies)
         self._redirecting.admit(copy.holding for copy in copies if copy.holding)
         reached("taken.admitted")
         failed: dict[UUID, Refusal] = {}
@@ -630,6 +639,23 @@ class Importing:
                 failed[copy.candidate.migration_id] = refusal
                 self._fall_back(copy)
         return failed
+
+    def _lives(self, copy: Copy) -> bool:
+        return self._shell.engine.lives(copy.fd, copy.candidate.kind)
+
+    def _note_handed(self, copies: Iterable[Copy]) -> None:
+        """Which sockets come to life: of those that are not connected a restart could not tell otherwise."""
+        change = Change()
+        for copy in copies:
+            if copy.handed != _handed(copy):
+                self._keep_listed(change, copy)
+        if change.keep:
+            self._shell.journal.write(change)
+
+    @staticmethod
+    def _keep_listed(change: Change, copy: Copy) -> None:
+        copy.handed = _handed(copy)
+        change.keep.append((Record.LISTED, copy.candidate.migration_id.hex, _listed(copy)))
 
     def _settle(self, copies: list[Copy], done: Callable[[], None]) -> None:
         """They live with their applications: nothing of them is kept here but the holdings."""
@@ -690,10 +716,16 @@ class Importing:
 
     # -- after a restart
 
-    def resume(self, prepared: Iterable[PreparedChunk], came_to_life: Callable[[FourTuple], bool]) -> None:
+    def resume(
+        self,
+        prepared: Iterable[PreparedChunk],
+        came_to_life: Callable[[FourTuple], bool],
+        unconnected_lives: Callable[[durable.Handed], bool],
+    ) -> None:
         """Make the copies of an earlier run known again, from the journal and the spool.
 
-        ``came_to_life``: whether a connection that was being handed over lives; if not, nothing is left.
+        ``came_to_life``, ``unconnected_lives``: whether what was being handed over lives; if not,
+        nothing is left.
         """
         shell = self._shell
         for chunk in prepared:
@@ -708,13 +740,14 @@ class Importing:
                         _log.error("%s is here, though its move is undecided", copy.tuple)
         change = Change()
         for content in shell.journal.records(Record.LISTED).values():
-            name, exporter, arrival = _read_listed(content)
+            name, exporter, arrival, handed = _read_listed(content)
             migration = UUID(bytes=arrival.item.migration)
             holding = self._redirecting.holdings.get(arrival.item.connection)
             lives = living(holding) if holding else None
             image = self._images(name).get(migration)
             known = holding is not None or arrival.item.kind is Kind.BOUND
-            if image is None or not known or (lives is not None and came_to_life(lives)):
+            alive = came_to_life(lives) if lives else handed is not None and unconnected_lives(handed)
+            if image is None or not known or alive:
                 # It was handed over; only the last line of the journal is missing.
                 change.drop.append((Record.LISTED, migration.hex))
                 news = {"step": "active", "outcome": "moved", "ended_at": now_text()}
@@ -834,8 +867,20 @@ def _memfd(content: bytes) -> int:
 
 def _listed(copy: Copy) -> list[Any]:
     exporter = copy.holding.exporter.hex() if copy.holding else ""
-    return [copy.chunk, exporter, durable.write_arrival(copy.arrival)]
+    handed = [durable.write_handed(copy.handed)] if copy.handed else []
+    return [copy.chunk, exporter, durable.write_arrival(copy.arrival), *handed]
 
 
-def _read_listed(content: list[Any]) -> tuple[str, bytes, Arrival]:
-    return content[0], bytes.fromhex(content[1]), durable.read_arrival(content[2])
+def _read_listed(content: list[Any]) -> tuple[str, bytes, Arrival, durable.Handed | None]:
+    name, exporter, arrival, *handed = content
+    known = durable.read_handed(handed[0]) if handed else None
+    return name, bytes.fromhex(exporter), durable.read_arrival(arrival), known
+
+
+def _handed(copy: Copy) -> durable.Handed | None:
+    """None: no application has it, or its connection tells which it is."""
+    if copy.client is None or copy.tuple is not None:
+        return None
+    with socket.socket(fileno=os.dup(copy.fd)) as each:
+        (cookie,) = struct.unpack("=Q", each.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))
+    return durable.Handed(copy.candidate.kind, os.fstat(copy.fd).st_ino, cookie)

@@ -20,7 +20,7 @@ from sockmi import durable
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.crashpoints import reached
 from sockmi.diag import Found
-from sockmi.durable import Original
+from sockmi.durable import Handed, Original
 from sockmi.engine.base import Kind
 from sockmi.journal import Change, Record
 from sockmi.protocol.records import Decision, Holding, Route
@@ -160,6 +160,22 @@ class Recovery:
         self._shell.engine.discard(list(descriptors.values()))
         if not descriptors and not self._destroy(connection, found.cookie):
             _log.warning("%s: a copy is on its way to an application; waiting for it to go", connection)
+        return False
+
+    def unconnected_lives(self, handed: Handed) -> bool:
+        """The same for a socket that is not connected, which only its inode and its cookie tell from others.
+
+        If its application has closed it meanwhile nobody can say whether it had lived: it did not.
+        """
+        for descriptor in self._descriptors({handed.inode}).values():
+            (facts,) = self._shell.engine.inspect([descriptor])
+            if facts.cookie != handed.cookie:
+                os.close(descriptor)
+                return False
+            if self._shell.engine.lives(descriptor, handed.kind):
+                os.close(descriptor)
+                return True
+            self._shell.engine.discard([descriptor])
         return False
 
     # -- the kernel

@@ -242,7 +242,9 @@ class Daemon:
         self.redirecting.add_routes(started.routes)
         self.redirecting.add_holdings(started.holdings)
         held = frozenset(self.tables.held())
-        self.importing.resume(started.prepared, lambda one: recovery.came_to_life(one, held))
+        self.importing.resume(
+            started.prepared, lambda one: recovery.came_to_life(one, held), recovery.unconnected_lives
+        )
         copies = self.importing.copies.values()
         recovery.kernel(
             self.redirecting.routes,

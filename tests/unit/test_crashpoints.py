@@ -14,7 +14,7 @@ import pytest
 import sockmi
 from sockmi import crashpoints
 from sockmi.addresses import Endpoint
-from sockmi.durable import Original, read_original, write_original
+from sockmi.durable import Handed, Original, read_handed, read_original, write_handed, write_original
 from sockmi.engine.base import Kind
 from sockmi.protocol.records import Holding, Place
 from sockmi.redirect.base import Mode
@@ -37,11 +37,8 @@ def test_parse_refuses(text: str) -> None:
 
 
 def test_every_point_is_reached_somewhere_and_known() -> None:
-    used = [
-        name
-        for path in SOURCES.rglob("*.py")
-        for name in re.findall(r'reached\("([^"]+)"\)', path.read_text())
-    ]
+    sources = [*SOURCES.rglob("*.py"), *(SOURCES.parent / "libsockmi/engine").glob("*.c")]
+    used = [name for path in sources for name in re.findall(r'reached\("([^"]+)"\)', path.read_text())]
     assert sorted(used) == sorted(crashpoints.POINTS)
 
 
@@ -56,3 +53,8 @@ def test_originals_are_read_as_they_were_written(imported: bool) -> None:
         b"n" * 16, b"c" * 16, 2, Kind.CONNECTED, 17, 1 << 40, local, remote, holding if imported else None
     )
     assert read_original(json.loads(json.dumps(write_original(original)))) == original
+
+
+def test_what_is_handed_is_read_as_it_was_written() -> None:
+    handed = Handed(Kind.LISTENING, 17, 1 << 40)
+    assert read_handed(json.loads(json.dumps(write_handed(handed)))) == handed

@@ -147,6 +147,9 @@ class Engine(Protocol):
         accept gets EINVAL.
         """
 
+    def lives(self, fd: int, kind: Kind) -> bool:
+        """Whether a copy is dormant no more: it listens, or is out of repair."""
+
     def in_repair(self, fd: int) -> bool:
         """Whether a socket is in repair: if it is one of ours, dormant."""
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from sockmi.addresses import Endpoint
 from sockmi.engine import preflight
-from sockmi.engine.base import Captured, Fidelity, Placement, Restored, SocketFacts
+from sockmi.engine.base import Captured, Fidelity, Kind, Placement, Restored, SocketFacts
 from sockmi.engine.owners import Owners
 from sockmi.native import library
 from sockmi.refusal import Code, Refusal
@@ -277,6 +277,13 @@ class RepairEngine:
     def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image; see the contract."""
         return self._with_images(_native().sockmi_release, fds, images, Code.INTERNAL)
+
+    def lives(self, fd: int, kind: Kind) -> bool:
+        """Whether a copy is dormant no more: it listens, or is out of repair."""
+        if kind is not Kind.LISTENING:
+            return not self.in_repair(fd)
+        with socket.socket(fileno=os.dup(fd)) as each:
+            return bool(each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
     def in_repair(self, fd: int) -> bool:
         """Whether a socket is in repair: if it is one of ours, dormant."""
