@@ -4,7 +4,8 @@
 The journal decides, and the kernel is made to agree. A decision is journalled before its originals
 are closed, and nobody is told before they are. So an original that still lives was not given away:
 its part of the decision is undone, and nothing is lost, as whatever its owner wrote meanwhile has
-waited behind the redirect. An original that is gone has moved. So has, as soon as this daemon has closed
+waited behind the redirect. An original that is gone has moved. So has one that is bound, or not even that: it
+is taken away from its owner now. And so has, as soon as this daemon has closed
 it, a listener whose queue was being taken: that cannot be undone.
 """
 
@@ -82,15 +83,28 @@ class Recovery:
         if original.kind is Kind.CONNECTED and original.tuple is not None:
             found = self._find(original.tuple)
             return found is not None and found.cookie == original.cookie
+        if original.kind is Kind.BOUND:
+            self._deaden(original)
+            return False
         if original.kind is not Kind.LISTENING:
-            return False  # nothing led to it: the owner's is a socket like any other
+            return False
         for descriptor in self._descriptors({original.inode}).values():
             (facts,) = self._shell.engine.inspect([descriptor])
             lives = facts.cookie == original.cookie and facts.kind is Kind.LISTENING
             lives = lives and not self._queues.close_listener(original, descriptor)
+            if facts.cookie == original.cookie and not lives:
+                self._shell.engine.deaden(descriptor)
             os.close(descriptor)
             return lives
         return False
+
+    def _deaden(self, original: Original) -> None:
+        """Nothing shows whether that was done before; it may be done twice."""
+        for descriptor in self._descriptors({original.inode}).values():
+            (facts,) = self._shell.engine.inspect([descriptor])
+            if facts.cookie == original.cookie and (why_not := self._shell.engine.deaden(descriptor)):
+                _log.error("%s has moved, but its owner here still has it: %s", original.local, why_not)
+            os.close(descriptor)
 
     def _undo(self, change: Change, name: str, left: Decision, alive: Iterable[Original]) -> None:
         if left.committed:

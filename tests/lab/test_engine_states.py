@@ -11,8 +11,9 @@ import random
 import select
 import socket
 import struct
+import subprocess
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -430,11 +431,15 @@ def test_unconnected(lab: el.Lab, engine: RepairEngine, kind: str, bound: bool) 
         sock.bind({"v4": (el.HOST4, port), "v6": (el.HOST6, port)}.get(kind, ("::", port)))
     image = captured(lab, engine, sock).image
     fd = restored(lab, engine, image)
-    assert engine.release([sock.fileno()], [image]) == [None]
+    name = sock.getsockname()
+    with lab.host("a"):
+        assert engine.release([sock.fileno()], [image]) == [None]
+        assert engine.deaden(sock.fileno()) is None  # again, as after a crash
+    dead(sock)
     with lab.host("b"):
         assert engine.activate([fd], [image]) == [None]
     copy = socket.socket(fileno=fd)
-    assert copy.getsockname() == sock.getsockname() and copy.family == family
+    assert copy.getsockname() == name and copy.family == family
     assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     if family == socket.AF_INET6:
         wanted = sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
@@ -444,6 +449,95 @@ def test_unconnected(lab: el.Lab, engine: RepairEngine, kind: str, bound: bool) 
         assert isinstance(refused, Refusal) and refused.code == Code.PORT_TAKEN
     sock.close()
     copy.close()
+
+
+def dead(sock: socket.socket) -> None:
+    """Nothing can be made of it any more."""
+    assert errno_of(sock.listen) == errno.EINVAL
+    assert errno_of(sock.accept) == errno.EINVAL
+    there = ("::1" if sock.family == socket.AF_INET6 else "127.0.0.1", 22)
+    assert [errno_of(sock.connect, there) for _ in range(2)] == [errno.EISCONN] * 2
+    assert [errno_of(sock.send, b"!") for _ in range(2)] == [errno.ECONNABORTED, errno.EPIPE]
+    assert errno_of(sock.listen) == errno.EINVAL
+    assert sock.getsockopt(el.TCP, el.REPAIR) == 0
+
+
+def errno_of(call: Callable[..., object], *args: object) -> int:
+    with pytest.raises(OSError) as raised:
+        call(*args)
+    assert raised.value.errno is not None
+    return raised.value.errno
+
+
+@pytest.mark.parametrize("kind", ["v4", "v6"])
+@pytest.mark.parametrize("what", ["device", "foreign", "deferred", "options", "shared"])
+def test_dead_whatever_it_was_set_to(lab: el.Lab, engine: RepairEngine, kind: str, what: str) -> None:
+    """Options that would lead its last connection elsewhere do not: the segment never leaves the host."""
+    family, level = (
+        (socket.AF_INET, socket.IPPROTO_IP) if kind == "v4" else (socket.AF_INET6, socket.IPPROTO_IPV6)
+    )
+    with lab.host("a"):
+        sock, other = socket.socket(family), socket.socket(family)
+    port, address = lab.port(), el.HOST4 if kind == "v4" else el.HOST6
+    if what == "device":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+    elif what == "foreign":
+        sock.setsockopt(level, 15 if kind == "v4" else 78, 1)  # IP_FREEBIND
+        address = "192.0.2.77" if kind == "v4" else "2001:db8::77"
+    elif what == "deferred":
+        sock.setsockopt(el.TCP, 30, 1)  # TCP_FASTOPEN_CONNECT
+    elif what == "options":
+        if kind == "v6":
+            sock.setsockopt(level, socket.IPV6_TCLASS, 8)
+        else:
+            sock.setsockopt(level, socket.IP_OPTIONS, bytes([131, 7, 4, *socket.inet_aton(el.PEER4), 0]))
+    else:
+        for one in (sock, other):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind((address, port))
+    if what == "shared":
+        other.bind((address, port))
+        other.listen()
+    image = captured(lab, engine, sock).image
+    lab.recorded(port)
+    with lab.host("a"):
+        assert engine.release([sock.fileno()], [image]) == [None]
+    dead(sock)
+    assert el.state(other) == ("LISTEN" if what == "shared" else "CLOSED")
+    sock.close()
+    other.close()
+    assert lab.recorded(port) == []
+
+
+def test_what_cannot_be_made_dead_is_as_before(lab: el.Lab, engine: RepairEngine) -> None:
+    """No loopback address to connect to: refused, and the owner notices nothing."""
+    with lab.host("a"):
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+    port = lab.port()
+    sock.bind((el.HOST4, port))
+    image = captured(lab, engine, sock).image
+    rule = ["ip", "-n", lab.name("a"), "route", "add", "table", "7", "unreachable", "default"]
+    subprocess.run(rule, check=True)
+    rules = ["ip", "-n", lab.name("a"), "rule"]
+    subprocess.run([*rules, "add", "to", "127.0.0.0/8", "lookup", "7", "pref", "1"], check=True)
+    subprocess.run([*rules, "del", "pref", "0"], check=True)
+    subprocess.run([*rules, "add", "pref", "2", "lookup", "local"], check=True)
+    try:
+        with lab.host("a"):
+            (refused,) = engine.release([sock.fileno()], [image])
+    finally:
+        subprocess.run([*rules, "add", "pref", "0", "lookup", "local"], check=True)
+        subprocess.run([*rules, "del", "pref", "1"], check=True)
+        subprocess.run([*rules, "del", "pref", "2"], check=True)
+    assert isinstance(refused, Refusal) and refused.code == Code.INTERNAL
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) == 1
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"eth0"
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+    sock.listen()
+    assert sock.getsockname() == (el.HOST4, port)
+    sock.close()
 
 
 def restore_again(lab: el.Lab, engine: RepairEngine, image: bytes) -> list[Restored | Refusal]:

@@ -7,6 +7,7 @@ An application on b waits for one. It asks again after an error, and again when 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import socket
@@ -117,3 +118,31 @@ def test_the_importer_dies(lab: Lab, kind: str, point: str, late: bool) -> None:
         until(lambda: not any((lab.host("b").state_dir / "spool").iterdir()))
         with journal_of(lab.host("b")) as journal:
             assert not journal.records(Record.LISTED)
+
+
+@pytest.mark.parametrize("kind", ["bound", "unconnected"])
+@pytest.mark.parametrize("point", ["commit.journalled", "commit.released", "commit.done"])
+def test_the_exporter_dies(lab: Lab, kind: str, point: str) -> None:
+    """After its decision: what the owner has left is dead, whether or not the daemon had come to that."""
+    port = next(PORTS)
+    with (
+        ThreadPoolExecutor() as pool,
+        cluster(lab, "ab", {"a": point}) as daemons,
+        owned(lab, kind, port) as ours,
+    ):
+        taking = pool.submit(take, lab, kind, 20)
+        until(lambda: in_list(daemons, "waiting") == 1)
+        sockets = [{"pid": os.getpid(), "fd": ours.fileno()}]
+        pool.submit(ask, lab.host("a"), "export", sockets=sockets)
+        daemons.died("a")
+        daemons.restart_dead()
+        with pytest.raises(OSError) as raised:
+            ours.listen()
+        assert raised.value.errno == errno.EINVAL
+        with pytest.raises(OSError) as raised:
+            ours.connect((lab.host("peer").address(4), port))
+        assert raised.value.errno == errno.EISCONN
+        [arrived] = taking.result(30)
+        assert arrived.socket
+        with arrived.socket as copy:
+            works(lab, kind, port, copy)

@@ -157,11 +157,16 @@ SOCKMI_EXPORT int sockmi_activate(const int *fds, const void *const *images, con
 
 /*
  * Close originals for every holder, without a packet, if they still equal their images: the next
- * call of a holder gets ECONNABORTED, later ones ENOTCONN or EPIPE; a listener's accept EINVAL.
+ * call of a holder gets ECONNABORTED, later ones ENOTCONN or EPIPE; a listener's accept EINVAL. Of one
+ * that was not connected listen() gets EINVAL and connect() EISCONN; that needs CONFIG_INET_DIAG_DESTROY, and the
+ * caller in the socket's network namespace. Without, a listener is only closed.
  * What waits in a listener's queue must have been taken before (sockmi_keeper_start). The descriptors stay open.
  */
 SOCKMI_EXPORT int sockmi_release(const int *fds, const void *const *images, const size_t *lengths, size_t n,
 				 struct sockmi_result *results);
+
+/* The same for one that does not listen any more, or is bound or unconnected; also if it is dead already. 0, or -1 with errno. */
+SOCKMI_EXPORT int sockmi_deaden(int fd);
 
 /* Close dormant copies without a packet. */
 SOCKMI_EXPORT void sockmi_discard(const int *fds, size_t n);

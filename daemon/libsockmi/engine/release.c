@@ -25,7 +25,10 @@ static int release_listener(int fd, struct sockmi_result *result)
 	if (info.tcpi_unacked) /* of a listener: the length of its queue */
 		return changed(result, SOCKMI_STEP_QUEUE_LENGTH);
 	/* Wakes every accept() with EINVAL; poll() says POLLHUP. */
-	return shutdown(fd, SHUT_RDWR) < 0 ? failed_call(result, SOCKMI_STEP_DISCONNECT) : 0;
+	if (shutdown(fd, SHUT_RDWR) < 0)
+		return failed_call(result, SOCKMI_STEP_DISCONNECT);
+	sockmi_deaden(fd); /* so that it cannot be made to listen again */
+	return 0;
 }
 
 /* In repair: is it still what the image says? 0 or -1. */
@@ -115,9 +118,7 @@ static int release(int fd, const struct sockmi_image *image, struct sockmi_resul
 	case SOCKMI_KIND_LISTENING:
 		return release_listener(fd, result);
 	default:
-		/* Nothing to say to anybody; what waits for it to become something is told. */
-		shutdown(fd, SHUT_WR);
-		return 0;
+		return sockmi_deaden(fd) < 0 ? failed_call(result, SOCKMI_STEP_DISCONNECT) : 0;
 	}
 }
 

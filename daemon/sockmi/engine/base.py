@@ -144,8 +144,11 @@ class Engine(Protocol):
 
         The owner keeps a dead descriptor: every blocked call wakes, the next call gets
         ECONNABORTED, later ones ENOTCONN (receive) or EPIPE (send); a listener's
-        accept gets EINVAL.
+        accept gets EINVAL. One that is not connected can neither listen (EINVAL) nor connect (EISCONN).
         """
+
+    def deaden(self, fd: int) -> Refusal | None:
+        """Finish ``release`` of an original without a connection, which a killed daemon had perhaps begun."""
 
     def lives(self, fd: int, kind: Kind) -> bool:
         """Whether a copy is dormant no more: it listens, or is out of repair."""

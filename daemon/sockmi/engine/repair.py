@@ -128,6 +128,7 @@ def _native() -> Any:
     lib.sockmi_release.argtypes = [ints, pointer, pointer, size, pointer]
     lib.sockmi_discard.argtypes = [ints, size]
     lib.sockmi_discard.restype = None
+    lib.sockmi_deaden.argtypes = [ctypes.c_int]
     for name in ("sockmi_fidelity_name", "sockmi_option_name", "sockmi_step_name"):
         getattr(lib, name).argtypes = [ctypes.c_uint]
         getattr(lib, name).restype = ctypes.c_char_p
@@ -277,6 +278,13 @@ class RepairEngine:
     def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image; see the contract."""
         return self._with_images(_native().sockmi_release, fds, images, Code.INTERNAL)
+
+    def deaden(self, fd: int) -> Refusal | None:
+        """Finish ``release`` of a bound or unconnected original."""
+        if _native().sockmi_deaden(fd) == 0:
+            return None
+        error = os.strerror(ctypes.get_errno())
+        return Refusal(Code.INTERNAL, f"it cannot be taken away from its owner: {error}; close it there")
 
     def lives(self, fd: int, kind: Kind) -> bool:
         """Whether a copy is dormant no more: it listens, or is out of repair."""
