@@ -318,6 +318,46 @@ def test_option_that_this_host_does_not_take(lab: el.Lab) -> None:
     close(sock, copy, peer)
 
 
+def test_a_saved_syn_is_lost_and_told(lab: el.Lab) -> None:
+    """Nobody can be given one; who is only looked at keeps his."""
+    lab.switch("a")
+    for saved in (True, False):
+        port = lab.port()
+        lab.hold("b", port)
+        listener = lab.listener("v4", port)
+        listener.setsockopt(TCP, 27, int(saved))  # TCP_SAVE_SYN
+        peer, address = lab.client("v4")
+        peer.connect((address, port))
+        sock, _ = listener.accept()
+        with lab.host("a"):
+            (item,) = RepairEngine().capture([sock.fileno()])
+        assert isinstance(item, Captured), item
+        assert ("saved-syn" in item.fidelity.reset) == saved
+        assert bool(sock.getsockopt(TCP, 28, 256)) == saved  # TCP_SAVED_SYN
+        close(sock, peer, listener)
+
+
+def test_a_flow_label_is_lost_and_told(lab: el.Lab) -> None:
+    lab.switch("a")
+    for label in (0x12345, 0):
+        with lab.host("peer"):
+            listener = socket.create_server((el.PEER6, 0), family=socket.AF_INET6)
+        with lab.host("a"):
+            sock = socket.socket(socket.AF_INET6)
+        if label:
+            destination = socket.inet_pton(socket.AF_INET6, el.PEER6)
+            lease = destination + struct.pack("!IBBHHHI", label, 0, 255, 0, 0, 0, 0)
+            lease = lease[:22] + struct.pack("=H", 1) + lease[24:]  # IPV6_FL_F_CREATE
+            sock.setsockopt(IP6, 32, lease)  # IPV6_FLOWLABEL_MGR
+            sock.setsockopt(IP6, 33, 1)  # IPV6_FLOWINFO_SEND
+        sock.connect((*listener.getsockname()[:2], label, 0))
+        with lab.host("a"):
+            (item,) = RepairEngine().capture([sock.fileno()])
+        assert isinstance(item, Captured), item
+        assert ("option:ipv6_flowlabel" in item.fidelity.reset) == bool(label), item.fidelity
+        close(sock, listener)
+
+
 def test_common_options_only(lab: el.Lab) -> None:
     """In a hurry, rare options of connections are left out, and the fidelity says so."""
     lab.switch("a")

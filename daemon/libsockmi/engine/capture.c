@@ -574,9 +574,20 @@ static void read_events(struct capture *c)
 		c->shut = SOCKMI_SHUT_RD;
 }
 
+/* Reading it would take it away from the application; with no room for it the kernel only says that it is there. */
+static void note_saved_syn(struct capture *c)
+{
+	socklen_t length = 0;
+
+	if (!c->common && getsockopt(c->fd, IPPROTO_TCP, TCP_SAVED_SYN, NULL, &length) < 0 && errno == EINVAL && length)
+		c->result->reset |= SOCKMI_FIDELITY_BIT(SAVED_SYN);
+}
+
 static int capture_connected(struct capture *c)
 {
 	int outcome;
+
+	note_saved_syn(c);
 
 	if (c->identity.state != SOCKMI_SYN_SENT)
 		read_events(c);

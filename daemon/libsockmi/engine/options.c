@@ -435,6 +435,22 @@ static bool applies(const struct row *row, const struct sockmi_option_scope *sco
 	       !(row->flags & LISTENING && !scope->listening);
 }
 
+/* The label of its packets that the socket has leased, or that it repeats; none: automatic labels. */
+static bool has_flow_label(int fd)
+{
+	struct {
+		uint8_t destination[16];
+		uint32_t label;
+		uint8_t action, share; /* 0: IPV6_FL_A_GET */
+		uint16_t flags, expires, linger;
+		uint32_t pad;
+	} request = { 0 }; /* struct in6_flowlabel_req */
+	const struct number *n = &numbers[SOCKMI_OPT_IPV6_FLOWLABEL];
+	socklen_t length = sizeof(request);
+
+	return getsockopt(fd, n->level, n->option, &request, &length) == 0 && request.label;
+}
+
 int sockmi_options_read(int fd, const struct sockmi_option_scope *scope, const struct sockmi_fresh *fresh,
 			struct sockmi_writer *writer, int *peek_offset, struct sockmi_result *result)
 {
@@ -442,6 +458,8 @@ int sockmi_options_read(int fd, const struct sockmi_option_scope *scope, const s
 	int64_t number;
 
 	*peek_offset = -1;
+	if (scope->family == AF_INET6 && !scope->common && has_flow_label(fd))
+		sockmi_lost_option(result, SOCKMI_OPT_IPV6_FLOWLABEL);
 	for (size_t i = 0; i < N_ROWS; i++) {
 		const struct row *row = &rows[i];
 
