@@ -803,7 +803,8 @@ class Importing:
         self._capacity.rooms = Counts(*(rooms[kind] for kind in order))
         self._capacity.waiting = Counts(*(waiting[kind] for kind in order))
         maximum = max(1, sum(self.lists.maxima.values()))
-        self._capacity.load = 1000 * sum(self.lists.counts().values()) // maximum
+        # More may wait than the maxima allow, since they were lowered.
+        self._capacity.load = min(1000, 1000 * sum(self.lists.counts().values()) // maximum)
 
 
 def _nothing() -> None:

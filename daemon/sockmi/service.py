@@ -75,6 +75,8 @@ _TRIM_AFTER_ROWS = 100
 _ADDRESSES_INTERVAL_S = 10.0
 _KEEP_HISTORY = 100_000
 _STOP_GRACE_S = 5.0
+# Halves, thirds, quarters and fifths are whole, and 1000 fits in 16 bits.
+_WEIGHT_UNITS = 60
 # What is in doubt is silent until the other host is heard again: ask often.
 _RETRY_MAX_S = 3.0
 
@@ -124,7 +126,7 @@ class Daemon:
         self.diag = SocketDiag()
         self.capacity = Capacity(
             modes=config.redirect.modes,
-            weight=round(config.weight * 100),
+            weight=offered_weight(config.weight),
             image_bytes_max=config.image_bytes_max,
         )
         self.core = Core(
@@ -351,7 +353,7 @@ class Daemon:
             )
             self.core.settings = core_settings(self.config)
             self.core.policy = POLICIES[self.config.policy]()
-            self.capacity.weight = round(self.config.weight * 100)
+            self.capacity.weight = offered_weight(self.config.weight)
             self.importing.set_maxima(self.config.imports)
             logs.set_level(self.config)
         finally:
@@ -533,6 +535,11 @@ def _lock(path: Path) -> int:
             f"{path}: another daemon uses this state; stop it, or choose another state_dir"
         ) from None
     return descriptor
+
+
+def offered_weight(weight: float) -> int:
+    """What OFFER says of ``weight`` (more than 0 to 1000), in sixtieths; never 0: that has a meaning."""
+    return max(1, round(weight * _WEIGHT_UNITS))
 
 
 def core_settings(config: Config) -> CoreSettings:
