@@ -157,6 +157,12 @@ class Importing:
                 places.append(self._placing.choose(item, action.modes, former))
             except Refusal as refusal:
                 places.append(refusal)
+            except Exception as error:  # no more descriptors, say: the others go on
+                _log.exception("a place for %s", item)
+                self._placing.forget(item.migration)
+                places.append(
+                    Refusal(Code.INTERNAL, f"The importer failed ({error}); its log has the details.")
+                )
         self._shell.dispatch(ReserveDone(action.batch, action.exporter, action.page, tuple(places)))
 
     def unreserve(self, action: Unreserve) -> None:

@@ -135,9 +135,9 @@ class Redirecting:
         redirect = self._shell.redirects.get(route.place.mode)
         if redirect is None:
             return Refusal(Code.NO_REDIRECT, f"The redirect {route.place.mode} is not enabled here.")
-        if obstacle := redirect.reachable(new.importer.address):
-            return Refusal(Code.NO_REDIRECT, obstacle)
         try:
+            if obstacle := redirect.reachable(new.importer.address):
+                return Refusal(Code.NO_REDIRECT, obstacle)
             if old.place.mode is route.place.mode:
                 redirect.reroute([new])
             else:

@@ -538,6 +538,12 @@ def test_the_unit_is_valid(tmp_path: Path) -> None:
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
+def test_the_unit_is_never_given_up() -> None:
+    """Whatever ends the daemon again and again: somebody's connection waits for it."""
+    unit = _unit()
+    assert (unit["Restart"], unit["StartLimitIntervalSec"]) == ("always", "0")
+
+
 def test_the_units_capabilities_suffice(lab: Lab) -> None:
     """A connection of another user, on a privileged port, is moved there and back with no others."""
     if shutil.which("setpriv") is None:

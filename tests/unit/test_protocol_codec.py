@@ -41,12 +41,42 @@ REFUSALS = st.builds(Refusal, st.sampled_from(Code), TEXTS)
 NAMES = st.lists(st.text(max_size=12), max_size=4)
 FIDELITIES = st.builds(Fidelity, NAMES, NAMES, NAMES)
 CHUNKS = st.builds(ChunkId, IDS, U32)
-ITEMS = st.builds(
-    Item, migration=IDS, connection=IDS, kind=st.sampled_from(Kind),
-    state=st.sampled_from(["LISTEN", "FIN-WAIT-1"]),
-    local=ENDPOINTS, remote=ENDPOINTS, origin=ENDPOINTS, hop=st.integers(1, 2**32 - 1), home=IDS, needs=NEEDS,
-    size_bytes=U64, listener=st.none() | IDS, handle=st.none(),
-)  # fmt: skip
+ITEM = {
+    "migration": IDS, "connection": IDS, "hop": st.integers(1, 2**32 - 1), "home": IDS, "needs": NEEDS,
+    "size_bytes": U64, "listener": st.none() | IDS, "handle": st.none(),
+}  # fmt: skip
+
+
+def ends(version: type[IPv4Address | IPv6Address]) -> st.SearchStrategy[Endpoint]:
+    """Of this IP version, with a port."""
+    addresses = st.integers(0, 2 ** (32 if version is IPv4Address else 128) - 1).map(version)
+    return st.builds(Endpoint, addresses, st.integers(1, 0xFFFF))
+
+
+def unconnected(kind: Kind, state: str, local: st.SearchStrategy[Endpoint | None]) -> st.SearchStrategy[Item]:
+    """Without a remote end; the peer knows it by its own name."""
+    return local.flatmap(
+        lambda one: st.builds(
+            Item, kind=st.just(kind), state=st.just(state), local=st.just(one), remote=st.none(),
+            origin=st.just(one), **ITEM,
+        )
+    )  # fmt: skip
+
+
+def connected(version: type[IPv4Address | IPv6Address]) -> st.SearchStrategy[Item]:
+    """All three ends of one IP version."""
+    return st.builds(
+        Item, kind=st.just(Kind.CONNECTED), state=st.sampled_from(["ESTABLISHED", "FIN-WAIT-1"]),
+        local=ends(version), remote=ends(version), origin=ends(version), **ITEM,
+    )  # fmt: skip
+
+
+ITEMS = st.one_of(
+    unconnected(Kind.BOUND, "CLOSED", ENDPOINTS),
+    unconnected(Kind.LISTENING, "LISTEN", ends(IPv4Address) | ends(IPv6Address)),
+    connected(IPv4Address),
+    connected(IPv6Address),
+)
 HOPS = st.lists(st.builds(m.Hop, IDS, U32), max_size=48).map(tuple)
 
 
@@ -173,3 +203,41 @@ def test_long_texts_are_cut_not_refused() -> None:
 def test_what_does_not_fit_is_not_written(message: m.Message) -> None:
     with pytest.raises(CodecError):
         encode(message)
+
+
+HERE, THERE = Endpoint(IPv4Address("192.0.2.1"), 80), Endpoint(IPv4Address("198.51.100.1"), 4000)
+V6 = Endpoint(IPv6Address("2001:db8::1"), 80)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": Kind.BOUND, "state": "SYN-SENT", "local": None, "origin": None},
+        {"kind": Kind.BOUND, "state": "CLOSED"},
+        {"kind": Kind.BOUND, "state": "LISTEN", "remote": None},
+        {"kind": Kind.LISTENING, "state": "LISTEN"},
+        {"kind": Kind.LISTENING, "state": "ESTABLISHED", "remote": None},
+        {"kind": Kind.LISTENING, "state": "LISTEN", "remote": None, "local": None, "origin": None},
+        {"kind": Kind.LISTENING, "state": "LISTEN", "remote": None, "local": Endpoint(HERE.address, 0)},
+        {"local": None},
+        {"remote": None},
+        {"origin": None},
+        {"local": None, "remote": None, "origin": None},
+        {"remote": V6},
+        {"origin": V6},
+        {"remote": Endpoint(THERE.address, 0)},
+        {"state": "LISTEN"},
+        {"state": "TIME-WAIT"},
+        {"state": "NOWHERE"},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_no_item(wrong: dict[str, Any]) -> None:
+    base: dict[str, Any] = {
+        "migration": b"m" * 16, "connection": b"c" * 16, "kind": Kind.CONNECTED, "state": "ESTABLISHED",
+        "local": HERE, "remote": THERE, "origin": HERE, "hop": 1, "home": b"h" * 16,
+    }  # fmt: skip
+    good = m.Reserve(b"b" * 16, 0, (Item(**base),), (Mode.NAT,))
+    assert decode(encode(good)) == good
+    with pytest.raises(CodecError, match="RESERVE: "):
+        decode(encode(m.Reserve(b"b" * 16, 0, (Item(**(base | wrong)),), (Mode.NAT,))))

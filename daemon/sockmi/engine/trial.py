@@ -38,6 +38,8 @@ def _kernel_counts_us() -> bool:
 
 def obstacle(needs: Needs, state: str, placement: Placement, remote: Endpoint | None) -> Refusal | None:
     """Why this host could not make a copy at ``placement``; None as far as it can be known."""
+    if placement.local is None:
+        return None  # the kernel will choose: nothing to try
     if remote is None:
         return _bind(needs, placement)
     if needs.timestamp_us and not _kernel_counts_us():

@@ -19,7 +19,15 @@ from sockmi.addresses import Endpoint
 from sockmi.engine.base import BindFlag, Fidelity, Kind, Needs
 from sockmi.protocol import messages
 from sockmi.protocol.messages import STREAM_ONLY, Hop, Message, Move, Verdict
-from sockmi.protocol.records import CHUNK_ITEMS_MAX, PAGE_ITEMS_MAX, ChunkId, Counts, Item, Place
+from sockmi.protocol.records import (
+    CHUNK_ITEMS_MAX,
+    PAGE_ITEMS_MAX,
+    ChunkId,
+    Counts,
+    Item,
+    Place,
+    contradiction,
+)
 from sockmi.redirect.base import Mode
 from sockmi.refusal import Code, Refusal
 
@@ -262,6 +270,8 @@ def _get_item(data: memoryview, at: int) -> tuple[Item, int]:
         _endpoint(*ends[0:3]), _endpoint(*ends[3:6]), _endpoint(*ends[6:9]), hop, home,
         _needs(scale, flags, image_max), size, None if listener == _NO_ID else listener,
     )  # fmt: skip
+    if wrong := contradiction(item):
+        raise CodecError(wrong)
     return item, at + _ITEM.size
 
 

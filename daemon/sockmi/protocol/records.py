@@ -95,6 +95,35 @@ class Item:
         return FourTuple(self.local, self.remote)
 
 
+_STATES = {
+    Kind.BOUND: frozenset({"CLOSED"}),
+    Kind.LISTENING: frozenset({"LISTEN"}),
+    Kind.CONNECTED: frozenset(
+        {"SYN-SENT", "ESTABLISHED", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT", "CLOSING", "LAST-ACK"}
+    ),
+}
+
+
+def contradiction(item: Item) -> str | None:
+    """What of an item contradicts the rest of it: no socket is like that, so none is looked for."""
+    local, remote, origin = item.local, item.remote, item.origin
+    if item.state not in _STATES[item.kind]:
+        return f"a {item.kind} socket in state {item.state}"
+    if (local is None) != (origin is None):
+        return "one of local and origin end without the other"
+    if item.kind is Kind.CONNECTED:
+        if local is None or remote is None or origin is None:
+            return "a connection without two ends"
+        if not local.version == remote.version == origin.version:
+            return "a connection between IP versions"
+        return None if local.port and remote.port and origin.port else "a connection with port 0"
+    if remote is not None:
+        return f"a {item.kind} socket with a remote end"
+    if item.kind is Kind.LISTENING and (local is None or not local.port):
+        return "a listening socket without a port"
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where the importer will have the copy.
