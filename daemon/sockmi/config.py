@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from sockmi.addresses import Endpoint
+from sockmi.protocol.records import IMAGE_BYTES_MAX
 from sockmi.redirect.base import Mode
 
 
@@ -193,7 +194,7 @@ class Config(Strict):
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     chunk_size: Annotated[int, Field(ge=1, le=126)] = 32
     pipeline_depth: Annotated[int, Field(ge=1, le=4)] = 1
-    image_bytes_max: Annotated[int, Field(ge=65536, le=1 << 30)] = 64 << 20
+    image_bytes_max: Annotated[int, Field(ge=65536, le=IMAGE_BYTES_MAX)] = IMAGE_BYTES_MAX
     metrics_address: Address = IPv4Address("127.0.0.1")
     metrics_port: Annotated[int, Field(ge=0, le=0xFFFF)] = Field(0, description="0: no metrics")
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -7,8 +7,12 @@ in ``commit`` (redirect, last comparison, journal, close); each step stands besi
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
+import sys
+import termios
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +30,17 @@ from sockmi.journal import Change, Record
 from sockmi.permission import Caller
 from sockmi.protocol.actions import Commit, Freeze, Outcome, Report, Result, Thaw
 from sockmi.protocol.events import CancelExport, ChildrenFound, CommitDone, FreezeDone, StartExport
-from sockmi.protocol.records import BatchId, ChunkId, Decision, HostId, Item, MigrationId, Place, Route
+from sockmi.protocol.records import (
+    IMAGE_BYTES_MAX,
+    BatchId,
+    ChunkId,
+    Decision,
+    HostId,
+    Item,
+    MigrationId,
+    Place,
+    Route,
+)
 from sockmi.queues import Queue, Queues, queue_length
 from sockmi.redirect.base import Mode
 from sockmi.redirect.held import pack
@@ -261,12 +275,17 @@ class Exporting:
             origin=(holding.origin if holding else None) or local,
             hop=export.record["hop"],
             home=holding.home if holding else self._shell.host_id,
-            needs=replace(facts.needs, image_bytes_max=_size(export) + _GROWTH_BYTES),
+            needs=replace(facts.needs, image_bytes_max=self._largest(export)),
             size_bytes=_size(export),
             listener=export.listener,
             queued=queue_length(export.selected.descriptor) if asked else 0,
             handle=export,
         )
+
+    def _largest(self, export: Export) -> int:
+        """How long the image may become until it is shipped, in bytes; no more than this host ships."""
+        size = _size(export)
+        return max(size, min(size + _GROWTH_BYTES, self._shell.config.image_bytes_max))
 
     def _journal_start(self, records: list[dict[str, Any]]) -> None:
         change = Change()
@@ -297,6 +316,8 @@ class Exporting:
         for index, place in enumerate(action.places):
             if obstacle := self._unreachable(place):
                 results[index] = Refusal(Code.NO_REDIRECT, obstacle)
+            elif too_much := self._too_much(_size_now(exports[index]), 0):
+                results[index] = too_much
         for mode, indices in by_mode(
             (place.mode, index) for index, place in enumerate(action.places)
         ).items():
@@ -316,13 +337,32 @@ class Exporting:
         reached("freeze.held")
         captured = shell.engine.capture([exports[index].selected.descriptor for index in frozen])
         reached("freeze.captured")
+        shipped = 0
         for index, one in zip(frozen, captured, strict=True):
             if isinstance(one, Captured):
-                results[index] = self._finish_image(exports[index], action.items[index], one)
+                image = self._finish_image(exports[index], action.items[index], one)
+                outcome = self._too_much(len(image), shipped) or image
             else:
-                results[index] = one
+                outcome = one
+            results[index] = outcome
+            if isinstance(outcome, Refusal):
                 self._undo([exports[index]])
+            else:
+                shipped += len(outcome)
         return results
+
+    def _too_much(self, size: int, before: int) -> Refusal | None:
+        """Why an image cannot be shipped after ``before`` bytes of its chunk: queues grow."""
+        most = self._shell.config.image_bytes_max
+        if size > most:
+            return Refusal(
+                Code.TOO_LARGE,
+                f"Its queues have grown: the image has {size} bytes, and image_bytes_max is {most}; "
+                "try again when less is queued.",
+            )
+        if before + size > IMAGE_BYTES_MAX:
+            return Refusal(Code.CHANGED, "So much is queued that it did not fit into its chunk; try again.")
+        return None
 
     def _unreachable(self, place: Place) -> str | None:
         """Why packets cannot be led to a place; the routing tables are asked now and then, not each time."""
@@ -742,6 +782,17 @@ class Exporting:
         change = Change(drop=[(Record.DECISION, str(chunk)), (Record.ORIGINALS, str(chunk))])
         self._shell.note(change)
         reached("decision.forgotten")
+
+
+def _size_now(export: Export) -> int:
+    """The same, of a connection that has been queueing since it was selected."""
+    if export.facts.kind is not Kind.CONNECTED:
+        return _size(export)
+    queued = 0
+    for queue in (termios.FIONREAD, termios.TIOCOUTQ):  # SIOCINQ and SIOCOUTQ, by their other names
+        with contextlib.suppress(OSError):  # it has ended meanwhile: the capture will say so
+            queued += int.from_bytes(fcntl.ioctl(export.selected.descriptor, queue, bytes(4)), sys.byteorder)
+    return queued + len(export.selected.context or b"") + _IMAGE_OVERHEAD_BYTES
 
 
 def _size(export: Export) -> int:

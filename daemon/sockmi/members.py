@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from sockmi import api
 from sockmi.addresses import Endpoint
 from sockmi.config import Config, GroupConfig, problems
+from sockmi.protocol.codec import STREAM_BYTES_MAX
 from sockmi.refusal import Code, Refusal
 from sockmi.transport.group import Group, GroupError, GroupSettings, Member
 from sockmi.transport.hello import Introduction
@@ -62,7 +63,7 @@ class Members:
         self._streams = StreamPool(
             loop,
             identity,
-            StreamSettings(frame_bytes_max=config.image_bytes_max + (1 << 20)),
+            StreamSettings(frame_bytes_max=STREAM_BYTES_MAX + 1),  # and the frame's kind
             on_message=lambda host, frame: on_frame(host, frame[0], frame[1:]),
             on_open=on_opened,
             on_lost=on_lost,

@@ -437,7 +437,13 @@ class Daemon:
     # -- messages
 
     def _send(self, action: actions.Send) -> None:
-        encoded = encode(action.message)
+        try:
+            encoded = encode(action.message)
+        except CodecError as error:
+            _log.error("a message cannot be sent: %s", error)
+            if action.to is not None:
+                self._events.append(events.SendFailed(action.to, action.message, str(error)))
+            return
         if action.channel is messages.Channel.STREAM and action.to is not None:
             if not self.members.send_frame(action.to, _FRAME_PROTOCOL, encoded):
                 self._events.append(events.StreamLost(action.to, "no stream"))

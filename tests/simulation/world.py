@@ -21,7 +21,7 @@ from sockmi.protocol import actions, events, messages
 from sockmi.protocol.codec import decode, encode
 from sockmi.protocol.context import Capacity, Settings
 from sockmi.protocol.core import Core
-from sockmi.protocol.messages import Channel
+from sockmi.protocol.messages import STREAM_ONLY, Channel
 from sockmi.protocol.records import (
     ChunkId,
     Counts,
@@ -63,6 +63,7 @@ class Chaos:
     end: float = 0.0  # per act of the operator
     skew: float = 0.0
     stop: float = 0.0  # per act of the operator
+    unwritable: float = 0.0  # per message that is answered, on a stream
     codec: bool = False  # every message through its bytes
 
 
@@ -258,7 +259,12 @@ class Host:
         return self.world.random.random() < self.world.chaos.refuse
 
     def send(self, action: actions.Send) -> None:
-        """Hand a message to the network."""
+        """Hand a message to the network, if it can be written."""
+        odds = self.world.chaos.unwritable if type(action.message) in STREAM_ONLY else 0.0
+        if odds and self.world.random.random() < odds and action.to is not None:
+            failed, epoch = events.SendFailed(action.to, action.message, "chance"), self.epoch
+            self.world.later(0, lambda: self.do(failed) if self.epoch == epoch else None)
+            return
         for host in self.world.hosts if action.to is None else [self.world.by_id[action.to]]:
             if host is not self:
                 self.world.send(self, host, action.message, action.channel)
@@ -742,9 +748,11 @@ class World:
             local = Endpoint(host.address, 80) if holding is None else holding.place.endpoint
             home = host.id if holding is None else holding.home
             migration = connection if hop == 1 and self.random.random() < 0.5 else self.random.randbytes(16)
+            listening = self.kind[connection] is Kind.LISTENING
+            state, remote = ("LISTEN", None) if listening else ("ESTABLISHED", PEER)
             items.append(
                 Item(
-                    migration, connection, self.kind[connection], "ESTABLISHED", local, PEER,
+                    migration, connection, self.kind[connection], state, local, remote,
                     local if holding is None else holding.origin, hop, home,
                 )
             )  # fmt: skip
@@ -971,6 +979,7 @@ def random_run(seed: int) -> World:
         crash=draw.choice([0, 0.003, 0.02]), loss=draw.choice([0, 0.1, 0.3]), refuse=draw.choice([0, 0.05]),
         stream_break=draw.choice([0, 0.03]), partition=draw.choice([0, 0.1]), stop=draw.choice([0, 0.02]),
         forge=draw.choice([0, 0.4]), delay_s=draw.choice([0.005, 0.02, 0.1]), codec=draw.random() < 0.1,
+        unwritable=0.1 if seed % 5 == 1 else 0.0,
     )  # fmt: skip
     world = World(seed, hosts=draw.randint(2, 4), connections=draw.randint(1, 5), chaos=chaos)
     for _ in range(draw.randint(5, 20)):

@@ -128,12 +128,12 @@ class Chunks:
         return any(self._chunks[one].state is Export.FREEZING for one in identifiers)
 
     def abort(self, identifier: ChunkId, reason: Refusal, retry: bool, streaming: bool) -> None:
-        """Undo an uncommitted chunk; one that is being committed goes on.
+        """Undo an uncommitted chunk; one that is being committed, or is settled, is left alone.
 
         ``retry``: its items may try another importer. ``streaming``: the stream is still there.
         """
-        chunk = self._chunks[identifier]
-        if chunk.state in (Export.COMMITTING, Export.CONFIRMING, Export.UNFREEZING):
+        chunk = self._chunks.get(identifier)
+        if chunk is None or chunk.state in (Export.COMMITTING, Export.CONFIRMING, Export.UNFREEZING):
             return
         chunk.reason, chunk.retry = reason, retry
         shipped = chunk.state is Export.SHIPPED

@@ -21,6 +21,7 @@ from sockmi.protocol import messages
 from sockmi.protocol.messages import STREAM_ONLY, Hop, Message, Move, Verdict
 from sockmi.protocol.records import (
     CHUNK_ITEMS_MAX,
+    IMAGE_BYTES_MAX,
     PAGE_ITEMS_MAX,
     ChunkId,
     Counts,
@@ -33,8 +34,7 @@ from sockmi.refusal import Code, Refusal
 
 VERSION = 1
 DATAGRAM_BYTES_MAX = 1200
-STREAM_BYTES_MAX = 256 << 20
-IMAGE_BYTES_MAX = 64 << 20
+STREAM_BYTES_MAX = IMAGE_BYTES_MAX + (1 << 20)
 TEXT_BYTES_MAX = 400
 
 
@@ -431,10 +431,11 @@ RESULTS = Field(
 def _put_images(out: bytearray, images: tuple[bytes, ...]) -> None:
     if len(images) > CHUNK_ITEMS_MAX:
         raise CodecError(f"{len(images)} images, at most {CHUNK_ITEMS_MAX} are in a chunk")
-    out += struct.pack(f">H{len(images)}I", len(images), *map(len, images))
+    lengths = [len(image) for image in images]
+    if sum(lengths) > IMAGE_BYTES_MAX:
+        raise CodecError(f"images of {sum(lengths)} bytes, at most {IMAGE_BYTES_MAX} are in a chunk")
+    out += struct.pack(f">H{len(images)}I", len(images), *lengths)
     for image in images:
-        if len(image) > IMAGE_BYTES_MAX:
-            raise CodecError(f"an image of {len(image)} bytes")
         out += image
 
 
@@ -444,8 +445,8 @@ def _get_images(data: memoryview, at: int) -> tuple[tuple[bytes, ...], int]:
         raise CodecError(f"{count} images")
     lengths = struct.unpack_from(f">{count}I", data, at)
     at += 4 * count
-    if max(lengths, default=0) > IMAGE_BYTES_MAX or sum(lengths) > len(data) - at:
-        raise CodecError("the images are longer than the message")
+    if sum(lengths) > min(IMAGE_BYTES_MAX, len(data) - at):
+        raise CodecError("the images are longer than the message, or than a chunk may be")
     images = []
     for length in lengths:
         images.append(bytes(data[at : at + length]))

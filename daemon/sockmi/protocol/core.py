@@ -23,6 +23,7 @@ from sockmi.protocol.importer import ImporterCore
 from sockmi.protocol.messages import STREAM_ONLY, Channel
 from sockmi.protocol.records import ID_BYTES, HostId
 from sockmi.protocol.routing import Routes
+from sockmi.refusal import Code, Refusal
 
 
 class Core:
@@ -49,6 +50,7 @@ class Core:
             events.Received: self._on_received,
             events.StreamOpened: exporter.stream_opened,
             events.StreamLost: self._on_stream_lost,
+            events.SendFailed: self._on_send_failed,
             events.StartExport: exporter.start_export,
             events.CancelExport: exporter.cancel_export,
             events.ChildrenFound: exporter.children_found,
@@ -183,6 +185,13 @@ class Core:
     def _on_stream_lost(self, event: events.StreamLost) -> None:
         self.exporter.stream_lost(event)
         self.importer.stream_lost(event)
+
+    def _on_send_failed(self, event: events.SendFailed) -> None:
+        """What waits for an answer to it is refused; any other message is as good as lost."""
+        name = type(event.message).__name__.upper()
+        reason = Refusal(Code.INTERNAL, f"{name} cannot be sent ({event.why}); report it")
+        self.exporter.send_failed(event, reason)
+        self.importer.send_failed(event, reason)
 
     def _on_forget(self, event: events.Forget) -> None:
         self.exporter.chunks.forget(event.host)

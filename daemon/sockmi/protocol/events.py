@@ -113,6 +113,15 @@ class StreamLost:
 
 
 @dataclass(frozen=True, slots=True)
+class SendFailed:
+    """A message that has no bytes (``why``): it was not sent, and would not be another time."""
+
+    to: HostId
+    message: Message
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class FreezeDone:
     """Per migration of the chunk, in order: the image (socket frozen), or why not (it runs on)."""
 
@@ -198,6 +207,7 @@ Event: TypeAlias = (
     | Received
     | StreamOpened
     | StreamLost
+    | SendFailed
     | FreezeDone
     | CommitDone
     | ReserveDone

@@ -144,6 +144,16 @@ class ExporterCore:
                 streaming=False,
             )
 
+    def send_failed(self, event: events.SendFailed, reason: Refusal) -> None:
+        """These items do not move; the others of their batch go on."""
+        match event.message:
+            case messages.Reserve(batch, page, items):
+                self.on_reserved(
+                    event.to, messages.Reserved(batch, page, (reason,) * len(items)), Channel.STREAM
+                )
+            case messages.Ship(chunk):
+                self.chunks.abort(chunk, reason, retry=False, streaming=True)
+
     def timer(self, key: tuple[object, ...]) -> bool:
         """A deadline of this role; False if ``key`` is none."""
         match key:

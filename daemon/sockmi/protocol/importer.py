@@ -187,6 +187,17 @@ class ImporterCore:
                 chunk.attempt = 0
                 self._later(chunk)
 
+    def send_failed(self, event: events.SendFailed, reason: Refusal) -> None:
+        """Say no instead. What is prepared learns by QUERY that it was undone; places go with their lease."""
+        match event.message:
+            case messages.Reserved(batch, page, places) if _any_good(places):
+                self._context.stream(event.to, messages.Reserved(batch, page, (reason,) * len(places)))
+            case messages.Prepared(chunk_id, results) if _any_good(results):
+                answer = messages.Prepared(chunk_id, (reason,) * len(results))
+                if (chunk := self._chunks.get(chunk_id)) is not None:
+                    chunk.answer = answer
+                self._context.stream(event.to, answer)
+
     def timer(self, key: tuple[object, ...]) -> bool:
         """A deadline of this role; False if ``key`` is none."""
         match key:
@@ -488,6 +499,10 @@ class ImporterCore:
         self._context.timers.cancel(("query", chunk.id))
         for arrival in chunk.arrivals:
             self._arriving.pop(arrival.item.connection, None)
+
+
+def _any_good(answers: tuple[object, ...]) -> bool:
+    return not all(isinstance(answer, Refusal) for answer in answers)
 
 
 def _index(item: Item) -> int:

@@ -27,6 +27,8 @@ ConnectionId: TypeAlias = bytes
 ID_BYTES = 16
 CHUNK_ITEMS_MAX = 256
 PAGE_ITEMS_MAX = 256
+IMAGE_BYTES_MAX = 64 << 20
+"""The largest image, and all images of one SHIP together. The image's format has the same limit."""
 
 
 class ChunkId(NamedTuple):
