@@ -94,12 +94,12 @@ class Client:
                 _log.warning("control client pid %d does not read its answers; disconnected", self.pid)
                 self.close()
                 return
-            self._queue(memoryview(line), [os.dup(one) for one in descriptors])
+            self._wait(line, descriptors)
             return
         try:
             sent = self._sendmsg(line, descriptors)
         except BlockingIOError:
-            self._queue(memoryview(line), [os.dup(one) for one in descriptors])
+            self._wait(line, descriptors)
             return
         except OSError:
             self.close()
@@ -112,6 +112,19 @@ class Client:
             return self._connection.send(line)
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
         return self._connection.sendmsg([line], [rights])
+
+    def _wait(self, line: bytes, descriptors: Sequence[int]) -> None:
+        """Keep a whole line and its descriptors; who needs more than are left is disconnected."""
+        kept: list[int] = []
+        try:
+            for one in descriptors:
+                kept.append(os.dup(one))
+        except OSError as error:
+            _log.warning("control client pid %d: %s; disconnected", self.pid, error)
+            _close_all(kept)
+            self.close()
+            return
+        self._queue(memoryview(line), kept)
 
     def _queue(self, line: memoryview, descriptors: list[int]) -> None:
         if not self._unsent:

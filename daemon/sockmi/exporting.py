@@ -426,6 +426,14 @@ class Exporting:
 
     def _undo(self, exports: list[Export]) -> None:
         """Lift the holds first: a resumed owner's packets must not be dropped."""
+        try:
+            self._unhold(exports)
+        except Exception:  # then the kernel lifts them, when their time is over
+            _log.exception("holds could not be lifted; they end by themselves")
+        reached("thaw.unheld")
+        self._resume(exports)
+
+    def _unhold(self, exports: list[Export]) -> None:
         tuples = [export.facts.tuple for export in exports if export.facts.tuple]
         if tuples:
             self._shell.holds.unhold(tuples)
@@ -437,8 +445,6 @@ class Exporting:
         ]
         if listeners:
             self._shell.holds.unhold_listeners(listeners)
-        reached("thaw.unheld")
-        self._resume(exports)
 
     def _resume_released(self) -> None:
         exports, self._to_resume = self._to_resume, []
@@ -763,7 +769,7 @@ class Exporting:
         os.close(export.selected.descriptor)
         export.image = b""
         if batch is not None and batch.progress is not None:
-            batch.progress(record)
+            _tell(batch.progress, record)
 
     def batch_done(self, batch_id: BatchId) -> None:
         """Every migration of the batch has its outcome."""
@@ -774,7 +780,7 @@ class Exporting:
             return
         batch.open_batches -= 1
         if batch.open_batches == 0:
-            batch.done(batch.records)
+            _tell(batch.done, batch.records)
 
     def forget_decision(self, chunk: ChunkId) -> None:
         """The importer is ACTIVE: nothing of the decision is needed any more."""
@@ -799,6 +805,14 @@ def _size(export: Export) -> int:
     """About how long the image will be, in bytes."""
     queued = export.facts.receive_queue_bytes + export.facts.send_queue_bytes
     return queued + len(export.selected.context or b"") + _IMAGE_OVERHEAD_BYTES
+
+
+def _tell(hearer: Callable[[Any], None], news: Any) -> None:
+    """What became of migrations is so, whether or not it can be told."""
+    try:
+        hearer(news)
+    except Exception:
+        _log.exception("the outcome of an export could not be told to whoever asked for it")
 
 
 def _merge_fidelity(record: dict[str, Any], fidelity: Any) -> None:

@@ -177,7 +177,12 @@ class Importing:
         results: list[Fidelity | Refusal] = []
         copies: list[Copy | None] = []
         for arrival, image in zip(action.arrivals, action.images, strict=True):
-            made = self._examine(action.chunk, action.exporter, arrival, image)
+            try:
+                made = self._examine(action.chunk, action.exporter, arrival, image)
+            except Exception as error:
+                _log.exception("examining %s", arrival.item)
+                self.lists.unreserve(UUID(bytes=arrival.item.migration))
+                made = Refusal(Code.INTERNAL, f"The importer failed ({error}); its log has the details.")
             copies.append(made if isinstance(made, Copy) else None)
             results.append(made if isinstance(made, Refusal) else Fidelity())
         try:
@@ -308,11 +313,17 @@ class Importing:
         reached("discard.dropped")
         if not self._spooled.get(_chunk_name(action.chunk), set()) - set(action.migrations):
             change.drop.append((Record.PREPARED, str(action.chunk)))
-        if change.audit or change.drop:
-            self._shell.journal.write(change)
+        journalled = True
+        try:
+            if change.audit or change.drop:
+                self._shell.journal.write(change)
+        except Exception:
+            _log.exception("the journal cannot be written; the next start settles %s again", action.chunk)
+            journalled = False
         reached("discard.journalled")
         for copy in copies:
-            self._unspool(copy)  # not before: what the journal has prepared is in the spool
+            if journalled:  # else not: what the journal has prepared is in the spool
+                self._unspool(copy)
             self._undo_handing(copy)
         for migration in action.migrations:
             self._placing.forget(migration)
@@ -528,14 +539,18 @@ class Importing:
         if wish.timer is not None:
             wish.timer.cancel()
         items, contexts = [], []
+        failure: OSError | None = None
         for copy in copies:
             copy.client = client
-            if client.uid:  # it is the importer's now, not ours
-                os.fchown(copy.fd, client.uid, -1)
             waiting = self.lists.claimed(copy.candidate.migration_id)
             context = section(copy.image, Section.CONTEXT) if copy.facts.context_bytes else b""
-            if context:
-                contexts.append(_memfd(context))
+            try:
+                if client.uid:  # it is the importer's now, not ours
+                    os.fchown(copy.fd, client.uid, -1)
+                if context:
+                    contexts.append(_memfd(context))
+            except OSError as error:
+                failure = error
             items.append(
                 {
                     "request": waiting.index if waiting else 0,
@@ -559,7 +574,11 @@ class Importing:
             "fds": len(descriptors),
             "imported": items,
         }
-        client.respond(answer, descriptors)
+        if failure is None:
+            client.respond(answer, descriptors)
+        else:  # as if it had gone: they are listed, once it is decided
+            _log.warning("import of pid %d: %s; disconnected, it may ask again", client.pid, failure)
+            client.close()
         reached("hand.sent")
         for context_fd in contexts:
             os.close(context_fd)
@@ -865,10 +884,14 @@ def _memfd(content: bytes) -> int:
     import fcntl
 
     descriptor = os.memfd_create("sockmi-context", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.write(descriptor, content)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    try:
+        os.write(descriptor, content)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
 from sockmi import durable
@@ -15,6 +16,8 @@ from sockmi.protocol.events import CollectDone, ConnectionsEnded, RerouteDone
 from sockmi.protocol.records import Holding, Route
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell, by_mode, inbound, living, outbound
+
+_log = logging.getLogger(__name__)
 
 # What the kernel says nothing of when it ends: until then late packets belong to the copy's host.
 _SILENT_STATES = frozenset({5, 6})  # FIN-WAIT-2 (of which the same is left), TIME-WAIT: 60 s at most
@@ -116,17 +119,32 @@ class Redirecting:
         """Lead connections straight to their new holders."""
         results: list[tuple[bytes, int, Refusal | None]] = []
         change = Change()
+        former: dict[bytes, Route] = {}
         for route in action.routes:
             refusal = self._reroute_one(route)
             if refusal is None:
+                former.setdefault(route.connection, self.routes[route.connection])
                 self.routes[route.connection] = route
                 durable.keep(change, [route])
             results.append((route.connection, route.hop, refusal))
         reached("reroute.led")
-        if change.keep:
-            self._shell.journal.write(change)
+        try:
+            if change.keep:
+                self._shell.journal.write(change)
+        except Exception as error:  # a full disk: as before, and whoever asked keeps its own redirect
+            _log.exception("the journal cannot be written; %d redirects are led back", len(former))
+            self._lead_back(former.values())
+            why_not = Refusal(Code.INTERNAL, f"The journal cannot be written ({error}); see sockmi doctor.")
+            results = [(connection, hop, refusal or why_not) for connection, hop, refusal in results]
         reached("reroute.journalled")
         self._shell.dispatch(RerouteDone(tuple(results)))
+
+    def _lead_back(self, former: Iterable[Route]) -> None:
+        """The inverse of ``_reroute_one``; raises if it fails, as then nobody knows who leads where."""
+        for route in former:
+            if (refusal := self._reroute_one(route)) is not None:
+                raise refusal
+            self.routes[route.connection] = route
 
     def _reroute_one(self, route: Route) -> Refusal | None:
         old, new = self.routes.get(route.connection), outbound(route)

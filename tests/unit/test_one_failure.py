@@ -5,22 +5,28 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from ipaddress import IPv4Address
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from sockmi.addresses import Endpoint
+from sockmi.api import parse_request
 from sockmi.config import Config
 from sockmi.engine.base import Kind, Needs, Placement
 from sockmi.engine.trial import obstacle
-from sockmi.importing import Importing
+from sockmi.exporting import Batch, Export, Exporting, Selected
+from sockmi.image import Family, ImageError
+from sockmi.import_lists import Candidate
+from sockmi.importing import Copy, Importing, Wish
 from sockmi.placing import Placing
 from sockmi.protocol import actions as a
 from sockmi.protocol import events as e
 from sockmi.protocol.context import Capacity
-from sockmi.protocol.records import Item, Place, Route
+from sockmi.protocol.records import Arrival, ChunkId, Item, Place, Route
 from sockmi.redirect.base import Mode
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
@@ -83,3 +89,148 @@ def test_a_reroute_that_fails_is_refused(error: Exception) -> None:
     assert isinstance(done, e.RerouteDone)
     [(_, hop, refusal)] = done.results
     assert hop == 2 and refusal is not None and refusal.code is Code.REDIRECT
+
+
+def test_a_reroute_that_cannot_be_journalled_is_undone() -> None:
+    """The kernel leads where it has led before; the waypoint is told to stay."""
+    led: list[object] = []
+    redirect = SimpleNamespace(
+        reachable=lambda _: None, reroute=lambda ways: led.extend(one.importer for one in ways)
+    )
+
+    def write(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ends = Endpoint(IPv4Address("192.0.2.1"), 80), Endpoint(IPv4Address("198.51.100.1"), 4000)
+    places = [Place(Endpoint(IPv4Address(f"192.0.2.{one}"), 4000), Mode.NAT) for one in (2, 3)]
+    old, new = (
+        Route(b"c" * 16, b"m" * 16, Kind.CONNECTED, hop, HOME, b"x" * 16, place, *ends, ends[0])
+        for hop, place in enumerate(places, 1)
+    )
+    shell, events = told(redirects={Mode.NAT: redirect}, journal=SimpleNamespace(write=write))
+    redirecting = Redirecting(shell, {old.connection: old}, {}, lambda _: None, lambda _: False)
+    redirecting.reroute(a.Reroute((new,)))
+    [done] = events
+    assert isinstance(done, e.RerouteDone)
+    [(_, _, refusal)] = done.results
+    assert refusal is not None and refusal.code is Code.INTERNAL
+    assert led == [places[1].endpoint, places[0].endpoint]
+    assert redirecting.routes == {old.connection: old}
+
+
+@pytest.mark.parametrize("error", [*ERRORS, ImageError("section", "damaged")], ids=repr)
+def test_an_image_that_cannot_be_looked_at_is_refused(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place in the list is free again."""
+
+    def examine(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sockmi.importing.examine", examine)
+    loop = SimpleNamespace(call_later=lambda *_: None)
+    engine = SimpleNamespace(restore=lambda *_: [])
+    shell, events = told(loop=loop, engine=engine)
+    redirecting: Any = SimpleNamespace(suspend=list, lead_again=list)
+    placing: Any = SimpleNamespace(forget=lambda _: None)
+    importing = Importing(shell, placing, Capacity(), redirecting)
+    room = importing.lists.room(Kind.BOUND)
+    importing.prepare(a.Prepare(ChunkId(BATCH, 0), HOME, (Arrival(bound(1), Place()),), (b"image",)))
+    [done] = events
+    assert isinstance(done, e.PrepareDone)
+    [refusal] = done.results
+    assert isinstance(refusal, Refusal)
+    assert importing.lists.room(Kind.BOUND) == room
+
+
+def test_owners_run_again_though_a_hold_cannot_be_lifted() -> None:
+    """It ends by itself, in the kernel."""
+    resumed: list[int] = []
+
+    def unhold(_: object) -> None:
+        raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    facts: Any = SimpleNamespace(tuple=object(), kind=Kind.CONNECTED, inode=7)
+    export = Export(Selected(-1, None, None), b"m" * 16, facts, {}, stopped=True)
+    shell, _ = told(holds=SimpleNamespace(unhold=unhold), engine=SimpleNamespace(resume=resumed.extend))
+    exporting = Exporting(shell, SimpleNamespace(holding_of=None), lambda *_: None)  # type: ignore[arg-type]
+    exporting.exports[export.migration] = export
+    exporting.thaw(a.Thaw(ChunkId(BATCH, 0), (export.migration,)))
+    assert resumed == [7] and not export.stopped
+
+
+def test_an_outcome_that_cannot_be_told() -> None:
+    """The batch is over all the same."""
+
+    def done(_: object) -> None:
+        raise ValueError("not in the model")
+
+    shell, _ = told()
+    exporting = Exporting(shell, SimpleNamespace(holding_of=None), lambda *_: None)  # type: ignore[arg-type]
+    exporting._batches[BATCH] = Batch(done, None)
+    exporting.batch_done(BATCH)
+    assert not exporting.is_open(BATCH)
+
+
+def prepared(shell: Any, context_bytes: int = 0) -> tuple[Importing, Copy]:
+    """An importer with a dormant copy, which the shell's spool has."""
+    redirecting: Any = SimpleNamespace(suspend=list, lead_again=list)
+    placing: Any = SimpleNamespace(forget=lambda _: None)
+    importing = Importing(shell, placing, Capacity(), redirecting)
+    item = bound(1)
+    candidate = Candidate(UUID(bytes=item.migration), item.kind, item.local, None, 0, None)
+    facts: Any = SimpleNamespace(context_bytes=context_bytes, family=Family.INET)
+    copy = Copy(
+        Arrival(item, Place()), f"{BATCH.hex()}-0", candidate, Placement(item.local, False), facts, {},
+        datetime.now(UTC), fd=-1, image=b"image",
+    )  # fmt: skip
+    importing.copies[item.migration] = copy
+    importing._spooled[copy.chunk] = {item.migration}
+    return importing, copy
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_discarded_stays_in_the_spool_while_the_journal_has_it(full: bool) -> None:
+    """So that the next start can make it again, and ask."""
+    removed: list[str] = []
+
+    def write(_: object) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    shell, _ = told(
+        journal=SimpleNamespace(write=write),
+        spool=SimpleNamespace(remove=removed.append),
+        engine=SimpleNamespace(discard=list),
+    )
+    importing, copy = prepared(shell)
+    importing.discard(a.Discard(ChunkId(BATCH, 0), (copy.arrival.item.migration,)))
+    assert not importing.copies
+    assert removed == ([] if full else [copy.chunk])
+
+
+def test_who_cannot_be_given_a_context_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more descriptors: its sockets are listed as if it had gone, and the daemon goes on."""
+
+    def no_more(_: bytes) -> int:
+        raise ERRORS[0]
+
+    class Someone:
+        pid, uid, closed = 7, 0, False
+
+        def close(self) -> None:
+            self.closed = True
+            importing.gone(self)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("sockmi.importing._memfd", no_more)
+    monkeypatch.setattr("sockmi.importing.section", lambda *_: b"context")
+    timer = SimpleNamespace(cancel=lambda: None)
+    shell, _ = told(loop=SimpleNamespace(call_later=lambda *_: timer), engine=SimpleNamespace(discard=list))
+    importing, copy = prepared(shell, context_bytes=7)
+    client: Any = Someone()
+    wish: Any = parse_request(b'{"op": "import", "requests": [{"states": ["bound"]}]}')
+    importing._wishes[client] = Wish(wish, None)
+    ended: list[bool] = []
+    importing._hand(client, [copy], lambda: ended.append(True))
+    assert client.closed and ended == [True] and copy.client is None
+    assert importing.lists.is_listed(copy.candidate.migration_id)
