@@ -151,6 +151,10 @@ class TimingConfig(Strict):
 
     freeze_deadline_s: Annotated[float, Field(ge=0.02, le=5.0)] = 0.5
     request_interval_s: Annotated[float, Field(ge=0.005, le=5.0)] = 0.05
+    offer_grace_s: Annotated[float, Field(ge=0, le=5.0)] | None = Field(
+        None,
+        description="none: as the policy needs it (sockmi/policy.py)",
+    )
     negotiation_timeout_s: Annotated[float, Field(ge=0.05, le=60.0)] = 2.0
     lease_s: Annotated[float, Field(ge=0.1, le=300.0)] = 10.0
     linger_s: Annotated[float, Field(ge=1, le=600)] = 120.0

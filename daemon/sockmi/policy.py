@@ -32,6 +32,12 @@ class Policy(ABC):
     the exporter goes on asking for it."""
 
     name: str
+    grace_s: float
+    """How long to wait for more offers after the first one, unless an operator has said."""
+
+    def suffices(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether no other offer could be better than the best of these: nobody waits for more then."""
+        return False
 
     @abstractmethod
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -55,9 +61,17 @@ def fill(wanted: Iterable[int], candidates: Iterable[Candidate]) -> list[Share]:
 
 
 class FirstValid(Policy):
-    """The paper's: the first valid offer, but one with a waiting importer before one without."""
+    """The paper's: the first valid offer, but one with a waiting importer before one without.
+
+    So whoever has none has to wait a little for those who have.
+    """
 
     name = "first"
+    grace_s = 0.02
+
+    def suffices(self, candidates: Sequence[Candidate]) -> bool:
+        """There is one with a waiting importer."""
+        return any(candidate.waiting.total for candidate in candidates)
 
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Stable, so that order of arrival decides among equals."""
@@ -68,6 +82,7 @@ class LeastLoaded(Policy):
     """The host whose import lists are the emptiest; a waiting importer decides among equals."""
 
     name = "least-loaded"
+    grace_s = 0.05
 
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Lowest load first."""
@@ -83,6 +98,7 @@ class Weighted(Policy):
     """
 
     name = "weighted"
+    grace_s = 0.05
 
     def __init__(self) -> None:
         self._credit: dict[HostId, float] = {}

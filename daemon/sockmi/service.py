@@ -551,8 +551,10 @@ def offered_weight(weight: float) -> int:
 def core_settings(config: Config) -> CoreSettings:
     """The protocol core's settings from the configuration."""
     timing = config.timing
+    grace_s = timing.offer_grace_s
     return CoreSettings(
         request_interval_s=timing.request_interval_s,
+        offer_grace_s=POLICIES[config.policy].grace_s if grace_s is None else grace_s,
         lease_s=timing.lease_s,
         freeze_deadline_s=timing.freeze_deadline_s,
         audit_interval_s=timing.audit_interval_s,

@@ -427,9 +427,9 @@ class Bench:
         moved(self.export_actively([case.ours]))
         self.clear()
 
-    def clear(self) -> None:
+    def clear(self, hosts: str = "ab") -> None:
         """Close what a test has left open or listed, and let nobody be deaf."""
-        for host in "ab":
+        for host in hosts:
             while left := import_socket(ImportRequest(), 0, control=self.host(host).control_socket):
                 for one in left:
                     copy_of(one).close()

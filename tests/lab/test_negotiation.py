@@ -27,7 +27,7 @@ from tests.lab.matrix_lab import (
     reconfigured,
     verdict,
 )
-from tests.lab.scenario import ask, daemons, until
+from tests.lab.scenario import ask, daemons, status, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -137,3 +137,65 @@ def test_who_is_refused_by_all_does_not_wait(it: Bench) -> None:
         [record] = it.export_passively([(os.getpid(), mine.fileno())], to=None, timeout_s=30.0)
         assert time.monotonic() < started + 5
     assert verdict(record)[:2] == ("refused", Code.PORT_TAKEN)
+
+
+def spread(it: Bench, count: int) -> Counter[str]:
+    """Where so many connections go that are exported one after the other to any host."""
+    found: Counter[str] = Counter()
+    for _ in range(count):
+        [record] = it.export_passively([(os.getpid(), it.pair("v4").fd)], to=None)
+        moved([record])
+        found[record["to"]] += 1
+    return found
+
+
+@pytest.fixture
+def emptied(it: Bench) -> Iterator[Bench]:
+    """Nothing is listed before and afterwards."""
+    it.clear("abc")
+    yield it
+    it.clear("abc")
+
+
+@pytest.mark.parametrize("busy", ["b", "c"])
+def test_the_least_loaded_gets_it(emptied: Bench, busy: str) -> None:
+    """Whoever of them is faster."""
+    it, idle = emptied, {"b": "c", "c": "b"}[busy]
+    moved(it.export_passively([(os.getpid(), it.pair("v4").fd) for _ in range(40)], to=busy))
+    with reconfigured(it, "a", policy="least-loaded"):
+        assert spread(it, 8) == {idle: 8}
+
+
+def test_weights_divide_it(emptied: Bench) -> None:
+    it = emptied
+    with (
+        reconfigured(it, "b", weight=750),
+        reconfigured(it, "c", weight=250),
+        reconfigured(it, "a", policy="weighted"),
+    ):
+        assert spread(it, 8) == {"b": 6, "c": 2}
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_where_an_application_waits(emptied: Bench, name: str) -> None:
+    """It comes there, though another host may be faster."""
+    it = emptied
+    for _ in range(4):
+        importing = Later(it.take, [ImportRequest(["connected"])], name)
+        until(lambda: status(it.host(name))["import_lists"]["connected"]["waiting"] == 1)
+        assert spread(it, 1) == {name: 1}
+        [came] = importing.result()
+        copy_of(came).close()
+
+
+@pytest.mark.parametrize("policy", ["first", "least-loaded"])
+def test_the_grace_can_be_chosen(emptied: Bench, policy: str) -> None:
+    """One of three has no room, and is silent: it is waited for as long as an operator has said."""
+    it = emptied
+    with reconfigured(it, "c", imports={"max_connected": 0}):
+        for grace_s in (1.0, 0.0):
+            timing = {"freeze_deadline_s": 5.0, "offer_grace_s": grace_s}
+            with reconfigured(it, "a", policy=policy, timing=timing):
+                started = time.monotonic()
+                assert spread(it, 1) == {"b": 1}
+                assert (time.monotonic() - started >= 1.0) == (grace_s == 1.0)

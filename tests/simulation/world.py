@@ -65,6 +65,7 @@ class Chaos:
     stop: float = 0.0  # per act of the operator
     unwritable: float = 0.0  # per message that is answered, on a stream
     codec: bool = False  # every message through its bytes
+    grace_s: float = 0.0  # how long offers are collected
 
 
 @dataclass(slots=True)
@@ -160,7 +161,8 @@ class Host:
             rooms=Counts(8, 8, 8), modes=(Mode.FORWARD, Mode.NAT), addresses=frozenset({self.address})
         )
         capacity.members = frozenset(other.id for other in self.world.hosts) - {self.id}
-        self.core = Core(self.id, SETTINGS, capacity)
+        grace_s = self.world.chaos.grace_s
+        self.core = Core(self.id, replace(SETTINGS, offer_grace_s=grace_s), capacity)
         self.do(
             events.Started(
                 tuple(journal.decisions.values()),
@@ -979,7 +981,7 @@ def random_run(seed: int) -> World:
         crash=draw.choice([0, 0.003, 0.02]), loss=draw.choice([0, 0.1, 0.3]), refuse=draw.choice([0, 0.05]),
         stream_break=draw.choice([0, 0.03]), partition=draw.choice([0, 0.1]), stop=draw.choice([0, 0.02]),
         forge=draw.choice([0, 0.4]), delay_s=draw.choice([0.005, 0.02, 0.1]), codec=draw.random() < 0.1,
-        unwritable=0.1 if seed % 5 == 1 else 0.0,
+        unwritable=0.1 if seed % 5 == 1 else 0.0, grace_s=0.05 if seed % 3 == 1 else 0.0,
     )  # fmt: skip
     world = World(seed, hosts=draw.randint(2, 4), connections=draw.randint(1, 5), chaos=chaos)
     for _ in range(draw.randint(5, 20)):

@@ -17,13 +17,14 @@ from sockmi.engine.base import Kind
 from sockmi.image import LIMIT_BYTES
 from sockmi.import_lists import Candidate
 from sockmi.importing import Importing
+from sockmi.policy import POLICIES
 from sockmi.protocol import actions, events
 from sockmi.protocol import messages as m
 from sockmi.protocol.codec import STREAM_BYTES_MAX, CodecError, decode, encode
 from sockmi.protocol.context import Capacity
 from sockmi.protocol.records import CHUNK_ITEMS_MAX, IMAGE_BYTES_MAX, ChunkId, Counts, Place
 from sockmi.redirect.base import Mode
-from sockmi.service import Daemon, offered_weight
+from sockmi.service import Daemon, core_settings, offered_weight
 
 HEADER = Path(__file__).parents[2] / "daemon/libsockmi/engine/image.h"
 
@@ -84,3 +85,13 @@ def test_a_message_that_cannot_be_written_is_told_to_the_core() -> None:
     [failed] = waiting
     assert isinstance(failed, events.SendFailed)
     assert (failed.to, failed.message) == (HOST, ship) and "67108865" in failed.why
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_policy_has_its_grace(policy: str) -> None:
+    """Unless an operator has said otherwise, be it 0."""
+    config = Config.model_validate({"policy": policy})
+    assert core_settings(config).offer_grace_s == POLICIES[policy].grace_s > 0
+    for said in (0, 0.3):
+        config = Config.model_validate({"policy": policy, "timing": {"offer_grace_s": said}})
+        assert core_settings(config).offer_grace_s == said

@@ -22,9 +22,9 @@ class Settings:
     ``chunk_items``/``chunk_bytes``: how many sockets, and image bytes (at least one socket),
     are frozen together. ``pipeline_depth``: chunks of one leg that may be frozen at once.
     ``freeze_deadline_s``: from Freeze to PREPARED; then the chunk is undone. ``offer_grace_s``:
-    how long to collect offers before choosing (0: take the first). ``freezes_max``: how often a
-    freeze is tried that fails for a passing reason. Retries start at ``retry_s`` and double up
-    to ``retry_max_s``.
+    how long to collect offers before choosing, unless no better one would come (0: take the first).
+    ``freezes_max``: how often a freeze is tried that fails for a passing reason. Retries
+    start at ``retry_s`` and double up to ``retry_max_s``.
     """
 
     request_interval_s: float = 0.25

@@ -178,7 +178,7 @@ class ExporterCore:
     # --- messages --------------------------------------------------------------------------
 
     def on_offer(self, source: HostId, message: messages.Offer, _: Channel) -> None:
-        """Keep it, and choose unless there is a grace window."""
+        """Keep it, and choose unless better ones may follow."""
         context, batch = self._context, self._batches.get(message.batch)
         if batch is None or not batch.pending or batch.follows:
             return  # others were faster: not worth a word
@@ -194,7 +194,7 @@ class ExporterCore:
         batch.offers[source] = message
         if batch.dry_run and not batch.satisfied:
             return  # others may have room for the rest; what is asked for again is already offered here
-        if context.settings.offer_grace_s <= 0:
+        if context.settings.offer_grace_s <= 0 or self._enough(batch):
             self._assign(batch, last=not batch.dry_run)
             self._finish(batch)
         elif ("choose", batch.id) not in context.timers:
@@ -301,10 +301,7 @@ class ExporterCore:
         context = self._context
         if not batch.pending or not batch.offers:
             return
-        candidates = [
-            Candidate(host, offer.rooms, offer.waiting, offer.load, offer.weight)
-            for host, offer in batch.offers.items()
-        ]
+        candidates = _candidates(batch)
         policy = deepcopy(context.policy) if batch.dry_run else context.policy
         shares = divide(batch.pending.values(), candidates, policy, batch.barred)
         if not last and sum(len(items) for _, items in shares) < len(batch.pending):
@@ -318,6 +315,20 @@ class ExporterCore:
             chosen = tuple(leg.host for leg in batch.legs.values())
             if len(chosen) <= _CHOSEN_MAX and (batch.target is None or batch.dry_run):
                 context.datagram(batch.target, messages.Release(batch.id, chosen))
+
+    def _enough(self, batch: Batch) -> bool:
+        """Whether it is in vain to wait for more offers: no better ones, or none at all, would come."""
+        if batch.target is not None or batch.target_address is not None:
+            return True
+        heard = self._context.capacity.members - self._failed(batch)
+        return (bool(heard) and heard <= batch.offers.keys()) or self._context.policy.suffices(
+            _candidates(batch)
+        )
+
+    def _failed(self, batch: Batch) -> set[HostId]:
+        """Hosts that are not asked any more."""
+        most = self._context.settings.leg_failures_max
+        return {host for host, failures in batch.failures.items() if failures >= most}
 
     def _to_leg(self, batch: Batch, host: HostId, items: list[Item]) -> None:
         if not items:
@@ -415,7 +426,9 @@ class ExporterCore:
             f"no host of the group offered to take it within {batch.timeout_s} s; check that daemons with "
             "this group's key run on the other hosts, have room, and can be redirected to (sockmi doctor)",
         )
-        if batch.offers and batch.dry_run:
+        if batch.offers and not batch.dry_run:
+            self._assign(batch)  # better ones were still waited for
+        elif batch.offers:
             asked = wanted(batch.pending.values()).total
             self._assign(batch)
             planned = asked - wanted(batch.pending.values()).total
@@ -457,8 +470,7 @@ class ExporterCore:
 
     def _refuse_hopeless(self, batch: Batch) -> None:
         """What every host that is heard has refused for good need not wait until the batch's time is over."""
-        members, most = self._context.capacity.members, self._context.settings.leg_failures_max
-        failed = {host for host, failures in batch.failures.items() if failures >= most}
+        members, failed = self._context.capacity.members, self._failed(batch)
         if batch.target is not None or batch.target_address is not None or not members:
             return
         hopeless = [
@@ -545,3 +557,11 @@ class ExporterCore:
         batch = self._batches.get(chunk.batch)
         if batch is not None:
             self._finish(batch)
+
+
+def _candidates(batch: Batch) -> list[Candidate]:
+    """Who has offered, in order of arrival."""
+    return [
+        Candidate(host, offer.rooms, offer.waiting, offer.load, offer.weight)
+        for host, offer in batch.offers.items()
+    ]
