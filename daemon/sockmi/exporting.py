@@ -224,6 +224,8 @@ class Exporting:
         for export in waiting:
             self._end(export, batch, "refused", refusal)
         if waiting:
+            records = [export.record for export in waiting]
+            self._shell.note(Change(audit=[(UUID(one["migration_id"]), "export", one) for one in records]))
             self.batch_done(batch_id)
         else:
             self._shell.dispatch(CancelExport(batch_id))

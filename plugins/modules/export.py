@@ -47,7 +47,9 @@ options:
     type: str
   timeout:
     description:
-      - Seconds after which what is not committed is undone.
+      - Seconds in which an importer must be found. What has none by then is refused, what has one goes on.
+      - If the daemon has not answered 15 seconds later it is told to undo what is not committed, and asked
+        what became of each socket.
       - It holds for each batch of up to 500 sockets.
     type: float
     default: 30.0
@@ -467,6 +469,7 @@ class Export:
         except ControlError as error:
             if error.code or self.dry_run:
                 raise
+            client.close()  # if it is only slow: what is not committed is undone
             self.records += self._outcomes([one["migration_id"] for one in sockets], error)
         else:
             if self.params["fd"] is None:

@@ -69,6 +69,7 @@ class FakeDaemon:
 
     Steps: ``accept``, ``request``, ``fds`` (sent them, then closes), ``half-line``,
     ``taken`` (read it, did nothing), ``live`` (activated, did not say so), ``garbage``, ``silent``.
+    Exports that are not answered: ``late`` (done), ``unbegun``, ``mute`` (and nothing is known of it).
     """
 
     def __init__(self, path: Path) -> None:
@@ -357,6 +358,8 @@ class FakeDaemon:
             self.contexts.append(os.pread(fd, 1 << 21, 0))
         for fd in fds:
             os.close(fd)
+        if self.break_at in ("unbegun", "mute"):
+            return self._stall(one)
         outcome = {"outcome": "planned" if request.dry_run else "moved", **self.outcomes}
         records = []
         for item in request.sockets:
@@ -368,11 +371,21 @@ class FakeDaemon:
             records.append(record)
         if self.break_at == "live":
             raise EOFError
+        if self.break_at == "late":
+            return self._stall(one)
         half = len(records) // 2  # a list may come in several lines
         self._send(one, {"ok": True, "more": True, "migrations": records[:half]}, [], api.ExportResponse)
         return self._send(one, {"ok": True, "migrations": records[half:]}, [], api.ExportResponse)
 
+    def _stall(self, one: socket.socket) -> None:
+        """Answer nothing; a client that gives up cancels what has not been decided."""
+        while one.recv(1 << 16):
+            pass
+        raise EOFError
+
     def _info(self, one: socket.socket, request: api.InfoRequest, _fds: list[int]) -> None:
+        if self.break_at == "mute":
+            self._stall(one)
         found = [self.records[i] for i in request.migration_ids if i in self.records]
         self._send(one, {"ok": True, "migrations": found}, [], api.InfoResponse)
 

@@ -185,6 +185,41 @@ def test_a_broken_export_that_never_began(daemon: FakeDaemon, caller: Caller, he
     assert caught.value.errno == errno.ECONNRESET
 
 
+def test_a_slow_daemon_is_asked(
+    daemon: FakeDaemon, caller: Caller, here: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits no longer learns whether its socket has moved."""
+    monkeypatch.setattr("sockmi.client.link._GRACE_S", 0.2)
+    daemon.break_at = "late"
+    identity = caller.export(here.fileno(), timeout_s=0.1)
+    assert identity in daemon.records and daemon.requests[-1].op == "info"
+    why = {"code": "timeout", "message": "in time it was undone", "errno": "ETIMEDOUT"}
+    daemon.outcomes = {"outcome": "aborted", "refusal": why}
+    with pytest.raises(OSError, match="undone") as caught:
+        caller.export(here.fileno(), timeout_s=0.1)
+    assert (caught.value.errno, caught.value.code) == (errno.ETIMEDOUT, "timeout")  # type: ignore[attr-defined]
+    daemon.break_at = "unbegun"
+    with pytest.raises(OSError, match="has not begun in time") as caught:
+        caller.export(here.fileno(), timeout_s=0.1)
+    assert caught.value.errno == errno.ETIMEDOUT
+    count = len(daemon.requests)
+    with pytest.raises(OSError, match="does not answer") as caught:
+        caller.export(here.fileno(), timeout_s=0.1, dry_run=True)
+    assert caught.value.errno == errno.ETIMEDOUT and len(daemon.requests) == count + 1
+
+
+def test_an_outcome_that_cannot_be_learnt(
+    daemon: FakeDaemon, caller: Caller, here: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That says so, by an errno of its own."""
+    monkeypatch.setattr("sockmi.client.exports._RECONNECT_S", 0.5)
+    monkeypatch.setattr("sockmi.client.link._GRACE_S", 0.2)
+    daemon.break_at = "mute"
+    with pytest.raises(OSError, match="not known") as caught:
+        caller.export(here.fileno(), timeout_s=0.1)
+    assert caught.value.errno == errno.ECONNRESET
+
+
 def test_no_privilege_to_trace(daemon: FakeDaemon, other: tuple[int, int], tmp_path: Path) -> None:
     """The kernel's own check, of a user that is not root."""
     daemon.path.chmod(0o777)

@@ -15,7 +15,7 @@
 
 #include "client.h"
 
-#define RECONNECT_MS 10000	/* how long to look for a daemon that restarts, to learn an outcome */
+#define RECONNECT_MS 10000	/* how long to ask for an outcome, of a daemon that restarts or is slow */
 #define RECONNECT_PAUSE_NS 50000000
 
 static int check(int pid, int fd, int af, const void *to, const struct sockmi_export_options *options)
@@ -185,8 +185,11 @@ static int converse(struct connection *connection, const json_t *message, const 
 	return done;
 }
 
-/* The daemon went away: ask it, or the one that comes after it, what became of the migration. */
-static int ask(const struct sockmi_export_options *options, struct sockmi_result *result)
+/*
+ * The daemon went away (why: ECONNRESET) or did not answer in time (ETIMEDOUT), and our connection is closed,
+ * which cancels what is not committed: ask it, or the one that comes after it, what became of the migration.
+ */
+static int ask(const struct sockmi_export_options *options, int why, struct sockmi_result *result)
 {
 	const struct timespec pause = { .tv_nsec = RECONNECT_PAUSE_NS };
 	long long deadline = deadline_after(RECONNECT_MS);
@@ -207,16 +210,18 @@ static int ask(const struct sockmi_export_options *options, struct sockmi_result
 		}
 		connection_close(&connection);
 		if (done == 1)
-			return fail(ECONNRESET, "The SockMi daemon went away before it began; "
-				    "the socket is as it was.");
+			return fail(why, why == ETIMEDOUT ?
+				    "The SockMi daemon has not begun in time; the socket is as it was." :
+				    "The SockMi daemon went away before it began; the socket is as it was.");
 		if (done == 0 || sockmi_last_error()->code[0])
 			return done;
-		if (errno != ECONNRESET && errno != ECONNREFUSED && errno != ENOENT)
+		if (errno != ECONNRESET && errno != ECONNREFUSED && errno != ENOENT && errno != ETIMEDOUT)
 			return -1;
 		nanosleep(&pause, NULL);
 	}
-	return fail(ECONNRESET, "The SockMi daemon went away and does not come back; whether the socket "
-		    "has moved is not known. Ask `sockmi history` when it runs again.");
+	return fail(ECONNRESET, "The SockMi daemon %s; whether the socket has moved is not known. "
+		    "Ask `sockmi history` when it answers again.",
+		    why == ETIMEDOUT ? "does not answer" : "went away and does not come back");
 }
 
 static int run(int pid, int fd, int af, const void *to, const struct sockmi_export_options *options,
@@ -251,9 +256,11 @@ static int run(int pid, int fd, int af, const void *to, const struct sockmi_expo
 	connection_close(&connection);
 	if (done == 1)
 		return fail(EPROTO, "The SockMi daemon's answer has no record of the migration.");
-	if (done < 0 && errno == ECONNRESET && !sockmi_last_error()->code[0])
-		return ask(options, result);
-	return done;
+	if (done == 0 || sockmi_last_error()->code[0])
+		return done;
+	if (errno == ECONNRESET || (errno == ETIMEDOUT && !(options->flags & SOCKMI_DRY_RUN)))
+		return ask(options, errno, result);
+	return -1;
 failed:
 	close_all(fds, 2);
 	connection_close(&connection);

@@ -183,7 +183,9 @@ def _moving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", type=_name, metavar="HOST", help="name, id or address; default: any host of the group"
     )
-    parser.add_argument("--timeout", type=_SECONDS, metavar="SECONDS", help="undo what has not moved by then")
+    parser.add_argument(
+        "--timeout", type=_SECONDS, metavar="SECONDS", help="refuse what has found no importer by then"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say whether it could be moved")
 
 

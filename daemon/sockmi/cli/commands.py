@@ -19,11 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
 from sockmi.cli.arguments import selection
 from sockmi.cli.output import ProgressBar, print_json, print_json_line, print_table, show_records
 from sockmi.cli.relay import relay
 from sockmi.client import Control, Export, Imported, ImportRequest, SockMiError
+from sockmi.client.control import learn_outcomes
+from sockmi.client.errors import Unanswered
 from sockmi.client.exports import duplicate, migrations
 from sockmi.client.imports import importing
 from sockmi.client.link import Link
@@ -75,14 +78,16 @@ def _outcomes(records: list[dict[str, Any]], options: argparse.Namespace) -> int
 # -- moving
 
 
-async def _exporting(link: Link, options: argparse.Namespace) -> list[dict[str, Any]]:
+async def _exporting(link: Link, options: argparse.Namespace, migration: UUID) -> list[dict[str, Any]]:
     """One export; the duplicate is ours, so that the kernel asks whether we might trace the process."""
     link.allow(options.timeout or _EXPORT_TIMEOUT_S)
     descriptor = duplicate(Export(options.fd, options.pid))
     request = {
         "op": "export",
         "fds": 1,
-        "sockets": [{"pid": options.pid, "fd": options.fd, "descriptor": True}],
+        "sockets": [
+            {"pid": options.pid, "fd": options.fd, "descriptor": True, "migration_id": str(migration)}
+        ],
         "to": options.to,
         "timeout_s": options.timeout,
         "dry_run": options.dry_run,
@@ -96,8 +101,17 @@ async def _exporting(link: Link, options: argparse.Namespace) -> list[dict[str, 
 
 def export(options: argparse.Namespace) -> int:
     """``sockmi export``."""
-    with _daemon(options) as control:
-        records = control.run(lambda link: _exporting(link, options))
+    migration = uuid4()
+    try:
+        with _daemon(options) as control:
+            records = control.run(lambda link: _exporting(link, options, migration))
+    except Unreachable as unreachable:
+        if options.dry_run or not isinstance(unreachable.error, Unanswered):
+            raise
+        try:
+            records = learn_outcomes([migration], options.control, unreachable.error)
+        except SockMiError as error:
+            raise Unreachable(error) from None
     return _outcomes(records, options)
 
 

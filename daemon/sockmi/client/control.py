@@ -12,8 +12,8 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Self, TypeVar
 from uuid import UUID, uuid4
 
-from sockmi.client.errors import silent
-from sockmi.client.exports import Export, export_on
+from sockmi.client.errors import Unanswered, silent
+from sockmi.client.exports import Export, export_on, outcomes
 from sockmi.client.imports import Imported, ImportRequest, import_on
 from sockmi.client.link import Link
 from sockmi.client.records import MigrationRecord, concluded
@@ -88,6 +88,13 @@ class Control:
         return _finish(exchange(self._link))
 
 
+def learn_outcomes(
+    ids: Sequence[UUID], control: str | os.PathLike[str] | None, unanswered: Unanswered
+) -> list[dict[str, Any]]:
+    """As `exports.outcomes`."""
+    return _finish(outcomes(_BlockingLink, ids, control, unanswered))
+
+
 def import_socket(
     requests: ImportRequest | Sequence[ImportRequest],
     timeout_s: float | None = None,
@@ -112,8 +119,10 @@ def export_sockets(
 ) -> list[MigrationRecord]:
     """Move sockets in one batch; a record for each, in order, also of those refused.
 
-    ``to``: address, name or id of the importing host; None: any. If the daemon goes away in
-    the middle its successor is asked for the outcome.
+    ``to``: address, name or id of the importing host; None: any. ``timeout_s``: what has found no
+    importer by then is refused. If the daemon goes away in the middle its successor is asked for the outcome;
+    so is one that has not answered 2 s after ``timeout_s``, and what is not committed then is undone.
+    SockMiError with ECONNRESET may mean that the outcome is not known; it says so.
     """
     return _finish(
         export_on(_BlockingLink, exports, to, timeout_s=timeout_s, dry_run=dry_run, control=control)

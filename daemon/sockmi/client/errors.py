@@ -15,7 +15,11 @@ class SockMiError(OSError):
         self.code = code
 
 
-class BrokenLink(SockMiError):
+class Unanswered(SockMiError):
+    """The daemon has not answered: what has become of the request must be asked."""
+
+
+class BrokenLink(Unanswered):
     """The daemon went away in the middle."""
 
     def __init__(self, message: str = "The SockMi daemon closed the connection; see its log.") -> None:
@@ -32,9 +36,9 @@ def strange(what: str) -> SockMiError:
     return SockMiError(errno.EPROTO, f"The SockMi daemon's answer is not as specified: {what}.")
 
 
-def silent() -> SockMiError:
+def silent() -> Unanswered:
     """The daemon did not answer within the time allowed."""
-    return SockMiError(errno.ETIMEDOUT, "The SockMi daemon does not answer; see its log.")
+    return Unanswered(errno.ETIMEDOUT, "The SockMi daemon does not answer; see its log.")
 
 
 def refused(why: dict[str, Any]) -> SockMiError:

@@ -15,13 +15,13 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from sockmi.client.descriptors import check_protocol, close_quietly, fileno, seal_context
-from sockmi.client.errors import BrokenLink, SockMiError, strange
+from sockmi.client.errors import BrokenLink, SockMiError, Unanswered, strange
 from sockmi.client.lines import DESCRIPTORS_MAX
 from sockmi.client.link import RECONNECT_PAUSE_S, Link
 from sockmi.client.records import MigrationRecord
 from sockmi.engine.duplicate import pidfd_getfd
 
-_RECONNECT_S = 10.0  # how long to look for a daemon that restarts, to learn an outcome
+_RECONNECT_S = 10.0  # how long to ask for an outcome, of a daemon that restarts or is slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,17 @@ async def export_on(
     dry_run: bool,
     control: str | os.PathLike[str] | None,
 ) -> list[MigrationRecord]:
-    """An export on a link of its own; if the daemon goes away its successor is asked for the outcome."""
+    """An export on a link of its own; a daemon that goes away, or is too slow, is asked for the outcome."""
     try:
         async with await links.open(control) as link:
             link.allow(timeout_s)
             return await _exporting(link, exports, to, timeout_s, dry_run)
-    except BrokenLink:
-        return await _learn(links, exports, control)
+    except Unanswered as unanswered:
+        if dry_run and not isinstance(unanswered, BrokenLink):
+            raise
+        ids = [one.migration_id for one in exports]
+        rows = await outcomes(links, ids, control, unanswered)
+        return [MigrationRecord.from_json(one) for one in rows]
 
 
 async def _exporting(
@@ -111,46 +115,49 @@ async def _records(link: Link) -> list[MigrationRecord]:
     return [MigrationRecord.from_json(one) for one in await migrations(link)]
 
 
-async def _learn(
-    links: type[Link], exports: Sequence[Export], control: str | os.PathLike[str] | None
-) -> list[MigrationRecord]:
-    ids = [str(one.migration_id) for one in exports]
+async def outcomes(
+    links: type[Link],
+    ids: Sequence[UUID],
+    control: str | os.PathLike[str] | None,
+    unanswered: Unanswered,
+) -> list[dict[str, Any]]:
+    """The records of migrations whose export got no answer; its link is closed, so no more is begun.
+
+    Raises SockMiError: the errno of ``unanswered`` if they never began; ECONNRESET if it cannot be learnt.
+    """
+    names = [str(one) for one in ids]
     deadline = time.monotonic() + _RECONNECT_S
     while (left := deadline - time.monotonic()) > 0:
         try:
             async with await links.open(control, left) as link:
-                await link.send({"op": "info", "migration_ids": ids, "wait_s": left})
-                known = await _records(link)
+                await link.send({"op": "info", "migration_ids": names, "wait_s": left})
+                known = {one["migration_id"]: one for one in await migrations(link)}
         except SockMiError as error:
-            if error.code or error.errno not in (errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOENT):
+            if error.code or not (
+                isinstance(error, Unanswered) or error.errno in (errno.ECONNREFUSED, errno.ENOENT)
+            ):
                 raise
         else:
-            if (records := _answered(exports, known)) is not None:
-                return records
+            if all(one.get("outcome") for one in known.values()):
+                return _known(names, known, unanswered)
         await links.pause(RECONNECT_PAUSE_S)
+    how = "went away and does not come back" if isinstance(unanswered, BrokenLink) else "does not answer"
     raise SockMiError(
         errno.ECONNRESET,
-        "The SockMi daemon went away and does not come back; whether the socket has moved is not known. "
-        "Ask `sockmi history` when it runs again.",
+        f"The SockMi daemon {how}; whether the socket has moved is not known. "
+        "Ask `sockmi history` when it answers again.",
     )
 
 
-def _answered(exports: Sequence[Export], known: Sequence[MigrationRecord]) -> list[MigrationRecord] | None:
-    """The records of exports whose connection broke; None while some are under way.
-
-    Raises SockMiError (ECONNRESET) if the daemon never began one of them.
-    """
-    by_id = {record.migration_id: record for record in known}
-    if any(record.outcome is None for record in known):
-        return None
-    missing = [one.migration_id for one in exports if one.migration_id not in by_id]
-    if missing:
-        raise SockMiError(
-            errno.ECONNRESET,
-            f"The SockMi daemon went away before it began {len(missing)} of {len(exports)} exports; "
-            "their sockets are as they were.",
-        )
-    return [by_id[one.migration_id] for one in exports]
+def _known(
+    names: Sequence[str], known: dict[str, dict[str, Any]], unanswered: Unanswered
+) -> list[dict[str, Any]]:
+    if missing := len(set(names) - set(known)):
+        count = f"{missing} of {len(names)} exports; their sockets are as they were."
+        if isinstance(unanswered, BrokenLink):
+            raise SockMiError(errno.ECONNRESET, f"The SockMi daemon went away before it began {count}")
+        raise SockMiError(errno.ETIMEDOUT, f"The SockMi daemon has not begun in time {count}")
+    return [known[one] for one in names]
 
 
 def duplicate(export: Export) -> int:
