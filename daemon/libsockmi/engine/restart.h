@@ -10,9 +10,15 @@
  * Restarted: epoll_wait and its kin without a timeout, or with one of at most
  * SOCKMI_EPOLL_RESTART_MAX_MS (it then begins anew); read, write, recv*, send*, accept*, connect
  * (they give EINTR if the socket has SO_RCVTIMEO or SO_SNDTIMEO, which then begins anew); semop,
- * semtimedop and sigtimedwait without a timeout. Left alone: a longer epoll_wait (event loops
- * compute the time that remains; a restart would delay their timers), and a call that returns the
- * part done so far (a blocking send of more than fits, MSG_WAITALL): a short count cannot be undone.
+ * semtimedop and sigtimedwait without a timeout. Left alone: a longer epoll_wait, and a call that
+ * returns the part done so far (a blocking send of more than fits, MSG_WAITALL): a short count cannot
+ * be undone.
+ *
+ * Why not restart a long epoll_wait for what is left of its timeout: the kernel keeps its end on the
+ * stack (no restart_block), nobody knows when it began, and the timeout is in a register that the
+ * application may go on using, as system calls preserve it. To restart it in full would delay timers by
+ * as much as the thread had slept, up to the whole timeout; to return 0 would say that it had elapsed.
+ * EINTR is what signal(7) promises after a stop, and every event loop recomputes its timeout on it.
  */
 #ifndef SOCKMI_ENGINE_RESTART_H
 #define SOCKMI_ENGINE_RESTART_H
