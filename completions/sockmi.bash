@@ -56,3 +56,11 @@ _sockmi_hosts() {
 }
 
 complete -F _sockmi sockmi
+
+_sockmid() {
+	local cur=${COMP_WORDS[COMP_CWORD]} words="--config --check --remove-redirects --force --version --help"
+	[[ ${COMP_WORDS[COMP_CWORD - 1]} == --config ]] && words=$(compgen -f -- "$cur")
+	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+}
+
+complete -F _sockmid sockmid

@@ -548,6 +548,23 @@ def offered_weight(weight: float) -> int:
     return max(1, round(weight * _WEIGHT_UNITS))
 
 
+def _uninstall(config: Config, force: bool) -> int:
+    """``--remove-redirects``; 0, or 1 if connections depend on them."""
+    from sockmi.uninstalling import Needed, remove_redirects
+
+    config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = _lock(config.state_dir / "lock")
+    try:
+        cut_off = remove_redirects(config, force=force)
+    except Needed as needed:
+        print(f"sockmid: {needed}", file=sys.stderr)
+        return 1
+    finally:
+        os.close(lock)
+    print(f"removed; {cut_off} connections were cut off" if cut_off else "removed")
+    return 0
+
+
 def core_settings(config: Config) -> CoreSettings:
     """The protocol core's settings from the configuration."""
     timing = config.timing
@@ -569,8 +586,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sockmid", description="Moves live TCP sockets between hosts.")
     parser.add_argument("--config", type=Path, default=Path("/etc/sockmi/sockmi.yml"), metavar="FILE")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument(
+        "--remove-redirects",
+        action="store_true",
+        help="remove all rules, chains and routes of this host's redirects and exit; the daemon must not run",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="with --remove-redirects: also if moved connections need them"
+    )
     parser.add_argument("--version", action="version", version=f"sockmid {VERSION}")
     options = parser.parse_args(arguments)
+    if options.force and not options.remove_redirects:
+        parser.error("--force goes with --remove-redirects")
     try:
         config = Config.load(options.config)
         if options.check:
@@ -579,6 +606,8 @@ def main(arguments: list[str] | None = None) -> int:
         logs.configure(config)
         if os.geteuid() != 0:
             raise StartError("sockmid needs root (its unit takes all but seven capabilities away)")
+        if options.remove_redirects:
+            return _uninstall(config, options.force)
         daemon = Daemon(config, options.config)
         daemon.start()
     except (*_START_ERRORS, sqlite3.Error, RuntimeError, OSError) as error:

@@ -6,6 +6,7 @@ import argparse
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
@@ -225,6 +226,20 @@ def test_man_pages_are_clean(page: Path) -> None:
 
 def test_the_pages_are_there() -> None:
     assert {"sockmi.1", "sockmid.8", "sockmi.yml.5", "sockmi.3"} <= {page.name for page in PAGES}
+
+
+def test_sockmid_tells_its_options() -> None:
+    """The manual page and both completions have every option of ``sockmid --help``."""
+    command = [sys.executable, "-m", "sockmi.service", "--help"]
+    said = subprocess.run(command, text=True, capture_output=True, timeout=60, check=True).stdout
+    options = set(re.findall(r"--([a-z-]+)", said)) - {"help"}
+    assert {"config", "check", "remove-redirects", "force", "version"} == options
+    page = (MAN / "sockmid.8").read_text()
+    assert set(re.findall(r"Fl -([a-z-]+)", page)) == options
+    zsh, bash = ((PROJECT / "completions" / name).read_text() for name in ("_sockmid", "sockmi.bash"))
+    assert all(f"'--{option}[" in zsh for option in options)
+    words = re.findall(r'words="(--config [^"]*)"', bash)[-1].split()
+    assert set(words) == {f"--{option}" for option in {*options, "help"}}
 
 
 # -- docs
