@@ -11,9 +11,10 @@ import pytest
 
 from lab.labs import Lab
 from sockmi.redirect.iptables import unusable
-from tests.lab.matrix_lab import KINDS, Bench, Case, bench, copy_of, exchange, moved
+from tests.lab.crash_lab import cluster
+from tests.lab.matrix_lab import KINDS, PATIENCE_S, Bench, Case, Held, bench, copy_of, exchange, moved
 from tests.lab.matrix_states import WAYS, move_all_states
-from tests.lab.scenario import daemons
+from tests.lab.scenario import daemons, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -79,6 +80,60 @@ def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
             it.clear()
     for name in "ab":  # the alias goes only with its last connection, and b's is in TIME-WAIT
         lab.host(name).run(["ip", "addr", "flush", "dev", "eth0", "to", address], check=False)
+
+
+@pytest.mark.parametrize("how", ["restart", "crash"])
+@pytest.mark.parametrize("version", [4, 6])
+def test_takeover_and_a_restart(lab: Lab, version: int, how: str) -> None:
+    """The address comes back as it was, with the route of its network, though another daemon gave it up.
+
+    ``crash``: that one was killed when the address had just left, and the move is undone.
+    """
+    address, width = SERVICE[version], {4: 24, 6: 64}[version]
+    extra = ["nodad"] if version == 6 else []
+    a = lab.host("a")
+    for name in "ab":  # a daemon without a journal takes back what the kernel has of other tests
+        lab.host(name).run(["nft", "delete", "table", "inet", "sockmi"], check=False)
+    a.run(["ip", "addr", "add", f"{address}/{width}", "dev", "eth0", *extra])
+    command = ["ip", "-o", f"-{version}", "addr", "show", "to", address]
+    routes = a.run(["ip", f"-{version}", "route"]).stdout
+    redirect = {"devices": ["eth0"], "modes": ["takeover"]}
+    crash_at = {"a": "commit.led-away"} if how == "crash" else {}
+    try:
+        with (
+            cluster(lab, "ab", crash_at, redirect=redirect, timing={"freeze_deadline_s": 5.0}) as daemons,
+            bench(lab, "takeover", daemons.daemons) as it,
+        ):
+            [case] = pairs(it, version, address, 1)
+            assert case.peer
+            if how == "crash":
+                with Held(it, case) as held:
+                    move = held.begin()
+                    daemons.died("a")
+                    move.close()
+                    assert address not in a.run(command).stdout
+                    daemons.start("a")
+                    until(lambda: address in a.run(command).stdout)
+                    held.back()
+                    case.ours.settimeout(PATIENCE_S)
+            else:
+                moved(it.export_actively([case.ours]))
+                [came] = it.take([it.request(case, it.target(), address=address)])
+                assert address not in a.run(command).stdout
+                daemons.daemons["a"].restart()
+                daemons.ready()
+                moved(it.export_actively([copy_of(came)], to="a", source="b"))
+                [came] = it.take([it.request(case, a.socket().detach(), address=address)], host="a")
+                case.ours = copy_of(came)
+            assert f" {address}/{width} " in a.run(command).stdout
+            assert a.run(["ip", f"-{version}", "route"]).stdout == routes
+            exchange(case.ours, case.peer, 50_000)
+            exchange(case.peer, case.ours, 50_000)
+            case.close()
+    finally:
+        for name in "ab":
+            for each in (width, {4: 32, 6: 128}[version]):
+                lab.host(name).run(["ip", "addr", "del", f"{address}/{each}", "dev", "eth0"], check=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -143,6 +143,43 @@ def test_announced_at_once_and_again(lab: Lab, version: int) -> None:
         sock.close()
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("how", ["back", "undone"])
+def test_an_address_returns_as_it_was_after_a_restart(lab: Lab, version: int, how: str) -> None:
+    """With its prefix length, and so with the route of its network; on the device where it was."""
+    address = ip_address(service_address(version))
+    width = 24 if version == 4 else 64
+    before = lab.a.ip("-o", "addr", "show", "to", str(address))
+    assert f"{address}/{width}" in before and "eth0" in before
+    routes = lab.a.ip(f"-{version}", "route", "show")
+    client, served = connect(lab.peer, lab.a, version, str(address))
+    t = ends(served)
+    with lab.a.inside():
+        takeover = Takeover(lab.a.tables, Clock())
+        takeover.setup()
+        takeover.send_away([Outbound(t, Endpoint(ip_address(lab.b.address(version)), t.local.port))])
+        assert f"{address}/" not in lab.a.ip("addr")
+        again = Takeover(lab.a.restart(), Clock())
+        again.setup()
+        # More of the same address may follow, and it does not matter that it has gone.
+        assert again.obstacle([t]) is None
+        again.send_away([Outbound(t, Endpoint(ip_address(lab.b.address(version)), t.local.port))])
+        if how == "back":
+            again.admit([Inbound(t, t.local)])
+        else:
+            again.take_back([t])
+        now = lab.a.ip("-o", "addr", "show", "to", str(address))
+        assert f"{address}/{width}" in now and "eth0" in now
+        assert lab.a.ip(f"-{version}", "route", "show") == routes
+        # It is here again: what is known of its absence is gone, and it does not go with its connection.
+        assert again.conflicts([t], [t.local]) == []
+        again.evict([Inbound(t, t.local)])
+        assert f"{address}/{width}" in lab.a.ip("addr")
+        again.teardown()
+    client.close()
+    served.close()
+
+
 def test_iptables_refuses_nf_tables(lab: Lab, tmp_path: Path) -> None:
     fake = tmp_path / "iptables"
     fake.write_text("#!/bin/sh\necho 'iptables v1.8.9 (nf_tables)'\n")

@@ -29,6 +29,7 @@ _MARK = struct.Struct("=I")  # nftables keeps marks in host order
 _PORT = struct.Struct("!H")
 _NUMBER = {Mode.FORWARD: 1, Mode.NAT: 2, Mode.TAKEOVER: 3, Mode.IPTABLES: 4}  # in marks: never renumber
 _NFT_TIMEOUT_S = 30
+_INTERFACE_MAX = (1 << 24) - 1  # beside a prefix length in a mark; beyond it only the length is kept
 
 Row = TypeVar("Row", Inbound, Outbound)
 
@@ -102,6 +103,7 @@ class Tables:
         self._syn_holds = each(INET, "hold_syn", 1)
         self._port_holds = {version: NftSet(INET, table, f"hold_port{version}", 2) for version in (4, 6)}
         self._ports = NftSet(INET, table, "ports", 4, 2)
+        self._given = {v: NftSet(INET, table, f"given{v}", wide, 4) for v, wide in ((4, 4), (6, 16))}
 
     # --- made once ---------------------------------------------------------------------------
 
@@ -304,6 +306,27 @@ class Tables:
         with self._lock:
             data = self._nft.get(maps[t.version], key_of(t))
         return None if data is None else address_of(data)
+
+    # --- addresses that have left (takeover) ---------------------------------------------------
+
+    def note_given(self, address: Address, interface: int, prefix_length: int) -> None:
+        """Before ``address`` leaves this host: where it was. The kernel keeps it, as it keeps the absence."""
+        if interface > _INTERFACE_MAX:
+            interface = 0
+        data = _MARK.pack(interface << 8 | prefix_length)
+        with self.transaction() as batch:
+            batch.put(self._given[address.version], [address.packed], [data])
+
+    def given(self, address: Address) -> tuple[int, int] | None:
+        """(interface index or 0, prefix length) of an address that has left, or None."""
+        with self._lock:
+            data = self._nft.get(self._given[address.version], address.packed)
+        return None if data is None else divmod(_MARK.unpack(data)[0], 256)
+
+    def forget_given(self, address: Address) -> None:
+        """The inverse of ``note_given``."""
+        with self.transaction() as batch:
+            batch.remove(self._given[address.version], [address.packed])
 
     def is_importer(self, address: Address) -> bool:
         """Whether a connection was ever translated to ``address`` from here."""

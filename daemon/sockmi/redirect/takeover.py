@@ -3,12 +3,15 @@
 
 The exporter removes the address, the importer adds it as an alias and announces it. So it
 can only be done when everything that uses the address moves at once: see ``conflicts``.
-Where each connection went is kept in the map ``addr``, for ``outbound``; no packet looks there.
+Where each connection went is kept in the map ``addr``, for ``outbound``, and how this host had an address
+that it has given up in the map ``given``; no packet looks there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import socket
 from collections.abc import Collection, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -59,7 +62,6 @@ class Takeover:
         """``scheduler(delay_s, call)`` makes the later announcement, and returns what can ``cancel`` it."""
         self._tables = tables
         self._announcer = Announcer(tables.routes, scheduler)
-        self._given_up: dict[Address, Held] = {}
 
     def setup(self) -> None:
         """See base.Redirect."""
@@ -104,7 +106,12 @@ class Takeover:
 
     def _here(self, leaving: Sequence[FourTuple]) -> list[FourTuple]:
         """Those whose address has not been given up yet."""
-        return [t for t in leaving if t.local.address not in self._given_up]
+        gone = {address for address in {t.local.address for t in leaving} if self._gone(address)}
+        return [t for t in leaving if t.local.address not in gone]
+
+    def _gone(self, address: Address) -> bool:
+        """Whether ``send_away`` has removed it; a daemon may have died between the note and the removal."""
+        return self._tables.given(address) is not None and self._tables.routes.held(address) is None
 
     def obstacle(self, leaving: Sequence[FourTuple]) -> str | None:
         """See base.Redirect. Listeners are no obstacle: they end, or follow in a batch of their own."""
@@ -122,7 +129,7 @@ class Takeover:
         for address in sorted({t.local.address for t in here}, key=str):
             held = self._tables.routes.held(address)
             if held is not None:
-                self._given_up[address] = held
+                self._tables.note_given(address, socket.if_nametoindex(held.device), held.prefix_length)
                 self._announcer.withdraw(address)
                 self._tables.routes.remove_address(address)
 
@@ -161,7 +168,7 @@ class Takeover:
     def _take(self, address: Address, towards: Address | None = None) -> None:
         """Have and announce ``address``, as it was here, or else as a host address on the way to the peer."""
         routes = self._tables.routes
-        held = routes.held(address) or self._given_up.get(address)
+        held = routes.held(address) or self._as_it_was(address)
         if held is None:
             # the address is of a network of ours if its own route says so, else the peer's route has to do
             ways = [routes.path(each) for each in (address, towards) if each is not None]
@@ -170,8 +177,17 @@ class Takeover:
                 raise OSError(errno.ENODEV, f"takeover: no device of this host leads to {address}'s network")
             held = Held(address, device, address.max_prefixlen, False, False)
         routes.add_address(address, held.device, held.prefix_length)
-        self._given_up.pop(address, None)
+        self._tables.forget_given(address)
         self._announcer.announce(address, held.device)
+
+    def _as_it_was(self, address: Address) -> Held | None:
+        given = self._tables.given(address)
+        if given is None:
+            return None
+        interface, prefix_length = given
+        with contextlib.suppress(OSError):  # that device is no more
+            return Held(address, socket.if_indextoname(interface), prefix_length, False, False)
+        return None
 
     def evict(self, connections: Sequence[Inbound]) -> None:
         """See base.Redirect; an alias goes with its last connection."""
