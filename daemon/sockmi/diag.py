@@ -115,9 +115,18 @@ class SocketDiag:
 class DestroyedSockets:
     """News of TCP sockets that the kernel has destroyed; needs CAP_NET_ADMIN."""
 
-    def __init__(self, ended: Callable[[FourTuple], None], lost: Callable[[], None]) -> None:
-        """``ended`` gets each connection; ``lost``: news were dropped, look for yourself."""
+    def __init__(
+        self,
+        ended: Callable[[FourTuple], None],
+        listener_ended: Callable[[Endpoint], None],
+        lost: Callable[[], None],
+    ) -> None:
+        """``ended`` gets each connection; ``lost``: news were dropped, look for yourself.
+
+        ``listener_ended`` gets the local end of each socket without a peer: it need not have listened.
+        """
         self._ended = ended
+        self._listener_ended = listener_ended
         self._lost = lost
         self.socket = socket.socket(
             socket.AF_NETLINK,
@@ -141,15 +150,18 @@ class DestroyedSockets:
                     self._lost()
                     continue
                 raise
-            for connection in _connections(news):
-                self._ended(connection)
+            for local, remote in _ends(news):
+                if remote.port:
+                    self._ended(FourTuple(local, remote))
+                elif local.port:
+                    self._listener_ended(local)
 
     def close(self) -> None:
         """Close the netlink socket."""
         self.socket.close()
 
 
-def _connections(news: bytes) -> Iterator[FourTuple]:
+def _ends(news: bytes) -> Iterator[tuple[Endpoint, Endpoint]]:
     offset = 0
     while offset + _HEADER.size + 4 + _SOCKET_ID.size <= len(news):
         length, kind, *_ = _HEADER.unpack_from(news, offset)
@@ -159,11 +171,10 @@ def _connections(news: bytes) -> Iterator[FourTuple]:
             body = offset + _HEADER.size
             family = news[body]
             local_port, remote_port, local, remote, _, _ = _SOCKET_ID.unpack_from(news, body + 4)
-            if remote_port:
-                yield FourTuple(
-                    Endpoint(_address(family, local), local_port),
-                    Endpoint(_address(family, remote), remote_port),
-                )
+            yield (
+                Endpoint(_address(family, local), local_port),
+                Endpoint(_address(family, remote), remote_port),
+            )
         offset += (length + 3) & ~3
 
 

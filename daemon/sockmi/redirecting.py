@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from sockmi import durable
-from sockmi.addresses import FourTuple
+from sockmi.addresses import Endpoint, FourTuple
 from sockmi.crashpoints import reached
-from sockmi.engine.base import SocketFacts
+from sockmi.engine.base import Kind, SocketFacts
 from sockmi.journal import Change, Record
 from sockmi.protocol.actions import Collect, ForgetHoldings, ForgetNotices, Reroute, SaveRoutes
 from sockmi.protocol.events import CollectDone, ConnectionsEnded, RerouteDone
@@ -27,20 +28,27 @@ _AT_ONCE_S = 0.2
 class Redirecting:
     """``routes`` and ``holdings`` (by connection id) are what the journal holds of them."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what it needs of the daemon
         self,
         shell: Shell,
         routes: dict[bytes, Route],
         holdings: dict[bytes, Holding],
         state_of: Callable[[FourTuple], int | None],
+        listeners: Callable[[], Counter[Endpoint]],
         is_waiting: Callable[[Holding], bool],
     ) -> None:
-        """``state_of``: the kernel's state of a connection. ``is_waiting``: no application has it yet."""
+        """``state_of``: the kernel's state of a connection. ``is_waiting``: no application has it yet.
+
+        ``listeners``: how many sockets of this host listen at each endpoint.
+        """
         self._shell = shell
         self.routes = routes
         self.holdings = holdings
         self._state_of = state_of
+        self._listeners = listeners
         self._is_waiting = is_waiting
+        self._listening: dict[Endpoint, dict[bytes, None]] = {}
+        self._by_inode: dict[int, bytes] = {}  # which of the listeners at one endpoint a socket was taken for
         self._watched: set[bytes] = set()
         self._by_tuple: dict[FourTuple, bytes] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
@@ -65,11 +73,13 @@ class Redirecting:
         return route
 
     def add_holdings(self, holdings: Iterable[Holding]) -> None:
-        """A chunk was activated."""
-        for holding in holdings:
+        """A chunk was activated. Sockets that nothing leads to are no concern of ours."""
+        for holding in (one for one in holdings if one.durable):
             self.holdings[holding.connection] = holding
             if (lives := living(holding)) is not None:
                 self._by_tuple[lives] = holding.connection
+            elif holding.kind is Kind.LISTENING and holding.local is not None:
+                self._listening.setdefault(holding.local, {})[holding.connection] = None
         self._count()
 
     def drop_holding(self, connection: bytes) -> Holding | None:
@@ -77,15 +87,38 @@ class Redirecting:
         holding = self.holdings.pop(connection, None)
         if holding is not None and (lives := living(holding)) is not None:
             self._by_tuple.pop(lives, None)
+        if holding is not None and holding.local in self._listening:
+            self._drop_listener(holding.local, connection)
         if holding is not None:
             self._count()
         return holding
 
+    def _drop_listener(self, local: Endpoint, connection: bytes) -> None:
+        there = self._listening[local]
+        there.pop(connection, None)
+        if not there:
+            del self._listening[local]
+        for inode in [inode for inode, known in self._by_inode.items() if known == connection]:
+            del self._by_inode[inode]
+
     def holding_of(self, facts: SocketFacts) -> Holding | None:
         """The holding of a socket of this host, if it was imported."""
+        if facts.kind is Kind.LISTENING and facts.local is not None:
+            return self._listener_of(facts.local, facts.inode)
         if facts.tuple is None or (connection := self._by_tuple.get(facts.tuple)) is None:
             return None
         return self.holdings.get(connection)
+
+    def _listener_of(self, local: Endpoint, inode: int) -> Holding | None:
+        """One of those at its endpoint (SO_REUSEPORT), always the same: nothing tells them apart."""
+        there = self._listening.get(local, {})
+        if self._by_inode.get(inode) not in there:
+            known = set(self._by_inode.values())
+            free = (each for each in there if each not in known and not self._is_waiting(self.holdings[each]))
+            if (chosen := next(free, None)) is None:
+                return None
+            self._by_inode[inode] = chosen
+        return self.holdings[self._by_inode[inode]]
 
     def suspend(self, connections: Iterable[bytes]) -> None:
         """They come back: out of the kernel, though not yet out of the journal."""
@@ -148,6 +181,8 @@ class Redirecting:
 
     def _reroute_one(self, route: Route) -> Refusal | None:
         old, new = self.routes.get(route.connection), outbound(route)
+        if old is not None and old.kind is Kind.LISTENING:
+            return None  # no packet is led to it; only who has it changes
         if old is None or new is None or route.place.mode is None:
             return Refusal(Code.REDIRECT, "This host has no redirect for that connection.")
         redirect = self._shell.redirects.get(route.place.mode)
@@ -224,10 +259,32 @@ class Redirecting:
         if connection in self._by_tuple:
             self._shell.loop.call_later(_AT_ONCE_S, self._look, self._by_tuple[connection])
 
+    def listener_destroyed(self, local: Endpoint) -> None:
+        """The kernel has destroyed a socket that was not connected."""
+        if local in self._listening:
+            self._shell.loop.call_later(_AT_ONCE_S, self.look_at_listeners)
+
     def look_at_all(self) -> None:
         """After a restart, or when news of the kernel were lost."""
-        for connection in list(self.holdings):
+        for connection in self._by_tuple.copy().values():
             self._look(connection)
+        self.look_at_listeners()
+
+    def look_at_listeners(self) -> None:
+        """End the listeners that are no more; a socket at the same endpoint that listens stands for one."""
+        if not self._listening:
+            return
+        try:
+            alive = self._listeners()
+        except OSError:
+            _log.exception("listeners cannot be counted; looking again later")
+            return
+        ended: list[bytes] = []
+        for local, there in self._listening.items():
+            taken = [each for each in there if not self._is_waiting(self.holdings[each])]
+            ended += taken[: max(0, len(taken) - alive[local])]
+        if ended:
+            self._shell.dispatch(ConnectionsEnded(tuple(ended)))
 
     def _look(self, connection: bytes) -> None:
         holding = self.holdings.get(connection)

@@ -32,6 +32,7 @@ from sockmi.control import ControlServer
 from sockmi.crashpoints import arm
 from sockmi.diag import DestroyedSockets, SocketDiag
 from sockmi.engine.duplicate import duplicate
+from sockmi.engine.listing import listeners
 from sockmi.engine.owners import find_holders
 from sockmi.engine.repair import RepairEngine
 from sockmi.engine.trial import obstacle
@@ -165,7 +166,7 @@ class Daemon:
         routes: dict[bytes, Route] = {}
         holdings: dict[bytes, Holding] = {}
         self.redirecting = Redirecting(
-            self.shell, routes, holdings, self.diag.state, self._waits_for_application
+            self.shell, routes, holdings, self.diag.state, listeners, self._waits_for_application
         )
         self.exporting = Exporting(self.shell, self.redirecting, self._find_holders)
         self.importing = Importing(
@@ -217,7 +218,9 @@ class Daemon:
         for redirect in self.redirects.values():
             redirect.setup()
         self.dispatch(self._recover())
-        self._destroyed = DestroyedSockets(self.redirecting.destroyed, self.redirecting.look_at_all)
+        self._destroyed = DestroyedSockets(
+            self.redirecting.destroyed, self.redirecting.listener_destroyed, self.redirecting.look_at_all
+        )
         self.loop.add_reader(self._destroyed.socket, self._destroyed.readable)
         for descriptor in self._icmp_relay.filenos():
             self.loop.add_reader(descriptor, self._icmp_relay.work)
@@ -231,6 +234,7 @@ class Daemon:
         )
         self._fold()
         self._learn_addresses()
+        self._look_at_listeners()
         self.exporting.queues.resume()
         _log.info("host %s (%s) is ready", self.host_name, self.identity.host_id.hex())
 
@@ -370,6 +374,11 @@ class Daemon:
 
         future.add_done_callback(learnt)
         self.loop.call_later(_ADDRESSES_INTERVAL_S, self._learn_addresses)
+
+    def _look_at_listeners(self) -> None:
+        """The kernel has no news of a socket that only stops listening."""
+        self.redirecting.look_at_listeners()
+        self.loop.call_later(self.config.timing.audit_interval_s, self._look_at_listeners)
 
     def _members_changed(self, group: str, count: int) -> None:
         self.metrics.members.labels(group=group).set(count)

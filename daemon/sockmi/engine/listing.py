@@ -11,6 +11,7 @@ import functools
 import os
 import socket
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -30,6 +31,7 @@ _REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2
 # struct inet_diag_msg: family, state, ports (network order), addresses, cookie, queues, uid, inode
 _MESSAGE = struct.Struct("=BBxx2s2s16s16s4xQ4xIIII")
 _TRIES = 3
+_LISTEN = 1 << 10  # of a dump's states: TCP_LISTEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +97,24 @@ def _order(listed: ListedSocket) -> tuple[bool | int, ...]:
     return listed.state != "LISTEN", local.version, int(local.address), local.port, *far, listed.cookie
 
 
-def _dump(family: int) -> list[tuple[Any, ...]]:
+def listeners() -> Counter[Endpoint]:
+    """How many sockets of this network namespace listen at each endpoint."""
+    found = [fields for family in (socket.AF_INET, socket.AF_INET6) for fields in _dump(family, _LISTEN)]
+    return Counter(_endpoint(family, source, sport) for family, _, sport, _, source, *_ in found)
+
+
+def _dump(family: int, states: int = 0xFFFFFFFF) -> list[tuple[Any, ...]]:
     for _ in range(_TRIES):
-        sockets, complete = _dump_once(family)
+        sockets, complete = _dump_once(family, states)
         if complete:
             break
     return sockets
 
 
-def _dump_once(family: int) -> tuple[list[tuple[Any, ...]], bool]:
+def _dump_once(family: int, states: int) -> tuple[list[tuple[Any, ...]], bool]:
     """One dump (fields of ``_MESSAGE``); the second value is False if the tables changed under it
     (NLM_F_DUMP_INTR)."""
-    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF)
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states)
     header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0)
     sockets: list[tuple[Any, ...]] = []
     complete = True
