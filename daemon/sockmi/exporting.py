@@ -21,8 +21,10 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from sockmi import durable
+from sockmi.addresses import FourTuple
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind, SocketFacts
+from sockmi.engine.listing import half_open
 from sockmi.image import Section
 from sockmi.image.native import stamp, with_section
 from sockmi.image.sections import Place as ImagePlace
@@ -54,6 +56,8 @@ _STOP_TIMEOUT_MAX_S = 0.5
 # The kernel's hold outlasts the freeze by this much; a commit that comes later than half of it is undone.
 _HOLD_MARGIN_S = 1.0
 _REACHABILITY_TTL_S = 2.0
+# A handshake that nobody completes is given up after about a minute (net.ipv4.tcp_synack_retries).
+_HALF_OPEN_S = 70.0
 _IMAGE_OVERHEAD_BYTES = 2048
 # What the end of a migration adds to its record.
 _NEWS = (
@@ -94,6 +98,7 @@ class Export:
     image: bytes = b""
     frozen_at: float = 0.0
     stopped: bool = False
+    half_open: dict[FourTuple, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -115,8 +120,13 @@ class Exporting:
         shell: Shell,
         redirecting: Redirecting,
         find_holders: FindHolders,
+        destroy: Callable[[FourTuple, int], bool],
     ) -> None:
-        """``find_holders`` finds the processes of sockets, and what is against stopping them; later."""
+        """``find_holders`` finds the processes of sockets, and what is against stopping them; later.
+
+        ``destroy`` ends a socket of this kernel, whoever has it; False if this kernel cannot.
+        """
+        self._destroy = destroy
         self._shell = shell
         self._redirecting = redirecting
         self._holding_of = redirecting.holding_of
@@ -420,6 +430,9 @@ class Exporting:
             "approximated": captured.fidelity.approximated,
             "reset": captured.fidelity.reset,
         }
+        if item.kind is Kind.LISTENING:
+            # The copy hears who connects to the importer, or to an address that takeover brings there.
+            export.record["fidelity"]["approximated"] = [*captured.fidelity.approximated, "new-connections"]
         return image
 
     def thaw(self, action: Thaw) -> None:
@@ -447,6 +460,7 @@ class Exporting:
         ]
         if listeners:
             self._shell.holds.unhold_listeners(listeners)
+            self._shell.holds.unhold([one for export in exports for one in export.half_open])
 
     def _resume_released(self) -> None:
         exports, self._to_resume = self._to_resume, []
@@ -465,7 +479,7 @@ class Exporting:
         shell = self._shell
         exports = [self.exports[route.migration] for route in action.routes]
         results: list[Refusal | None] = [None] * len(exports)
-        self._send_away(action.routes, results)
+        self._send_away(action.routes, exports, results)
         reached("commit.led-away")
         limit = time.monotonic() - shell.config.timing.freeze_deadline_s - _HOLD_MARGIN_S / 2
         for index, export in enumerate(exports):
@@ -498,6 +512,9 @@ class Exporting:
         for position, index in enumerate(going):
             if exports[index].facts.kind is Kind.LISTENING and refusals[position] is not None:
                 refusals[position] = self._insist(action, index, exports[index], queues)
+        self._end_half_open(
+            [exports[index] for index, one in zip(going, refusals, strict=True) if one is None]
+        )
         reached("commit.released")
         changed = [index for index, refusal in zip(going, refusals, strict=True) if refusal is not None]
         if changed:
@@ -518,6 +535,15 @@ class Exporting:
         for index, queue in queues.items():
             self._begin_to_follow(queue, exports[index], moved=index in going)
 
+    def _end_half_open(self, exports: list[Export]) -> None:
+        """Without a listener the kernel just forgets these handshakes; where it cannot, they stay held."""
+        for export in exports:
+            try:
+                done = [one for one, cookie in export.half_open.items() if self._destroy(one, cookie)]
+                self._shell.holds.unhold(done)
+            except OSError:
+                _log.exception("handshakes that a listener leaves behind stay held for %g s", _HALF_OPEN_S)
+
     def _ship_held(self, importer: HostId, pairs: list[tuple[Route, Export]]) -> None:
         """What the peer has sent meanwhile goes to the copy, on the stream and so before CONFIRM."""
         migrations = {export.facts.tuple: route.migration for route, export in pairs if export.facts.tuple}
@@ -525,7 +551,9 @@ class Exporting:
         if kept:
             self._shell.send_held(importer, pack({migrations[one]: packets for one, packets in kept.items()}))
 
-    def _send_away(self, routes: Sequence[Route], results: list[Refusal | None]) -> None:
+    def _send_away(
+        self, routes: Sequence[Route], exports: list[Export], results: list[Refusal | None]
+    ) -> None:
         pairs = [(route.place.mode, index) for index, route in enumerate(routes) if outbound(route)]
         for mode, indices in by_mode(pairs).items():
             connections = [one for index in indices if (one := outbound(routes[index]))]
@@ -535,6 +563,29 @@ class Exporting:
                 refusal = Refusal(Code.REDIRECT, f"The {mode} redirect could not be set up: {error}.")
                 for index in indices:
                     results[index] = refusal
+        self._miss_listeners(routes, exports, results)
+
+    def _miss_listeners(
+        self, routes: Sequence[Route], exports: list[Export], results: list[Refusal | None]
+    ) -> None:
+        """Who connects to a listener that has left is not refused, nor who is just about to.
+
+        A handshake that is half done when its listener closes cannot be carried, and the kernel would answer
+        its end by a RST. No new one has begun since the freeze.
+        """
+        listeners = [index for index, route in enumerate(routes) if route.kind is Kind.LISTENING]
+        if not listeners:
+            return
+        try:
+            self._redirecting.miss_routes(routes[index] for index in listeners)
+            for index in listeners:
+                local = routes[index].local
+                exports[index].half_open = half_open([local]) if local else {}
+                self._shell.holds.hold(list(exports[index].half_open), _HALF_OPEN_S)
+        except OSError as error:
+            refusal = Refusal(Code.REDIRECT, f"New connections to it could not be held: {error}.")
+            for index in listeners:
+                results[index] = refusal
 
     def _take_back(
         self,
@@ -548,6 +599,9 @@ class Exporting:
         failed = [i for i, result in enumerate(results) if result is not None and i not in undone]
         if not failed:
             return
+        listeners = [route.local for i in failed if (route := routes[i]).kind is Kind.LISTENING]
+        if listeners:
+            self._redirecting.look_for_listeners(local for local in listeners if local is not None)
         pairs = [(routes[index].place.mode, index) for index in failed]
         for mode, indices in by_mode(pairs).items():
             tuples = [one.tuple for index in indices if (one := outbound(routes[index]))]

@@ -22,7 +22,7 @@ from typing import Any
 from uuid import UUID
 
 from sockmi import api, durable
-from sockmi.addresses import FourTuple
+from sockmi.addresses import Endpoint, FourTuple
 from sockmi.config import ImportConfig
 from sockmi.control import Client
 from sockmi.crashpoints import reached
@@ -216,6 +216,7 @@ class Importing:
         if tuples:
             shell.held.want(tuples)
             shell.holds.hold(tuples, None)
+        self._redirecting.miss_listeners(_listeners_of(copy for _, copy in chosen))
         reached("prepare.held")
         self._redirecting.suspend(copy.arrival.item.connection for _, copy in chosen)
         restored = shell.engine.restore(
@@ -346,6 +347,7 @@ class Importing:
         for copy in copies:
             copy.fd = -1
             self.lists.unreserve(copy.candidate.migration_id)
+            self._redirecting.listener_found((Record.LISTED, copy.arrival.item.migration))
 
     def _unspool(self, copy: Copy) -> None:
         left = self._spooled.get(copy.chunk)
@@ -694,6 +696,7 @@ class Importing:
             del self.copies[migration.bytes]
             self._placing.forget(migration.bytes)
             self.lists.unreserve(migration)
+            self._redirecting.listener_found((Record.LISTED, migration.bytes))
             self._unspool(copy)
             change.drop.append((Record.LISTED, migration.hex))
             change.audit.append((migration, "import", news))
@@ -807,6 +810,7 @@ class Importing:
         if copy.tuple:
             self._shell.held.want([copy.tuple])
             self._shell.holds.hold([copy.tuple], None)
+        self._redirecting.miss_listeners(_listeners_of([copy]))
         return copy
 
     def set_maxima(self, limits: ImportConfig) -> None:
@@ -830,6 +834,14 @@ class Importing:
         maximum = max(1, sum(self.lists.maxima.values()))
         # More may wait than the maxima allow, since they were lowered.
         self._capacity.load = min(1000, 1000 * sum(self.lists.counts().values()) // maximum)
+
+
+def _listeners_of(copies: Iterable[Copy]) -> dict[tuple[Record, bytes], Endpoint]:
+    return {
+        (Record.LISTED, copy.arrival.item.migration): copy.placement.local
+        for copy in copies
+        if copy.candidate.kind is Kind.LISTENING and copy.placement.local is not None
+    }
 
 
 def _nothing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from sockmi import durable
 from sockmi.addresses import Endpoint, FourTuple
@@ -49,6 +49,7 @@ class Redirecting:
         self._is_waiting = is_waiting
         self._listening: dict[Endpoint, dict[bytes, None]] = {}
         self._by_inode: dict[int, bytes] = {}  # which of the listeners at one endpoint a socket was taken for
+        self._missed: dict[tuple[Record, bytes], Endpoint] = {}
         self._watched: set[bytes] = set()
         self._by_tuple: dict[FourTuple, bytes] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
@@ -57,10 +58,12 @@ class Redirecting:
 
     def add_routes(self, routes: Iterable[Route]) -> None:
         """A chunk was committed."""
+        routes = tuple(routes)
         for route in routes:
             self.routes[route.connection] = route
             if (one := outbound(route)) is not None:
                 self._routes_by_tuple[one.tuple] = route.connection
+        self.miss_listeners(_listeners_of(routes))
         self._count()
 
     def drop_route(self, connection: bytes) -> Route | None:
@@ -69,6 +72,7 @@ class Redirecting:
         if route is not None and (one := outbound(route)) is not None:
             self._routes_by_tuple.pop(one.tuple, None)
         if route is not None:
+            self.listener_found((Record.ROUTE, connection))
             self._count()
         return route
 
@@ -119,6 +123,30 @@ class Redirecting:
                 return None
             self._by_inode[inode] = chosen
         return self.holdings[self._by_inode[inode]]
+
+    # -- listeners that are not here
+
+    def miss_listeners(self, missed: Mapping[tuple[Record, bytes], Endpoint]) -> None:
+        """Who connects to them is not refused; by the record that says so (see ``listener_found``)."""
+        if missed:
+            self._shell.holds.miss_listeners(list(missed.values()))
+            self._missed.update(missed)
+
+    def miss_routes(self, routes: Iterable[Route]) -> None:
+        """As ``add_routes`` will do, before their originals are closed: while they live it has no effect."""
+        self._shell.holds.miss_listeners(list(_listeners_of(routes).values()))
+
+    def listener_found(self, record: tuple[Record, bytes]) -> None:
+        """It is here and lives, or is nowhere any more."""
+        if (local := self._missed.pop(record, None)) is not None:
+            self.look_for_listeners([local])
+
+    def look_for_listeners(self, no_more: Iterable[Endpoint]) -> None:
+        """Those endpoints are answered again, if none of what is still missed has them."""
+        gone = list(no_more)
+        ports = {local.port for local in gone}
+        left = [local for local in self._missed.values() if local.port in ports]
+        self._shell.holds.miss_listeners(left, gone)
 
     def suspend(self, connections: Iterable[bytes]) -> None:
         """They come back: out of the kernel, though not yet out of the journal."""
@@ -301,3 +329,11 @@ class Redirecting:
     def _look_again(self, connection: bytes) -> None:
         self._watched.discard(connection)
         self._look(connection)
+
+
+def _listeners_of(routes: Iterable[Route]) -> dict[tuple[Record, bytes], Endpoint]:
+    return {
+        (Record.ROUTE, route.connection): route.local
+        for route in routes
+        if route.kind is Kind.LISTENING and route.local is not None
+    }

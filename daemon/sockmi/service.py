@@ -168,7 +168,7 @@ class Daemon:
         self.redirecting = Redirecting(
             self.shell, routes, holdings, self.diag.state, listeners, self._waits_for_application
         )
-        self.exporting = Exporting(self.shell, self.redirecting, self._find_holders)
+        self.exporting = Exporting(self.shell, self.redirecting, self._find_holders, self.diag.destroy)
         self.importing = Importing(
             self.shell,
             Placing(
@@ -251,6 +251,7 @@ class Daemon:
         self.importing.resume(
             started.prepared, lambda one: recovery.came_to_life(one, held), recovery.unconnected_lives
         )
+        self.redirecting.look_for_listeners(self.tables.missed_listeners())
         copies = self.importing.copies.values()
         recovery.kernel(
             self.redirecting.routes,

@@ -56,7 +56,7 @@ SILENCE_S = 60.0
 WAITINGS = 64  # of each server, see lab.traffic.handover.library_import
 LISTEN, CLOSED = 10, 7
 #: Sets of ours that are empty when no connection is away, here from elsewhere, or on its way.
-HOLDS = ("hold", "quiet", "hold_syn", "hold_port")
+HOLDS = ("hold", "quiet", "hold_syn", "hold_port", "away", "away_port")
 MAPS = ("flow", "addr", "next")
 #: What the upper half of a flow's mark says (sockmi.redirect.settings).
 LEFT, CAME = (0x5341, 0x5343), (0x5342, 0x5344)
@@ -728,7 +728,11 @@ def misled(lab: Lab, hosts: str, home: str, where: dict[str, str]) -> list[str]:
     ends: dict[str, dict[str, list[str]]] = {remote: {"left": [], "came": [], "to": []} for remote in where}
     for name in hosts:
         for one in elements(lab.host(name)):
-            if one.name.startswith("hold_") or one.remote not in where or (one.expires and one.name in MAPS):
+            if (
+                one.name.startswith(("hold_", "away"))
+                or one.remote not in where
+                or (one.expires and one.name in MAPS)
+            ):
                 continue
             if one.name in HOLDS:
                 found.append(f"{name}: {one}")

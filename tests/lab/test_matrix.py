@@ -153,6 +153,12 @@ def use(it: Bench, kind: str, copies: dict[str, socket.socket], port: int) -> No
             exchange(ours, peer, 10_000)
             exchange(peer, ours, 10_000)
     copies["bound specific"].listen(3)
+    # Who connects to where a listener was waits: tests/lab/test_listener_away.py has what becomes of it.
+    for name in ("listening wildcard", "listening specific"):
+        with it.sock("peer", there) as peer:
+            peer.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                peer.connect((it.address(there), copies[name].getsockname()[1]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

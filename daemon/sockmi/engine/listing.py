@@ -12,12 +12,12 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
-from sockmi.addresses import Endpoint
+from sockmi.addresses import Endpoint, FourTuple
 from sockmi.engine.owners import find_holders, process_name
 from sockmi.engine.preflight import STATES
 
@@ -31,7 +31,7 @@ _REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2
 # struct inet_diag_msg: family, state, ports (network order), addresses, cookie, queues, uid, inode
 _MESSAGE = struct.Struct("=BBxx2s2s16s16s4xQ4xIIII")
 _TRIES = 3
-_LISTEN = 1 << 10  # of a dump's states: TCP_LISTEN
+_SYN_RECV, _LISTEN = 1 << 3, 1 << 10  # of a dump's states: TCP_SYN_RECV, TCP_LISTEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,18 @@ def listeners() -> Counter[Endpoint]:
     """How many sockets of this network namespace listen at each endpoint."""
     found = [fields for family in (socket.AF_INET, socket.AF_INET6) for fields in _dump(family, _LISTEN)]
     return Counter(_endpoint(family, source, sport) for family, _, sport, _, source, *_ in found)
+
+
+def half_open(at: Collection[Endpoint]) -> dict[FourTuple, int]:
+    """Connections of listeners at these endpoints whose peer has not ended the handshake; their cookies."""
+    anywhere = {local.port for local in at if local.address.is_unspecified}
+    found: dict[FourTuple, int] = {}
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for _, _, sport, dport, source, destination, cookie, *_ in _dump(family, _SYN_RECV):
+            one = FourTuple(_endpoint(family, source, sport), _endpoint(family, destination, dport))
+            if one.local in at or one.local.port in anywhere:
+                found[one] = cookie
+    return found
 
 
 def _dump(family: int, states: int = 0xFFFFFFFF) -> list[tuple[Any, ...]]:

@@ -76,6 +76,16 @@ class Holds(Protocol):
     def unhold_listeners(self, endpoints: Sequence[Endpoint]) -> None:
         """The inverse of ``hold_listeners``."""
 
+    def miss_listeners(self, endpoints: Sequence[Endpoint], no_more: Sequence[Endpoint] = ()) -> None:
+        """Drop what comes for ``endpoints`` (as above) and for no socket of this host: it is not answered
+        by RST that nobody listens. For listeners that live elsewhere, or wait for their application.
+
+        ``no_more`` are answered again, unless they are among ``endpoints``.
+        """
+
+    def missed_listeners(self) -> list[Endpoint]:
+        """All of ``miss_listeners``, read back; an unspecified address may be of either IP version."""
+
 
 class Redirect(Protocol):
     """One mode; see the module docstring."""

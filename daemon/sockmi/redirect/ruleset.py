@@ -4,8 +4,8 @@
 Sets and maps keep their elements when the text is loaded again: it only adds them if they are
 missing, and replaces the rules, all in one transaction.
 
-A packet of no moved connection costs two hash look-ups in each direction (three for a SYN that
-comes in) and one at ingress. The flow map yields a mark whose bits say what to do (settings.Tag), so
+A packet of no moved connection costs four hash look-ups when it comes in (six if it is a SYN), two when
+it goes out and one at ingress. The flow map yields a mark whose bits say what to do (settings.Tag), so
 each connection is one element there, whatever its state.
 """
 
@@ -47,6 +47,7 @@ def _family(settings: Settings, version: int) -> str:
     port = "meta mark & 0xffff map @ports"
     chains = (
         "in",
+        "away",
         "syn",
         "did_in",
         "local_in",
@@ -61,6 +62,8 @@ def _family(settings: Settings, version: int) -> str:
         f"add set {table} quiet{v} {{ type {conn}; }}",
         f"add set {table} hold_syn{v} {{ type {address} . inet_service; flags timeout; }}",
         f"add set {table} hold_port{v} {{ type inet_service; flags timeout; }}",
+        f"add set {table} away{v} {{ type {address} . inet_service; }}",
+        f"add set {table} away_port{v} {{ type inet_service; }}",
         f"add map {table} flow{v} {{ type {conn} : mark; flags timeout; }}",
         f"add map {table} addr{v} {{ type {conn} : {address}; }}",
         f"add map {table} given{v} {{ type {address} : mark; }}",
@@ -71,6 +74,11 @@ def _family(settings: Settings, version: int) -> str:
     rules = (
         ("in", f"{into} @hold{v} log group {settings.log_group} queue-threshold 1 drop"),
         ("in", f"meta mark set {into} map @flow{v} goto did_in{v}"),
+        ("in", f"{ip} daddr . tcp dport @away{v} jump away{v}"),
+        ("in", f"tcp dport @away_port{v} jump away{v}"),
+        # Connections that have not moved with their listener have a socket here, and so has who listens anew.
+        ("away", "socket transparent { 0, 1 } return"),
+        ("away", "fib daddr type local drop"),
         ("in", f"tcp flags & (fin | syn | rst | ack) == syn goto syn{v}"),
         ("syn", f"{ip} daddr . tcp dport @hold_syn{v} drop"),
         ("syn", f"tcp dport @hold_port{v} drop"),

@@ -102,6 +102,8 @@ class Tables:
         self.importers = {v: NftSet(INET, table, f"importers{v}", wide) for v, wide in ((4, 4), (6, 16))}
         self._syn_holds = each(INET, "hold_syn", 1)
         self._port_holds = {version: NftSet(INET, table, f"hold_port{version}", 2) for version in (4, 6)}
+        self._away = each(INET, "away", 1)
+        self._away_ports = {version: NftSet(INET, table, f"away_port{version}", 2) for version in (4, 6)}
         self._ports = NftSet(INET, table, "ports", 4, 2)
         self._given = {v: NftSet(INET, table, f"given{v}", wide, 4) for v, wide in ((4, 4), (6, 16))}
 
@@ -188,27 +190,35 @@ class Tables:
     def hold_listeners(self, endpoints: Sequence[Endpoint], timeout_s: float | None) -> None:
         """See base.Holds; ``::`` holds IPv4 too, as a listener there accepts both."""
         with self.transaction() as batch:
-            for nftset, keys in self._listener_keys(endpoints):
+            for nftset, keys in _listener_keys(endpoints, self._syn_holds, self._port_holds):
                 batch.put(nftset, keys, [b""] * len(keys), _milliseconds(timeout_s))
 
     def unhold_listeners(self, endpoints: Sequence[Endpoint]) -> None:
         """See base.Holds."""
         with self.transaction() as batch:
-            for nftset, keys in self._listener_keys(endpoints):
+            for nftset, keys in _listener_keys(endpoints, self._syn_holds, self._port_holds):
                 batch.remove(nftset, keys)
 
-    def _listener_keys(self, endpoints: Sequence[Endpoint]) -> Iterator[tuple[NftSet, list[bytes]]]:
-        found: dict[NftSet, dict[bytes, None]] = {}
-        for endpoint in endpoints:
-            port = _PORT.pack(endpoint.port)
-            if not endpoint.address.is_unspecified:
-                key = endpoint.address.packed + port + b"\0\0"
-                found.setdefault(self._syn_holds[endpoint.version], {})[key] = None
-                continue
-            for version in (4,) if endpoint.version == 4 else (4, 6):
-                found.setdefault(self._port_holds[version], {})[port] = None
-        for nftset, keys in found.items():
-            yield nftset, list(keys)
+    def miss_listeners(self, endpoints: Sequence[Endpoint], no_more: Sequence[Endpoint] = ()) -> None:
+        """See base.Holds."""
+        with self.transaction() as batch:
+            for nftset, keys in _listener_keys(no_more, self._away, self._away_ports):
+                batch.remove(nftset, keys)
+            for nftset, keys in _listener_keys(endpoints, self._away, self._away_ports):
+                batch.add(nftset, ((key, b"") for key in keys))
+
+    def missed_listeners(self) -> list[Endpoint]:
+        """See base.Holds."""
+        found = []
+        with self._lock:
+            for version, nftset in self._away.items():
+                wide = 4 if version == 4 else 16
+                for key, _ in self._nft.dump(nftset):
+                    found.append(Endpoint(address_of(key[:wide]), *_PORT.unpack_from(key, wide)))
+            for version, nftset in self._away_ports.items():
+                anywhere = IPv4Address(0) if version == 4 else IPv6Address(0)
+                found += [Endpoint(anywhere, *_PORT.unpack_from(key)) for key, _ in self._nft.dump(nftset)]
+        return found
 
     # --- elements of the modes ---------------------------------------------------------------
 
@@ -332,6 +342,23 @@ class Tables:
         """Whether a connection was ever translated to ``address`` from here."""
         with self._lock:
             return self._nft.get(self.importers[address.version], address.packed) is not None
+
+
+def _listener_keys(
+    endpoints: Iterable[Endpoint], specific: dict[int, NftSet], everywhere: dict[int, NftSet]
+) -> Iterator[tuple[NftSet, list[bytes]]]:
+    """Keys of listeners on an address, and by port of those on all addresses: on ``::`` they accept IPv4."""
+    found: dict[NftSet, dict[bytes, None]] = {}
+    for endpoint in endpoints:
+        port = _PORT.pack(endpoint.port)
+        if not endpoint.address.is_unspecified:
+            key = endpoint.address.packed + port + b"\0\0"
+            found.setdefault(specific[endpoint.version], {})[key] = None
+            continue
+        for version in (4,) if endpoint.version == 4 else (4, 6):
+            found.setdefault(everywhere[version], {})[port] = None
+    for nftset, keys in found.items():
+        yield nftset, list(keys)
 
 
 def _tag(data: bytes) -> tuple[Tag, int]:
