@@ -141,6 +141,12 @@ class ImportConfig(Strict):
     max_bound: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
     max_listening: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
     max_connected: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
+    listed_warn_s: Annotated[float, Field(ge=0, le=1e9)] = Field(
+        300.0, description="warn of a socket that has waited so long in the import list; 0: never"
+    )
+    listed_max_s: Annotated[float, Field(ge=0, le=1e9)] = Field(
+        0.0, description="end a socket that has waited so long, by a RST to its peer; 0: never"
+    )
     queue_without_waiting: bool = Field(
         True, description="accept sockets for which no application waits yet; they stay in the list, held"
     )

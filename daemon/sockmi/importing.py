@@ -27,15 +27,16 @@ from sockmi.config import ImportConfig
 from sockmi.control import Client
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Fidelity, Kind, Placement, Restored
-from sockmi.image import Family, ImageError, Section, Summary, peek, section
+from sockmi.image import Family, ImageError, Section, State, Summary, peek, section
 from sockmi.image import Kind as ImageKind
 from sockmi.image.native import examine
+from sockmi.image.sections import Sequence, Window
 from sockmi.import_lists import Candidate, Criteria, ImportLists, Waiting
 from sockmi.journal import Change, Record
 from sockmi.placing import Placing
 from sockmi.protocol.actions import Activate, Discard, Prepare, Reserve, Unreserve
 from sockmi.protocol.context import Capacity
-from sockmi.protocol.events import ActivateDone, PrepareDone, ReserveDone
+from sockmi.protocol.events import ActivateDone, ConnectionsEnded, PrepareDone, ReserveDone
 from sockmi.protocol.records import (
     Arrival,
     ChunkId,
@@ -46,9 +47,10 @@ from sockmi.protocol.records import (
     PreparedChunk,
 )
 from sockmi.redirect.held import unpack
+from sockmi.redirect.segment import Expected
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, inbound, living, now_text, whole_record
+from sockmi.shell import Shell, inbound, living, now_text, whole_record, why
 from sockmi.spool import SpoolError
 
 _log = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ _WAKE_AGAIN_S = 0.25
 _SO_COOKIE = 57
 
 _UNDONE = Refusal(Code.CHANGED, "Its exporter has undone the move; ask again.")
+_RESET = Refusal(Code.STATE, "Its peer reset it while it waited for an application.")
+_TOO_OLD = Refusal(Code.TIMEOUT, "No application took it within imports.listed_max_s; it was ended.")
 _LOST = Refusal(Code.IMAGE, "The importer's spool had lost its image; see the importer's log.")
 
 
@@ -82,6 +86,9 @@ class Copy:
     image: bytes = b""
     holding: Holding | None = None
     complained: bool = False  # that it cannot be restored
+    expected: Expected | None = None  # what its peer's packets are judged by while it is listed
+    listed_at: float = 0.0  # time.monotonic(); 0: it is not listed
+    warned: bool = False  # that it has been listed for long
     client: Client | None = None  # it is on its way to
     handed: durable.Handed | None = None  # as the journal has it
     tuple: FourTuple | None = field(init=False)
@@ -449,6 +456,9 @@ class Importing:
         self._put_away(copy)
         self.lists.unreserve(migration)
         self.lists.put(copy.candidate)
+        copy.listed_at = copy.listed_at or time.monotonic()
+        if copy.tuple is not None:
+            self._shell.held.rest(copy.tuple, copy.expected, functools.partial(self._peer_reset, copy))
         # Somebody else may be waiting for just this; not now, as we may be in the middle of handing over.
         self._shell.loop.call_later(0, self._offer, migration)
 
@@ -456,8 +466,83 @@ class Importing:
         """Keep no more of it than its image in the spool and its hold."""
         self._shell.engine.discard([copy.fd] if copy.fd >= 0 else [])
         copy.fd = -1
+        if copy.image and copy.tuple is not None:
+            copy.expected = _expected(copy.image, copy.facts.state)
         copy.image = b""
         copy.client = None
+
+    # -- ends of what is listed
+
+    def _peer_reset(self, copy: Copy) -> None:
+        """Its peer has ended it; not now, as its packets are just being looked at."""
+        self._shell.loop.call_later(0, self._end_listed, copy, _RESET)
+
+    def _end_listed(self, copy: Copy, refusal: Refusal) -> None:
+        """It is no more, and whoever leads its packets here is told; late ones are dropped for a while."""
+        migration = copy.candidate.migration_id
+        if self.copies.get(migration.bytes) is not copy or not self.lists.is_listed(migration):
+            return
+        shell = self._shell
+        _log.warning("%s, which waited for an application, has ended: %s", copy.tuple or migration, refusal)
+        self.lists.remove(migration)
+        self.lists.unreserve(migration)
+        del self.copies[migration.bytes]
+        self._placing.forget(migration.bytes)
+        if copy.tuple:
+            shell.held.forget([copy.tuple])
+            shell.holds.hold([copy.tuple], shell.config.timing.linger_s)
+            shell.holds.settle([copy.tuple])
+        change = Change(drop=[(Record.LISTED, migration.hex)])
+        news = {"step": "ended", "outcome": "failed", "refusal": why(refusal), "ended_at": now_text()}
+        change.audit.append((migration, "import", news))
+        shell.note(change)
+        self._unspool(copy)
+        self._redirecting.listener_found((Record.LISTED, migration.bytes))
+        shell.metrics.migrations.labels(direction="import", outcome="failed").inc()
+        self.update_capacity()
+        if copy.holding is not None and copy.holding.durable:
+            shell.dispatch(ConnectionsEnded((copy.holding.connection,)))
+
+    def look_at_ages(self) -> None:
+        """Warn of what has waited for long, and end what has waited for too long, if that is wanted."""
+        limits, now = self._shell.config.imports, time.monotonic()
+        oldest = dict.fromkeys(Kind, 0.0)
+        for candidate in list(self.lists.listed()):
+            copy = self.copies[candidate.migration_id.bytes]
+            age_s = now - copy.listed_at
+            oldest[candidate.kind] = max(oldest[candidate.kind], age_s)
+            if limits.listed_max_s and age_s >= limits.listed_max_s:
+                self._give_up(copy)
+            elif limits.listed_warn_s and age_s >= limits.listed_warn_s and not copy.warned:
+                copy.warned = True
+                _log.warning(
+                    "%s has waited for an application for %.0f s; import it (`sockmi import`), or "
+                    "set imports.listed_max_s",
+                    copy.tuple or copy.candidate.local or candidate.migration_id,
+                    age_s,
+                )
+        metrics, counts = self._shell.metrics, self.lists.counts()
+        for kind in Kind:
+            metrics.oldest.labels(kind=kind).set(oldest[kind])
+            metrics.import_list.labels(kind=kind).set(counts[kind])
+        metrics.waiting.set(self.lists.waiting())
+
+    def _give_up(self, copy: Copy) -> None:
+        """Nobody wants it: its peer is told by a RST, from a copy that lives for that moment only."""
+        migration = copy.candidate.migration_id
+        if copy.tuple is None:
+            self._end_listed(copy, _TOO_OLD)
+            return
+        if self.lists.claimed(migration) is not None or not self._wake(copy):
+            return
+        if self._bring_to_life([copy]):
+            return  # it is listed again
+        with socket.socket(fileno=os.dup(copy.fd)) as lived:
+            lived.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(copy.fd)
+        copy.fd = -1
+        self.lists.put(copy.candidate)
+        self._end_listed(copy, _TOO_OLD)
 
     def _offer(self, migration: UUID) -> None:
         """Give a listed socket to an application that waits."""
@@ -524,6 +609,8 @@ class Importing:
         if isinstance(outcome, Restored):
             copy.fd = outcome.fd
             self.lists.remove(migration)
+            if copy.tuple is not None:
+                self._shell.held.want([copy.tuple])
             return True
         if not copy.complained:
             _log.warning("%s cannot be restored now: %s", copy.tuple or migration, outcome)
@@ -842,6 +929,20 @@ def _listeners_of(copies: Iterable[Copy]) -> dict[tuple[Record, bytes], Endpoint
         for copy in copies
         if copy.candidate.kind is Kind.LISTENING and copy.placement.local is not None
     }
+
+
+def _expected(image: bytes, state: State) -> Expected | None:
+    """What a connection would receive next; None if the image does not say."""
+    numbers, windows = section(image, Section.SEQUENCE), section(image, Section.WINDOW)
+    if len(numbers) != Sequence.size():
+        return None
+    sequence = Sequence.unpack(numbers)
+    if state is State.SYN_SENT:
+        return Expected(sequence.rcv_nxt, 0, awaits=sequence.snd_nxt)
+    if len(windows) != Window.size():
+        return None
+    window = Window.unpack(windows)
+    return Expected(sequence.rcv_nxt, (window.rcv_wup + window.rcv_wnd - sequence.rcv_nxt) % (1 << 32))
 
 
 def _nothing() -> None:

@@ -44,6 +44,12 @@ class Metrics:
             ["kind"],
             registry=self._registry,
         )
+        self.oldest = Gauge(
+            "sockmi_import_list_oldest_seconds",
+            "How long the oldest of them has waited, since the daemon's start; 0: there is none",
+            ["kind"],
+            registry=self._registry,
+        )
         self.waiting = Gauge(
             "sockmi_import_requests_waiting",
             "Import requests that wait for a socket",

@@ -74,6 +74,7 @@ _FRAME_HELD = 2
 _FOLD_INTERVAL_S = 1.0
 _TRIM_AFTER_ROWS = 100
 _ADDRESSES_INTERVAL_S = 10.0
+_AGES_INTERVAL_S = 1.0
 _KEEP_HISTORY = 100_000
 _STOP_GRACE_S = 5.0
 # Halves, thirds, quarters and fifths are whole, and 1000 fits in 16 bits.
@@ -235,6 +236,7 @@ class Daemon:
         self._fold()
         self._learn_addresses()
         self._look_at_listeners()
+        self._look_at_ages()
         self.exporting.queues.resume()
         _log.info("host %s (%s) is ready", self.host_name, self.identity.host_id.hex())
 
@@ -375,6 +377,11 @@ class Daemon:
 
         future.add_done_callback(learnt)
         self.loop.call_later(_ADDRESSES_INTERVAL_S, self._learn_addresses)
+
+    def _look_at_ages(self) -> None:
+        """Of what waits in the import lists."""
+        self.importing.look_at_ages()
+        self.loop.call_later(_AGES_INTERVAL_S, self._look_at_ages)
 
     def _look_at_listeners(self) -> None:
         """The kernel has no news of a socket that only stops listening."""

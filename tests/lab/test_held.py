@@ -10,7 +10,14 @@ import pytest
 
 from lab.labs import Lab
 from sockmi.addresses import Endpoint, FourTuple
-from sockmi.redirect.held import PACKETS_PER_CONNECTION_MAX, HeldPackets
+from sockmi.redirect.held import (
+    BYTES_MAX,
+    BYTES_PER_CONNECTION_MAX,
+    PACKETS_PER_CONNECTION_MAX,
+    RESTING_BYTES_MAX,
+    RESTING_BYTES_PER_CONNECTION_MAX,
+    HeldPackets,
+)
 from sockmi.redirect.settings import Settings
 from sockmi.redirect.tables import Tables
 
@@ -87,6 +94,45 @@ def test_what_is_kept_is_bounded_and_only_what_is_wanted(lab: Lab) -> None:
         assert kept[-1] == b"999"
         with pytest.raises(OSError, match="another daemon"):
             HeldPackets(Settings().log_group, Settings().inject_mark)
+        held.close()
+
+    lab.host("b").python(scenario)
+
+
+def test_listed_connections_do_not_use_up_what_moves_needs(lab: Lab) -> None:
+    """However many are listed and busy, one in a freeze keeps its packets."""
+
+    def scenario() -> None:
+        held = HeldPackets(Settings().log_group, Settings().inject_mark)
+        local = Endpoint.parse("192.0.2.1:80")
+        listed = [FourTuple(local, Endpoint.parse(f"192.0.2.2:{port}")) for port in range(1, 1001)]
+        for one in listed:
+            held.want([one])
+            held.add(one, [bytes([n]) * 60_000 for n in range(3)])
+            held.rest(one, None, lambda: None)
+            held.add(one, [b"later" * 2_000, b"small"])
+        kept = held.take(listed[:1])[listed[0]]
+        assert [len(each) for each in kept] == [60_000, 5], "the earliest, and what else has room"
+        moving = [FourTuple(local, Endpoint.parse(f"192.0.2.3:{port}")) for port in range(1, 41)]
+        held.want(moving)
+        for one in moving:
+            held.add(one, [bytes([n]) * 60_000 for n in range(30)])
+        found = held.take(moving)
+        sizes = [sum(map(len, found[one])) for one in moving if one in found]
+        assert all(size <= BYTES_PER_CONNECTION_MAX for size in sizes)
+        assert sum(sizes) > BYTES_MAX - 60_000, "what is listed has given way"
+        assert found[moving[0]][-1] == bytes([29]) * 60_000, "the latest"
+        rest = held.take(listed)
+        sizes = [sum(map(len, several)) for several in rest.values()]
+        assert max(sizes, default=0) <= RESTING_BYTES_PER_CONNECTION_MAX
+        assert sum(sizes) <= RESTING_BYTES_MAX
+        # Nothing is counted that is not there: all of it can be used again.
+        held.want(moving)
+        for one in moving:
+            held.add(one, [bytes([n]) * 60_000 for n in range(16)])
+        assert (
+            sum(len(each) for several in held.take(moving).values() for each in several) > BYTES_MAX - 60_000
+        )
         held.close()
 
     lab.host("b").python(scenario)

@@ -16,12 +16,13 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from ipaddress import IPv4Address, IPv6Address
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.native import library
+from sockmi.redirect.segment import RST, Expected, parse
 
 _NETLINK_NETFILTER = 12
 _SUBSYS_ULOG = 4
@@ -35,11 +36,14 @@ _ATTRIBUTE = struct.Struct("=HH")
 _GROUP = struct.Struct("!16sI")
 _LENGTH = struct.Struct("!I")
 _SO_RCVBUFFORCE = 33
-_IPPROTO_TCP = 6
 _MAPPED = bytes(10) + b"\xff\xff"
 
 PACKETS_PER_CONNECTION_MAX = 256
+BYTES_PER_CONNECTION_MAX = 1 << 20
 BYTES_MAX = 32 << 20
+# Of connections that rest in the import list, which may be many, and for long.
+RESTING_BYTES_PER_CONNECTION_MAX = 64 << 10
+RESTING_BYTES_MAX = 8 << 20
 
 
 class _Endpoint(ctypes.Structure):
@@ -63,15 +67,35 @@ def _deliver() -> Any:
     return function
 
 
+@dataclass(slots=True)
+class _Kept:
+    """Packets of one connection. ``expected`` and ``reset`` are of one that rests."""
+
+    packets: deque[bytes] = field(default_factory=deque)
+    bytes: int = 0
+    expected: Expected | None = None
+    reset: Callable[[], None] | None = None
+
+    @property
+    def resting(self) -> bool:
+        return self.reset is not None
+
+
 class HeldPackets:
-    """What the holds of this host have dropped and still may be wanted; bounded."""
+    """What the holds of this host have dropped and still may be wanted; bounded.
+
+    A connection that is being moved, for milliseconds, has precedence over those that rest in the import
+    list, for as long as it takes. Of the first the latest packets are kept, of the others the earliest: a
+    peer goes on from there.
+    """
 
     def __init__(self, group: int, inject_mark: int) -> None:
         """``group``: the NFLOG group that the hold's rules name. Raises OSError if it is taken."""
         self._mark = inject_mark
-        self._kept: dict[FourTuple, deque[bytes]] = {}
+        self._kept: dict[FourTuple, _Kept] = {}
         self._bytes = 0
-        self._wanted: set[FourTuple] = set()
+        self._resting: dict[FourTuple, None] = {}  # of which something is kept, in the order of its coming
+        self._resting_bytes = 0
         self._socket = socket.socket(
             socket.AF_NETLINK,
             socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
@@ -98,34 +122,111 @@ class HeldPackets:
     # -- what is kept
 
     def want(self, tuples: Iterable[FourTuple]) -> None:
-        """Keep packets of these from now on (they are being held)."""
-        self._wanted.update(tuples)
+        """Keep packets of these from now on (they are being held, and moved)."""
+        for connection in tuples:
+            kept = self._kept.setdefault(connection, _Kept())
+            if kept.resting:
+                kept.expected = kept.reset = None
+                self._resting.pop(connection, None)
+                self._resting_bytes -= kept.bytes
+
+    def rest(self, connection: FourTuple, expected: Expected | None, reset: Callable[[], None]) -> None:
+        """It waits for an application. ``reset`` is called as soon as its peer has ended it by a RST.
+
+        ``expected``: what it would receive next; None if that is not known, then a RST is only kept. It
+        may have come already: ``reset`` must not call back into this object.
+        """
+        self.want([connection])
+        kept = self._kept[connection]
+        kept.expected, kept.reset = expected, reset
+        for packet in kept.packets:
+            self._judge(kept, packet)
+        most = min(RESTING_BYTES_PER_CONNECTION_MAX, RESTING_BYTES_MAX - self._resting_bytes)
+        while kept.bytes > most:
+            self._drop(kept, kept.packets.pop())
+        if kept.packets:
+            self._resting[connection] = None
+            self._resting_bytes += kept.bytes
 
     def forget(self, tuples: Iterable[FourTuple]) -> None:
-        """The inverse of ``want``; what was kept is gone."""
+        """The inverse of ``want`` and ``rest``; what was kept is gone."""
         for connection in tuples:
-            self._wanted.discard(connection)
-            self._bytes -= sum(map(len, self._kept.pop(connection, ())))
+            kept = self._kept.pop(connection, None)
+            if kept is None:
+                continue
+            self._bytes -= kept.bytes
+            if kept.resting:
+                self._resting.pop(connection, None)
+                self._resting_bytes -= kept.bytes
 
     def take(self, tuples: Sequence[FourTuple]) -> dict[FourTuple, list[bytes]]:
         """The packets of these, oldest first, and ``forget``."""
         self.readable()
-        found = {one: list(kept) for one in tuples if (kept := self._kept.get(one))}
+        found = {one: list(kept.packets) for one in tuples if (kept := self._kept.get(one)) and kept.packets}
         self.forget(tuples)
         return found
 
     def add(self, connection: FourTuple, packets: Iterable[bytes]) -> None:
         """Keep packets of ``connection`` that are wanted here, though they may have come to another host."""
-        if connection not in self._wanted:
+        kept = self._kept.get(connection)
+        if kept is None:
             return
-        kept = self._kept.setdefault(connection, deque())
         for packet in packets:
-            if self._bytes + len(packet) > BYTES_MAX:
-                return
-            if len(kept) == PACKETS_PER_CONNECTION_MAX:
-                self._bytes -= len(kept.popleft())
-            kept.append(packet)
-            self._bytes += len(packet)
+            if kept.resting:
+                self._add_resting(connection, kept, packet)
+            else:
+                self._add_moving(kept, packet)
+
+    def _add_moving(self, kept: _Kept, packet: bytes) -> None:
+        most = BYTES_PER_CONNECTION_MAX
+        while kept.packets and (
+            len(kept.packets) >= PACKETS_PER_CONNECTION_MAX or kept.bytes + len(packet) > most
+        ):
+            self._drop(kept, kept.packets.popleft())
+        while self._bytes + len(packet) > BYTES_MAX and self._resting_bytes:
+            self._displace()
+        if self._bytes + len(packet) <= BYTES_MAX:
+            self._keep(kept, packet)
+
+    def _add_resting(self, connection: FourTuple, kept: _Kept, packet: bytes) -> None:
+        self._judge(kept, packet)
+        size = len(packet)
+        if (
+            len(kept.packets) < PACKETS_PER_CONNECTION_MAX
+            and kept.bytes + size <= RESTING_BYTES_PER_CONNECTION_MAX
+            and self._resting_bytes + size <= RESTING_BYTES_MAX
+            and self._bytes + size <= BYTES_MAX
+            and packet not in kept.packets
+        ):
+            self._keep(kept, packet)
+            self._resting[connection] = None
+            self._resting_bytes += size
+
+    def _displace(self) -> None:
+        """Give up what is kept for the resting connection of which something has been kept the longest."""
+        connection = next(iter(self._resting))
+        del self._resting[connection]
+        kept = self._kept[connection]
+        self._resting_bytes -= kept.bytes
+        while kept.packets:
+            self._drop(kept, kept.packets.pop())
+
+    def _keep(self, kept: _Kept, packet: bytes) -> None:
+        kept.packets.append(packet)
+        kept.bytes += len(packet)
+        self._bytes += len(packet)
+
+    def _drop(self, kept: _Kept, packet: bytes) -> None:
+        kept.bytes -= len(packet)
+        self._bytes -= len(packet)
+
+    def _judge(self, kept: _Kept, packet: bytes) -> None:
+        """Tell if it is a RST that ends a connection that rests."""
+        segment = parse(packet) if kept.expected else None
+        if segment is None or not segment.flags & RST or kept.expected is None or kept.reset is None:
+            return
+        if kept.expected.resets(segment, {end for one in kept.packets for end in _ends(one)}):
+            kept.reset()
 
     def deliver(self, packets: dict[FourTuple, list[bytes]]) -> int:
         """Give packets to this host's sockets; the tuples are as those have them. Returns how many went."""
@@ -154,9 +255,9 @@ class HeldPackets:
                     continue
                 raise
             for packet in _payloads(data):
-                connection = _connection(packet)
-                if connection is not None:
-                    self.add(connection, [packet])
+                segment = parse(packet)
+                if segment is not None:
+                    self.add(segment.connection, [packet])
 
     def _configure(self, group: int, attribute: int, value: bytes) -> None:
         padded = value + bytes(-len(value) % 4)
@@ -227,23 +328,10 @@ def _payloads(data: bytes) -> Iterator[bytes]:
         at += (length + 3) & ~3
 
 
-def _connection(packet: bytes) -> FourTuple | None:
-    """The connection of a packet that has come in, as this host's socket has it."""
-    source: IPv4Address | IPv6Address
-    target: IPv4Address | IPv6Address
-    version = packet[0] >> 4 if packet else 0
-    if version == 4 and len(packet) >= 40 and packet[9] == _IPPROTO_TCP:
-        start = (packet[0] & 15) * 4
-        source, target = IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
-    elif version == 6 and len(packet) >= 60 and packet[6] == _IPPROTO_TCP:
-        start = 40
-        source, target = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
-    else:
-        return None
-    if len(packet) < start + 4:
-        return None
-    remote_port, local_port = struct.unpack_from("!HH", packet, start)
-    return FourTuple(Endpoint(target, local_port), Endpoint(source, remote_port))
+def _ends(packet: bytes) -> set[int]:
+    """The sequence number after a packet's data, if it has any."""
+    segment = parse(packet)
+    return {segment.ends} if segment and segment.ends != segment.sequence else set()
 
 
 def _native_endpoint(endpoint: Endpoint) -> _Endpoint:
