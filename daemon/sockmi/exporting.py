@@ -537,7 +537,7 @@ class Exporting:
 
     def _end_half_open(self, exports: list[Export]) -> None:
         """Without a listener the kernel just forgets these handshakes; where it cannot, they stay held."""
-        for export in exports:
+        for export in (one for one in exports if one.half_open):
             try:
                 done = [one for one, cookie in export.half_open.items() if self._destroy(one, cookie)]
                 self._shell.holds.unhold(done)
