@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from ipaddress import IPv4Address
@@ -83,7 +84,7 @@ def test_a_reroute_that_fails_is_refused(error: Exception) -> None:
     place = Place(Endpoint(IPv4Address("192.0.2.3"), 4000), Mode.NAT)
     route = Route(b"c" * 16, b"m" * 16, Kind.CONNECTED, 2, HOME, b"x" * 16, place, *ends, ends[0])
     shell, events = told(redirects={Mode.NAT: SimpleNamespace(reachable=reachable)})
-    redirecting = Redirecting(shell, {route.connection: route}, {}, lambda _: None, lambda _: False)
+    redirecting = Redirecting(shell, {route.connection: route}, {}, lambda _: None, Counter, lambda _: False)
     redirecting.reroute(a.Reroute((route,)))
     [done] = events
     assert isinstance(done, e.RerouteDone)
@@ -108,7 +109,7 @@ def test_a_reroute_that_cannot_be_journalled_is_undone() -> None:
         for hop, place in enumerate(places, 1)
     )
     shell, events = told(redirects={Mode.NAT: redirect}, journal=SimpleNamespace(write=write))
-    redirecting = Redirecting(shell, {old.connection: old}, {}, lambda _: None, lambda _: False)
+    redirecting = Redirecting(shell, {old.connection: old}, {}, lambda _: None, Counter, lambda _: False)
     redirecting.reroute(a.Reroute((new,)))
     [done] = events
     assert isinstance(done, e.RerouteDone)
@@ -129,9 +130,11 @@ def test_an_image_that_cannot_be_looked_at_is_refused(
 
     monkeypatch.setattr("sockmi.importing.examine", examine)
     loop = SimpleNamespace(call_later=lambda *_: None)
-    engine = SimpleNamespace(restore=lambda *_: [])
+    engine = SimpleNamespace(restore=lambda *_: [], discard=list)
     shell, events = told(loop=loop, engine=engine)
-    redirecting: Any = SimpleNamespace(suspend=list, lead_again=list)
+    redirecting: Any = SimpleNamespace(
+        suspend=list, lead_again=list, miss_listeners=list, listener_found=lambda _: None
+    )
     placing: Any = SimpleNamespace(forget=lambda _: None)
     importing = Importing(shell, placing, Capacity(), redirecting)
     room = importing.lists.room(Kind.BOUND)
@@ -153,7 +156,7 @@ def test_owners_run_again_though_a_hold_cannot_be_lifted() -> None:
     facts: Any = SimpleNamespace(tuple=object(), kind=Kind.CONNECTED, inode=7)
     export = Export(Selected(-1, None, None), b"m" * 16, facts, {}, stopped=True)
     shell, _ = told(holds=SimpleNamespace(unhold=unhold), engine=SimpleNamespace(resume=resumed.extend))
-    exporting = Exporting(shell, SimpleNamespace(holding_of=None), lambda *_: None)  # type: ignore[arg-type]
+    exporting = Exporting(shell, SimpleNamespace(holding_of=None), lambda *_: None, lambda *_: True)  # type: ignore[arg-type]
     exporting.exports[export.migration] = export
     exporting.thaw(a.Thaw(ChunkId(BATCH, 0), (export.migration,)))
     assert resumed == [7] and not export.stopped
@@ -166,7 +169,7 @@ def test_an_outcome_that_cannot_be_told() -> None:
         raise ValueError("not in the model")
 
     shell, _ = told()
-    exporting = Exporting(shell, SimpleNamespace(holding_of=None), lambda *_: None)  # type: ignore[arg-type]
+    exporting = Exporting(shell, SimpleNamespace(holding_of=None), lambda *_: None, lambda *_: True)  # type: ignore[arg-type]
     exporting._batches[BATCH] = Batch(done, None)
     exporting.batch_done(BATCH)
     assert not exporting.is_open(BATCH)
@@ -174,7 +177,9 @@ def test_an_outcome_that_cannot_be_told() -> None:
 
 def prepared(shell: Any, context_bytes: int = 0) -> tuple[Importing, Copy]:
     """An importer with a dormant copy, which the shell's spool has."""
-    redirecting: Any = SimpleNamespace(suspend=list, lead_again=list)
+    redirecting: Any = SimpleNamespace(
+        suspend=list, lead_again=list, miss_listeners=list, listener_found=lambda _: None
+    )
     placing: Any = SimpleNamespace(forget=lambda _: None)
     importing = Importing(shell, placing, Capacity(), redirecting)
     item = bound(1)
