@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
+from uuid import uuid4
 
 from sockmi import api
-from sockmi.engine.duplicate import duplicate
+from sockmi.engine.duplicate import NoDescriptors, duplicate
 from sockmi.exporting import Selected
+from sockmi.journal import Change
 from sockmi.parts import Parts
-from sockmi.refusal import Refusal
-from sockmi.selection import Found
-from sockmi.shell import whole_record
+from sockmi.refusal import Code, Refusal
+from sockmi.selection import Found, kind_of
+from sockmi.shell import now_text, whole_record, why
 
 _TIMEOUT_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
@@ -45,6 +48,7 @@ class Drain:
         self._under_way = 0
         self._news: list[dict[str, Any]] = []
         self._allowance = 0.0
+        self._descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # half of them for one drain
         self._cancelled = False
         self._finished = False
 
@@ -61,14 +65,15 @@ class Drain:
         self._left.clear()
 
     def _next(self) -> None:
+        room = max(1, self._descriptors // 2 - self._under_way)
         if self._request.dry_run:
             take = _PLAN_MAX  # at once: nothing of the room that one batch finds is kept for the next
         elif self._request.rate_per_s is None:
             # Batches that run beside each other only lengthen each other's freezes.
-            take = _BATCH_MAX if self._under_way < _BATCH_NEXT else 0
+            take = min(_BATCH_MAX, room) if self._under_way < min(_BATCH_NEXT, self._descriptors // 4) else 0
         else:
             self._allowance = min(self._allowance + self._request.rate_per_s * _RATE_TICK_S, _BATCH_MAX)
-            take = int(self._allowance)
+            take = min(int(self._allowance), room)
             self._allowance -= min(take, len(self._left))
         rows, self._left = self._left[:take], self._left[take:]
         if rows:
@@ -78,13 +83,19 @@ class Drain:
         self._check()
 
     def _send(self, rows: list[Found]) -> None:
-        selection = []
-        for row in rows:
+        selection: list[Selected] = []
+        for number, row in enumerate(rows):
             try:
                 descriptor = duplicate(row.holder.pid, row.holder.fd)
-            except Refusal:
-                # It has been closed since it was listed: nothing is left to move.
-                self._selected -= 1
+            except Refusal as refusal:
+                if isinstance(refusal, NoDescriptors) and (selection or self._under_way):
+                    self._left[:0] = rows[number:]  # those that are under way give theirs back
+                    break
+                if refusal.code is Code.NO_SUCH_SOCKET:
+                    # It has been closed since it was listed: nothing is left to move.
+                    self._selected -= 1
+                else:
+                    self._refused(row, refusal)
                 continue
             selection.append(Selected(descriptor, row.holder.pid, row.holder.fd))
         if not selection:
@@ -98,6 +109,28 @@ class Drain:
             done=lambda records: self._check(),
             progress=self._ended,
         )
+
+    def _refused(self, row: Found, refusal: Refusal) -> None:
+        """It could not even be taken: a record of its own, in the history too."""
+        one, now, migration_id = row.socket, now_text(), uuid4()
+        record: dict[str, Any] = {
+            "migration_id": str(migration_id),
+            "direction": "export",
+            "kind": kind_of(one),
+            "state": one.state,
+            "local": str(one.local),
+            "remote": str(one.remote) if one.remote else None,
+            "from": self._daemon.host_name,
+            "pid": row.holder.pid,
+            "fd": row.holder.fd,
+            "started_at": now,
+            "ended_at": now,
+            "outcome": api.Outcome.REFUSED,
+            "refusal": why(refusal),
+        }
+        self._daemon.shell.note(Change(audit=[(migration_id, "export", record)]))
+        self._under_way += 1
+        self._ended(record)
 
     def _ended(self, record: dict[str, Any]) -> None:
         if record.get("listener") is None:

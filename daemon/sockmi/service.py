@@ -15,6 +15,7 @@ import fcntl
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sqlite3
@@ -582,6 +583,12 @@ def _uninstall(config: Config, force: bool) -> int:
     return 0
 
 
+def _raise_descriptor_limit() -> None:
+    """Each socket that is on its way is a descriptor here; shells and init scripts start us with 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def core_settings(config: Config) -> CoreSettings:
     """The protocol core's settings from the configuration."""
     timing = config.timing
@@ -625,6 +632,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise StartError("sockmid needs root (its unit takes all but seven capabilities away)")
         if options.remove_redirects:
             return _uninstall(config, options.force)
+        _raise_descriptor_limit()
         daemon = Daemon(config, options.config)
         daemon.start()
     except (*_START_ERRORS, sqlite3.Error, RuntimeError, OSError) as error:

@@ -37,14 +37,24 @@ def pidfd_getfd(pid: int, fd: int) -> int:
         os.close(pidfd)
 
 
+class NoDescriptors(Refusal):
+    """This process, or the host, has no descriptor left: that may pass."""
+
+
 def duplicate(pid: int, fd: int) -> int:
-    """As ``pidfd_getfd``, for a socket; raises Refusal: NO_SUCH_SOCKET or NO_PRIVILEGE."""
+    """As ``pidfd_getfd``, for a socket; raises Refusal: NO_SUCH_SOCKET, NO_PRIVILEGE or NoDescriptors."""
     try:
         copy = pidfd_getfd(pid, fd)
     except (OSError, OverflowError) as error:
         if getattr(error, "errno", None) == errno.EPERM:
             message = f"The kernel does not let this process take descriptors of process {pid}."
             raise Refusal(Code.NO_PRIVILEGE, message) from None
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            message = (
+                f"This daemon could not take descriptor {fd} of process {pid} ({error}); move fewer sockets "
+                "at a time, or raise LimitNOFILE of its unit."
+            )
+            raise NoDescriptors(Code.INTERNAL, message) from None
         message = f"There is no descriptor {fd} of a process {pid} ({error}); see sockmi list."
         raise Refusal(Code.NO_SUCH_SOCKET, message) from None
     if not stat.S_ISSOCK(os.fstat(copy).st_mode):
