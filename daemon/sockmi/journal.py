@@ -52,7 +52,10 @@ INSERT INTO migration (migration_id, direction, open, updated_at, content) VALUE
 ON CONFLICT (migration_id, direction) DO UPDATE SET
     open=min(open, excluded.open), updated_at=excluded.updated_at,
     content=json_patch(content, excluded.content)
+WHERE migration.open OR json_extract(migration.content, '$.outcome') IS NOT 'moved'
 """
+# What has moved has moved: who tries it again under the same id is told so, and nothing is written.
+_FINAL = "moved"
 
 
 class Record(StrEnum):
@@ -226,4 +229,6 @@ def _merge(
         records[kind, name] = None
     for migration, direction, news in content["audit"]:
         _, before = audit.get((migration, direction), (0.0, {}))
+        if before.get("outcome") == _FINAL:
+            continue
         audit[migration, direction] = (content["at"], before | news)

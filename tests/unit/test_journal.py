@@ -81,3 +81,18 @@ def test_damaged_and_newer_journals_are_refused(tmp_path: Path) -> None:
     journal.close()
     with pytest.raises(JournalError, match="newer release"):
         Journal(path)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_what_has_moved_stays_moved(tmp_path: Path, folded: bool) -> None:
+    """A second try under the same id, refused as there is nothing left to move, does not change the record."""
+    journal = Journal(tmp_path / "journal.db")
+    migration, _, _ = first = audit("moved", to="b")
+    journal.write(Change(audit=[first]))
+    if folded:
+        journal.fold()
+    journal.write(Change(audit=[(migration, "export", {"pid": 9, "outcome": "refused", "to": None})]))
+    assert journal.migration(migration, "export") == {"pid": 7, "outcome": "moved", "to": "b"}
+    refused, _, _ = second = audit("refused")
+    journal.write(Change(audit=[second, (refused, "export", {"outcome": "moved"})]))
+    assert journal.migration(refused, "export") == {"pid": 7, "outcome": "moved"}
