@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -25,7 +26,10 @@ from sockmi.refusal import Code, Refusal
 from sockmi.selection import Found, check_filter, kind_of, select
 from sockmi.shell import close_all, inbound, outbound
 
+_log = logging.getLogger(__name__)
+
 _ROWS_PER_LINE = 200
+_HISTORY_PAGE = 100  # records looked at in one turn of the loop: some milliseconds
 _EXPORT_TIMEOUT_S = 30.0
 
 
@@ -349,13 +353,28 @@ class Operations:
 
     def _history(self, client: Client, request: api.HistoryRequest, descriptors: list[int]) -> None:
         chosen: list[api.MigrationRecord] = []
-        for content in self._daemon.journal.history():
-            record = api.record_of(content)
-            if _in_history(request, record):
-                chosen.append(record)
-                if len(chosen) == request.limit:
-                    break
-        _respond_records(client, request.id, api.HistoryResponse, chosen)
+
+        def look(before: int | None) -> None:
+            """One page each turn of the loop: a long history must not keep the daemon from its work."""
+            if client.closed:
+                return
+            try:
+                page = self._daemon.journal.history_page(before, _HISTORY_PAGE)
+                for _, content in page:
+                    record = api.record_of(content)
+                    if len(chosen) < request.limit and _in_history(request, record):
+                        chosen.append(record)
+            except Exception as error:
+                _log.exception("reading the history")
+                message = f"The journal cannot be read ({error}); see the daemon's log."
+                client.refuse(request.id, Refusal(Code.INTERNAL, message))
+                return
+            if len(page) < _HISTORY_PAGE or len(chosen) == request.limit:
+                _respond_records(client, request.id, api.HistoryResponse, chosen)
+            else:
+                self._daemon.loop.call_soon(look, page[-1][0])
+
+        look(None)
 
     # -- acting
 

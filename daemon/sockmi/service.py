@@ -77,6 +77,7 @@ _TRIM_AFTER_ROWS = 100
 _ADDRESSES_INTERVAL_S = 10.0
 _AGES_INTERVAL_S = 1.0
 _KEEP_HISTORY = 100_000
+_PRUNE_INTERVAL_S = 3600.0
 _STOP_GRACE_S = 5.0
 # Halves, thirds, quarters and fifths are whole, and 1000 fits in 16 bits.
 _WEIGHT_UNITS = 60
@@ -235,6 +236,7 @@ class Daemon:
             self.loop, self.config.control_path, self.config.control_mode, self.operations
         )
         self._fold()
+        self.loop.call_later(_PRUNE_INTERVAL_S, self._prune)
         self._learn_addresses()
         self._look_at_listeners()
         self._look_at_ages()
@@ -404,6 +406,13 @@ class Daemon:
                 gc.collect()
                 trim()
         self.loop.call_later(_FOLD_INTERVAL_S, self._fold)
+
+    def _prune(self) -> None:
+        """The history is bounded while the daemon runs, too."""
+        if self.core.idle:
+            with contextlib.suppress(sqlite3.Error):
+                self.journal.prune(_KEEP_HISTORY)
+        self.loop.call_later(_PRUNE_INTERVAL_S, self._prune)
 
     # -- events and actions
 
