@@ -644,6 +644,155 @@ struct sockmi_event {
 
 /* ======== NAT helper: ordinals 0x40..0x5f, events 32..63 (nat.c) ======== */
 
+/*
+ * Packets of a connection that has moved, or is moving. Stateless: each flow is a rule for one connection, found by one
+ * look-up in a hash table of the network namespace in which the device was opened. Flows outlive the
+ * device file; while any exists the module cannot be unloaded. All calls need CAP_NET_ADMIN in the user namespace
+ * that owns the network namespace.
+ *
+ *   exporter:	HOLD|MUTE -> REDIRECT|MUTE, `to` is the importer's end. What the peer sends is dropped, then
+ *		redirected. Needs forwarding (net.ipv4.ip_forward, net.ipv6.conf.all.forwarding), and a forward policy
+ *		that admits what conntrack calls untracked.
+ *   importer:	HOLD -> TRANSLATE, `local` is its own end, `to` the exporter's, as the peer knows it. What the
+ *		socket sends gets that source after conntrack has seen it under the importer's name.
+ *   next hop:	an importer that exports again replaces TRANSLATE by REDIRECT; the last importer translates
+ *		to the first exporter's end.
+ *
+ * Errors of ICMP and ICMPv6 about the connection are translated with it. Fragments of IPv4 are put together; those
+ * of IPv6 only if conntrack does it. Packets between a peer and a socket on one and the same host are held and muted,
+ * but not redirected.
+ */
+#define SOCKMI_NAT_HOLD (1u << 0)      /* drop what comes in and what goes out, ICMP errors about it included */
+#define SOCKMI_NAT_MUTE (1u << 1)      /* no RST and no FIN goes out */
+#define SOCKMI_NAT_REDIRECT (1u << 2)  /* in: destination becomes `to`, untracked; out: no SYN, RST, FIN */
+#define SOCKMI_NAT_TRANSLATE (1u << 3) /* out: source becomes `to`; not together with REDIRECT */
+/*
+ * Conntrack does not see the flow, in and out. For importers with net.netfilter.nf_conntrack_tcp_loose=0, which
+ * calls a connection that it has not seen begin invalid: their firewall must admit what is untracked.
+ * (Or an entry for it is made by ctnetlink first; then this flag is not needed.)
+ */
+#define SOCKMI_NAT_UNTRACKED (1u << 4)
+
+/* Bits of `seen`: TCP flags of packets that the flow met, and whether its HOLD has ended by itself. */
+#define SOCKMI_NAT_SEEN_SYN_IN (1u << 0) /* without ACK: the peer began anew, the old connection is over */
+#define SOCKMI_NAT_SEEN_FIN_IN (1u << 1)
+#define SOCKMI_NAT_SEEN_RST_IN (1u << 2)
+#define SOCKMI_NAT_SEEN_FIN_OUT (1u << 3) /* TRANSLATE only, like the next */
+#define SOCKMI_NAT_SEEN_RST_OUT (1u << 4)
+#define SOCKMI_NAT_SEEN_LAPSE (1u << 5)
+
+#define SOCKMI_NAT_TAG_BYTES 16
+
+/**
+ * struct sockmi_ioc_nat_flow - one connection's rule and what became of its packets
+ * @local: in: this host's end, as its own stack has it
+ * @remote: in: the peer's end; all zero with HOLD alone: new connections to the listener's port @local are dropped
+ *	(the address may be the unspecified one: any)
+ * @to: in: replaces the local end, for REDIRECT and TRANSLATE; else all zero. For one peer's end it must be unique
+ *	among the flows that redirect, and among those that translate
+ * @flags: in: SOCKMI_NAT_*; at least one
+ * @hold_ms: in: HOLD ends after so many ms, counted from now, and a flow without other flags with it; 0: it
+ *	does not end by itself; out: what is left, at least 1 if it ends
+ * @tag: in: the caller's, for example a migration id
+ * @id: out: names the flow as long as it lives, replaced or not
+ * @packets: out: packets rewritten; what the network card or the stack coalesced counts once
+ * @bytes: out: their length, network header included
+ * @held: out: dropped by HOLD
+ * @muted: out: dropped on their way out by MUTE or REDIRECT
+ * @errors: out: ICMP errors translated
+ * @seen: out: SOCKMI_NAT_SEEN_*
+ * @idle_s: out: seconds since the last packet that it changed or dropped, or since its making
+ *
+ * A flow that is replaced keeps its counters. Link-local addresses match on every interface: their scope_id is ignored.
+ */
+struct sockmi_ioc_nat_flow {
+	struct sockmi_dev_endpoint local;
+	struct sockmi_dev_endpoint remote;
+	struct sockmi_dev_endpoint to;
+	__u32 flags;
+	__u32 hold_ms;
+	__u8 tag[SOCKMI_NAT_TAG_BYTES];
+	__aligned_u64 id;
+	__aligned_u64 packets;
+	__aligned_u64 bytes;
+	__aligned_u64 held;
+	__aligned_u64 muted;
+	__aligned_u64 errors;
+	__u32 seen;
+	__u32 idle_s;
+};
+
+/**
+ * enum sockmi_nat_action - what NAT_CHANGE does with each flow
+ * @SOCKMI_NAT_ADD: -EEXIST if there is one for the tuple
+ * @SOCKMI_NAT_REPLACE: -ENOENT if there is none
+ * @SOCKMI_NAT_SET: whichever of the two fits
+ * @SOCKMI_NAT_REMOVE: only the tuple counts; -ENOENT
+ */
+enum sockmi_nat_action {
+	SOCKMI_NAT_ADD = 1,
+	SOCKMI_NAT_REPLACE = 2,
+	SOCKMI_NAT_SET = 3,
+	SOCKMI_NAT_REMOVE = 4,
+};
+
+#define SOCKMI_NAT_BATCH_MAX 65536
+
+/**
+ * struct sockmi_ioc_nat_change - add, replace or remove flows, in order, up to the first that fails
+ * @flows: in: address of an array of struct sockmi_ioc_nat_flow
+ * @count: in: its length, 0..SOCKMI_NAT_BATCH_MAX
+ * @flow_bytes: in: sizeof(struct sockmi_ioc_nat_flow) of the caller
+ * @action: in: enum sockmi_nat_action
+ * @done: out: how many took effect; on an error the index of the flow that did not
+ *
+ * Each flow changes at once: every packet meets the old rule or the new one.
+ * -EINVAL: flags or addresses that do not fit each other; -EAFNOSUPPORT: IPv4 and IPv6 mixed; -EADDRNOTAVAIL: `to`
+ * is no address that packets can be sent to or from; -EADDRINUSE: `to` is another flow's for this peer; -ENOSPC: more
+ * flows than the module's parameter nat_flows_max; -EINTR: a fatal signal.
+ */
+struct sockmi_ioc_nat_change {
+	__aligned_u64 flows;
+	__u32 count;
+	__u32 flow_bytes;
+	__u32 action;
+	__u32 done;
+};
+
+/**
+ * struct sockmi_ioc_nat_read - read flows: those named, or the next of all
+ * @flows: in: address of an array of struct sockmi_ioc_nat_flow; NAT_READ: the tuples are read, the rest is written
+ * @count: in: its length, 0..SOCKMI_NAT_BATCH_MAX; NAT_LIST, out: how many were written, fewer than asked for
+ *	at the end
+ * @flow_bytes: in: sizeof(struct sockmi_ioc_nat_flow) of the caller
+ * @after: NAT_LIST, in: 0, or the last id of the call before; out: the last id written
+ * @done: NAT_READ, out: how many were found; on an error the index of the flow that failed (-ENOENT)
+ * @total: out: flows in the namespace
+ */
+struct sockmi_ioc_nat_read {
+	__aligned_u64 flows;
+	__u32 count;
+	__u32 flow_bytes;
+	__aligned_u64 after;
+	__u32 done;
+	__u32 total;
+};
+
+/**
+ * struct sockmi_ioc_nat_flush - remove flows
+ * @flags: in: those that have any of these SOCKMI_NAT_* flags; 0: all
+ * @removed: out: how many
+ */
+struct sockmi_ioc_nat_flush {
+	__u32 flags;
+	__u32 removed;
+};
+
+#define SOCKMI_IOC_NAT_CHANGE _IOWR(SOCKMI_IOC_MAGIC, 0x40, struct sockmi_ioc_nat_change)
+#define SOCKMI_IOC_NAT_READ _IOWR(SOCKMI_IOC_MAGIC, 0x41, struct sockmi_ioc_nat_read)
+#define SOCKMI_IOC_NAT_LIST _IOWR(SOCKMI_IOC_MAGIC, 0x42, struct sockmi_ioc_nat_read)
+#define SOCKMI_IOC_NAT_FLUSH _IOWR(SOCKMI_IOC_MAGIC, 0x43, struct sockmi_ioc_nat_flush)
+
 /* ======== end of NAT helper ======== */
 
 #endif
