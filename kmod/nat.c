@@ -122,6 +122,16 @@ void sockmi_nat_key_of(const struct sock *sk, struct sockmi_nat_key *key)
 	key->remote[0] = sk->sk_daddr;
 }
 
+int sockmi_nat_prepare(struct sockmi_net *sn)
+{
+	int error;
+
+	mutex_lock(&sn->nat->lock);
+	error = sockmi_nat_arm(sn->nat);
+	mutex_unlock(&sn->nat->lock);
+	return error;
+}
+
 int sockmi_nat_hold(struct sockmi_net *sn, const struct sockmi_nat_key *key)
 {
 	struct sockmi_nat_net *nat = sn->nat;

@@ -44,6 +44,12 @@ long sockmi_nat_ioctl(struct sockmi_file *file, unsigned int nr, void __user *ar
 void sockmi_nat_key_of(const struct sock *sk, struct sockmi_nat_key *key);
 
 /*
+ * Makes the namespace's tables and hooks if there has been no flow yet, which may take milliseconds: for CLAIM, so that
+ * nothing of it is left for the freeze. 0 or -errno.
+ */
+int sockmi_nat_prepare(struct sockmi_net *sn);
+
+/*
  * Nothing of @key's connection in or out any more, until further notice: HOLD and MUTE. For COMMIT, before the
  * original is closed. A flow that is held or redirected already is only muted, since its owner has planned ahead.
  * Process context, may sleep, also with the socket's lock owned. 0, or -ENOMEM, -ENOSPC (too many flows), and then

@@ -105,6 +105,8 @@ static struct sockmi_nat_flow *read_flow(const struct sockmi_ioc_nat_flow *recor
 		if (is_mapped(to) != (key.kind == AF_INET))
 			return ERR_PTR(-EAFNOSUPPORT);
 		take_end(to, key.kind, address, &port);
+		if (!memcmp(address, key.local, sizeof(address)) && port == key.local_port)
+			return ERR_PTR(-EINVAL);
 		if (!is_unicast(key.kind, address) || !is_unicast(key.kind, key.remote))
 			return ERR_PTR(-EADDRNOTAVAIL);
 	}

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""A live stream moves between hosts by the NAT helper alone: every byte, no RST, no FIN, beside conntrack."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from sockmi.addresses import FourTuple
+from tests.kmod.nat_client import Flag, Flow
+from tests.kmod.nat_lab import live, offloads, quiet, triangle
+from tests.lab.redirect_lab import Host, run, until
+
+IMPORTER_PORT = 40001
+
+STATEFUL = """
+table inet guard {
+  chain input {
+    type filter hook input priority filter; policy drop;
+    iif lo accept
+    meta l4proto ipv6-icmp accept
+    meta l4proto icmp accept
+    ct state invalid counter name invalid drop
+    ct state established,related counter name known accept
+    ct state untracked counter name untracked accept
+    counter name other drop
+  }
+  counter invalid {}
+  counter known {}
+  counter untracked {}
+  counter other {}
+}
+"""
+FORWARDS_UNTRACKED = """
+table inet guard {
+  chain forward {
+    type filter hook forward priority filter; policy drop;
+    meta l4proto ipv6-icmp accept
+    ct state untracked counter name untracked accept
+    counter name other drop
+  }
+  chain output {
+    type filter hook output priority filter;
+    ct state invalid counter name invalid
+  }
+  counter untracked {}
+  counter other {}
+  counter invalid {}
+}
+"""
+
+
+def counter(host: Host, name: str) -> int:
+    """Packets that a named counter of the host's firewall has seen."""
+    words = host.nft("list", "counter", "inet", "guard", name).split()
+    return int(words[words.index("packets") + 1])
+
+
+@pytest.mark.parametrize("offload", [True, False], ids=["offload", "software"])
+@pytest.mark.parametrize("version", [4, 6])
+def test_stream_moves(version: int, offload: bool) -> None:
+    with triangle(version) as of:
+        lab = of.lab
+        for host in lab.hosts.values():
+            offloads(host, offload)
+        with live(of, lab.peer, lab.a, largest=20000) as moving:
+            moving.progress()
+            moving.move(lab.a, lab.b, IMPORTER_PORT)
+            moving.progress(200_000)
+            quiet(moving)
+            there = of.nat(lab.a).one(moving.ends)
+            assert there.flags == Flag.REDIRECT | Flag.MUTE and there.to == moving.here
+            assert there.packets > 10 and there.bytes > 200_000
+            here = of.nat(lab.b).one(FourTuple(moving.here, moving.ends.remote))
+            assert here.flags == Flag.TRANSLATE and here.to == moving.ends.local
+            assert here.packets > 10 and here.bytes > 200_000 and here.muted == 0
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_on_to_a_third_host_and_home(version: int) -> None:
+    with triangle(version) as of:
+        lab = of.lab
+        with live(of, lab.peer, lab.a) as moving:
+            moving.progress()
+            moving.move(lab.a, lab.b, IMPORTER_PORT)
+            moving.progress()
+            moving.move(lab.b, lab.c, IMPORTER_PORT + 1)
+            moving.progress()
+            chain = of.nat(lab.b).one(FourTuple(of.nat(lab.a).one(moving.ends).to, moving.ends.remote))
+            assert chain.flags == Flag.REDIRECT | Flag.MUTE and chain.packets > 0
+            moving.move(lab.c, lab.a, moving.ends.local.port)
+            moving.progress()
+            assert of.nat(lab.a).list() == []
+            quiet(moving)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_beside_conntrack(version: int) -> None:
+    with triangle(version) as of:
+        lab = of.lab
+        lab.b.nft("-f", "-", text=STATEFUL)
+        lab.a.nft("-f", "-", text=FORWARDS_UNTRACKED)
+        with live(of, lab.peer, lab.a) as moving:
+            moving.progress()
+            moving.move(lab.a, lab.b, IMPORTER_PORT)
+            moving.progress()
+            quiet(moving)
+            assert counter(lab.b, "known") > 0
+            assert (counter(lab.b, "invalid"), counter(lab.b, "untracked"), counter(lab.b, "other")) == (
+                0,
+                0,
+                0,
+            )
+            assert counter(lab.a, "untracked") > 0
+            assert (counter(lab.a, "invalid"), counter(lab.a, "other")) == (0, 0)
+
+
+@pytest.mark.parametrize("way", ["untracked", "injected"])
+@pytest.mark.parametrize("version", [4, 6])
+def test_beside_strict_conntrack(version: int, way: str) -> None:
+    with triangle(version) as of:
+        lab = of.lab
+        lab.b.nft("-f", "-", text=STATEFUL)
+        lab.a.nft("-f", "-", text=FORWARDS_UNTRACKED)
+        for host in (lab.a, lab.b):
+            host.sysctl("net/netfilter/nf_conntrack_tcp_loose", 0)
+        with live(of, lab.peer, lab.a) as moving:
+            moving.progress()
+            if way == "injected":
+                remote = moving.ends.remote
+                entry = (
+                    f"-I -p tcp --state ESTABLISHED -u ASSURED,SEEN_REPLY -t 600 -s {lab.b.address(version)} "
+                    f"-d {remote.address} --sport {IMPORTER_PORT} --dport {remote.port}"
+                )
+                run("ip", "netns", "exec", lab.b.namespace, "conntrack", *entry.split())
+            moving.move(lab.a, lab.b, IMPORTER_PORT, Flag.UNTRACKED if way == "untracked" else Flag(0))
+            moving.progress()
+            quiet(moving)
+            assert (counter(lab.b, "invalid"), counter(lab.b, "other")) == (0, 0)
+            assert (counter(lab.b, "untracked") > 0) == (way == "untracked")
+            assert (counter(lab.b, "known") > 0) == (way == "injected")
+            assert (counter(lab.a, "invalid"), counter(lab.a, "other")) == (0, 0)
+
+
+def test_strict_conntrack_alone_would_stop_it() -> None:
+    """The control of the test above: neither untracked nor known, the importer's firewall drops the peer."""
+    with triangle(4) as of:
+        lab = of.lab
+        lab.b.nft("-f", "-", text=STATEFUL)
+        lab.b.sysctl("net/netfilter/nf_conntrack_tcp_loose", 0)
+        with live(of, lab.peer, lab.a) as moving:
+            moving.progress()
+            moving.move(lab.a, lab.b, IMPORTER_PORT)
+            until(lambda: counter(lab.b, "invalid") > 0, "a packet called invalid")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_close_by_either_end_goes_through(version: int) -> None:
+    with triangle(version) as of:
+        lab = of.lab
+        with live(of, lab.peer, lab.a) as moving:
+            moving.progress()
+            moving.move(lab.a, lab.b, IMPORTER_PORT)
+            moving.progress()
+            server, peer = moving.server.pause(), moving.peer.pause()
+            server.shutdown(1)
+            peer.setblocking(True)
+            peer.settimeout(10)
+            while peer.recv(65536):
+                pass
+            peer.close()
+            nat_a, nat_b = of.nat(lab.a), of.nat(lab.b)
+            here = Flow(moving.here, moving.ends.remote)
+            until(lambda: "FIN_IN" in str(nat_a.one(moving.ends).seen), "the peer's FIN on its way")
+            assert "FIN_OUT" in str(nat_b.one(here).seen)
+            assert moving.capture.resets == 0 and moving.capture.fins == 1
+
+
+def test_peer_that_begins_anew_is_noted() -> None:
+    with triangle(4) as of:
+        lab = of.lab
+        with live(of, lab.peer, lab.a) as moving:
+            moving.move(lab.a, lab.b, IMPORTER_PORT)
+            moving.progress()
+            assert "SYN_IN" not in str(of.nat(lab.a).one(moving.ends).seen)
+            remote, local = moving.ends.remote, moving.ends.local
+            script = (
+                "import socket,struct;"
+                "s=socket.socket(socket.AF_INET,socket.SOCK_RAW,6);"
+                f"s.sendto(struct.pack('>HHIIBBHHH',{remote.port},{local.port},1,0,80,2,100,0,0),"
+                f"('{local.address}',0))"
+            )
+            subprocess.run(["ip", "netns", "exec", lab.peer.namespace, "python3", "-c", script], check=True)
+            until(lambda: "SYN_IN" in str(of.nat(lab.a).one(moving.ends).seen), "the SYN")
+            moving.progress()
