@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""The harness itself: that it runs things, and that it notices every kind of bug it exists for."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from guests.errors import HarnessError
+from guests.guest import Guest
+from guests.kernels import DEBIAN_KERNELS
+from guests.paths import PROJECT
+from guests.uml.run import Inside, run_inside
+
+PLANTED = Path(__file__).parent / "planted"
+
+uml = pytest.mark.skipif(
+    os.environ.get("SOCKMI_NO_UML") == "1", reason="SOCKMI_NO_UML=1: no UML kernel wanted"
+)
+
+
+def planted(bug: str, **more: object) -> Inside:
+    """A run of the throw-away module with one of its bugs."""
+    return Inside(["true"], module=PLANTED, parameters=[f"bug={bug}"], limit=60, **more)  # type: ignore[arg-type]
+
+
+@uml
+def test_a_command_runs_inside_and_cannot_write_outside(tmp_path: Path) -> None:
+    command = f"uname -r; touch {tmp_path}/written; cat >$SOCKMI_OUT/kept </proc/sys/kernel/hostname; exit 7"
+    outcome = run_inside(Inside(["sh", "-c", command], module=None, collect=["kept"], cwd=tmp_path))
+    assert (outcome.code, outcome.troubles, outcome.complaints) == (7, [], [])
+    assert outcome.output.startswith(b"6.1.")
+    assert outcome.files["kept"] == b"uml\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@uml
+def test_a_good_module_comes_and_goes(tmp_path: Path) -> None:
+    outcome = run_inside(planted("none", cwd=tmp_path))
+    assert outcome.good, outcome.tell()
+
+
+@uml
+@pytest.mark.parametrize(
+    ("bug", "said"),
+    [
+        ("use-after-free", "KASAN: use-after-free in planted"),
+        ("overrun", "KASAN: slab-out-of-bounds in planted"),
+        ("inversion", "possible circular locking dependency"),
+        ("atomic-sleep", "scheduling while atomic|sleeping function called from invalid context"),
+        ("live-timer", "ODEBUG: free active"),
+        ("warning", "WARNING: CPU: .* at .*planted"),
+        ("panic", "Kernel panic - not syncing: planted"),
+    ],
+)
+def test_a_planted_bug_fails_the_run(bug: str, said: str) -> None:
+    outcome = run_inside(planted(bug, leaks=False))
+    assert not outcome.good
+    assert re.search(said, "\n".join(report.title for report in outcome.complaints)), outcome.tell()
+
+
+@uml
+def test_memory_that_the_module_loses_fails_the_run() -> None:
+    outcome = run_inside(planted("leak"))
+    assert not outcome.good
+    assert len(outcome.leaks) >= 24, outcome.tell()  # of 32; kmemleak takes stray words for pointers
+    assert not outcome.complaints, outcome.tell()
+
+
+@uml
+def test_a_run_that_hangs_is_ended() -> None:
+    outcome = run_inside(Inside(["sleep", "600"], module=None, limit=8))
+    assert outcome.code == 124
+    assert outcome.seconds < 20
+    assert "not done after 8 s" in outcome.tell()
+
+
+def test_a_guest_boots_runs_commands_and_loads_a_module(guest: Guest, kernel: str) -> None:
+    assert guest.run("uname -r").stdout.strip() == DEBIAN_KERNELS[kernel].release
+    assert guest.run("cat; exit 3", data=b"x" * 300_000, check=False).stdout == "x" * 300_000
+    assert guest.run("exit 3", check=False).code == 3
+    with pytest.raises(HarnessError, match="ended with 4"):
+        guest.run("exit 4")
+    with pytest.raises(TimeoutError):
+        guest.run("sleep 100", limit=2)
+    guest.load(DEBIAN_KERNELS[kernel].module(PLANTED))
+    assert "planted" in guest.run("lsmod").stdout
+    guest.run("rmmod planted")
+
+
+def test_the_checkout_is_in_the_guest(guest: Guest) -> None:
+    python = f"{PROJECT}/.venv/bin/python"
+    assert (
+        "sockmi"
+        in guest.run([python, "-c", "import sockmi, pytest; print(sockmi.__name__)"], cwd=PROJECT).stdout
+    )
+
+
+def test_a_planted_panic_is_detected(guests: Callable[..., list[Guest]], kernel: str) -> None:
+    (one,) = guests(1, allowed=["planted"])
+    with pytest.raises(HarnessError, match="ended while"):
+        one.load(DEBIAN_KERNELS[kernel].module(PLANTED), "bug=panic")
+    one.plan.allowed.clear()
+    assert any("Kernel panic - not syncing: planted" in report.title for report in one.complaints())
+    one.plan.allowed.append("")
+
+
+def test_two_guests_hear_each_other(guests: Callable[..., list[Guest]]) -> None:
+    first, second = guests(2)
+    segment = first.plan.segments[0]
+    for address in (segment.ipv4(2), segment.ipv6(2)):
+        first.run(["ping", "-c", "2", "-W", "5", address])
+    listen = (
+        "import socket, struct; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', 7700));"
+        "s.setsockopt(0, socket.IP_ADD_MEMBERSHIP, socket.inet_aton('239.77.0.1') + socket.inet_aton('%s'));"
+        "print('listening', flush=True); s.settimeout(30); data, sender = s.recvfrom(100);"
+        "print(data.decode(), 'from', sender[0])"
+    )
+    heard = second.start(["python3", "-c", listen % segment.ipv4(2)])
+    heard.until_output(b"listening", 30)
+    say = (
+        "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM);"
+        "s.setsockopt(0, socket.IP_MULTICAST_IF, socket.inet_aton('%s'));"
+        "s.sendto(b'hello', ('239.77.0.1', 7700))"
+    )
+    first.run(["python3", "-c", say % segment.ipv4(1)])
+    assert heard.wait(30) == 0
+    assert bytes(heard.stdout).decode().splitlines()[1] == f"hello from {segment.ipv4(1)}"
+    first.plug(connected=False)
+    assert first.run(["ping", "-c", "1", "-W", "2", segment.ipv4(2)], check=False).code != 0
+    first.plug(connected=True)
+    first.run(["ping", "-c", "1", "-W", "10", segment.ipv4(2)])
+
+
+def test_a_killed_test_leaves_no_guest(kernel: str) -> None:
+    program = (
+        "from guests.guest import *; import sys, time\n"
+        f"g = Guest(Plan(DEBIAN_KERNELS['{kernel}'], checkout=False)).wait()\n"
+        "print(g.process, flush=True)\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+    ) as keeper:
+        assert keeper.stdout is not None
+        qemu = int(keeper.stdout.readline())
+        assert Path(f"/proc/{qemu}/comm").read_text().startswith("qemu")
+        keeper.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{qemu}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{qemu}").exists()
