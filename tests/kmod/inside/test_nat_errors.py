@@ -7,7 +7,7 @@ import contextlib
 import random
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 
 import pytest
@@ -86,18 +86,30 @@ class Still:
             end(lab.b, AWAY_PORT),
         )
         self.ends = FourTuple(self.home, self.peer)
-        of.nat(lab.a).add(redirect(self.ends, self.away))
-        of.nat(lab.b).add(translate(self.away, self.ends))
 
     def message(self, what: tuple[int, int, int], quote: bytes, sender: Host, dest: Endpoint) -> bytes:
         source = ip_address(sender.address(self.of.version)).packed
         return error(what, quote, source, dest.address.packed)
 
 
-@contextlib.contextmanager
-def still(version: int) -> Iterator[Still]:
-    with triangle(version) as of:
-        yield Still(of)
+@pytest.fixture(scope="module")
+def stills() -> Iterator[Callable[[int], Still]]:
+    """One for each IP version, made when first asked for."""
+    made: dict[int, Still] = {}
+    with contextlib.ExitStack() as stack:
+
+        def get(version: int) -> Still:
+            if version not in made:
+                made[version] = Still(stack.enter_context(triangle(version)))
+            it = made[version]
+            lab = it.of.lab
+            # Fresh flows, so that counters begin at zero.
+            for host, flow in ((lab.a, redirect(it.ends, it.away)), (lab.b, translate(it.away, it.ends))):
+                it.of.nat(host).flush()
+                it.of.nat(host).add(flow)
+            return it
+
+        yield get
 
 
 KINDS = [
@@ -122,80 +134,84 @@ def only(found: list[Got], kind: int) -> Got:
 
 @pytest.mark.parametrize("tcp_bytes", [8, 17, 18, 20, 1020])
 @pytest.mark.parametrize(("version", "what"), KINDS)
-def test_inward(version: int, what: tuple[int, int, int], tcp_bytes: int) -> None:
+def test_inward(
+    stills: Callable[[int], Still], version: int, what: tuple[int, int, int], tcp_bytes: int
+) -> None:
     """Somebody reports on what the importer sent under the exporter's name."""
-    with still(version) as it:
-        lab = it.of.lab
-        tap = Tap(lab.b)
-        quote = quoted(it.home, it.peer, tcp_bytes)
-        message = it.message(what, quote, lab.c, it.home)
-        send(lab.c, ICMP if version == 4 else ICMP6, lab.a.address(version), message)
-        got = only(tap.errors(), what[0])
-        tap.close()
-        assert (got.kind, got.code, got.info) == what
-        assert got.dest == it.away.address.packed
-        assert got.ends == FourTuple(it.away, it.peer)
-        assert got.right
-        assert len(got.quote) == len(quote)
-        assert it.of.nat(lab.a).one(it.ends).errors == 1
+    it = stills(version)
+    lab = it.of.lab
+    tap = Tap(lab.b)
+    quote = quoted(it.home, it.peer, tcp_bytes)
+    message = it.message(what, quote, lab.c, it.home)
+    send(lab.c, ICMP if version == 4 else ICMP6, lab.a.address(version), message)
+    got = only(tap.errors(), what[0])
+    tap.close()
+    assert (got.kind, got.code, got.info) == what
+    assert got.dest == it.away.address.packed
+    assert got.ends == FourTuple(it.away, it.peer)
+    assert got.right
+    assert len(got.quote) == len(quote)
+    assert it.of.nat(lab.a).one(it.ends).errors == 1
 
 
 @pytest.mark.parametrize("way", ["through-exporter", "from-importer"])
 @pytest.mark.parametrize("tcp_bytes", [8, 18, 1020])
 @pytest.mark.parametrize(("version", "what"), KINDS)
-def test_outward(version: int, what: tuple[int, int, int], tcp_bytes: int, way: str) -> None:
+def test_outward(
+    stills: Callable[[int], Still], version: int, what: tuple[int, int, int], tcp_bytes: int, way: str
+) -> None:
     """Somebody reports on what the peer sent, as it was after the exporter's hands."""
-    with still(version) as it:
-        lab = it.of.lab
-        tap = Tap(lab.peer)
-        quote = quoted(it.peer, it.away, tcp_bytes)
-        sender = lab.b
-        if way == "through-exporter":
-            sender = lab.c
-            bits = 32 if version == 4 else 128
-            lab.c.ip("route", "replace", f"{lab.peer.address(version)}/{bits}", "via", lab.a.address(version))
-        message = it.message(what, quote, sender, it.peer)
-        send(sender, ICMP if version == 4 else ICMP6, lab.peer.address(version), message)
-        got = only(tap.errors(), what[0])
-        tap.close()
-        assert (got.kind, got.code, got.info) == what
-        assert got.ends == FourTuple(it.peer, it.home)
-        assert got.right
-        assert len(got.quote) == len(quote)
-        if way == "from-importer":
-            assert got.source == it.home.address.packed
-            assert it.of.nat(lab.b).one(FourTuple(it.away, it.peer)).errors == 1
-        else:
-            assert got.source == ip_address(lab.c.address(version)).packed
-            assert it.of.nat(lab.a).one(it.ends).errors == 1
+    it = stills(version)
+    lab = it.of.lab
+    tap = Tap(lab.peer)
+    quote = quoted(it.peer, it.away, tcp_bytes)
+    sender = lab.b
+    if way == "through-exporter":
+        sender = lab.c
+        bits = 32 if version == 4 else 128
+        lab.c.ip("route", "replace", f"{lab.peer.address(version)}/{bits}", "via", lab.a.address(version))
+    message = it.message(what, quote, sender, it.peer)
+    send(sender, ICMP if version == 4 else ICMP6, lab.peer.address(version), message)
+    got = only(tap.errors(), what[0])
+    tap.close()
+    assert (got.kind, got.code, got.info) == what
+    assert got.ends == FourTuple(it.peer, it.home)
+    assert got.right
+    assert len(got.quote) == len(quote)
+    if way == "from-importer":
+        assert got.source == it.home.address.packed
+        assert it.of.nat(lab.b).one(FourTuple(it.away, it.peer)).errors == 1
+    else:
+        assert got.source == ip_address(lab.c.address(version)).packed
+        assert it.of.nat(lab.a).one(it.ends).errors == 1
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_errors_about_others_pass_as_they_are(version: int) -> None:
-    with still(version) as it:
-        lab = it.of.lab
-        other = Endpoint(it.home.address, HOME_PORT + 1)
-        kind = 3 if version == 4 else 1
-        tap_a, tap_b = Tap(lab.a), Tap(lab.b)
-        message = it.message((kind, 1, 0), quoted(other, it.peer, 20), lab.c, other)
-        send(lab.c, ICMP if version == 4 else ICMP6, lab.a.address(version), message)
-        got = only(tap_a.errors(), kind)
-        assert got.ends == FourTuple(other, it.peer) and got.right
-        assert not [each for each in tap_b.errors(0.1) if each.kind == kind]
-        assert it.of.nat(lab.a).one(it.ends).errors == 0
+def test_errors_about_others_pass_as_they_are(stills: Callable[[int], Still], version: int) -> None:
+    it = stills(version)
+    lab = it.of.lab
+    other = Endpoint(it.home.address, HOME_PORT + 1)
+    kind = 3 if version == 4 else 1
+    tap_a, tap_b = Tap(lab.a), Tap(lab.b)
+    message = it.message((kind, 1, 0), quoted(other, it.peer, 20), lab.c, other)
+    send(lab.c, ICMP if version == 4 else ICMP6, lab.a.address(version), message)
+    got = only(tap_a.errors(), kind)
+    assert got.ends == FourTuple(other, it.peer) and got.right
+    assert not [each for each in tap_b.errors(0.1) if each.kind == kind]
+    assert it.of.nat(lab.a).one(it.ends).errors == 0
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_a_held_flow_hears_no_errors(version: int) -> None:
-    with still(version) as it:
-        lab = it.of.lab
-        it.of.nat(lab.a).replace(held(it.ends))
-        kind = 3 if version == 4 else 1
-        tap = Tap(lab.b)
-        message = it.message((kind, 1, 0), quoted(it.home, it.peer, 20), lab.c, it.home)
-        send(lab.c, ICMP if version == 4 else ICMP6, lab.a.address(version), message)
-        assert not [each for each in tap.errors() if each.kind == kind]
-        assert it.of.nat(lab.a).one(it.ends).held == 1
+def test_a_held_flow_hears_no_errors(stills: Callable[[int], Still], version: int) -> None:
+    it = stills(version)
+    lab = it.of.lab
+    it.of.nat(lab.a).replace(held(it.ends))
+    kind = 3 if version == 4 else 1
+    tap = Tap(lab.b)
+    message = it.message((kind, 1, 0), quoted(it.home, it.peer, 20), lab.c, it.home)
+    send(lab.c, ICMP if version == 4 else ICMP6, lab.a.address(version), message)
+    assert not [each for each in tap.errors() if each.kind == kind]
+    assert it.of.nat(lab.a).one(it.ends).held == 1
 
 
 def test_redirects_of_routes_are_not_passed_on() -> None:
@@ -222,64 +238,60 @@ def test_redirects_of_routes_are_not_passed_on() -> None:
 
 
 @pytest.mark.parametrize("last_first", [False, True])
-def test_fragments_of_ipv4_are_put_together(last_first: bool) -> None:
-    with still(4) as it:
-        lab = it.of.lab
-        tap = Tap(lab.b)
-        payload = random.Random(3).randbytes(1000)  # noqa: S311
-        tcp = segment(it.peer, it.home, payload)
-        source, dest = it.peer.address.packed, it.home.address.packed
-        parts = [
-            network(source, dest, TCP, 512, 0x2000) + tcp[:512],
-            network(source, dest, TCP, len(tcp) - 512, 512 // 8) + tcp[512:],
-        ]
-        for part in parts[:: -1 if last_first else 1]:
-            send(lab.peer, socket.IPPROTO_RAW, lab.a.address(4), part, headers=True)
-        found = [packet for packet in tap.packets() if packet[9] == TCP]
-        tap.close()
-        body = b"".join(
-            packet[20:] for packet in sorted(found, key=lambda p: struct.unpack(">H", p[6:8])[0] & 0x1FFF)
-        )
-        assert body[20:] == payload
-        assert struct.unpack(">HH", body[:4]) == (PEER_PORT, AWAY_PORT)
-        assert {packet[16:20] for packet in found} == {it.away.address.packed}
+def test_fragments_of_ipv4_are_put_together(stills: Callable[[int], Still], last_first: bool) -> None:
+    it = stills(4)
+    lab = it.of.lab
+    tap = Tap(lab.b)
+    payload = random.Random(3).randbytes(1000)  # noqa: S311
+    tcp = segment(it.peer, it.home, payload)
+    source, dest = it.peer.address.packed, it.home.address.packed
+    parts = [
+        network(source, dest, TCP, 512, 0x2000) + tcp[:512],
+        network(source, dest, TCP, len(tcp) - 512, 512 // 8) + tcp[512:],
+    ]
+    for part in parts[:: -1 if last_first else 1]:
+        send(lab.peer, socket.IPPROTO_RAW, lab.a.address(4), part, headers=True)
+    found = [packet for packet in tap.packets() if packet[9] == TCP]
+    tap.close()
+    body = b"".join(
+        packet[20:] for packet in sorted(found, key=lambda p: struct.unpack(">H", p[6:8])[0] & 0x1FFF)
+    )
+    assert body[20:] == payload
+    assert struct.unpack(">HH", body[:4]) == (PEER_PORT, AWAY_PORT)
+    assert {packet[16:20] for packet in found} == {it.away.address.packed}
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_odd_errors_do_no_harm(version: int) -> None:
+def test_odd_errors_do_no_harm(stills: Callable[[int], Still], version: int) -> None:
     """Cut, mangled and nested messages: whatever comes out is well-formed, and the kernel lives."""
     rng = random.Random(version)  # noqa: S311
-    with still(version) as it:
-        lab = it.of.lab
-        kind = 3 if version == 4 else 1
-        good = it.message((kind, 1, 0), quoted(it.home, it.peer, 60), lab.c, it.home)
-        protocol = ICMP if version == 4 else ICMP6
-        tap = Tap(lab.b)
-        for _ in range(600):
-            message = bytearray(good[: rng.randint(8, len(good))])
-            for _ in range(rng.randint(0, 4)):
-                message[rng.randrange(len(message))] = rng.randrange(256)
-            if rng.random() < 0.1:
-                message = message[:8] + message
-            send(lab.c, protocol, lab.a.address(version), bytes(message))
-        for packet in tap.packets():
-            read_error(packet) if len(packet) >= 96 else None
-        tap.close()
-        send(lab.c, protocol, lab.a.address(version), good)
-        until(lambda: it.of.nat(lab.a).one(it.ends).errors > 0, "a good error among odd ones")
+    it = stills(version)
+    lab = it.of.lab
+    kind = 3 if version == 4 else 1
+    good = it.message((kind, 1, 0), quoted(it.home, it.peer, 60), lab.c, it.home)
+    protocol = ICMP if version == 4 else ICMP6
+    tap = Tap(lab.b)
+    for _ in range(600):
+        message = bytearray(good[: rng.randint(8, len(good))])
+        for _ in range(rng.randint(0, 4)):
+            message[rng.randrange(len(message))] = rng.randrange(256)
+        if rng.random() < 0.1:
+            message = message[:8] + message
+        send(lab.c, protocol, lab.a.address(version), bytes(message))
+    for packet in tap.packets():
+        read_error(packet) if len(packet) >= 96 else None
+    tap.close()
+    send(lab.c, protocol, lab.a.address(version), good)
+    until(lambda: it.of.nat(lab.a).one(it.ends).errors > 0, "a good error among odd ones")
 
 
-def test_flow_of_errors_needs_the_right_outer_address() -> None:
+def test_flow_of_errors_needs_the_right_outer_address(stills: Callable[[int], Still]) -> None:
     """An error to another address of the exporter quotes a stranger's packet."""
-    with still(4) as it:
-        lab = it.of.lab
-        lab.a.ip("addr", "add", "10.9.0.77/24", "dev", "eth0")
-        message = it.message(
-            3, 1, 0, quoted(it.home, it.peer, 20), lab.c, Endpoint(ip_address("10.9.0.77"), 1)
-        )
-        send(lab.c, ICMP, "10.9.0.77", message)
-        send(
-            lab.c, ICMP, lab.a.address(4), it.message((3, 1, 0), quoted(it.home, it.peer, 20), lab.c, it.home)
-        )
-        until(lambda: it.of.nat(lab.a).one(it.ends).errors == 1, "the one error")
-        assert it.of.nat(lab.a).one(Flow(it.home, it.peer, Flag(0))).errors == 1
+    it = stills(4)
+    lab = it.of.lab
+    lab.a.ip("addr", "add", "10.9.0.77/24", "dev", "eth0")
+    message = it.message(3, 1, 0, quoted(it.home, it.peer, 20), lab.c, Endpoint(ip_address("10.9.0.77"), 1))
+    send(lab.c, ICMP, "10.9.0.77", message)
+    send(lab.c, ICMP, lab.a.address(4), it.message((3, 1, 0), quoted(it.home, it.peer, 20), lab.c, it.home))
+    until(lambda: it.of.nat(lab.a).one(it.ends).errors == 1, "the one error")
+    assert it.of.nat(lab.a).one(Flow(it.home, it.peer, Flag(0))).errors == 1

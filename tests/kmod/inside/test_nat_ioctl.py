@@ -257,30 +257,18 @@ def test_without_the_capability() -> None:
 
 def test_user_namespace_rules_its_own() -> None:
     script = (
-        "from tests.kmod.test_nat_ioctl import *; n = Nat(); n.add(moved(1)); assert n.list() == [moved(1)]; "
-        "n.close(); print('mine')"
+        "from tests.kmod.inside.test_nat_ioctl import *; n = Nat(); n.add(moved(1)); "
+        "assert n.list() == [moved(1)]; n.close(); print('mine')"
     )
     mode = Path(DEVICE).stat().st_mode
     Path(DEVICE).chmod(0o666)
     try:
         with opened() as nat:
             nat.add(moved(7))
-            words = [
-                "setpriv",
-                "--reuid",
-                "65534",
-                "--regid",
-                "65534",
-                "--clear-groups",
-                "unshare",
-                "-Urn",
-                os.sys.executable,
-                "-c",
-            ]
+            words = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "unshare", "-Urn"]
+            words += [os.sys.executable, "-c", script]
             environment = os.environ | {"PYTHONPATH": ":".join(os.sys.path), "HOME": "/"}
-            done = subprocess.run(
-                [*words, script], capture_output=True, text=True, env=environment, check=False
-            )
+            done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
             assert done.stdout == "mine\n", done.stderr
             assert nat.list() == [moved(7)]
     finally:

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from sockmi.addresses import FourTuple
-from tests.kmod.nat_client import Flag, Flow
+from tests.kmod.nat_client import Flag, Flow, Seen
 from tests.kmod.nat_lab import live, offloads, quiet, triangle
 from tests.lab.redirect_lab import Host, run, until
 
@@ -42,7 +42,7 @@ table inet guard {
   }
   chain output {
     type filter hook output priority filter;
-    ct state invalid counter name invalid
+    meta l4proto tcp ct state invalid counter name invalid
   }
   counter untracked {}
   counter other {}
@@ -172,8 +172,8 @@ def test_close_by_either_end_goes_through(version: int) -> None:
             peer.close()
             nat_a, nat_b = of.nat(lab.a), of.nat(lab.b)
             here = Flow(moving.here, moving.ends.remote)
-            until(lambda: "FIN_IN" in str(nat_a.one(moving.ends).seen), "the peer's FIN on its way")
-            assert "FIN_OUT" in str(nat_b.one(here).seen)
+            until(lambda: Seen.FIN_IN in nat_a.one(moving.ends).seen, "the peer's FIN on its way")
+            assert Seen.FIN_OUT in nat_b.one(here).seen
             assert moving.capture.resets == 0 and moving.capture.fins == 1
 
 
@@ -183,7 +183,7 @@ def test_peer_that_begins_anew_is_noted() -> None:
         with live(of, lab.peer, lab.a) as moving:
             moving.move(lab.a, lab.b, IMPORTER_PORT)
             moving.progress()
-            assert "SYN_IN" not in str(of.nat(lab.a).one(moving.ends).seen)
+            assert Seen.SYN_IN not in of.nat(lab.a).one(moving.ends).seen
             remote, local = moving.ends.remote, moving.ends.local
             script = (
                 "import socket,struct;"
@@ -192,5 +192,5 @@ def test_peer_that_begins_anew_is_noted() -> None:
                 f"('{local.address}',0))"
             )
             subprocess.run(["ip", "netns", "exec", lab.peer.namespace, "python3", "-c", script], check=True)
-            until(lambda: "SYN_IN" in str(of.nat(lab.a).one(moving.ends).seen), "the SYN")
+            until(lambda: Seen.SYN_IN in of.nat(lab.a).one(moving.ends).seen, "the SYN")
             moving.progress()
