@@ -71,9 +71,9 @@ static inline struct ctl_table_header *sockmi_register_sysctl(struct net *net, c
 /* ---- TCP ---- */
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
-typedef struct sockaddr sockmi_sockaddr;
+#define sockmi_sockaddr sockaddr
 #else
-typedef struct sockaddr_unsized sockmi_sockaddr;
+#define sockmi_sockaddr sockaddr_unsized
 #endif
 
 /* Sends an ACK that acknowledges @sk's rcv_nxt. */
@@ -85,6 +85,8 @@ static inline void sockmi_send_ack(struct sock *sk)
 	__tcp_send_ack(sk, tcp_sk(sk)->rcv_nxt, 0);
 #endif
 }
+
+#define SOCKMI_HAS_USEC_TS (LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0))
 
 /* Does @sk count its timestamps in microseconds? */
 static inline bool sockmi_ts_usec(const struct tcp_sock *tp)

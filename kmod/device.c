@@ -325,8 +325,8 @@ static long ioctl_hello(struct sockmi_file *file, void __user *arg, size_t size)
 		.abi_major = SOCKMI_DEV_ABI_MAJOR,
 		.abi_minor = SOCKMI_DEV_ABI_MINOR,
 		.features = SOCKMI_FEATURE_EXPORT | SOCKMI_FEATURE_RESTORE | SOCKMI_FEATURE_LISTS |
-			    SOCKMI_FEATURE_SYSCTL | (IS_ENABLED(SOCKMI_HAVE_NAT) ? SOCKMI_FEATURE_NAT : 0) |
-			    (LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0) ? SOCKMI_FEATURE_USEC_TS : 0),
+			    SOCKMI_FEATURE_SYSCTL | SOCKMI_NAT_FEATURE |
+			    (SOCKMI_HAS_USEC_TS ? SOCKMI_FEATURE_USEC_TS : 0),
 		.image_major = SOCKMI_IMAGE_MAJOR,
 		.image_minor = SOCKMI_IMAGE_MINOR,
 		.slots_max = sockmi_slots_max,

@@ -288,6 +288,7 @@ void sockmi_sysctl_net_exit(struct sockmi_net *sn);
 /* ---- nat.c (built if it is there) ---- */
 
 #ifdef SOCKMI_HAVE_NAT
+#define SOCKMI_NAT_FEATURE SOCKMI_FEATURE_NAT
 int sockmi_nat_init(void);
 void sockmi_nat_exit(void);
 int sockmi_nat_net_init(struct net *net, struct sockmi_net *sn);
@@ -295,6 +296,7 @@ void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn);
 /* Ordinals 0x40..0x5f: @arg has @size bytes. -ENOTTY: unknown. */
 long sockmi_nat_ioctl(struct sockmi_file *file, unsigned int nr, void __user *arg, size_t size);
 #else
+#define SOCKMI_NAT_FEATURE 0
 static inline int sockmi_nat_init(void) { return 0; }
 static inline void sockmi_nat_exit(void) { }
 static inline int sockmi_nat_net_init(struct net *net, struct sockmi_net *sn) { return 0; }

@@ -217,7 +217,7 @@ static int connect_remote(struct restore *r)
 		a.v6.sin6_scope_id = r->sk->sk_bound_dev_if ?: remote->scope_id;
 		length = sizeof(a.v6);
 	}
-	result = r->sk->sk_prot->connect(r->sk, (sockmi_sockaddr *)&a, length);
+	result = r->sk->sk_prot->connect(r->sk, (struct sockmi_sockaddr *)&a, length);
 	if (!result)
 		return r->sk->sk_state == TCP_ESTABLISHED ? 0 : refuse(r, SOCKMI_REFUSAL_STATE);
 	if (result == -EADDRNOTAVAIL || result == -EADDRINUSE)
