@@ -59,10 +59,10 @@ class DebianKernel:
     def _make(self, folder: Path) -> None:
         say(f"preparing Debian's kernel {self.release}")
         image = f"linux-image-{self.release}"
-        packages = Archive(self.suite).closure(image, r"^linux-(image|binary|modules)-\d")
+        packages = Archive(self.suite).closure(image, r"^linux-(image|binary|modules|base)-\d")
         shutil.rmtree(folder / "image", ignore_errors=True)
         Archive(self.suite).unpack(packages, folder / "image")
-        shutil.copy(_only(folder / "image", "vmlinuz-*"), folder / "vmlinuz")
+        shutil.copy(_only(folder / "image", "vmlinuz*"), folder / "vmlinuz")
         tree = next(path for path in (folder / "image").rglob(f"lib/modules/{self.release}") if path.is_dir())
         log = LOGS / f"kernel-{self.name}.log"
         for suffix, unpack in ((".xz", "unxz"), (".zst", "unzstd --rm -q"), (".gz", "gunzip")):
