@@ -119,6 +119,12 @@ static inline bool sockmi_ts_set_usec(struct tcp_sock *tp, bool usec)
 #endif
 }
 
+#ifdef TCP_ECN_OK
+#define SOCKMI_ECN_OK TCP_ECN_OK
+#else
+#define SOCKMI_ECN_OK TCP_ECN_MODE_RFC3168
+#endif
+
 /* Accurate ECN (RFC 9768) negotiated? */
 static inline bool sockmi_accecn(const struct tcp_sock *tp)
 {

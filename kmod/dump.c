@@ -346,7 +346,7 @@ static void dump_negotiated(struct dump *d)
 		.flags = (rx->wscale_ok ? SOCKMI_NEGOTIATED_WSCALE : 0) |
 			 (rx->sack_ok & TCP_SACK_SEEN ? SOCKMI_NEGOTIATED_SACK : 0) |
 			 (rx->tstamp_ok ? SOCKMI_NEGOTIATED_TIMESTAMPS : 0) |
-			 (tp->ecn_flags & TCP_ECN_OK ? SOCKMI_NEGOTIATED_ECN : 0) |
+			 (tp->ecn_flags & SOCKMI_ECN_OK ? SOCKMI_NEGOTIATED_ECN : 0) |
 			 (tp->syn_data_acked ? SOCKMI_NEGOTIATED_FASTOPEN : 0),
 		.mss_clamp = rx->mss_clamp,
 		.advmss = tp->advmss,
@@ -366,7 +366,7 @@ static void dump_negotiated(struct dump *d)
 		n->flags = (READ_ONCE(net->ipv4.sysctl_tcp_window_scaling) ? SOCKMI_NEGOTIATED_WSCALE : 0) |
 			   (READ_ONCE(net->ipv4.sysctl_tcp_sack) ? SOCKMI_NEGOTIATED_SACK : 0) |
 			   (READ_ONCE(net->ipv4.sysctl_tcp_timestamps) ? SOCKMI_NEGOTIATED_TIMESTAMPS : 0) |
-			   (tp->ecn_flags & TCP_ECN_OK ? SOCKMI_NEGOTIATED_ECN : 0);
+			   (tp->ecn_flags & SOCKMI_ECN_OK ? SOCKMI_NEGOTIATED_ECN : 0);
 		n->rcv_wscale = n->flags & SOCKMI_NEGOTIATED_WSCALE ? rx->rcv_wscale : 0;
 	}
 	sockmi_writer_put(&d->writer, SOCKMI_NEGOTIATED, n, sizeof(*n));

@@ -23,6 +23,7 @@
 #define MSS_LEAST 88 /* as TCP_MAXSEG */
 #define RTT_MOST_US (120U * USEC_PER_SEC)
 #define CWND_MOST (1U << 20)
+#define PAWS_MOST_S (25U * 24 * 3600) /* after 24 days a timestamp may have wrapped: RFC 7323 section 5.5 */
 #define PIECE_BYTES 16384 /* of one out-of-order buffer */
 
 struct restore {
@@ -253,7 +254,7 @@ static void set_negotiated(struct restore *r)
 	if (n->flags & SOCKMI_NEGOTIATED_ECN) {
 		const struct sockmi_ecn *e = &r->image->ecn;
 
-		tp->ecn_flags = TCP_ECN_OK | (e->flags & SOCKMI_ECN_QUEUE_CWR ? TCP_ECN_QUEUE_CWR : 0) |
+		tp->ecn_flags = SOCKMI_ECN_OK | (e->flags & SOCKMI_ECN_QUEUE_CWR ? TCP_ECN_QUEUE_CWR : 0) |
 				(e->flags & SOCKMI_ECN_DEMAND_CWR ? TCP_ECN_DEMAND_CWR : 0) |
 				(e->flags & SOCKMI_ECN_SEEN ? TCP_ECN_SEEN : 0);
 		tp->delivered_ce = e->delivered_ce;
@@ -273,7 +274,7 @@ static int set_timestamps(struct restore *r)
 		return refuse(r, SOCKMI_REFUSAL_TS_UNIT);
 	WRITE_ONCE(tp->tsoffset, t->tsval - sockmi_ts_clock(tp));
 	if (t->flags & SOCKMI_TIMESTAMP_HAS_RECENT) {
-		u64 age = min_t(u64, div_u64(t->ts_recent_age_us, USEC_PER_SEC), TCP_PAWS_24DAYS + 1);
+		u64 age = min_t(u64, div_u64(t->ts_recent_age_us, USEC_PER_SEC), PAWS_MOST_S);
 		s64 stamp = ktime_get_seconds() - (s64)age;
 
 		tp->rx_opt.ts_recent = t->ts_recent;
