@@ -16,7 +16,7 @@ from sockmi.addresses import Endpoint, FourTuple
 from tests.kmod.nat_client import Flag, Flow, held, redirect, translate
 from tests.kmod.nat_lab import Triangle, live, quiet, triangle
 from tests.kmod.nat_wire import ICMP, ICMP6, TCP, Got, Tap, error, network, quoted, read_error, segment, send
-from tests.lab.redirect_lab import Host, until
+from tests.lab.redirect_lab import Host, connect, until
 
 PEER_PORT, HOME_PORT, AWAY_PORT = 50000, 80, 40001
 SMALL = {4: 1000, 6: 1280}
@@ -101,6 +101,16 @@ def stills() -> Iterator[Callable[[int], Still]]:
         def get(version: int) -> Still:
             if version not in made:
                 made[version] = Still(stack.enter_context(triangle(version)))
+                lab = made[version].of.lab
+                for pair in (
+                    (lab.c, lab.a),
+                    (lab.a, lab.b),
+                    (lab.b, lab.peer),
+                    (lab.c, lab.peer),
+                    (lab.a, lab.peer),
+                ):
+                    for sock in connect(*pair, version):  # neighbours that know each other lose no packet
+                        sock.close()
             it = made[version]
             lab = it.of.lab
             # Fresh flows, so that counters begin at zero.
@@ -214,27 +224,41 @@ def test_a_held_flow_hears_no_errors(stills: Callable[[int], Still], version: in
     assert it.of.nat(lab.a).one(it.ends).held == 1
 
 
-def test_redirects_of_routes_are_not_passed_on() -> None:
+@contextlib.contextmanager
+def advising(version: int) -> Iterator[Triangle]:
     """The exporter forwards out of the interface that it received on, which makes it send ICMP redirects."""
-    for version in (4, 6):
-        with triangle(version) as of:
-            lab = of.lab
-            for device in ("all", "eth0"):
-                lab.a.sysctl(f"net/ipv4/conf/{device}/send_redirects", 1)
-            with live(of, lab.peer, lab.a) as moving:
-                moving.progress()
-                moving.move(lab.a, lab.b, AWAY_PORT)
-                moving.progress(50_000)
-                quiet(moving)
-            other = Tap(lab.peer)  # the control: what does not concern a flow is redirected as ever
-            bits = 32 if version == 4 else 128
-            lab.peer.ip("route", "replace", f"{lab.c.address(version)}/{bits}", "via", lab.a.address(version))
-            tcp = segment(Endpoint(ip_address(lab.peer.address(version)), 1),
-                          Endpoint(ip_address(lab.c.address(version)), 2), b"", 2)  # fmt: skip
-            send(lab.peer, TCP, lab.c.address(version), tcp)
-            kinds = [(p[9], p[20]) if version == 4 else (p[6], p[40]) for p in other.packets()]
-            other.close()
-            assert ((ICMP, 5) if version == 4 else (ICMP6, 137)) in kinds
+    with triangle(version) as of:
+        for device in ("all", "eth0"):
+            of.lab.a.sysctl(f"net/ipv4/conf/{device}/send_redirects", 1)
+        yield of
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_redirects_of_routes_are_not_passed_on(version: int) -> None:
+    with advising(version) as of, live(of, of.lab.peer, of.lab.a) as moving:
+        moving.progress()
+        moving.move(of.lab.a, of.lab.b, AWAY_PORT)
+        moving.progress(50_000)
+        quiet(moving)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_other_redirects_of_routes_are(version: int) -> None:
+    """The control of the test above, on a fresh host, since each sends only few of them to a peer."""
+    with advising(version) as of:
+        lab = of.lab
+        for pair in ((lab.peer, lab.a), (lab.a, lab.c)):
+            for sock in connect(*pair, version):
+                sock.close()
+        of.nat(lab.a).add(redirect(Still(of).ends, Still(of).away))
+        bits = 32 if version == 4 else 128
+        lab.peer.ip("route", "replace", f"{lab.c.address(version)}/{bits}", "via", lab.a.address(version))
+        tap = Tap(lab.peer)
+        ends = [Endpoint(ip_address(host.address(version)), 9) for host in (lab.peer, lab.c)]
+        send(lab.peer, TCP, lab.c.address(version), segment(*ends, b"", 2))
+        kinds = [(p[9], p[20]) if version == 4 else (p[6], p[40]) for p in tap.packets()]
+        tap.close()
+        assert ((ICMP, 5) if version == 4 else (ICMP6, 137)) in kinds
 
 
 @pytest.mark.parametrize("last_first", [False, True])
@@ -290,7 +314,8 @@ def test_flow_of_errors_needs_the_right_outer_address(stills: Callable[[int], St
     it = stills(4)
     lab = it.of.lab
     lab.a.ip("addr", "add", "10.9.0.77/24", "dev", "eth0")
-    message = it.message(3, 1, 0, quoted(it.home, it.peer, 20), lab.c, Endpoint(ip_address("10.9.0.77"), 1))
+    other = Endpoint(ip_address("10.9.0.77"), 1)
+    message = it.message((3, 1, 0), quoted(it.home, it.peer, 20), lab.c, other)
     send(lab.c, ICMP, "10.9.0.77", message)
     send(lab.c, ICMP, lab.a.address(4), it.message((3, 1, 0), quoted(it.home, it.peer, 20), lab.c, it.home))
     until(lambda: it.of.nat(lab.a).one(it.ends).errors == 1, "the one error")

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
 
 from sockmi.addresses import FourTuple
 from tests.kmod.nat_client import Flag, Flow, Seen
-from tests.kmod.nat_lab import live, offloads, quiet, triangle
+from tests.kmod.nat_lab import Moving, live, offloads, quiet, triangle
 from tests.lab.redirect_lab import Host, run, until
 
 IMPORTER_PORT = 40001
@@ -21,15 +22,11 @@ table inet guard {
     iif lo accept
     meta l4proto ipv6-icmp accept
     meta l4proto icmp accept
-    ct state invalid counter name invalid drop
-    ct state established,related counter name known accept
-    ct state untracked counter name untracked accept
-    counter name other drop
+    ct state invalid counter drop comment "invalid"
+    ct state established,related counter accept comment "known"
+    ct state untracked counter accept comment "untracked"
+    counter drop comment "other"
   }
-  counter invalid {}
-  counter known {}
-  counter untracked {}
-  counter other {}
 }
 """
 FORWARDS_UNTRACKED = """
@@ -37,24 +34,22 @@ table inet guard {
   chain forward {
     type filter hook forward priority filter; policy drop;
     meta l4proto ipv6-icmp accept
-    ct state untracked counter name untracked accept
-    counter name other drop
+    ct state untracked counter accept comment "untracked"
+    counter drop comment "other"
   }
   chain output {
     type filter hook output priority filter;
-    meta l4proto tcp ct state invalid counter name invalid
+    meta l4proto tcp ct state invalid counter comment "invalid"
   }
-  counter untracked {}
-  counter other {}
-  counter invalid {}
 }
 """
 
 
 def counter(host: Host, name: str) -> int:
-    """Packets that a named counter of the host's firewall has seen."""
-    words = host.nft("list", "counter", "inet", "guard", name).split()
-    return int(words[words.index("packets") + 1])
+    """Packets that the rule with this comment has seen, in the host's firewall."""
+    found = re.findall(rf'packets (\d+) .*comment "{name}"', host.nft("list", "table", "inet", "guard"))
+    assert len(found) == 1, name
+    return int(found[0])
 
 
 @pytest.mark.parametrize("offload", [True, False], ids=["offload", "software"])
@@ -143,6 +138,35 @@ def test_beside_strict_conntrack(version: int, way: str) -> None:
             assert (counter(lab.a, "invalid"), counter(lab.a, "other")) == (0, 0)
 
 
+def forget(host: Host, moving: Moving) -> None:
+    """What a daemon does before a connection comes home: the host's old conntrack entry is out of date."""
+    remote, local = moving.ends.remote, moving.ends.local
+    deleted = 0
+    for source, dest in ((remote, local), (local, remote)):  # whichever conntrack saw first
+        words = f"-D -p tcp -s {source.address} -d {dest.address} --sport {source.port} --dport {dest.port}"
+        command = ["ip", "netns", "exec", host.namespace, "conntrack", *words.split()]
+        deleted += not subprocess.run(command, capture_output=True, check=False).returncode
+    assert deleted == 1
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_home_to_a_host_with_a_stateful_firewall(version: int) -> None:
+    with triangle(version) as of:
+        lab = of.lab
+        with live(of, lab.peer, lab.a) as moving:
+            lab.a.nft("-f", "-", text=STATEFUL)
+            moving.progress()
+            moving.move(lab.a, lab.b, IMPORTER_PORT)
+            moving.progress(50_000)
+            forget(lab.a, moving)
+            moving.move(lab.b, lab.a, moving.ends.local.port)
+            before = counter(lab.a, "known")
+            moving.progress()
+            quiet(moving)
+            assert counter(lab.a, "known") > before
+            assert (counter(lab.a, "invalid"), counter(lab.a, "untracked")) == (0, 0)
+
+
 def test_strict_conntrack_alone_would_stop_it() -> None:
     """The control of the test above: neither untracked nor known, the importer's firewall drops the peer."""
     with triangle(4) as of:
@@ -174,7 +198,8 @@ def test_close_by_either_end_goes_through(version: int) -> None:
             here = Flow(moving.here, moving.ends.remote)
             until(lambda: Seen.FIN_IN in nat_a.one(moving.ends).seen, "the peer's FIN on its way")
             assert Seen.FIN_OUT in nat_b.one(here).seen
-            assert moving.capture.resets == 0 and moving.capture.fins == 1
+            until(lambda: moving.capture.fins, "the FIN in the capture")
+            assert (moving.capture.resets, moving.capture.fins) == (0, 1)
 
 
 def test_peer_that_begins_anew_is_noted() -> None:

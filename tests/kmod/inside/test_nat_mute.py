@@ -67,6 +67,7 @@ def test_fin_is_muted_and_comes_when_the_flow_goes(pair: Pair) -> None:
     assert pair.capture.fins == 0
     pair.nat.remove(held(pair.ends))
     assert pair.peer.recv(1) == b""
+    until(lambda: pair.capture.fins, "the FIN in the capture")
     assert pair.capture.fins == 1
 
 
