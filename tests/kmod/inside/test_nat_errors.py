@@ -230,6 +230,8 @@ def advising(version: int) -> Iterator[Triangle]:
     with triangle(version) as of:
         for device in ("all", "eth0"):
             of.lab.a.sysctl(f"net/ipv4/conf/{device}/send_redirects", 1)
+        # Those of IPv6 come from the link-local address, which is looked for in vain at first.
+        until(lambda: not of.lab.a.ip("-6", "addr", "show", "tentative"), "a link-local address")
         yield of
 
 

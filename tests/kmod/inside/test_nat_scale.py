@@ -90,6 +90,7 @@ def rate(server: socket.socket, peer: socket.socket, seconds: float) -> float:
     return got / elapsed
 
 
+@pytest.mark.kernels("6.*", "7.*", "uml-6.1")  # under KASAN the rates say nothing
 @pytest.mark.parametrize("direction", ["redirected", "translated"])
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_packet_costs_the_same_beside_many(version: int, direction: str, record_property) -> None:
