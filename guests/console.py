@@ -13,7 +13,7 @@ _BAD = re.compile(
     r"""BUG:|Oops:|Kernel\ panic|kernel\ BUG\ at|general\ protection\ fault|double\ fault|divide\ error
     |Unable\ to\ handle\ kernel|unable\ to\ handle\ page\ fault
     |WARNING:\ (?!kernel\ not\ to\ be\ built|Unprivileged)
-    |KASAN:|KCSAN:|KFENCE:|UBSAN:|kmemleak:\ (?!Kernel\ memory\ leak\ detector|Automatic\ memory\ scanning)
+    |KASAN:|KCSAN:|KFENCE:|UBSAN:|kmemleak:\ (?!\d+\ new|Automatic|Kernel\ memory\ leak\ detector\ init)
     |INFO:\ (?:task|rcu|suspicious|inconsistent|possible|trying\ to\ register)
     |ODEBUG:|DEBUG_LOCKS_WARN_ON|refcount_t:|list_(?:add|del)\ corruption|ref_tracker:\ (?!.*refcnt)
     |unregister_netdevice:\ waiting|leaked\ lock|scheduling\ while\ atomic|sleeping\ function\ called
@@ -38,16 +38,16 @@ class Report:
 
 
 def reports(log: str, allowed: Iterable[str] = ()) -> list[Report]:
-    """What ``log`` complains of, but for titles that match one of the patterns ``allowed``."""
+    """What ``log`` complains of, but for what matches one of ``allowed`` in its first six lines."""
     lines = log.replace("\r", "").splitlines()
     found: list[Report] = []
     covered = -1
     for number, line in enumerate(lines):
         if number <= covered or not _BAD.search(line):
             continue
-        if any(re.search(pattern, line) for pattern in allowed):
-            continue
         near = "\n".join(lines[number : number + 6])
+        if any(re.search(pattern, near) for pattern in allowed):
+            continue
         if any(re.search(first, line) and re.search(second, near) for first, second in KNOWN):
             continue
         found.append(Report(line.strip(), "\n".join(lines[max(0, number - 5) : number + CONTEXT])))

@@ -87,6 +87,9 @@ class Repeater:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Batches of one kernel and file stay together, in the order of the files."""
         items.sort(key=lambda item: str(_batch(item)) if is_inside(item.path) else "")
+        for item in items:
+            if is_inside(item.path):  # its time is kept inside; here the first of a batch waits for all
+                item.add_marker(pytest.mark.timeout(0))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
@@ -159,8 +162,11 @@ class Batch:
             )
         )  # fmt: skip
         self._take(outcome.files.get("reports", b""), outcome.log.read_text(errors="replace"))
-        for leak in outcome.leaks:
-            self._troubles.append(f"the module lost memory:\n{leak}")
+        if outcome.leaks:
+            first = outcome.leaks[0]
+            self._troubles.append(
+                f"the module lost {len(outcome.leaks)} pieces of memory; the first:\n{first}"
+            )
         self._troubles += outcome.troubles
         if outcome.code not in (0, 1) and not outcome.troubles:
             self._troubles.append(

@@ -80,7 +80,8 @@ def after(plan: dict[str, Any], result: dict[str, Any]) -> None:
         if gone.returncode:
             result["not_unloaded"] = gone.stderr.strip()
         elif look:
-            result["leaks"] += [text for text in leaks(module) if text not in result["leaks"]]
+            told = {text.split("\n", 1)[0] for text in result["leaks"]}
+            result["leaks"] += [text for text in leaks(module) if text.split("\n", 1)[0] not in told]
 
 
 def main() -> None:

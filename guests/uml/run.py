@@ -75,7 +75,8 @@ class Outcome:
         """What was bad, for a person."""
         parts = [*self.troubles]
         parts += [f"kernel: {report.title}\n{report.text}" for report in self.complaints]
-        parts += [f"leaked by the module:\n{leak}" for leak in self.leaks]
+        if self.leaks:
+            parts.append(f"the module lost {len(self.leaks)} pieces of memory; the first:\n{self.leaks[0]}")
         if self.code:
             parts.append(f"the command ended with {self.code}")
         return "\n".join([*parts, f"kernel log: {self.log}"])
