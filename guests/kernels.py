@@ -19,6 +19,8 @@ from guests.packages import need
 from guests.paths import CACHE, LOGS, PROJECT, room
 from guests.work import alone, run, say
 
+# W=1 checks the comments too, by programs in Perl (6.12) and Python (7.2).
+BUILDERS = ("gcc", "make", "libc6-dev", "perl", "python3")
 DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "ext4")
 
 
@@ -100,7 +102,7 @@ class DebianKernel:
             return build(
                 source, self.name, lambda where: [*make, f"M={where}", "modules"], keep, strict=strict
             )
-        chroot = Chroot(self.suite, ("gcc", "make", "libc6-dev", f"linux-headers-{self.release}"))
+        chroot = Chroot(self.suite, (*BUILDERS, f"linux-headers-{self.release}"))
         chroot.make()
         headers = Path(f"/usr/src/linux-headers-{self.release}")
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import pytest
 from guests import inside_pytest
 from guests.guest import Guest, Plan
 from guests.kernels import DEBIAN_KERNELS
+from guests.paths import PROJECT
 from guests.segment import Segment
 
 MARKERS = (
@@ -46,6 +48,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         names = [name for name in inside_pytest.chosen(metafunc.config) if name in DEBIAN_KERNELS]
         metafunc.parametrize("kernel", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_libraries() -> None:
+    """Built here as for all tests, but not inside, where there is no compiler: the checkout brings them."""
+    if not inside_pytest.HERE:
+        command = ["make", "--quiet", "-C", str(PROJECT / "daemon/libsockmi")]
+        subprocess.run(command, check=True, timeout=300)
 
 
 @pytest.fixture(scope="session")
