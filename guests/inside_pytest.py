@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Tests that run inside other kernels, told about as if they had run here.
 
-``tests/kmod/inside`` has ordinary tests that need the module. Each is collected once per kernel
-(``--kernel NAME``, or the defaults); all tests of one file and kernel go into one instance, a plugin there
+``tests/kmod/inside`` has ordinary tests that need the module. Each is collected once per kernel (``--kernel
+NAME``, or the defaults); those of one kernel (and, in UML, of one file) share an instance, a plugin there
 writes their reports to a file, and here they are repeated one by one. A kernel's complaint fails the test
 that ran when it came; a kernel that died fails that test, and the rest of the file goes on in a fresh one.
 
 Markers: ``kernels("uml-*", "6.1")`` (patterns) limits a test to some kernels, ``complains("pattern")`` says
 which complaint of the kernel a test provokes, ``no_module`` on a file's ``pytestmark`` means that the tests
-load the module themselves from $SOCKMI_KO.
+load the module themselves from $SOCKMI_KO, ``alone`` that the file wants a guest of its own.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ HERE = os.environ.get("SOCKMI_INSIDE", "")
 MARK = "sockmi-test:"
 PER_TEST = 60  # seconds, on top of START, that a batch may take for each of its tests
 START = 240
+OWN_INSTANCE = ("no_module", "parameters", "alone")
+"""Markers by which the tests of a file do not share a guest with those of others."""
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -119,8 +121,15 @@ class Repeater:
 
 
 def _batch(item: pytest.Item) -> tuple[str, Path]:
+    """What shares an instance.
+
+    UML boots in a second, and looks for lost memory when a file is done; a guest takes half a minute until
+    its first test, so it runs them all, but for files that load the module otherwise.
+    """
     callspec = getattr(item, "callspec", None)
-    return (callspec.params.get("kernel", "") if callspec else "", item.path)
+    kernel = str(callspec.params.get("kernel", "")) if callspec else ""
+    own = kernel in UML_KERNELS or any(item.get_closest_marker(name) for name in OWN_INSTANCE)
+    return (kernel, item.path if own else FOLDER)
 
 
 class Batch:

@@ -21,6 +21,8 @@ MARKERS = (
     "complains(*patterns): complaints of the kernel that the test provokes, as regular expressions",
     "no_module: the file's tests load the module themselves, from $SOCKMI_KO",
     "parameters(*words): the module's, for all tests of the file",
+    "alone: the file's tests share no guest with others",
+    "slow: left to make test-kmod",
 )
 
 _segments = itertools.count()
