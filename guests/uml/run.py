@@ -30,6 +30,10 @@ TIMED_OUT = 124
 KEPT_LOGS = 40
 SEARCH_PATH = f"{PROJECT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+# The processes of an instance would survive their kernel's sudden death; in a namespace that ends with it
+# they do not. The kernel is not its first process: that one cannot end itself by a signal, as a panic does.
+TOGETHER = ("unshare", "--pid", "--fork", "--kill-child=KILL", "sh", "-c", '"$@"; exit $?', "sh")
+
 
 @dataclass
 class Inside:
@@ -164,7 +168,8 @@ class _Run:
         out_read, out_write = os.pipe()
         with self._log.open("wb") as kernel_log:
             words = [
-                *bound(cpu), str(program), f"uml_dir={folder}/", "umid=uml", f"mem={inside.memory}M",
+                *bound(cpu), *TOGETHER, str(program),
+                f"uml_dir={folder}/", "umid=uml", f"mem={inside.memory}M",
                 "con=null", f"con0=null,fd:{kernel_log.fileno()}", f"con1=null,fd:{out_write}",
                 "rootfstype=hostfs", "rootflags=/", "ro", f"init={folder}/init", f"SOCKMI_RUN={folder}",
                 "loglevel=8", "printk.time=1", "panic=-1", "oops=panic", "kmemleak=on", *inside.boot,

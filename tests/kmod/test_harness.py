@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -158,3 +159,76 @@ def test_a_killed_test_leaves_no_guest(kernel: str) -> None:
     while Path(f"/proc/{qemu}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{qemu}").exists()
+
+
+def outcomes(kernel: str, tmp_path: Path) -> dict[str, tuple[str, str]]:
+    """What came of the planted cases on ``kernel``: outcome and message by name."""
+    told = tmp_path / "told.xml"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={told}"]
+    cases = str(PLANTED.relative_to(PROJECT) / "cases.py")
+    subprocess.run(
+        [*words, "--kernel", kernel, cases], cwd=PROJECT, capture_output=True, timeout=300, check=False
+    )
+    found = {}
+    for case in ElementTree.parse(told).iter("testcase"):  # noqa: S314
+        kind, text = "passed", ""
+        for child in case:
+            if child.tag in ("failure", "error", "skipped"):
+                kind, text = child.tag, f"{child.get('message')}\n{child.text}"
+        found[str(case.get("name")).split("[")[0]] = (kind, text)
+    return found
+
+
+def judge(found: dict[str, tuple[str, str]]) -> None:
+    """Each case as it should be, and none missing."""
+    assert {name: kind for name, (kind, _) in found.items()} == {
+        "test_good": "passed",
+        "test_false": "failure",
+        "test_warns": "failure",
+        "test_warns_as_it_should": "passed",
+        "test_panics": "failure",
+        "test_good_after_the_panic": "passed",
+        "test_skipped": "skipped",
+        "test_of_another_kernel": "skipped",
+    }, found
+    assert "os.getpid() < 0" in found["test_false"][1]
+    assert "the kernel complained" in found["test_warns"][1]
+    assert "Kernel panic - not syncing: planted" in found["test_panics"][1]
+
+
+@uml
+@pytest.mark.timeout(300)
+def test_cases_inside_are_told_as_they_were(tmp_path: Path) -> None:
+    judge(outcomes("uml-6.1-debug", tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_cases_in_a_guest_are_told_as_they_were(kernel: str, tmp_path: Path) -> None:
+    judge(outcomes(kernel, tmp_path))
+
+
+@uml
+def test_a_killed_run_leaves_no_process(tmp_path: Path) -> None:
+    program = (
+        "from guests.uml.run import *\n"
+        "run_inside(Inside(['sh', '-c', 'echo up; sleep 300'], module=None, limit=600), stream=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+    ) as keeper:
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == "up\n"
+        session = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text().split()
+        assert len(session) == 1
+        keeper.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while of_session(int(session[0])) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert of_session(int(session[0])) == []
+
+
+def of_session(session: int) -> list[str]:
+    """The processes of a session, that is, of an instance."""
+    words = ["ps", "-o", "pid=", "-s", str(session)]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
