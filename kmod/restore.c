@@ -230,11 +230,19 @@ static int connect_remote(struct restore *r)
 
 /* ---- Negotiated ---- */
 
+/* The segment size depends on the route, on what was negotiated, and on the largest window. */
+static void sync_mss(struct restore *r)
+{
+	struct dst_entry *dst = __sk_dst_get(r->sk);
+
+	if (r->icsk->icsk_sync_mss && dst)
+		r->icsk->icsk_sync_mss(r->sk, dst_mtu(dst));
+}
+
 static void set_negotiated(struct restore *r)
 {
 	const struct sockmi_negotiated *n = &r->image->negotiated;
 	struct tcp_sock *tp = r->tp;
-	struct dst_entry *dst = __sk_dst_get(r->sk);
 
 	tp->rx_opt.wscale_ok = !!(n->flags & SOCKMI_NEGOTIATED_WSCALE);
 	tp->rx_opt.snd_wscale = n->snd_wscale;
@@ -248,8 +256,7 @@ static void set_negotiated(struct restore *r)
 		tp->advmss = n->advmss;
 	if (n->rcv_mss >= MSS_LEAST)
 		r->icsk->icsk_ack.rcv_mss = n->rcv_mss;
-	if (r->icsk->icsk_sync_mss && dst)
-		r->icsk->icsk_sync_mss(r->sk, dst_mtu(dst));
+	sync_mss(r);
 	tp->ecn_flags = 0;
 	if (n->flags & SOCKMI_NEGOTIATED_ECN) {
 		const struct sockmi_ecn *e = &r->image->ecn;
@@ -482,6 +489,7 @@ static void set_windows(struct restore *r)
 	if (w->flags & SOCKMI_WINDOW_HAS_SSTHRESH)
 		tp->rcv_ssthresh = min_t(u32, w->rcv_ssthresh, tp->window_clamp);
 	sockmi_set_right_edge(tp, w->flags & SOCKMI_WINDOW_HAS_RIGHT_EDGE ? w->rcv_right_edge : w->rcv_wup + w->rcv_wnd);
+	sync_mss(r);
 	/* The next segment takes the slow path, which decides. */
 	tp->pred_flags = 0;
 	tp->pushed_seq = tp->write_seq;
@@ -559,7 +567,7 @@ static void set_autotune(struct restore *r)
 		tp->rcvq_space.space = min_t(u32, a->space_bytes, BUFFER_MAX);
 	tp->rcvq_space.seq = tp->copied_seq - a->space_seq < 1U << 30 ? a->space_seq : tp->copied_seq;
 	tp->rcvq_space.time = a->space_age_us < now ? now - a->space_age_us : now;
-	if (a->rtt_us) {
+	if (a->rtt_us || a->rtt_age_us) {
 		tp->rcv_rtt_est.rtt_us = min(a->rtt_us, RTT_MOST_US) << 3;
 		tp->rcv_rtt_est.seq = a->rtt_seq;
 		tp->rcv_rtt_est.time = a->rtt_age_us < now ? now - a->rtt_age_us : now;

@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import select
+import signal
 import socket
 import struct
 import threading
@@ -32,7 +33,17 @@ from tests.kmod.module_client import (
 )
 
 FAMILIES = ("ipv4", "ipv6", "mapped")
-ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING = 1, 4, 5, 6, 7, 8, 9, 11
+ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = (
+    1,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+    11,
+)
 
 
 @pytest.fixture
@@ -112,14 +123,36 @@ def read_exactly(sock: socket.socket, length: int) -> bytes:
     return data
 
 
-def move(device: Device, sock: socket.socket, family: str, flags: int = ACTIVATE) -> socket.socket:
-    """Freeze, commit, restore into a new socket at once."""
-    with frozen(device, sock) as (freeze, image):
+def move(device: Device, sock: socket.socket, family: str, flags: int = 0) -> socket.socket:
+    """Freeze, commit, restore into a new socket, activate; held where a packet would meet no socket."""
+    copy = new_socket(family)
+    with contextlib.ExitStack() as stack:
+        if state_of(sock) not in (CLOSE, LISTEN):
+            stack.enter_context(held(sock))
+        freeze, image = stack.enter_context(frozen(device, sock))
         images.decode(image)
         device.commit(freeze)
-        copy = new_socket(family)
-        device.restore(copy, image, flags)
+        dormant = device.restore(copy, image, flags)
+    if not flags & ACTIVATE:
+        device.decide("activate", dormant.id)
     return copy
+
+
+@contextlib.contextmanager
+def held(sock: socket.socket, flags: nat_client.Flag = nat_client.Flag.HOLD) -> Iterator[None]:
+    """What comes in for this socket, and what it sends, is dropped; with MUTE its FINs and RSTs alone."""
+    flow = nat_client.held(four_tuple(sock), flags)
+    nat = nat_client.Nat()
+    before = [one for one in nat.list() if (one.local, one.remote) == (flow.local, flow.remote)]
+    nat.set(flow)
+    try:
+        yield
+    finally:
+        if before:
+            nat.set(*before)
+        else:
+            nat.remove(flow)
+        nat.close()
 
 
 # ---- The device ----
@@ -293,12 +326,11 @@ def test_sent_and_unsent_data_moves(device: Device, family: str) -> None:
         while sent < len(data):
             sent += ours.send(data[sent : sent + 100_000])
     assert sent > 100_000
-    with Device(slot_bytes=8 << 20) as roomy, frozen(roomy, ours) as (freeze, image):
-        decoded = images.decode(image)
-        assert len(decoded.unsent_queue) > 0
-        roomy.commit(freeze)
-        copy = new_socket(family)
-        device.restore(copy, image)
+    with Device(slot_bytes=8 << 20) as roomy:
+        with frozen(roomy, ours) as (freeze, image):
+            assert len(images.decode(image).unsent_queue) > 0
+            roomy.abort(freeze)
+        copy = move(roomy, ours, family)
     copy.shutdown(socket.SHUT_WR)
     assert read_exactly(peer, sent) == data[:sent]
     assert peer.recv(1) == b""
@@ -357,14 +389,6 @@ def test_half_closed_connections_move(device: Device, case: str, family: str) ->
         assert read_exactly(copy, 14) == b"after your FIN"
         peer.close()
         assert copy.recv(1) == b""
-
-
-@contextlib.contextmanager
-def held(sock: socket.socket, flags: nat_client.Flag = nat_client.Flag.HOLD) -> Iterator[None]:
-    """What comes in for this socket, and what it sends, is dropped; with MUTE its FINs and RSTs alone."""
-    with nat_client.opened() as nat:
-        nat.add(nat_client.held(four_tuple(sock), flags))
-        yield
 
 
 def four_tuple(sock: socket.socket) -> FourTuple:
@@ -649,21 +673,27 @@ def test_freezes_under_threads_that_hammer(device: Device) -> None:
 
     def poke() -> None:
         while not stop.is_set():
-            tcp_info(ours)
             with contextlib.suppress(BlockingIOError):
                 ours.recv(1, socket.MSG_DONTWAIT)
 
     threads = [threading.Thread(target=each, daemon=True) for each in (drain, write, poke, poke)]
     for thread in threads:
         thread.start()
+    # In a process of its own: Python keeps its global lock in getsockopt(), which waits for the thaw.
+    child = os.fork()
+    while child == 0:
+        tcp_info(ours)
     claim = device.claim(ours)
     try:
         for _ in range(100):
             freeze: Freeze = device.freeze(claim, deadline_ms=5000)
-            images.decode(device.image(freeze))
+            image = device.image(freeze)
             device.abort(freeze)
+            images.decode(image)
     finally:
         stop.set()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     for thread in threads:
         thread.join(30)
     assert bytes(received) == bytes(range(250)) * (total // 250)
