@@ -11,6 +11,7 @@ from pathlib import Path
 from guests import keeper
 from guests.chroot import host_suite
 from guests.errors import HarnessError
+from guests.guest import Plan
 from guests.image import Image
 from guests.kernels import DEBIAN_KERNELS, DebianKernel
 from guests.paths import PROJECT
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("folder", type=Path, metavar="DIR")
     up.add_argument("--guest", action="append", default=[], metavar="NAME=KERNEL[:SUITE]", required=True)
     up.add_argument("--memory", type=int, default=384, metavar="MIB")
+    up.add_argument("--package", action="append", default=[], metavar="NAME", help="also in their root")
     up.add_argument("--quick", action="store_true", help="the quick init instead of systemd")
     up.add_argument("--hours", type=float, default=2, help="after which they end by themselves [2]")
     up.set_defaults(do=_up)
@@ -139,7 +141,8 @@ def _up(options: argparse.Namespace) -> int:
         if kernel not in DEBIAN_KERNELS:
             raise HarnessError(f"--guest {text}: no kernel {kernel!r}; there are {', '.join(DEBIAN_KERNELS)}")
         wanted.append(keeper.Wanted(name, number, kernel, suite or DEBIAN_KERNELS[kernel].suite))
-    keeper.up(options.folder, wanted, memory=options.memory, systemd=not options.quick, hours=options.hours)
+    basis = Plan(memory=options.memory, systemd=not options.quick, packages=options.package)
+    keeper.up(options.folder, wanted, basis, options.hours)
     return 0
 
 

@@ -23,7 +23,7 @@ from guests.child import bound
 from guests.chroot import host_suite
 from guests.console import Report, reports
 from guests.errors import HarnessError
-from guests.image import Image, checkout_tar, environment_disk
+from guests.image import PACKAGES, Image, checkout_tar, environment_disk
 from guests.kernels import DEBIAN_KERNELS, DebianKernel
 from guests.packages import need
 from guests.paths import CACHE, LOGS, PROJECT, room
@@ -40,6 +40,7 @@ class Plan:
 
     kernel: DebianKernel = DEBIAN_KERNELS["6.1"]
     suite: str = ""  # of the root file system; this machine's if empty
+    packages: Sequence[str] = ()  # in it, besides guests.image.PACKAGES
     name: str = "vm1"
     number: int = 1  # makes the addresses
     segments: Sequence[Segment] = ()  # eth0, eth1, ...
@@ -90,7 +91,7 @@ class Guest:
         initrd = plan.kernel.initrd()
         suite = plan.suite or host_suite()
         disks = [
-            ("root", Image(suite).make(), "snapshot=on,cache=unsafe"),
+            ("root", Image(suite, (*PACKAGES, *plan.packages)).make(), "snapshot=on,cache=unsafe"),
             ("modules", kernel / "modules.img", "readonly=on"),
         ]
         words = [
@@ -141,12 +142,15 @@ class Guest:
             )  # fmt: skip
 
     def wait(self, limit: float = BOOT_LIMIT) -> Guest:
-        """Until it runs commands. Raises HarnessError with the end of its console if it does not."""
+        """Until it runs commands, and answers ssh if it shall; for at most ``limit`` seconds.
+
+        Raises HarnessError with the end of its console if it does not.
+        """
         assert self._line is not None
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline:
             with contextlib.suppress(Exception):
-                if self._line.hello.get(timeout=0.5):
+                if self._line.hello.get(timeout=0.5) and self._answers_ssh(deadline):
                     return self
                 break
         said = (self._folder / "qemu.log").read_text(errors="replace").strip()
@@ -154,6 +158,19 @@ class Guest:
             f"{self.plan.name} ({self.plan.kernel.name}) did not boot in {limit:.0f} s; {said}; "
             f"the end of {self.console}:\n" + "\n".join(self.log().splitlines()[-25:])
         )
+
+    def _answers_ssh(self, deadline: float) -> bool:
+        while self.plan.ssh and self.alive:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.ssh_port), 5) as made,
+            ):
+                if made.recv(4) == b"SSH-":
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        return not self.plan.ssh
 
     def start(
         self,

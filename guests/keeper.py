@@ -35,8 +35,11 @@ class Wanted:
     suite: str
 
 
-def up(folder: Path, wanted: Sequence[Wanted], *, memory: int, systemd: bool, hours: float) -> None:
-    """Start guests on one segment; returns when all answer. Raises HarnessError if one does not."""
+def up(folder: Path, wanted: Sequence[Wanted], basis: Plan, hours: float) -> None:
+    """Start guests like ``basis`` on one segment; returns when all answer ssh.
+
+    Raises HarnessError if one does not.
+    """
     room(folder)
     if _kept(folder):
         raise HarnessError(f"{folder} has guests already: end them with `python3 -m guests down {folder}`")
@@ -49,9 +52,7 @@ def up(folder: Path, wanted: Sequence[Wanted], *, memory: int, systemd: bool, ho
         _detach(log)
         code = 1
         try:
-            _keep(
-                folder, wanted, Plan(memory=memory, systemd=systemd, checkout=False, ssh=True), writer, hours
-            )
+            _keep(folder, wanted, replace(basis, checkout=False, ssh=True), writer, hours)
             code = 0
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from guests.chroot import host_suite
 from guests.errors import HarnessError
 from guests.guest import Guest
 from guests.kernels import DEBIAN_KERNELS
@@ -232,3 +235,35 @@ def of_session(session: int) -> list[str]:
     """The processes of a session, that is, of an instance."""
     words = ["ps", "-o", "pid=", "-s", str(session)]
     return subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_kept_guests_answer_ssh_until_they_are_ended(kernel: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "guests"]
+    wanted = ["--guest", f"web1={kernel}:{host_suite()}", "--guest", f"web2={kernel}:{host_suite()}"]
+    subprocess.run([*command, "up", tmp_path / "vms", *wanted], cwd=PROJECT, check=True, timeout=240)
+    try:
+        told = json.loads((tmp_path / "vms/guests.json").read_text())
+        assert [one["name"] for one in told] == ["web1", "web2"]
+        for one, other in zip(told, reversed(told), strict=True):
+            ssh = ["ssh", "-p", str(one["ssh_port"]), "-i", one["ssh_key"], "-o", "StrictHostKeyChecking=no"]
+            ssh += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", f"root@{one['ssh_host']}"]
+            there = f"hostname; uname -r; systemctl is-system-running --wait; ping -c 1 -W 10 {other['ipv4']}"
+            done = subprocess.run([*ssh, there], capture_output=True, text=True, timeout=100, check=False)
+            release = DEBIAN_KERNELS[kernel].release
+            assert done.stdout.splitlines()[:3] == [one["name"], release, "running"], done.stderr
+            assert done.returncode == 0, done.stdout
+        again = subprocess.run(
+            [*command, "up", tmp_path / "vms", *wanted],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (again.returncode, "has guests already" in again.stderr) == (3, True)
+    finally:
+        subprocess.run([*command, "down", tmp_path / "vms"], cwd=PROJECT, check=True, timeout=60)
+    for one in told:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((one["ssh_host"], one["ssh_port"]), 5)
