@@ -91,7 +91,8 @@ static int check_image(struct restore *r)
 		return refuse(r, SOCKMI_REFUSAL_KTLS);
 	if (r->image->negotiated.flags & SOCKMI_NEGOTIATED_ACCECN)
 		return refuse(r, SOCKMI_REFUSAL_ACCECN);
-	if (r->id->state == SOCKMI_SYN_SENT)
+	/* The kernel takes an initial sequence number of zero for none. */
+	if (r->id->state == SOCKMI_SYN_SENT && !r->seq->iss)
 		return refuse(r, SOCKMI_REFUSAL_STATE);
 	if (r->id->kind == SOCKMI_KIND_CONNECTED && r->local.port == 0)
 		return refuse(r, SOCKMI_REFUSAL_ADDRESS);
@@ -219,8 +220,11 @@ static int connect_remote(struct restore *r)
 		length = sizeof(a.v6);
 	}
 	result = r->sk->sk_prot->connect(r->sk, (struct sockmi_sockaddr *)&a, length);
-	if (!result)
-		return r->sk->sk_state == TCP_ESTABLISHED ? 0 : refuse(r, SOCKMI_REFUSAL_STATE);
+	if (!result) {
+		int state = r->id->state == SOCKMI_SYN_SENT ? TCP_SYN_SENT : TCP_ESTABLISHED;
+
+		return r->sk->sk_state == state ? 0 : refuse(r, SOCKMI_REFUSAL_STATE);
+	}
 	if (result == -EADDRNOTAVAIL || result == -EADDRINUSE)
 		return refuse(r, SOCKMI_REFUSAL_TUPLE_TAKEN);
 	if (result == -ENOMEM || result == -ENOBUFS)
@@ -617,7 +621,7 @@ static void set_urgent(struct restore *r)
 
 /*
  * ACKs that came in during the move are lost. A loss probe asks for a new one after two RTTs and costs no
- * congestion window; without SACK there is none, and the retransmission timer must do.
+ * congestion window (RFC 8985 section 7); without SACK there is none, and the retransmission timer must do.
  */
 static void set_timers(struct restore *r)
 {
@@ -629,8 +633,9 @@ static void set_timers(struct restore *r)
 		return;
 	if (t->retransmit_us)
 		rto = clamp_t(unsigned long, usecs_to_jiffies(min_t(u64, t->retransmit_us, U32_MAX)), 1, rto);
-	probe = usecs_to_jiffies(tp->srtt_us >> 2) + 1;
-	if (tp->srtt_us && tp->rx_opt.sack_ok && READ_ONCE(sock_net(r->sk)->ipv4.sysctl_tcp_early_retrans) &&
+	/* An RTT that was never measured is hardly longer than that. */
+	probe = tp->srtt_us ? usecs_to_jiffies(tp->srtt_us >> 2) + 1 : HZ / 5;
+	if (tp->rx_opt.sack_ok && READ_ONCE(sock_net(r->sk)->ipv4.sysctl_tcp_early_retrans) &&
 	    probe < rto)
 		inet_csk_reset_xmit_timer(r->sk, ICSK_TIME_LOSS_PROBE, probe, TCP_RTO_MAX);
 	else
@@ -701,6 +706,77 @@ static int restore_connection(struct restore *r)
 		r->losses->reset |= SOCKMI_LOSS_SACK_SCOREBOARD;
 	r->sk->sk_reuse = sockmi_option_number(r->image, SOCKMI_OPT_REUSEADDR, 0, NULL) ? SK_CAN_REUSE : SK_NO_REUSE;
 	tp->repair = 0;
+	return 0;
+}
+
+/* What this host's SYN offers is decided by its sysctls; what the peer has heard must be the same. */
+static bool offers_the_same(const struct restore *r)
+{
+	const struct sockmi_negotiated *n = &r->image->negotiated;
+	struct net *net = sock_net(r->sk);
+
+	return !READ_ONCE(net->ipv4.sysctl_tcp_window_scaling) == !(n->flags & SOCKMI_NEGOTIATED_WSCALE) &&
+	       !READ_ONCE(net->ipv4.sysctl_tcp_sack) == !(n->flags & SOCKMI_NEGOTIATED_SACK) &&
+	       !READ_ONCE(net->ipv4.sysctl_tcp_timestamps) == !(n->flags & SOCKMI_NEGOTIATED_TIMESTAMPS);
+}
+
+/* The peer's answer echoes the first SYN's timestamp: the clock has to be as it was then. */
+static int set_syn_timestamps(struct restore *r)
+{
+	const struct sockmi_timestamp *t = &r->image->timestamp;
+	struct tcp_sock *tp = r->tp;
+
+	if (!(r->image->negotiated.flags & SOCKMI_NEGOTIATED_TIMESTAMPS))
+		return 0;
+	if (!sockmi_ts_set_usec(tp, t->unit == SOCKMI_TIMESTAMP_US))
+		return refuse(r, SOCKMI_REFUSAL_TS_UNIT);
+	WRITE_ONCE(tp->tsoffset, t->tsval - sockmi_ts_clock(tp));
+	if (t->flags & SOCKMI_TIMESTAMP_HAS_SYN)
+		tp->retrans_stamp = t->syn_first_tsval - tp->tsoffset;
+	else
+		r->losses->approximated |= SOCKMI_LOSS_TIMESTAMP_CLOCK;
+	return 0;
+}
+
+/*
+ * SYN-SENT: connect() in earnest, with the same initial sequence number. Its SYN is dropped by the hold that
+ * the caller has put on the tuple; if there is none it is a retransmission, as the peer sees it.
+ */
+static int restore_syn_sent(struct restore *r)
+{
+	const struct sockmi_path_model *p = &r->image->path_model;
+	struct inet_connection_sock *icsk = r->icsk;
+	unsigned long left;
+	int result;
+
+	if (!offers_the_same(r))
+		return refuse(r, SOCKMI_REFUSAL_SCALE);
+	r->sk->sk_reuse = SK_FORCE_REUSE;
+	result = bind_local(r);
+	if (result)
+		return result;
+	WRITE_ONCE(r->tp->write_seq, r->seq->iss);
+	result = connect_remote(r);
+	if (result)
+		return result;
+	if (r->tp->snd_una != r->seq->iss || r->tp->write_seq != r->seq->write_seq)
+		return refuse(r, SOCKMI_REFUSAL_STATE);
+	r->tp->rx_opt.rcv_wscale = r->image->negotiated.rcv_wscale;
+	result = set_syn_timestamps(r);
+	if (result)
+		return result;
+	if (has(r, SOCKMI_PATH_MODEL)) {
+		icsk->icsk_backoff = min_t(u8, p->backoff, 6);
+		icsk->icsk_retransmits = p->retransmits;
+		icsk->icsk_rto = clamp_t(unsigned long, usecs_to_jiffies(min(p->rto_us, RTT_MOST_US)) << icsk->icsk_backoff,
+					 HZ / 5, TCP_RTO_MAX);
+	}
+	left = r->image->timers.retransmit_us ?
+		       usecs_to_jiffies(min_t(u64, r->image->timers.retransmit_us, RTT_MOST_US)) : icsk->icsk_rto;
+	inet_csk_reset_xmit_timer(r->sk, ICSK_TIME_RETRANS, max(left, 1UL), TCP_RTO_MAX);
+	r->sock->state = SS_CONNECTING;
+	sockmi_options_late(r->sk, r->image, r->losses);
+	r->sk->sk_reuse = sockmi_option_number(r->image, SOCKMI_OPT_REUSEADDR, 0, NULL) ? SK_CAN_REUSE : SK_NO_REUSE;
 	return 0;
 }
 
@@ -799,7 +875,12 @@ int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const 
 	WRITE_ONCE(r.sk->sk_shutdown, 0);
 	rcvbuf = r.sk->sk_rcvbuf;
 	sndbuf = r.sk->sk_sndbuf;
-	result = image->identity.kind == SOCKMI_KIND_CONNECTED ? restore_connection(&r) : restore_closed(&r);
+	if (image->identity.kind != SOCKMI_KIND_CONNECTED)
+		result = restore_closed(&r);
+	else if (image->identity.state == SOCKMI_SYN_SENT)
+		result = restore_syn_sent(&r);
+	else
+		result = restore_connection(&r);
 	if (!result) {
 		sockmi_disown(r.sk);
 		return 0;
@@ -830,7 +911,7 @@ int sockmi_activate(struct socket *sock, const struct sockmi_image *image)
 	int result;
 
 	sockmi_adopt(sk);
-	if (sk->sk_state != TCP_CLOSE) {
+	if (sk->sk_state != TCP_CLOSE && sk->sk_state != TCP_SYN_SENT) {
 		/* The peer may have missed an answer; this one has what it needs. */
 		sockmi_send_ack(sk);
 		if (!tcp_write_queue_empty(sk))

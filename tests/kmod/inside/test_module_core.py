@@ -33,17 +33,8 @@ from tests.kmod.module_client import (
 )
 
 FAMILIES = ("ipv4", "ipv6", "mapped")
-ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = (
-    1,
-    4,
-    5,
-    6,
-    7,
-    8,
-    9,
-    10,
-    11,
-)
+ESTABLISHED, SYN_SENT, FIN_WAIT_1, FIN_WAIT_2, TIME_WAIT = 1, 2, 4, 5, 6
+CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 7, 8, 9, 10, 11
 
 
 @pytest.fixture
@@ -588,6 +579,40 @@ def test_children_nobody_accepted_are_not_reset(device: Device) -> None:
         client.setblocking(False)
         with pytest.raises(BlockingIOError):
             client.recv(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_connection_that_is_being_made_moves(device: Device, family: str) -> None:
+    listener = new_socket(family)
+    listener.bind(({"ipv4": "127.0.0.1", "ipv6": "::1", "mapped": "::ffff:127.0.0.1"}[family], 0))
+    listener.listen()
+    name = listener.getsockname()
+    end = Endpoint(plain_address(name[0]), name[1])
+    ours, copy = new_socket(family), new_socket(family)
+    with nat_client.opened() as nat:
+        nat.add(nat_client.Flow(end, None, nat_client.Flag.HOLD))
+        ours.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            ours.connect(name)
+        assert state_of(ours) == SYN_SENT
+        with frozen(device, ours) as (freeze, image):
+            before = images.decode(image)
+            device.commit(freeze)
+        assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNABORTED
+        device.restore(copy, image)
+        assert state_of(copy) == SYN_SENT
+        with frozen(device, copy) as (freeze, again):
+            device.abort(freeze)
+        after = images.decode(again)
+        assert after.sequence == before.sequence
+        assert after.timestamp.syn_first_tsval == before.timestamp.syn_first_tsval
+        assert after.negotiated.rcv_wscale == before.negotiated.rcv_wscale
+    wait_for(lambda: state_of(copy) == ESTABLISHED, 10)
+    child, _ = listener.accept()
+    copy.sendall(b"connected")
+    assert read_exactly(child, 9) == b"connected"
+    child.sendall(b"welcome")
+    assert read_exactly(copy, 7) == b"welcome"
 
 
 # ---- Refusals ----

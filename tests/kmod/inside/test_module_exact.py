@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from sockmi import image as images
-from tests.kmod.inside.test_module_core import move, new_socket, pair, read_exactly, wait_for
+from tests.kmod.inside.test_module_core import move, pair, read_exactly, wait_for
 from tests.kmod.module_client import Device, frozen
 
-TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS, TCP_REPAIR_WINDOW = 19, 20, 21, 22, 29
 RECEIVE_QUEUE, SEND_QUEUE = 1, 2
 ECN_OPTION = 8  # TCPI_OPT_ECN
 
@@ -183,17 +183,22 @@ def test_nothing_changes_but_time(device: Device) -> None:
 def wrapping_pair(back: int) -> tuple[socket.socket, socket.socket]:
     """A connection whose sequence numbers wrap after about ``back`` bytes; made in TCP_REPAIR."""
     ends = [socket.socket(), socket.socket()]
+    options = struct.pack("=8I", 2, 1460, 3, 7 | 7 << 16, 4, 0, 8, 0)  # MSS, scale, SACK, timestamps
     for sock in ends:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         sock.bind(("127.0.0.1", 0))
     names = [sock.getsockname() for sock in ends]
     for sock, other, send, receive in ((ends[0], names[1], 0, 7), (ends[1], names[0], 7, 0)):
-        for queue, offset in ((SEND_QUEUE, send), (RECEIVE_QUEUE, receive)):
+        send, receive = (-back + offset & 0xFFFFFFFF for offset in (send, receive))
+        for queue, seq in ((SEND_QUEUE, send), (RECEIVE_QUEUE, receive)):
             sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
-            sock.setsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, struct.pack("=I", -back + offset & 0xFFFFFFFF))
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, struct.pack("=I", seq))
         sock.connect(other)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_OPTIONS, options)
+        window = struct.pack("=5I", receive, 65535, 65535, 65535, receive)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_WINDOW, window)
     for sock in ends:
-        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 0)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, -1)
     return ends[0], ends[1]
 
 
@@ -210,10 +215,7 @@ def test_sequence_numbers_may_wrap_in_every_queue(device: Device, back: int) -> 
             sent += ours.send(data[sent:])
     except BlockingIOError:
         pass
-    copy = new_socket("ipv4")
-    with frozen(device, ours) as (freeze, image):
-        device.commit(freeze)
-        device.restore(copy, image)
+    copy = move(device, ours, "ipv4")
     assert read_exactly(copy, 2000) == data[:2000]
     assert read_exactly(peer, sent) == data[:sent]
     peer.sendall(data)
