@@ -335,6 +335,7 @@ static long ioctl_hello(struct sockmi_file *file, void __user *arg, size_t size)
 		.freeze_default_ms = sockmi_freeze_default_ms,
 		.freeze_max_ms = sockmi_freeze_max_ms,
 		.claim_max_ms = sockmi_claim_max_ms,
+		.dormant_max_ms = sockmi_dormant_max_ms,
 	};
 	result = sockmi_arg_out(arg, size, &a, sizeof(a));
 	if (wrong)

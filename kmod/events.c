@@ -11,12 +11,18 @@ struct event {
 	struct sockmi_event content;
 };
 
+/* Events that any process can cause leave room for those that somebody waits for. */
+static unsigned int room_for(u32 type)
+{
+	return type == SOCKMI_EVENT_TAKEN || type == SOCKMI_EVENT_WAITING ? SOCKMI_EVENTS_MAX / 2 : SOCKMI_EVENTS_MAX;
+}
+
 void sockmi_event(struct sockmi_file *file, const struct sockmi_event *content)
 {
 	struct event *event = kmalloc(sizeof(*event), GFP_ATOMIC | __GFP_NOWARN);
 
 	spin_lock_bh(&file->events_lock);
-	if (!event || file->events_count >= SOCKMI_EVENTS_MAX) {
+	if (!event || file->events_count >= room_for(content->type)) {
 		file->events_lost++;
 		spin_unlock_bh(&file->events_lock);
 		kfree(event);

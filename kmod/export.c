@@ -326,11 +326,12 @@ long sockmi_ioctl_claim(struct sockmi_file *file, void __user *arg, size_t size)
 		result = sockmi_arg_out(arg, size, &a, sizeof(a));
 		if (result)
 			sockmi_unclaim(file, id);
-		id = 0;
+		fput(socket_file);
+		return result;
 	}
 refused:
 	fput(socket_file);
-	return result ?: sockmi_arg_out(arg, size, &a, sizeof(a)) ?: id;
+	return sockmi_arg_out(arg, size, &a, sizeof(a)) ?: id;
 }
 
 /* Locks and dumps; @export->lock is held. */

@@ -36,6 +36,7 @@
 extern unsigned int sockmi_freeze_default_ms;
 extern unsigned int sockmi_freeze_max_ms;
 extern unsigned int sockmi_claim_max_ms;
+extern unsigned int sockmi_dormant_max_ms;
 extern unsigned int sockmi_slots_max;
 extern unsigned int sockmi_slots_max_mb;
 extern unsigned int sockmi_memory_max_mb;

@@ -23,6 +23,10 @@ unsigned int sockmi_claim_max_ms = 30000;
 module_param_named(claim_max_ms, sockmi_claim_max_ms, uint, 0644);
 MODULE_PARM_DESC(claim_max_ms, "Longest life of a claim that is not frozen, in ms (30000)");
 
+unsigned int sockmi_dormant_max_ms = 30000;
+module_param_named(dormant_max_ms, sockmi_dormant_max_ms, uint, 0644);
+MODULE_PARM_DESC(dormant_max_ms, "Longest life of a restored socket that is neither activated nor discarded, in ms (30000)");
+
 unsigned int sockmi_slots_max = 64;
 module_param_named(slots_max, sockmi_slots_max, uint, 0444);
 MODULE_PARM_DESC(slots_max, "Buffers of each kind that one open device file may have (64, at most 256)");

@@ -57,9 +57,11 @@
  * ---------
  * RESTORE puts an image into the caller's own unconnected, unbound TCP socket and leaves it DORMANT:
  * complete, hashed, and frozen like an exported one, mute and deaf. ACTIVATE brings it to life (what came in meanwhile
- * is processed, unsent data is sent, the peer gets an ACK); DISCARD closes it without a packet. The
- * end of the device file discards what is still dormant. There is no deadline: who
- * restores must decide. With SOCKMI_DEV_ACTIVATE in flags both happen in one call.
+ * is processed, unsent data is sent, the peer gets an ACK); DISCARD closes it without a packet, and so do the end of the
+ * device file and a deadline (a process that blocks on a dormant socket cannot be killed): keep the image until
+ * ACTIVATE has succeeded, it can be restored again. Of a connection ACTIVATE cannot fail for another reason than that
+ * (-ENOENT); of a listener it can (-EADDRINUSE). With SOCKMI_DEV_ACTIVATE in flags both happen in one call.
+ * A connection in SYN-SENT sends a SYN when it is restored, the same as its first: hold the tuple.
  *
  * Lists are for applications that wait for sockets: LIST_ADD stores an image in one of the three lists of
  * the network namespace (reserved, not visible), PUBLISH makes it visible, REMOVE takes it back, IMPORT takes a
@@ -76,7 +78,7 @@
  * ------
  * read(2) returns whole struct sockmi_event records, blocking unless O_NONBLOCK; poll(2) says EPOLLIN, and with
  * O_ASYNC the signal chosen by F_SETSIG (the paper's SIGUSR1) is sent to the F_SETOWN owner. When too
- * many wait, those about entries are dropped and counted in `lost`.
+ * many wait, new ones are dropped and counted in `lost`, first those about import requests.
  */
 #ifndef _UAPI_SOCKMI_H
 #define _UAPI_SOCKMI_H
@@ -119,6 +121,7 @@ struct sockmi_dev_endpoint {
  * @freeze_default_ms: out: deadline of FREEZE if none is asked for
  * @freeze_max_ms: out: largest deadline
  * @claim_max_ms: out: largest lifetime of a claim
+ * @dormant_max_ms: out: largest lifetime of a dormant copy
  */
 struct sockmi_ioc_hello {
 	__u16 abi_major;
@@ -132,7 +135,7 @@ struct sockmi_ioc_hello {
 	__u32 freeze_default_ms;
 	__u32 freeze_max_ms;
 	__u32 claim_max_ms;
-	__u32 reserved;
+	__u32 dormant_max_ms;
 };
 
 /* ---- Slots ---- */
@@ -345,6 +348,7 @@ struct sockmi_ioc_export_info {
  * @approximated: out: SOCKMI_LOSS_*
  * @reset: out: SOCKMI_LOSS_*
  * @lost_options: out: the first of them (ids of docs/image.md)
+ * @deadline_ms: in: how long it may be dormant; 0: the maximum
  *
  * After an error the socket is closed state again, unbound, usable, and nothing was sent.
  */
@@ -362,7 +366,7 @@ struct sockmi_ioc_restore {
 	__aligned_u64 approximated;
 	__aligned_u64 reset;
 	__u16 lost_options[SOCKMI_LOST_OPTIONS_MAX];
-	__u32 reserved;
+	__u32 deadline_ms;
 };
 
 enum sockmi_list {
@@ -568,6 +572,7 @@ struct sockmi_ioc_answer {
  * @SOCKMI_EVENT_THAWED: the deadline of export `id` has thawed it
  * @SOCKMI_EVENT_CLAIM_ENDED: the lifetime of claim `id` is over, it is forgotten
  * @SOCKMI_EVENT_TAKEN: entry `id` was imported by `pid`, `uid`; this event goes to the serving file
+ * @SOCKMI_EVENT_DISCARDED: the deadline of the dormant copy `id` has discarded it
  * @SOCKMI_EVENT_WAITING: an import request began to wait for `list`; goes to the serving file
  *
  * From 32 on: NAT helper.
@@ -578,6 +583,7 @@ enum sockmi_event_type {
 	SOCKMI_EVENT_CLAIM_ENDED = 3,
 	SOCKMI_EVENT_TAKEN = 4,
 	SOCKMI_EVENT_WAITING = 5,
+	SOCKMI_EVENT_DISCARDED = 6,
 };
 
 /**

@@ -61,6 +61,7 @@ class EventType(enum.IntEnum):
     CLAIM_ENDED = 3
     TAKEN = 4
     WAITING = 5
+    DISCARDED = 6
 
 
 class ExportState(enum.IntEnum):
@@ -111,7 +112,7 @@ class Hello(ctypes.Structure):
         ("freeze_default_ms", U32),
         ("freeze_max_ms", U32),
         ("claim_max_ms", U32),
-        ("reserved", U32),
+        ("dormant_max_ms", U32),
     )
 
 
@@ -181,7 +182,7 @@ class Restore(ctypes.Structure):
         ("approximated", U64),
         ("reset", U64),
         ("lost_options", U16 * 6),
-        ("reserved", U32),
+        ("deadline_ms", U32),
     )
 
 

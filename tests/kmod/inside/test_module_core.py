@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import random
@@ -23,12 +24,14 @@ from sockmi.addresses import Endpoint, FourTuple
 from tests.kmod import nat_client
 from tests.kmod.module_client import (
     ACTIVATE,
+    NO_SLOT,
     Device,
     EventType,
     ExportState,
     Freeze,
     Refusal,
     Refused,
+    Restore,
     frozen,
 )
 
@@ -464,6 +467,33 @@ def test_discarded_copies_leave_no_trace(how: str) -> None:
         device.restore(copy, image)
     peer.sendall(b"back")
     assert read_exactly(copy, 4) == b"back"
+
+
+def test_dormant_copies_are_discarded_in_time(device: Device) -> None:
+    """A thread that blocks on a dormant socket cannot be killed: it must not be for ever."""
+    ours, peer = pair()
+    copy = new_socket("ipv4")
+    with frozen(device, ours) as (freeze, image):
+        device.commit(freeze)
+    memory = ctypes.create_string_buffer(image, len(image))
+    made = device.call(
+        "restore",
+        Restore(
+            fd=copy.fileno(), slot=NO_SLOT, image=ctypes.addressof(memory), bytes=len(image), deadline_ms=200
+        ),
+    )
+    started = time.monotonic()
+    with pytest.raises(OSError) as caught:
+        copy.recv(1)
+    assert caught.value.errno == errno.ENOTCONN
+    assert 0.1 < time.monotonic() - started < 2
+    assert [(event.type, event.id) for event in device.events()] == [(EventType.DISCARDED, made.id)]
+    with pytest.raises(Refused) as refused:
+        device.decide("activate", made.id)
+    assert refused.value.errno == errno.ENOENT
+    device.restore(copy, image)
+    peer.sendall(b"again")
+    assert read_exactly(copy, 5) == b"again"
 
 
 def test_the_path_model_and_the_windows_are_carried(device: Device) -> None:
