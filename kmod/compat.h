@@ -1,0 +1,242 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * All that differs between the kernels the module is built for: 6.1, 6.12, 7.2 (Debian's).
+ *
+ * A field or function that the kernel's own headers can be asked for is probed in Kbuild (SOCKMI_HAVE_*), because
+ * distributions carry changes back; the version decides only what cannot be probed.
+ */
+#ifndef SOCKMI_COMPAT_H
+#define SOCKMI_COMPAT_H
+
+#include <linux/version.h>
+#include <linux/mm.h>
+#include <linux/sysctl.h>
+#include <linux/tcp.h>
+#include <net/inet_connection_sock.h>
+#include <net/inet_sock.h>
+#include <net/ip.h>
+#include <net/sock.h>
+#include <net/tcp.h>
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0)
+#error "sockmi needs Linux 6.1 or later"
+#endif
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(8, 0, 0) && !defined(SOCKMI_UNKNOWN_KERNEL)
+#error "sockmi does not know this kernel's TCP: build with SOCKMI_UNKNOWN_KERNEL only to port it"
+#endif
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0)
+#include <asm/unaligned.h>
+#else
+#include <linux/unaligned.h>
+#endif
+
+/* ---- Memory maps ---- */
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+static inline void sockmi_vm_clear(struct vm_area_struct *vma, unsigned long flags)
+{
+	vma->vm_flags &= ~flags;
+}
+
+static inline void sockmi_vm_set(struct vm_area_struct *vma, unsigned long flags)
+{
+	vma->vm_flags |= flags;
+}
+#else
+#define sockmi_vm_clear vm_flags_clear
+#define sockmi_vm_set vm_flags_set
+#endif
+
+/* ---- sysctl ---- */
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 11, 0)
+#define SOCKMI_CTL_CONST
+#define SOCKMI_CTL_SENTINEL 1 /* an empty row ends a table */
+#else
+#define SOCKMI_CTL_CONST const
+#define SOCKMI_CTL_SENTINEL 0
+#endif
+
+static inline struct ctl_table_header *sockmi_register_sysctl(struct net *net, const char *path,
+							       struct ctl_table *table, size_t rows)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 6, 0)
+	return register_net_sysctl(net, path, table);
+#else
+	return register_net_sysctl_sz(net, path, table, rows);
+#endif
+}
+
+/* ---- TCP ---- */
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+#define sockmi_sockaddr sockaddr
+#else
+#define sockmi_sockaddr sockaddr_unsized
+#endif
+
+/* Sends an ACK that acknowledges @sk's rcv_nxt. */
+static inline void sockmi_send_ack(struct sock *sk)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0)
+	__tcp_send_ack(sk, tcp_sk(sk)->rcv_nxt);
+#else
+	__tcp_send_ack(sk, tcp_sk(sk)->rcv_nxt, 0);
+#endif
+}
+
+#define SOCKMI_HAS_USEC_TS (LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0))
+
+/* Does @sk count its timestamps in microseconds? */
+static inline bool sockmi_ts_usec(const struct tcp_sock *tp)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 7, 0)
+	return false;
+#else
+	return tp->tcp_usec_ts;
+#endif
+}
+
+/* The TCP timestamp clock without a socket's offset, in that socket's unit. */
+static inline u32 sockmi_ts_clock(const struct tcp_sock *tp)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 7, 0)
+	return tcp_time_stamp_raw();
+#else
+	return tcp_clock_ts(tp->tcp_usec_ts);
+#endif
+}
+
+/* Chooses the unit; false if this kernel has not got it. */
+static inline bool sockmi_ts_set_usec(struct tcp_sock *tp, bool usec)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 7, 0)
+	return !usec;
+#else
+	tp->tcp_usec_ts = usec;
+	return true;
+#endif
+}
+
+#ifdef TCP_ECN_OK
+#define SOCKMI_ECN_OK TCP_ECN_OK
+#else
+#define SOCKMI_ECN_OK TCP_ECN_MODE_RFC3168
+#endif
+
+/* Accurate ECN (RFC 9768) negotiated? */
+static inline bool sockmi_accecn(const struct tcp_sock *tp)
+{
+#ifdef TCP_ECN_MODE_ACCECN
+	return tcp_ecn_mode_accecn(tp);
+#else
+	return false;
+#endif
+}
+
+/* Highest right edge of the window ever advertised, where the kernel remembers it. */
+static inline bool sockmi_right_edge(const struct tcp_sock *tp, u32 *edge)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(7, 0, 0)
+	return false;
+#else
+	*edge = tp->rcv_mwnd_seq;
+	return true;
+#endif
+}
+
+static inline void sockmi_set_right_edge(struct tcp_sock *tp, u32 edge)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 0, 0)
+	tp->rcv_mwnd_seq = edge;
+#endif
+}
+
+/* MD5 or AO keys? */
+static inline bool sockmi_authenticated(const struct tcp_sock *tp)
+{
+#ifdef CONFIG_TCP_MD5SIG
+	if (rcu_access_pointer(tp->md5sig_info))
+		return true;
+#endif
+#ifdef CONFIG_TCP_AO
+	if (rcu_access_pointer(tp->ao_info))
+		return true;
+#endif
+	return false;
+}
+
+/* Jiffies at which the pending transmit timer (icsk_pending says which) and the delayed ACK are due. */
+static inline unsigned long sockmi_xmit_due(const struct sock *sk)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	return inet_csk(sk)->icsk_timeout;
+#else
+	return tcp_timeout_expires(sk);
+#endif
+}
+
+static inline unsigned long sockmi_delack_due(const struct sock *sk)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 15, 0)
+	return inet_csk(sk)->icsk_ack.timeout;
+#else
+	return icsk_delack_timeout(inet_csk(sk));
+#endif
+}
+
+static inline struct timer_list *sockmi_keepalive_timer(struct sock *sk)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	return &sk->sk_timer;
+#else
+	return &inet_csk(sk)->icsk_keepalive_timer;
+#endif
+}
+
+/* ---- Flags of an inet socket that became bits of one word in 6.6 ---- */
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 6, 0)
+#define sockmi_inet_flag(sk, field, BIT) (inet_sk(sk)->field)
+#define sockmi_inet_set(sk, field, BIT, value) (inet_sk(sk)->field = !!(value))
+#define sockmi_defer_connect(sk) (inet_sk(sk)->defer_connect)
+#else
+#define sockmi_inet_flag(sk, field, BIT) inet_test_bit(BIT, sk)
+#define sockmi_inet_set(sk, field, BIT, value) inet_assign_bit(BIT, sk, value)
+#define sockmi_defer_connect(sk) inet_test_bit(DEFER_CONNECT, sk)
+#endif
+
+/* Payload share of receive buffer space, of 256; 0: this kernel does not estimate it. */
+static inline u8 sockmi_scaling_ratio(const struct tcp_sock *tp)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 6, 0)
+	return 0;
+#else
+	return tp->scaling_ratio;
+#endif
+}
+
+static inline void sockmi_set_scaling_ratio(struct tcp_sock *tp, u8 ratio)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 6, 0)
+	if (ratio)
+		tp->scaling_ratio = ratio;
+#endif
+}
+
+/* The clock of TCP's own time stamps, in microseconds. */
+static inline u64 sockmi_clock_us(void)
+{
+	return div_u64(ktime_get_ns(), NSEC_PER_USEC);
+}
+
+/* Microseconds since tcp_mstamp @then (0: unknown, then 0). */
+static inline u64 sockmi_mstamp_age(const struct tcp_sock *tp, u64 then)
+{
+	u64 now = sockmi_clock_us();
+
+	return then && now > then ? now - then : 0;
+}
+
+#endif

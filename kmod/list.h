@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* The entries of the import lists, for list.c and import.c. */
+#ifndef SOCKMI_LIST_H
+#define SOCKMI_LIST_H
+
+#include "internal.h"
+
+/**
+ * struct sockmi_entry - an image that waits in a list
+ * @node: in the list, as long as it is not claimed
+ * @id: in the namespace
+ * @blob: the image
+ * @owner: file that reserved it, NULL once it is published
+ * @uid: who may take it
+ * @any_uid: anybody may
+ * @restore_flags: SOCKMI_DEV_*
+ * @local: local endpoint to use, or zero
+ * @added: jiffies
+ * @list: index
+ */
+struct sockmi_entry {
+	struct list_head node;
+	u64 id;
+	struct sockmi_blob *blob;
+	struct sockmi_file *owner;
+	kuid_t uid;
+	bool any_uid;
+	u32 restore_flags;
+	struct sockmi_endpoint local;
+	unsigned long added;
+	unsigned int list;
+};
+
+/**
+ * struct sockmi_waiter - an import request that waits; see sockmi_net.waiters
+ * @node: in the list of waiters
+ * @requests: what it wants
+ * @count: how many
+ * @uid: who asks
+ * @admin: may take everything
+ */
+struct sockmi_waiter {
+	struct list_head node;
+	struct sockmi_ioc_request *requests;
+	unsigned int count;
+	kuid_t uid;
+	bool admin;
+};
+
+/* Does @request want a socket with this identity, for somebody like @waiter? */
+bool sockmi_wants(const struct sockmi_waiter *waiter, const struct sockmi_ioc_request *request,
+		  const struct sockmi_identity *identity, kuid_t uid, bool any_uid);
+/*
+ * Takes the first entry that fits out of its list; its place stays counted. NULL: none. Put it back, or free it.
+ */
+struct sockmi_entry *sockmi_entry_take(struct sockmi_net *sn, const struct sockmi_waiter *waiter,
+				       const struct sockmi_ioc_request *request);
+void sockmi_entry_put_back(struct sockmi_net *sn, struct sockmi_entry *entry);
+void sockmi_entry_done(struct sockmi_net *sn, struct sockmi_entry *entry);
+
+#endif

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Loading, unloading, parameters, and what is kept for each network namespace. */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/miscdevice.h>
+#include <linux/module.h>
+#include <net/netns/generic.h>
+
+#include "internal.h"
+
+#define CREATE_TRACE_POINTS
+#include "trace.h"
+
+unsigned int sockmi_freeze_default_ms = 1000;
+module_param_named(freeze_default_ms, sockmi_freeze_default_ms, uint, 0644);
+MODULE_PARM_DESC(freeze_default_ms, "Deadline of a freeze whose caller asks for none, in ms (1000)");
+
+unsigned int sockmi_freeze_max_ms = 5000;
+module_param_named(freeze_max_ms, sockmi_freeze_max_ms, uint, 0644);
+MODULE_PARM_DESC(freeze_max_ms, "Longest deadline of a freeze that may be asked for, in ms (5000)");
+
+unsigned int sockmi_claim_max_ms = 30000;
+module_param_named(claim_max_ms, sockmi_claim_max_ms, uint, 0644);
+MODULE_PARM_DESC(claim_max_ms, "Longest life of a claim that is not frozen, in ms (30000)");
+
+unsigned int sockmi_dormant_max_ms = 30000;
+module_param_named(dormant_max_ms, sockmi_dormant_max_ms, uint, 0644);
+MODULE_PARM_DESC(dormant_max_ms, "Longest life of a restored socket that is neither activated nor discarded, in ms (30000)");
+
+unsigned int sockmi_slots_max = 64;
+module_param_named(slots_max, sockmi_slots_max, uint, 0444);
+MODULE_PARM_DESC(slots_max, "Buffers of each kind that one open device file may have (64, at most 256)");
+
+unsigned int sockmi_slots_max_mb = 256;
+module_param_named(slots_max_mb, sockmi_slots_max_mb, uint, 0644);
+MODULE_PARM_DESC(slots_max_mb, "Memory of the buffers of one open device file, in MiB (256)");
+
+unsigned int sockmi_memory_max_mb = 1024;
+module_param_named(memory_max_mb, sockmi_memory_max_mb, uint, 0644);
+MODULE_PARM_DESC(memory_max_mb, "Memory of all buffers and images of the module, in MiB (1024)");
+
+unsigned int sockmi_list_max[SOCKMI_LISTS] = { 64, 64, 1024 };
+module_param_array_named(list_max, sockmi_list_max, uint, NULL, 0444);
+MODULE_PARM_DESC(list_max,
+		 "Entries of the lists of bound, listening and connected sockets in a new network namespace (64,64,1024); sysctl sockmi.max_* changes them later");
+
+unsigned int sockmi_sysctl_wait_ms = 10000;
+module_param_named(sysctl_wait_ms, sockmi_sysctl_wait_ms, uint, 0644);
+MODULE_PARM_DESC(sysctl_wait_ms, "How long a write to the sysctl sockmi.export waits for the result, in ms (10000)");
+
+struct workqueue_struct *sockmi_workqueue;
+static unsigned int sockmi_net_id __read_mostly;
+static atomic64_t memory_used = ATOMIC64_INIT(0);
+
+int sockmi_memory_take(u64 bytes)
+{
+	u64 limit = (u64)READ_ONCE(sockmi_memory_max_mb) << 20;
+
+	if ((u64)atomic64_add_return(bytes, &memory_used) > limit) {
+		atomic64_sub(bytes, &memory_used);
+		return -EDQUOT;
+	}
+	return 0;
+}
+
+void sockmi_memory_give(u64 bytes)
+{
+	atomic64_sub(bytes, &memory_used);
+}
+
+struct sockmi_net *sockmi_net(const struct net *net)
+{
+	return net_generic(net, sockmi_net_id);
+}
+
+static int __net_init net_init(struct net *net)
+{
+	struct sockmi_net *sn = sockmi_net(net);
+	int result;
+
+	sockmi_lists_init(sn);
+	result = sockmi_nat_net_init(net, sn);
+	if (result)
+		return result;
+	result = sockmi_sysctl_net_init(net, sn);
+	if (result)
+		sockmi_nat_net_exit(net, sn);
+	return result;
+}
+
+static void __net_exit net_exit(struct net *net)
+{
+	struct sockmi_net *sn = sockmi_net(net);
+
+	sockmi_sysctl_net_exit(sn);
+	sockmi_lists_exit(sn);
+	sockmi_nat_net_exit(net, sn);
+}
+
+static struct pernet_operations net_operations = {
+	.init = net_init,
+	.exit = net_exit,
+	.id = &sockmi_net_id,
+	.size = sizeof(struct sockmi_net),
+};
+
+static struct miscdevice device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = "sockmi",
+	.fops = &sockmi_fops,
+	.mode = 0666,
+};
+
+static int __init sockmi_init(void)
+{
+	int result;
+
+	if (sockmi_slots_max > 256)
+		sockmi_slots_max = 256;
+	sockmi_workqueue = alloc_workqueue("sockmi", WQ_UNBOUND | WQ_HIGHPRI, 0);
+	if (!sockmi_workqueue)
+		return -ENOMEM;
+	result = sockmi_nat_init();
+	if (result)
+		goto no_nat;
+	result = register_pernet_subsys(&net_operations);
+	if (result)
+		goto no_pernet;
+	result = misc_register(&device);
+	if (result)
+		goto no_device;
+	pr_info("device interface %d.%d, images %d.%d\n", SOCKMI_DEV_ABI_MAJOR, SOCKMI_DEV_ABI_MINOR,
+		SOCKMI_IMAGE_MAJOR, SOCKMI_IMAGE_MINOR);
+	return 0;
+
+no_device:
+	unregister_pernet_subsys(&net_operations);
+no_pernet:
+	sockmi_nat_exit();
+no_nat:
+	destroy_workqueue(sockmi_workqueue);
+	return result;
+}
+
+static void __exit sockmi_exit(void)
+{
+	misc_deregister(&device);
+	/* The last claim's work may still be on its way out. */
+	destroy_workqueue(sockmi_workqueue);
+	unregister_pernet_subsys(&net_operations);
+	sockmi_nat_exit();
+	rcu_barrier();
+}
+
+module_init(sockmi_init);
+module_exit(sockmi_exit);
+
+MODULE_DESCRIPTION("Moves live TCP sockets between hosts: freeze, dump, restore, redirect");
+MODULE_AUTHOR("SockMi");
+MODULE_LICENSE("GPL");
+MODULE_VERSION("1.0");

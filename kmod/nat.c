@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: GPL-2.0
+/* The NAT helper of a network namespace: its beginning, its end, and what the export of a socket asks of it. */
+#include <linux/module.h>
+#include <linux/slab.h>
+#include <net/inet_sock.h>
+#include <net/ipv6.h>
+
+#include "nat_internal.h"
+
+unsigned int sockmi_nat_flows_max = 262144;
+module_param_named(nat_flows_max, sockmi_nat_flows_max, uint, 0644);
+MODULE_PARM_DESC(nat_flows_max, "NAT helper: flows of a network namespace at most (262144, about 350 bytes each)");
+
+const struct rhashtable_params sockmi_nat_tuple_params = {
+	.key_len = sizeof(struct sockmi_nat_key),
+	.key_offset = offsetof(struct sockmi_nat_flow, tuple),
+	.head_offset = offsetof(struct sockmi_nat_flow, by_tuple),
+	.automatic_shrinking = true,
+};
+
+const struct rhashtable_params sockmi_nat_wire_params = {
+	.key_len = sizeof(struct sockmi_nat_key),
+	.key_offset = offsetof(struct sockmi_nat_flow, wire),
+	.head_offset = offsetof(struct sockmi_nat_flow, by_wire),
+	.automatic_shrinking = true,
+};
+
+int sockmi_nat_init(void)
+{
+	/* A hole in the key would be hashed with whatever a stack held before. */
+	BUILD_BUG_ON(sizeof(struct sockmi_nat_key) != 2 * 16 + 2 * 2 + 4);
+	return 0;
+}
+
+void sockmi_nat_exit(void)
+{
+}
+
+int sockmi_nat_net_init(struct net *net, struct sockmi_net *sn)
+{
+	struct sockmi_nat_net *nat = kzalloc(sizeof(*nat), GFP_KERNEL_ACCOUNT);
+
+	if (!nat)
+		return -ENOMEM;
+	nat->net = net;
+	mutex_init(&nat->lock);
+	nat->ids = RB_ROOT;
+	timerqueue_init_head(&nat->lapses);
+	INIT_DELAYED_WORK(&nat->work, sockmi_nat_lapse);
+	sn->nat = nat;
+	return 0;
+}
+
+int sockmi_nat_arm(struct sockmi_nat_net *nat)
+{
+	int error;
+
+	lockdep_assert_held(&nat->lock);
+	if (nat->armed)
+		return 0;
+	error = rhashtable_init(&nat->tuples, &sockmi_nat_tuple_params);
+	if (error)
+		return error;
+	error = rhashtable_init(&nat->wires, &sockmi_nat_wire_params);
+	if (error)
+		goto destroy_tuples;
+	sockmi_nat_hooks(nat);
+	error = nf_register_net_hooks(nat->net, nat->ops, ARRAY_SIZE(nat->ops));
+	if (error)
+		goto destroy_wires;
+	nat->armed = true;
+	return 0;
+
+destroy_wires:
+	/* Some of the hooks may have been there for a while. */
+	synchronize_rcu();
+	rhashtable_destroy(&nat->wires);
+destroy_tuples:
+	rhashtable_destroy(&nat->tuples);
+	return error;
+}
+
+static void free_flow(void *flow, void *unused)
+{
+	sockmi_nat_flow_free(flow);
+}
+
+void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn)
+{
+	struct sockmi_nat_net *nat = sn->nat;
+
+	if (!nat)
+		return;
+	sn->nat = NULL;
+	cancel_delayed_work_sync(&nat->work);
+	if (nat->armed) {
+		nf_unregister_net_hooks(net, nat->ops, ARRAY_SIZE(nat->ops));
+		synchronize_rcu();
+		rhashtable_destroy(&nat->wires);
+		rhashtable_free_and_destroy(&nat->tuples, free_flow, NULL);
+		if (nat->flows)
+			module_put(THIS_MODULE);
+	}
+	kfree(nat);
+}
+
+void sockmi_nat_key_of(const struct sock *sk, struct sockmi_nat_key *key)
+{
+	memset(key, 0, sizeof(*key));
+	key->kind = AF_INET;
+	key->local_port = htons(sk->sk_num);
+	key->remote_port = sk->sk_dport;
+#if IS_ENABLED(CONFIG_IPV6)
+	if (sk->sk_family == AF_INET6 && !ipv6_addr_v4mapped(&sk->sk_v6_rcv_saddr)) {
+		key->kind = AF_INET6;
+		memcpy(key->local, &sk->sk_v6_rcv_saddr, sizeof(key->local));
+		memcpy(key->remote, &sk->sk_v6_daddr, sizeof(key->remote));
+		return;
+	}
+#endif
+	key->local[0] = sk->sk_rcv_saddr;
+	key->remote[0] = sk->sk_daddr;
+}
+
+int sockmi_nat_prepare(struct sockmi_net *sn)
+{
+	int error;
+
+	mutex_lock(&sn->nat->lock);
+	error = sockmi_nat_arm(sn->nat);
+	mutex_unlock(&sn->nat->lock);
+	return error;
+}
+
+int sockmi_nat_hold(struct sockmi_net *sn, const struct sockmi_nat_key *key)
+{
+	struct sockmi_nat_net *nat = sn->nat;
+	struct sockmi_nat_flow *flow, *made = NULL;
+	u32 flags = SOCKMI_NAT_HOLD | SOCKMI_NAT_MUTE;
+	int error = 0;
+
+	made = sockmi_nat_flow_new(key, flags);
+	if (!made)
+		return -ENOMEM;
+	mutex_lock(&nat->lock);
+	flow = sockmi_nat_find(nat, key);
+	if (!flow) {
+		error = sockmi_nat_add(nat, made, 0);
+		if (!error)
+			made = NULL;
+	} else if (flow->flags & (SOCKMI_NAT_HOLD | SOCKMI_NAT_REDIRECT)) {
+		sockmi_nat_reflag(nat, flow, flow->flags | SOCKMI_NAT_MUTE);
+	} else {
+		sockmi_nat_reflag(nat, flow, flow->flags | flags);
+	}
+	mutex_unlock(&nat->lock);
+	sockmi_nat_flow_free(made);
+	return error;
+}
+
+void sockmi_nat_unhold(struct sockmi_net *sn, const struct sockmi_nat_key *key)
+{
+	struct sockmi_nat_net *nat = sn->nat;
+	struct sockmi_nat_flow *flow;
+
+	mutex_lock(&nat->lock);
+	flow = sockmi_nat_find(nat, key);
+	if (flow)
+		sockmi_nat_reflag(nat, flow, flow->flags & ~(SOCKMI_NAT_HOLD | SOCKMI_NAT_MUTE));
+	mutex_unlock(&nat->lock);
+}

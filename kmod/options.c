@@ -1,0 +1,424 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Socket options. Those that have a plain setsockopt() are given to it, which checks their values; those
+ * for which it would ask for capabilities that the importer need not have, or that cannot be set on a connection, are
+ * assigned. An option at its default is not in the image.
+ */
+#include <linux/netdevice.h>
+#include <linux/tcp.h>
+#include <net/ipv6.h>
+
+#include "internal.h"
+
+#define SECOND ((s64)USEC_PER_SEC)
+#define LINGER_ON ((s64)1 << 62)
+#define BUFFER_MAX (S32_MAX / 2)
+
+/* ---- Dump ---- */
+
+static void put(struct sockmi_writer *w, u16 id, s64 value, s64 otherwise)
+{
+	if (value != otherwise)
+		sockmi_writer_option_int(w, id, 0, value);
+}
+
+static s64 timeout_us(long jiffies_left)
+{
+	return jiffies_left == MAX_SCHEDULE_TIMEOUT ? 0 : (s64)jiffies_left * (USEC_PER_SEC / HZ);
+}
+
+static void dump_socket(const struct sock *sk, struct sockmi_writer *w)
+{
+	unsigned long rate = READ_ONCE(sk->sk_max_pacing_rate);
+	struct net_device *dev;
+	char name[IFNAMSIZ];
+
+	put(w, SOCKMI_OPT_REUSEADDR, sk->sk_reuse == SK_CAN_REUSE, 0);
+	put(w, SOCKMI_OPT_REUSEPORT, sk->sk_reuseport, 0);
+	put(w, SOCKMI_OPT_KEEPALIVE, sock_flag(sk, SOCK_KEEPOPEN), 0);
+	put(w, SOCKMI_OPT_BROADCAST, sock_flag(sk, SOCK_BROADCAST), 0);
+	put(w, SOCKMI_OPT_OOBINLINE, sock_flag(sk, SOCK_URGINLINE), 0);
+	put(w, SOCKMI_OPT_DONTROUTE, sock_flag(sk, SOCK_LOCALROUTE), 0);
+	put(w, SOCKMI_OPT_LINGER,
+	    sock_flag(sk, SOCK_LINGER) ? LINGER_ON + (s64)(sk->sk_lingertime / HZ) * SECOND : 0, 0);
+	sockmi_writer_option_int(w, SOCKMI_OPT_SNDBUF, sk->sk_userlocks & SOCK_SNDBUF_LOCK ? SOCKMI_OPTION_LOCKED : 0,
+				 READ_ONCE(sk->sk_sndbuf));
+	sockmi_writer_option_int(w, SOCKMI_OPT_RCVBUF, sk->sk_userlocks & SOCK_RCVBUF_LOCK ? SOCKMI_OPTION_LOCKED : 0,
+				 READ_ONCE(sk->sk_rcvbuf));
+	put(w, SOCKMI_OPT_RCVLOWAT, sk->sk_rcvlowat, 1);
+	put(w, SOCKMI_OPT_RCVTIMEO_US, timeout_us(sk->sk_rcvtimeo), 0);
+	put(w, SOCKMI_OPT_SNDTIMEO_US, timeout_us(sk->sk_sndtimeo), 0);
+	put(w, SOCKMI_OPT_PRIORITY, sk->sk_priority, 0);
+	put(w, SOCKMI_OPT_MARK, sk->sk_mark, 0);
+	put(w, SOCKMI_OPT_MAX_PACING_RATE, rate == ~0UL ? -1 : (s64)rate, -1);
+	put(w, SOCKMI_OPT_PEEK_OFF, sk->sk_peek_off, -1);
+	put(w, SOCKMI_OPT_ZEROCOPY, sock_flag(sk, SOCK_ZEROCOPY), 0);
+	if (!sk->sk_bound_dev_if)
+		return;
+	rcu_read_lock();
+	dev = dev_get_by_index_rcu(sock_net(sk), sk->sk_bound_dev_if);
+	if (dev && strscpy(name, dev->name, sizeof(name)) > 0)
+		sockmi_writer_option_bytes(w, SOCKMI_OPT_BINDTODEVICE, 0, name, strlen(name));
+	rcu_read_unlock();
+}
+
+static void dump_tcp(const struct sock *sk, struct sockmi_writer *w)
+{
+	const struct inet_connection_sock *icsk = inet_csk(sk);
+	const struct tcp_sock *tp = tcp_sk(sk);
+	bool connected = sk->sk_state != TCP_CLOSE && sk->sk_state != TCP_LISTEN;
+
+	put(w, SOCKMI_OPT_NODELAY, !!(tp->nonagle & TCP_NAGLE_OFF), 0);
+	put(w, SOCKMI_OPT_CORK, !!(tp->nonagle & TCP_NAGLE_CORK), 0);
+	put(w, SOCKMI_OPT_KEEPIDLE_US, keepalive_time_when(tp) / HZ * SECOND, 7200 * SECOND);
+	put(w, SOCKMI_OPT_KEEPINTVL_US, keepalive_intvl_when(tp) / HZ * SECOND, 75 * SECOND);
+	put(w, SOCKMI_OPT_KEEPCNT, keepalive_probes(tp), 9);
+	put(w, SOCKMI_OPT_SYNCNT, icsk->icsk_syn_retries ?: READ_ONCE(sock_net(sk)->ipv4.sysctl_tcp_syn_retries), 6);
+	put(w, SOCKMI_OPT_LINGER2_US, tp->linger2 < 0 ? -1 : tcp_fin_time(sk) / HZ * SECOND, 60 * SECOND);
+	put(w, SOCKMI_OPT_QUICKACK, !inet_csk_in_pingpong_mode((struct sock *)sk), 1);
+	put(w, SOCKMI_OPT_THIN_LINEAR_TIMEOUTS, tp->thin_lto, 0);
+	put(w, SOCKMI_OPT_USER_TIMEOUT_US, (s64)icsk->icsk_user_timeout * USEC_PER_MSEC, 0);
+	put(w, SOCKMI_OPT_NOTSENT_LOWAT, tp->notsent_lowat, 0);
+	put(w, SOCKMI_OPT_INQ, tp->recvmsg_inq, 0);
+	put(w, SOCKMI_OPT_TX_DELAY_US, tp->tcp_tx_delay, 0);
+	if (!connected) {
+		put(w, SOCKMI_OPT_SAVE_SYN, tp->save_syn, 0);
+		put(w, SOCKMI_OPT_WINDOW_CLAMP, tp->window_clamp, 0);
+		put(w, SOCKMI_OPT_MAXSEG, tp->rx_opt.user_mss ?: 536, 536);
+	}
+	if (icsk->icsk_ca_ops)
+		sockmi_writer_option_bytes(w, SOCKMI_OPT_CONGESTION, 0, icsk->icsk_ca_ops->name,
+					   strnlen(icsk->icsk_ca_ops->name, TCP_CA_NAME_MAX));
+}
+
+static void dump_ip(const struct sock *sk, struct sockmi_writer *w)
+{
+	const struct inet_sock *inet = inet_sk(sk);
+
+	put(w, SOCKMI_OPT_IP_TOS, inet->tos, 0);
+	put(w, SOCKMI_OPT_IP_TTL, inet->uc_ttl < 0 ? 64 : inet->uc_ttl, 64);
+	put(w, SOCKMI_OPT_IP_MTU_DISCOVER, inet->pmtudisc, IP_PMTUDISC_WANT);
+	put(w, SOCKMI_OPT_IP_RECVERR, sockmi_inet_flag(sk, recverr, RECVERR), 0);
+	put(w, SOCKMI_OPT_IP_MINTTL, inet->min_ttl, 0);
+	if (sk->sk_family == AF_INET) {
+		put(w, SOCKMI_OPT_IP_FREEBIND, sockmi_inet_flag(sk, freebind, FREEBIND), 0);
+		put(w, SOCKMI_OPT_IP_TRANSPARENT, sockmi_inet_flag(sk, transparent, TRANSPARENT), 0);
+		put(w, SOCKMI_OPT_IP_BIND_ADDRESS_NO_PORT,
+		    sockmi_inet_flag(sk, bind_address_no_port, BIND_ADDRESS_NO_PORT), 0);
+	}
+}
+
+#if IS_ENABLED(CONFIG_IPV6)
+static void dump_ipv6(const struct sock *sk, struct sockmi_writer *w)
+{
+	const struct ipv6_pinfo *np = inet6_sk(sk);
+
+	put(w, SOCKMI_OPT_IPV6_TCLASS, np->tclass, 0);
+	put(w, SOCKMI_OPT_IPV6_UNICAST_HOPS, np->hop_limit < 0 ? 64 : np->hop_limit, 64);
+	put(w, SOCKMI_OPT_IPV6_MTU_DISCOVER, np->pmtudisc, IPV6_PMTUDISC_WANT);
+	put(w, SOCKMI_OPT_IPV6_MINHOPCOUNT, np->min_hopcount, 0);
+	put(w, SOCKMI_OPT_IPV6_FREEBIND, sockmi_inet_flag(sk, freebind, FREEBIND), 0);
+	put(w, SOCKMI_OPT_IPV6_TRANSPARENT, sockmi_inet_flag(sk, transparent, TRANSPARENT), 0);
+}
+#endif
+
+void sockmi_options_dump(const struct sock *sk, struct sockmi_writer *writer)
+{
+	dump_socket(sk, writer);
+	dump_tcp(sk, writer);
+#if IS_ENABLED(CONFIG_IPV6)
+	if (sk->sk_family == AF_INET6) {
+		dump_ipv6(sk, writer);
+		if (ipv6_only_sock(sk) || !ipv6_addr_v4mapped(&sk->sk_v6_rcv_saddr))
+			return;
+	}
+#endif
+	dump_ip(sk, writer);
+}
+
+/* ---- Restore ---- */
+
+s64 sockmi_option_number(const struct sockmi_image *image, u16 id, s64 otherwise, u8 *flags)
+{
+	struct sockmi_view rest = image->socket_options;
+	struct sockmi_option option;
+
+	if (flags)
+		*flags = 0;
+	while (sockmi_option_next(&rest, &option))
+		if (option.id == id) {
+			if (flags)
+				*flags = option.flags;
+			return option.number;
+		}
+	return otherwise;
+}
+
+static void lose(struct sockmi_losses *losses, u16 id)
+{
+	if (losses->lost < SOCKMI_LOST_OPTIONS_MAX)
+		losses->lost_options[losses->lost] = id;
+	losses->lost++;
+	losses->reset |= SOCKMI_LOSS_OPTIONS;
+}
+
+/* An option that setsockopt() takes as an int. */
+struct plain {
+	u16 id;
+	u16 level;
+	u16 option;
+	u32 unit_us; /* 0: the number as it is */
+};
+
+static const struct plain plains[] = {
+	{ SOCKMI_OPT_SYNCNT, SOL_TCP, TCP_SYNCNT },
+	{ SOCKMI_OPT_KEEPIDLE_US, SOL_TCP, TCP_KEEPIDLE, USEC_PER_SEC },
+	{ SOCKMI_OPT_KEEPINTVL_US, SOL_TCP, TCP_KEEPINTVL, USEC_PER_SEC },
+	{ SOCKMI_OPT_KEEPCNT, SOL_TCP, TCP_KEEPCNT },
+	{ SOCKMI_OPT_LINGER2_US, SOL_TCP, TCP_LINGER2, USEC_PER_SEC },
+	{ SOCKMI_OPT_DEFER_ACCEPT_US, SOL_TCP, TCP_DEFER_ACCEPT, USEC_PER_SEC },
+	{ SOCKMI_OPT_WINDOW_CLAMP, SOL_TCP, TCP_WINDOW_CLAMP },
+	{ SOCKMI_OPT_MAXSEG, SOL_TCP, TCP_MAXSEG },
+	{ SOCKMI_OPT_THIN_LINEAR_TIMEOUTS, SOL_TCP, TCP_THIN_LINEAR_TIMEOUTS },
+	{ SOCKMI_OPT_USER_TIMEOUT_US, SOL_TCP, TCP_USER_TIMEOUT, USEC_PER_MSEC },
+	{ SOCKMI_OPT_NOTSENT_LOWAT, SOL_TCP, TCP_NOTSENT_LOWAT },
+	{ SOCKMI_OPT_SAVE_SYN, SOL_TCP, TCP_SAVE_SYN },
+	{ SOCKMI_OPT_INQ, SOL_TCP, TCP_INQ },
+	{ SOCKMI_OPT_TX_DELAY_US, SOL_TCP, TCP_TX_DELAY, 1 },
+	{ SOCKMI_OPT_NODELAY, SOL_TCP, TCP_NODELAY },
+	{ SOCKMI_OPT_CORK, SOL_TCP, TCP_CORK },
+	{ SOCKMI_OPT_IP_TOS, SOL_IP, IP_TOS },
+	{ SOCKMI_OPT_IP_TTL, SOL_IP, IP_TTL },
+	{ SOCKMI_OPT_IP_MTU_DISCOVER, SOL_IP, IP_MTU_DISCOVER },
+	{ SOCKMI_OPT_IP_RECVERR, SOL_IP, IP_RECVERR },
+	{ SOCKMI_OPT_IP_MINTTL, SOL_IP, IP_MINTTL },
+	{ SOCKMI_OPT_IP_FREEBIND, SOL_IP, IP_FREEBIND },
+	{ SOCKMI_OPT_IP_BIND_ADDRESS_NO_PORT, SOL_IP, IP_BIND_ADDRESS_NO_PORT },
+	{ SOCKMI_OPT_IPV6_TCLASS, SOL_IPV6, IPV6_TCLASS },
+	{ SOCKMI_OPT_IPV6_UNICAST_HOPS, SOL_IPV6, IPV6_UNICAST_HOPS },
+	{ SOCKMI_OPT_IPV6_MTU_DISCOVER, SOL_IPV6, IPV6_MTU_DISCOVER },
+	{ SOCKMI_OPT_IPV6_MINHOPCOUNT, SOL_IPV6, IPV6_MINHOPCOUNT },
+	{ SOCKMI_OPT_IPV6_FREEBIND, SOL_IPV6, IPV6_FREEBIND },
+};
+
+static const struct plain *find_plain(u16 id)
+{
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(plains); i++)
+		if (plains[i].id == id)
+			return &plains[i];
+	return NULL;
+}
+
+static int set_int(struct socket *sock, int level, int option, int value)
+{
+	return sock->ops->setsockopt(sock, level, option, KERNEL_SOCKPTR(&value), sizeof(value));
+}
+
+static int set_plain(struct socket *sock, const struct plain *plain, s64 value)
+{
+	if (plain->unit_us && value >= 0)
+		value = div64_s64(value + plain->unit_us - 1, plain->unit_us);
+	if (value > S32_MAX || value < S32_MIN)
+		return -EINVAL;
+	return set_int(sock, plain->level, plain->option, value);
+}
+
+/* By name: an interface's index is another one on another host. */
+static int bind_to_device(struct sock *sk, const struct sockmi_view *view)
+{
+	char name[IFNAMSIZ] = {};
+	struct net_device *dev;
+	int index;
+
+	if (!view->length || view->length >= sizeof(name))
+		return -EINVAL;
+	memcpy(name, view->data, view->length);
+	rcu_read_lock();
+	dev = dev_get_by_name_rcu(sock_net(sk), name);
+	index = dev ? dev->ifindex : 0;
+	rcu_read_unlock();
+	return index ? sock_bindtoindex(sk, index, true) : -ENODEV;
+}
+
+static int set_congestion(struct socket *sock, const struct sockmi_view *view)
+{
+	char name[TCP_CA_NAME_MAX] = {};
+
+	if (!view->length || view->length >= sizeof(name))
+		return -EINVAL;
+	memcpy(name, view->data, view->length);
+	return sock->ops->setsockopt(sock, SOL_TCP, TCP_CONGESTION, KERNEL_SOCKPTR(name), view->length);
+}
+
+/* Handled by sockmi_options_late(), by the restore itself, or with another section. */
+static bool is_late(u16 id)
+{
+	switch (id) {
+	case SOCKMI_OPT_REUSEADDR:
+	case SOCKMI_OPT_KEEPALIVE:
+	case SOCKMI_OPT_BROADCAST:
+	case SOCKMI_OPT_OOBINLINE:
+	case SOCKMI_OPT_DONTROUTE:
+	case SOCKMI_OPT_LINGER:
+	case SOCKMI_OPT_RCVBUF:
+	case SOCKMI_OPT_SNDBUF:
+	case SOCKMI_OPT_RCVLOWAT:
+	case SOCKMI_OPT_RCVTIMEO_US:
+	case SOCKMI_OPT_SNDTIMEO_US:
+	case SOCKMI_OPT_PRIORITY:
+	case SOCKMI_OPT_MAX_PACING_RATE:
+	case SOCKMI_OPT_PEEK_OFF:
+	case SOCKMI_OPT_ZEROCOPY:
+	case SOCKMI_OPT_QUICKACK:
+		return true;
+	default:
+		return false;
+	}
+}
+
+static bool is_connected(const struct sockmi_image *image)
+{
+	return image->identity.kind == SOCKMI_KIND_CONNECTED;
+}
+
+/* 0, or -errno if this host does not take it. */
+static int set_early(struct socket *sock, const struct sockmi_image *image, const struct sockmi_option *option)
+{
+	const struct plain *plain = find_plain(option->id);
+	struct sock *sk = sock->sk;
+
+	switch (option->id) {
+	case SOCKMI_OPT_REUSEPORT:
+		sk->sk_reuseport = !!option->number;
+		return 0;
+	case SOCKMI_OPT_MARK:
+		WRITE_ONCE(sk->sk_mark, (u32)option->number);
+		return 0;
+	case SOCKMI_OPT_BINDTODEVICE:
+		return bind_to_device(sk, &option->bytes);
+	case SOCKMI_OPT_CONGESTION:
+		return set_congestion(sock, &option->bytes);
+	case SOCKMI_OPT_IP_TRANSPARENT:
+	case SOCKMI_OPT_IPV6_TRANSPARENT:
+		sockmi_inet_set(sk, transparent, TRANSPARENT, option->number);
+		return 0;
+	case SOCKMI_OPT_WINDOW_CLAMP:
+	case SOCKMI_OPT_MAXSEG:
+	case SOCKMI_OPT_SAVE_SYN:
+		if (is_connected(image))
+			return 0; /* WINDOW and NEGOTIATED say it better */
+		break;
+	}
+	if (is_late(option->id))
+		return 0;
+	return plain ? set_plain(sock, plain, option->number) : -ENOPROTOOPT;
+}
+
+void sockmi_options_early(struct socket *sock, const struct sockmi_image *image, struct sockmi_losses *losses)
+{
+	struct sockmi_view rest = image->socket_options;
+	struct sockmi_option option;
+
+	while (sockmi_option_next(&rest, &option))
+		if (set_early(sock, image, &option))
+			lose(losses, option.id);
+}
+
+/* A buffer size of the image within what this host allows to the caller. */
+static int buffer_size(const struct sockmi_image *image, u16 id, int now, int most, int least, u8 *flags)
+{
+	s64 wanted = sockmi_option_number(image, id, now, flags);
+
+	if (!capable(CAP_NET_ADMIN))
+		wanted = min_t(s64, wanted, most);
+	return clamp_t(s64, wanted, least, BUFFER_MAX);
+}
+
+static void set_buffers(struct sock *sk, const struct sockmi_image *image, struct sockmi_losses *losses)
+{
+	struct net *net = sock_net(sk);
+	u8 flags;
+
+	WRITE_ONCE(sk->sk_rcvbuf, buffer_size(image, SOCKMI_OPT_RCVBUF, sk->sk_rcvbuf,
+					      READ_ONCE(net->ipv4.sysctl_tcp_rmem[2]), SOCK_MIN_RCVBUF, &flags));
+	if (flags & SOCKMI_OPTION_LOCKED)
+		sk->sk_userlocks |= SOCK_RCVBUF_LOCK;
+	WRITE_ONCE(sk->sk_sndbuf, buffer_size(image, SOCKMI_OPT_SNDBUF, sk->sk_sndbuf,
+					      READ_ONCE(net->ipv4.sysctl_tcp_wmem[2]), SOCK_MIN_SNDBUF, &flags));
+	if (flags & SOCKMI_OPTION_LOCKED)
+		sk->sk_userlocks |= SOCK_SNDBUF_LOCK;
+	if (sk->sk_rcvbuf != sockmi_option_number(image, SOCKMI_OPT_RCVBUF, sk->sk_rcvbuf, NULL) ||
+	    sk->sk_sndbuf != sockmi_option_number(image, SOCKMI_OPT_SNDBUF, sk->sk_sndbuf, NULL))
+		losses->approximated |= SOCKMI_LOSS_BUFFER_SIZES;
+}
+
+static long timeout_jiffies(s64 us)
+{
+	if (us <= 0)
+		return MAX_SCHEDULE_TIMEOUT;
+	us = div_u64(us + USEC_PER_SEC / HZ - 1, USEC_PER_SEC / HZ);
+	return us >= MAX_SCHEDULE_TIMEOUT ? MAX_SCHEDULE_TIMEOUT - 1 : (long)us;
+}
+
+/* The first RTT of a pacing rate or a low mark that cannot be is as good as none. */
+void sockmi_options_late(struct sock *sk, const struct sockmi_image *image, struct sockmi_losses *losses)
+{
+	struct sockmi_view rest = image->socket_options;
+	struct sockmi_option o;
+
+	set_buffers(sk, image, losses);
+	while (sockmi_option_next(&rest, &o)) {
+		switch (o.id) {
+		case SOCKMI_OPT_KEEPALIVE:
+			if (sk->sk_prot->keepalive)
+				sk->sk_prot->keepalive(sk, !!o.number);
+			sock_valbool_flag(sk, SOCK_KEEPOPEN, !!o.number);
+			break;
+		case SOCKMI_OPT_BROADCAST:
+			sock_valbool_flag(sk, SOCK_BROADCAST, !!o.number);
+			break;
+		case SOCKMI_OPT_OOBINLINE:
+			sock_valbool_flag(sk, SOCK_URGINLINE, !!o.number);
+			break;
+		case SOCKMI_OPT_DONTROUTE:
+			sock_valbool_flag(sk, SOCK_LOCALROUTE, !!o.number);
+			break;
+		case SOCKMI_OPT_LINGER:
+			sock_valbool_flag(sk, SOCK_LINGER, !!(o.number & LINGER_ON));
+			o.number = div64_s64(o.number & (LINGER_ON - 1), SECOND);
+			WRITE_ONCE(sk->sk_lingertime, min_t(s64, o.number, MAX_SCHEDULE_TIMEOUT / HZ - 1) * HZ);
+			break;
+		case SOCKMI_OPT_RCVLOWAT:
+			WRITE_ONCE(sk->sk_rcvlowat, clamp_t(s64, o.number, 1, sk->sk_rcvbuf / 2));
+			break;
+		case SOCKMI_OPT_RCVTIMEO_US:
+			WRITE_ONCE(sk->sk_rcvtimeo, timeout_jiffies(o.number));
+			break;
+		case SOCKMI_OPT_SNDTIMEO_US:
+			WRITE_ONCE(sk->sk_sndtimeo, timeout_jiffies(o.number));
+			break;
+		case SOCKMI_OPT_PRIORITY:
+			WRITE_ONCE(sk->sk_priority, (u32)o.number);
+			break;
+		case SOCKMI_OPT_MAX_PACING_RATE:
+			if (o.number <= 0)
+				break;
+			WRITE_ONCE(sk->sk_max_pacing_rate, o.number);
+			cmpxchg(&sk->sk_pacing_status, SK_PACING_NONE, SK_PACING_NEEDED);
+			break;
+		case SOCKMI_OPT_PEEK_OFF:
+			if (o.number >= -1 && o.number <= S32_MAX)
+				WRITE_ONCE(sk->sk_peek_off, (int)o.number);
+			break;
+		case SOCKMI_OPT_ZEROCOPY:
+			sock_valbool_flag(sk, SOCK_ZEROCOPY, !!o.number);
+			break;
+		case SOCKMI_OPT_QUICKACK:
+			if (!(image->present & SOCKMI_HAS(SOCKMI_RECEIVE_AUTOTUNE)) && !o.number)
+				inet_csk_enter_pingpong_mode(sk);
+			break;
+		}
+	}
+}

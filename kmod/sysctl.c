@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * sysctl sockmi.*: exports from a plain shell, and the lists' maxima, for each network namespace.
+ *
+ *	sysctl -w sockmi.export="pid=510 fd=5"
+ *	sysctl -w sockmi.export="pid=510 fd=5 to=192.0.2.7"
+ *
+ * The write claims the socket, hands it to the namespace's daemon and waits for its answer, which becomes the
+ * write's result; a read shows the last one.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/capability.h>
+#include <linux/cred.h>
+#include <linux/file.h>
+#include <linux/inet.h>
+#include <linux/pid_namespace.h>
+#include <linux/slab.h>
+#include <linux/sysctl.h>
+
+#include "internal.h"
+#include "trace.h"
+
+#define COMMAND_MAX 128
+
+/**
+ * struct request - a write that waits for the daemon
+ * @node: in sockmi_net.requests
+ * @id: the claim's
+ * @file: of the daemon, only to be compared
+ * @text: what was written
+ * @answered: @error is valid
+ * @error: positive errno, or 0
+ */
+struct request {
+	struct list_head node;
+	u64 id;
+	struct sockmi_file *file;
+	const char *text;
+	bool answered;
+	u32 error;
+};
+
+struct command {
+	int pid;
+	int fd;
+	struct sockmi_dev_endpoint to;
+};
+
+static void remember(struct sockmi_net *sn, const char *command, int error, const char *text)
+{
+	spin_lock_bh(&sn->lists_lock);
+	snprintf(sn->last_result, sizeof(sn->last_result), "%.60s: %s%.80s", command, error ? "" : "ok ", text);
+	spin_unlock_bh(&sn->lists_lock);
+}
+
+/* ---- The command ---- */
+
+static bool parse_address(const char *text, struct sockmi_dev_endpoint *to)
+{
+	const char *end;
+
+	memset(to, 0, sizeof(*to));
+	if (in4_pton(text, -1, to->address + 12, -1, &end) && !*end) {
+		to->address[10] = 0xff;
+		to->address[11] = 0xff;
+		return true;
+	}
+	return in6_pton(text, -1, to->address, -1, &end) && !*end;
+}
+
+/* @text is taken apart. */
+static bool parse(char *text, struct command *command)
+{
+	bool pid = false, fd = false, to = false;
+	char *word;
+
+	memset(command, 0, sizeof(*command));
+	while ((word = strsep(&text, " \t\n")) != NULL) {
+		if (!*word)
+			continue;
+		if (!strncmp(word, "pid=", 4) && !pid)
+			pid = !kstrtoint(word + 4, 10, &command->pid) && command->pid > 0;
+		else if (!strncmp(word, "fd=", 3) && !fd)
+			fd = !kstrtoint(word + 3, 10, &command->fd) && command->fd >= 0;
+		else if (!strncmp(word, "to=", 3) && !to)
+			to = parse_address(word + 3, &command->to);
+		else
+			return false;
+		/* A word that was not understood leaves its mark unset. */
+		if (!(word[0] == 'p' ? pid : word[0] == 'f' ? fd : to))
+			return false;
+	}
+	return pid && fd;
+}
+
+/* ---- Asking the daemon ---- */
+
+/* The event, and the request that its answer will find; under one lock, so that the answer cannot be too early. */
+static int ask(struct sockmi_net *sn, struct request *request, const struct command *command, struct sock *sk)
+{
+	struct sockmi_event event = { .type = SOCKMI_EVENT_EXPORT_REQUEST, .id = request->id, .to = command->to };
+	struct sockmi_identity identity;
+	int result = -ENOTCONN;
+
+	sockmi_identify(sk, &identity);
+	sockmi_dev_endpoint(&event.local, &identity.local);
+	sockmi_dev_endpoint(&event.remote, &identity.remote);
+	event.state = identity.state;
+	event.kind = identity.kind;
+	event.bytes = sockmi_dump_bound(sk);
+	spin_lock_bh(&sn->lists_lock);
+	if (sn->serving == request->file) {
+		event.pid = task_tgid_nr_ns(current, sn->serving->pid_ns);
+		event.uid = from_kuid_munged(sn->serving->user_ns, current_euid());
+		list_add_tail(&request->node, &sn->requests);
+		sockmi_event(sn->serving, &event);
+		result = 0;
+	}
+	spin_unlock_bh(&sn->lists_lock);
+	return result;
+}
+
+static int await(struct sockmi_net *sn, struct request *request)
+{
+	long left = wait_event_interruptible_timeout(sn->wait, READ_ONCE(request->answered),
+						     msecs_to_jiffies(READ_ONCE(sockmi_sysctl_wait_ms)));
+	int result;
+
+	spin_lock_bh(&sn->lists_lock);
+	list_del(&request->node);
+	if (request->answered)
+		result = -(int)request->error;
+	else
+		result = left < 0 ? -EINTR : -ETIMEDOUT;
+	spin_unlock_bh(&sn->lists_lock);
+	return result;
+}
+
+/* A reference on the daemon's file, or NULL. */
+static struct sockmi_file *serving(struct sockmi_net *sn)
+{
+	struct sockmi_file *file;
+
+	spin_lock_bh(&sn->lists_lock);
+	file = sn->serving;
+	if (file)
+		refcount_inc(&file->refs);
+	spin_unlock_bh(&sn->lists_lock);
+	return file;
+}
+
+static int run(struct sockmi_net *sn, const struct command *command, const char *text)
+{
+	struct request request = { .text = text };
+	struct file *socket_file;
+	u32 refusal = 0;
+	struct sock *sk;
+	char what[64];
+	int result;
+	s64 id;
+
+	if (!capable(CAP_NET_ADMIN) || !capable(CAP_SYS_PTRACE))
+		return -EPERM;
+	socket_file = sockmi_file_of(command->pid, command->fd);
+	if (IS_ERR(socket_file)) {
+		remember(sn, text, 1, PTR_ERR(socket_file) == -ESRCH ? "no such process" : "no such descriptor");
+		return PTR_ERR(socket_file);
+	}
+	sk = sockmi_tcp_sock(socket_file, &refusal);
+	result = sk ? 0 : sockmi_refusal_errno(refusal);
+	if (sk && sockmi_net(sock_net(sk)) != sn) {
+		refusal = SOCKMI_REFUSAL_NAMESPACE;
+		result = -EXDEV;
+	}
+	request.file = result ? NULL : serving(sn);
+	if (!result && !request.file)
+		result = -ENOTCONN;
+	if (!result) {
+		id = sockmi_claim(request.file, socket_file, sockmi_claim_max_ms, &refusal);
+		result = id > 0 ? 0 : id;
+		request.id = id;
+	}
+	if (!result) {
+		result = ask(sn, &request, command, sk);
+		if (result)
+			sockmi_unclaim(request.file, request.id);
+		else
+			result = await(sn, &request);
+	}
+	trace_sockmi_sysctl(sk, request.id, 0, result, refusal);
+	if (request.file)
+		sockmi_file_put(request.file);
+	fput(socket_file);
+	if (result && !request.answered) {
+		snprintf(what, sizeof(what), refusal ? "refused, reason %u" :
+			 result == -ENOTCONN ? "no daemon serves this network namespace" :
+			 result == -ETIMEDOUT ? "no answer from the daemon" : "failed, error %d",
+			 refusal ?: -result);
+		remember(sn, text, 1, what);
+	}
+	return result;
+}
+
+static int export_handler(SOCKMI_CTL_CONST struct ctl_table *table, int write, void *buffer, size_t *length,
+			  loff_t *position)
+{
+	struct sockmi_net *sn = table->extra1;
+	char text[sizeof(sn->last_result)] = "", kept[COMMAND_MAX];
+	struct ctl_table copy = { .procname = table->procname, .data = text, .maxlen = sizeof(text), .mode = table->mode };
+	struct command command;
+	int result;
+
+	if (!write) {
+		spin_lock_bh(&sn->lists_lock);
+		strscpy(text, sn->last_result, sizeof(text));
+		spin_unlock_bh(&sn->lists_lock);
+		return proc_dostring(&copy, 0, buffer, length, position);
+	}
+	if (*position || *length >= COMMAND_MAX) {
+		pr_notice_ratelimited("sockmi.export: more than %d bytes, or not written at once\n", COMMAND_MAX - 1);
+		return -EINVAL;
+	}
+	result = proc_dostring(&copy, 1, buffer, length, position);
+	if (result)
+		return result;
+	strscpy(kept, text, sizeof(kept));
+	if (!parse(text, &command)) {
+		pr_notice_ratelimited("sockmi.export: \"%*pE\" is not \"pid=PID fd=FD [to=ADDRESS]\"\n",
+				      (int)strnlen(kept, sizeof(kept)), kept);
+		return -EINVAL;
+	}
+	return run(sn, &command, kept);
+}
+
+/* ---- ioctls ---- */
+
+long sockmi_ioctl_serve(struct sockmi_file *file, void __user *arg, size_t size)
+{
+	struct sockmi_net *sn = sockmi_net(file->net);
+	struct sockmi_ioc_serve a;
+	int result = sockmi_arg_in(&a, sizeof(a), arg, size);
+
+	if (result)
+		return result;
+	if (a.flags || a.reserved)
+		return -EINVAL;
+	if (!sockmi_net_admin(file->net))
+		return -EPERM;
+	spin_lock_bh(&sn->lists_lock);
+	if (sn->serving && sn->serving != file)
+		result = -EBUSY;
+	else
+		sn->serving = file;
+	spin_unlock_bh(&sn->lists_lock);
+	return result;
+}
+
+void sockmi_serve_end(struct sockmi_file *file)
+{
+	struct sockmi_net *sn = sockmi_net(file->net);
+	struct request *request;
+
+	spin_lock_bh(&sn->lists_lock);
+	if (sn->serving == file)
+		sn->serving = NULL;
+	list_for_each_entry(request, &sn->requests, node)
+		if (request->file == file && !request->answered) {
+			request->error = ECONNRESET;
+			WRITE_ONCE(request->answered, true);
+		}
+	spin_unlock_bh(&sn->lists_lock);
+	wake_up_all(&sn->wait);
+}
+
+long sockmi_ioctl_answer(struct sockmi_file *file, void __user *arg, size_t size)
+{
+	struct sockmi_net *sn = sockmi_net(file->net);
+	struct sockmi_ioc_answer a;
+	struct request *request;
+	char command[COMMAND_MAX];
+	int result = sockmi_arg_in(&a, sizeof(a), arg, size);
+
+	if (result)
+		return result;
+	if (a.error >= MAX_ERRNO || a.reserved || strnlen(a.text, sizeof(a.text)) == sizeof(a.text))
+		return -EINVAL;
+	if (!sockmi_net_admin(file->net))
+		return -EPERM;
+	snprintf(command, sizeof(command), "claim %llu", a.id);
+	result = -ENOENT;
+	spin_lock_bh(&sn->lists_lock);
+	/* The writer may have gone; the result is worth reading all the same. */
+	if (sn->serving == file)
+		result = 0;
+	list_for_each_entry(request, &sn->requests, node)
+		if (request->file == file && request->id == a.id && !request->answered) {
+			strscpy(command, request->text, sizeof(command));
+			request->error = a.error;
+			WRITE_ONCE(request->answered, true);
+		}
+	spin_unlock_bh(&sn->lists_lock);
+	if (result)
+		return result;
+	remember(sn, command, a.error, a.text);
+	wake_up_all(&sn->wait);
+	return 0;
+}
+
+/* ---- Tables ---- */
+
+static const struct ctl_table template[] = {
+	{ .procname = "export", .mode = 0644, .proc_handler = export_handler },
+	{ .procname = "max_bound", .maxlen = sizeof(int), .mode = 0644, .proc_handler = proc_douintvec },
+	{ .procname = "max_listening", .maxlen = sizeof(int), .mode = 0644, .proc_handler = proc_douintvec },
+	{ .procname = "max_connected", .maxlen = sizeof(int), .mode = 0644, .proc_handler = proc_douintvec },
+};
+
+int sockmi_sysctl_net_init(struct net *net, struct sockmi_net *sn)
+{
+	struct ctl_table *table;
+	unsigned int i;
+
+	table = kcalloc(ARRAY_SIZE(template) + SOCKMI_CTL_SENTINEL, sizeof(*table), GFP_KERNEL_ACCOUNT);
+	if (!table)
+		return -ENOMEM;
+	memcpy(table, template, sizeof(template));
+	table[0].extra1 = sn;
+	/* The core insists on data that is the namespace's own. */
+	table[0].data = sn->last_result;
+	table[0].maxlen = sizeof(sn->last_result);
+	for (i = 0; i < SOCKMI_LISTS; i++)
+		table[1 + i].data = &sn->max[i];
+	strscpy(sn->last_result, "none", sizeof(sn->last_result));
+	sn->ctl_header = sockmi_register_sysctl(net, "sockmi", table, ARRAY_SIZE(template));
+	if (!sn->ctl_header) {
+		kfree(table);
+		return -ENOMEM;
+	}
+	sn->ctl_table = table;
+	return 0;
+}
+
+void sockmi_sysctl_net_exit(struct sockmi_net *sn)
+{
+	unregister_net_sysctl_table(sn->ctl_header);
+	kfree(sn->ctl_table);
+}

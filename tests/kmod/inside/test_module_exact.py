@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: MIT
+"""What only the kernel can carry: the out-of-order queue, ECN, ts_recent; and sequence numbers that wrap."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sockmi import image as images
+from tests.kmod.inside.test_module_core import move, pair, read_exactly, wait_for
+from tests.kmod.module_client import Device, frozen
+
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS, TCP_REPAIR_WINDOW = 19, 20, 21, 22, 29
+RECEIVE_QUEUE, SEND_QUEUE = 1, 2
+ECN_OPTION = 8  # TCPI_OPT_ECN
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    with Device(slot_bytes=8 << 20) as made:
+        yield made
+
+
+def looked_at(device: Device, sock: socket.socket) -> images.Image:
+    """The image of a socket that goes on."""
+    with frozen(device, sock) as (freeze, image):
+        device.abort(freeze)
+        return images.decode(image)
+
+
+# ---- Out of order ----
+
+
+def checksum(data: bytes) -> int:
+    """RFC 1071."""
+    if len(data) % 2:
+        data += b"\0"
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def inject(peer: images.Image, offset: int, data: bytes) -> None:
+    """A segment of the peer's that overtakes ``offset`` bytes: on the wire, with the peer's timestamps."""
+    sequence, ends = peer.sequence, peer.identity
+    assert sequence
+    assert peer.timestamp
+    options = struct.pack(">BBBBII", 1, 1, 8, 10, peer.timestamp.tsval, peer.timestamp.ts_recent)
+    header = struct.pack(
+        ">HHIIBBHHH",
+        ends.local.port,
+        ends.remote.port,
+        (sequence.snd_nxt + offset) & 0xFFFFFFFF,
+        sequence.rcv_nxt,
+        (20 + len(options)) << 2,
+        0x10,
+        512,
+        0,
+        0,
+    )
+    addresses = socket.inet_aton("127.0.0.1") * 2
+    pseudo = addresses + struct.pack(">BBH", 0, 6, len(header) + len(options) + len(data))
+    sum_ = checksum(pseudo + header + options + data)
+    packet = header[:16] + struct.pack(">H", sum_) + header[18:] + options + data
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
+        raw.sendto(packet, ("127.0.0.1", 0))
+
+
+def test_the_out_of_order_queue_is_carried_byte_for_byte(device: Device) -> None:
+    ours, peer = pair()
+    stream = random.Random(3).randbytes(60000)  # noqa: S311
+    peer.sendall(stream[:100])
+    assert read_exactly(ours, 100) == stream[:100]
+    # The peer is not asked whether it has sent that: what it hears about it, it ignores.
+    state = looked_at(device, peer)
+    holes = [(200, 1000), (1000, 3000), (5000, 5001), (20000, 45000)]
+    for start, end in holes:
+        for at in range(start, end, 1400):
+            piece = stream[at : min(at + 1400, end)]
+            inject(state, at - 100, piece)
+    before = looked_at(device, ours)
+    nxt = before.sequence.rcv_nxt
+    got = [(segment.seq - nxt & 0xFFFFFFFF, bytes(segment.data)) for segment in before.out_of_order]
+    assert got == [
+        (100, stream[200:3000]),
+        (4900, stream[5000:5001]),
+        (19900, stream[20000:45000]),
+    ]
+    assert before.receive_sack
+    copy = move(device, ours, "ipv4")
+    after = looked_at(device, copy)
+    assert after.receive_sack == before.receive_sack
+    assert [(one.seq, bytes(one.data)) for one in after.out_of_order] == [
+        (one.seq, bytes(one.data)) for one in before.out_of_order
+    ]
+    peer.sendall(stream[100:])
+    assert read_exactly(copy, len(stream) - 100) == stream[100:]
+    assert not looked_at(device, copy).out_of_order
+
+
+# ---- ECN, timestamps ----
+
+
+def test_ecn_and_ts_recent_are_carried(device: Device) -> None:
+    switch = Path("/proc/sys/net/ipv4/tcp_ecn")
+    before_switch = switch.read_text()
+    switch.write_text("1")
+    try:
+        ours, peer = pair()
+    finally:
+        switch.write_text(before_switch)
+    peer.sendall(b"x")
+    assert read_exactly(ours, 1) == b"x"
+    before = looked_at(device, ours)
+    assert before.negotiated.flags & 8
+    copy = move(device, ours, "ipv4")
+    assert copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[5] & ECN_OPTION
+    after = looked_at(device, copy)
+    assert after.ecn == before.ecn
+    assert after.timestamp.ts_recent == before.timestamp.ts_recent
+    assert 0 <= after.timestamp.tsval - before.timestamp.tsval & 0xFFFFFFFF < 60_000
+    for _ in range(3):
+        copy.sendall(b"y" * 1000)
+        assert read_exactly(peer, 1000) == b"y" * 1000
+
+
+def test_nothing_changes_but_time(device: Device) -> None:
+    """Dump, restore, dump: the two images differ in ages and clocks alone."""
+    ours, peer = pair()
+    ours.sendall(bytes(100_000))
+    assert len(read_exactly(peer, 100_000)) == 100_000
+    peer.sendall(b"unread")
+    wait_for(lambda: len(ours.recv(6, socket.MSG_PEEK)) == 6)
+    before = looked_at(device, ours)
+    copy = move(device, ours, "ipv4")
+    after = looked_at(device, copy)
+    assert after.identity == dataclasses.replace(before.identity)
+    assert after.sequence == dataclasses.replace(before.sequence, iss=0, irs=0)
+    assert after.negotiated == before.negotiated
+    assert after.receive_queue == before.receive_queue
+    for section, fields in (
+        ("window", ("snd_wl1", "snd_wnd", "max_window", "window_clamp", "rcv_ssthresh", "rcv_right_edge")),
+        (
+            "path_model",
+            (
+                "cwnd",
+                "ssthresh",
+                "cwnd_clamp",
+                "srtt_us",
+                "mdev_us",
+                "rttvar_us",
+                "rtt_min_us",
+                "rto_us",
+                "reordering",
+                "reord_seen",
+                "rack_rtt_us",
+                "rack_end_seq",
+            ),
+        ),
+        ("receive_autotune", ("space_bytes", "space_seq", "rtt_us", "rtt_seq", "pingpong", "scaling_ratio")),
+        (
+            "counters",
+            ("bytes_acked", "bytes_received", "bytes_sent", "data_segments_in", "data_segments_out"),
+        ),
+    ):
+        for field in fields:
+            was, now = getattr(getattr(before, section), field), getattr(getattr(after, section), field)
+            assert now == was, f"{section}.{field}"
+    assert after.socket_options == before.socket_options
+
+
+# ---- Wrapping sequence numbers ----
+
+
+def wrapping_pair(back: int) -> tuple[socket.socket, socket.socket]:
+    """A connection whose sequence numbers wrap after about ``back`` bytes; made in TCP_REPAIR."""
+    ends = [socket.socket(), socket.socket()]
+    options = struct.pack("=8I", 2, 1460, 3, 7 | 7 << 16, 4, 0, 8, 0)  # MSS, scale, SACK, timestamps
+    for sock in ends:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        sock.bind(("127.0.0.1", 0))
+    names = [sock.getsockname() for sock in ends]
+    for sock, other, send, receive in ((ends[0], names[1], 0, 7), (ends[1], names[0], 7, 0)):
+        send, receive = (-back + offset & 0xFFFFFFFF for offset in (send, receive))
+        for queue, seq in ((SEND_QUEUE, send), (RECEIVE_QUEUE, receive)):
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, struct.pack("=I", seq))
+        sock.connect(other)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_OPTIONS, options)
+        window = struct.pack("=5I", receive, 65535, 65535, 65535, receive)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_WINDOW, window)
+    for sock in ends:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, -1)
+    return ends[0], ends[1]
+
+
+@pytest.mark.parametrize("back", [1, 500, 100_000])
+def test_sequence_numbers_may_wrap_in_every_queue(device: Device, back: int) -> None:
+    ours, peer = wrapping_pair(back)
+    data = os.urandom(300_000)
+    peer.sendall(data[:2000])
+    wait_for(lambda: len(ours.recv(2000, socket.MSG_PEEK)) == 2000)
+    ours.setblocking(False)
+    sent = 0
+    try:
+        while sent < len(data):
+            sent += ours.send(data[sent:])
+    except BlockingIOError:
+        pass
+    copy = move(device, ours, "ipv4")
+    assert read_exactly(copy, 2000) == data[:2000]
+    assert read_exactly(peer, sent) == data[:sent]
+    peer.sendall(data)
+    assert read_exactly(copy, len(data)) == data

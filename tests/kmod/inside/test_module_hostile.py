@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: MIT
+"""Hostile callers: the kernel may refuse, and must not be hurt."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import random
+import socket
+import struct
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+
+from sockmi import image as images
+from tests.kmod.inside.test_module_core import FAMILIES, new_socket, pair, read_exactly, wait_for
+from tests.kmod.module_client import (
+    ACTIVATE,
+    MAGIC,
+    NO_SLOT,
+    ORDINALS,
+    PUBLISH,
+    RESET_PATH,
+    TRANSPARENT,
+    Decision,
+    Device,
+    Freeze,
+    Refusal,
+    Refused,
+    Request,
+    Restore,
+    Slots,
+    frozen,
+    number,
+)
+
+SEED = int(os.environ.get("SOCKMI_FUZZ_SEED", "20261128"))
+SECONDS = float(os.environ.get("SOCKMI_FUZZ_SECONDS", "4"))
+EXPECTED = (
+    errno.EBADMSG,
+    errno.EOPNOTSUPP,
+    errno.EADDRNOTAVAIL,
+    errno.EADDRINUSE,
+    errno.ENOMEM,
+    errno.EAFNOSUPPORT,
+    errno.EDQUOT,
+    errno.EISCONN,
+)
+ABSURD = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+
+
+def sealed(image: bytearray) -> bytes:
+    """With the checksum that makes the module look further."""
+    crc = zlib.crc32(bytes(image[32:]), zlib.crc32(bytes(image[:28])))
+    image[28:32] = struct.pack("<I", crc)
+    return bytes(image)
+
+
+def mutated(image: bytes, rng: random.Random) -> bytes:
+    """A few fields replaced; most are in the fixed sections, whose values reach the kernel's arithmetic."""
+    new = bytearray(image)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        at = rng.randrange(32, len(new) - 8) & ~3
+        kind = rng.randrange(4)
+        if kind == 0:
+            new[at : at + 4] = struct.pack("<I", rng.choice(ABSURD))
+        elif kind == 1:
+            new[at + rng.randrange(4)] = rng.randrange(256)
+        elif kind == 2:
+            value = struct.unpack_from("<I", new, at)[0]
+            new[at : at + 4] = struct.pack(
+                "<I", (value + rng.choice((-1, 1, 1 << 16, -(1 << 16)))) & 0xFFFFFFFF
+            )
+        else:
+            new[at : at + 8] = struct.pack("<Q", rng.getrandbits(64))
+    return sealed(new)
+
+
+def use(sock: socket.socket, rng: random.Random) -> None:
+    """What an application does, without blocking."""
+    sock.setblocking(False)
+    with contextlib.suppress(OSError):
+        sock.recv(10000)
+    with contextlib.suppress(OSError):
+        sock.send(b"z" * rng.randrange(1, 50000))
+    with contextlib.suppress(OSError):
+        sock.shutdown(rng.randrange(3))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mutated_images_do_no_harm(family: str) -> None:
+    rng = random.Random(f"{SEED} {family}")  # noqa: S311
+    ours, peer = pair(family)
+    peer.sendall(b"x" * 3000)
+    wait_for(lambda: len(ours.recv(3000, socket.MSG_PEEK)) == 3000)
+    ours.send(b"y" * 100)
+    restored = refused = 0
+    with Device() as device:
+        with frozen(device, ours) as (freeze, image):
+            device.commit(freeze)
+        peer.close()
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            copy = new_socket(family)
+            flags = rng.choice((0, ACTIVATE, ACTIVATE | RESET_PATH, ACTIVATE | TRANSPARENT))
+            try:
+                made = device.restore(copy, mutated(image, rng), flags)
+                restored += 1
+            except Refused as error:
+                assert error.errno in EXPECTED, error
+                refused += 1
+            else:
+                if not flags & ACTIVATE:
+                    device.decide(rng.choice(("activate", "discard")), made.id)
+            if not rng.randrange(4):
+                use(copy, rng)
+            copy.close()
+    assert restored > 5, "too little was accepted to be a test"
+    assert refused > 50
+
+
+def test_any_ioctl_with_any_argument_is_survived() -> None:
+    rng = random.Random(SEED)  # noqa: S311
+    device = Device()
+    numbers = [number(name) for name in ORDINALS if name not in ("import",)]
+    end = time.monotonic() + SECONDS
+    calls = 0
+    while time.monotonic() < end:
+        for _ in range(200):
+            size = rng.choice((0, 4, 8, 16, 24, 64, 100, 136, 256))
+            ordinal = rng.choice((rng.choice(numbers) & 0xFF, rng.randrange(0x64)))
+            if ordinal == 0x36:
+                continue
+            argument = bytearray(
+                b"".join(
+                    struct.pack("=I", rng.choice((*ABSURD, rng.getrandbits(32), *range(8))))
+                    for _ in range(70)
+                )
+            )
+            code = rng.choice((3, 3, 3, 1)) << 30 | size << 16 | MAGIC << 8 | ordinal
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(device.fd, code, argument)
+            calls += 1
+    device.close()
+    assert calls > 1000
+
+
+def test_newer_and_older_callers() -> None:
+    """A longer struct is taken if the rest is zero; a shorter one counts as zero beyond its end."""
+    with Device(slots=0) as device:
+        for rest, expected in ((bytes(8), 0), (b"\0\0\0\0\1\0\0\0", errno.E2BIG)):
+            argument = bytearray(bytes(Decision(id=77)) + rest)
+            code = 3 << 30 | len(argument) << 16 | MAGIC << 8 | 0x14
+            with pytest.raises(OSError) as caught:
+                fcntl.ioctl(device.fd, code, argument)
+            assert caught.value.errno == (expected or errno.ENOENT)
+        argument = bytearray(struct.pack("=Q", 77))
+        with pytest.raises(OSError) as caught:
+            fcntl.ioctl(device.fd, 3 << 30 | 8 << 16 | MAGIC << 8 | 0x14, argument)
+        assert caught.value.errno == errno.ENOENT
+
+
+def test_bad_pointers_are_said() -> None:
+    ours, _peer = pair()
+    with Device() as device:
+        sock = new_socket("ipv4")
+        with pytest.raises(Refused) as caught:
+            device.call("restore", Restore(fd=sock.fileno(), slot=NO_SLOT, image=8, bytes=4096))
+        assert caught.value.errno == errno.EFAULT
+        with pytest.raises(Refused) as caught:
+            device.call("restore", Restore(fd=sock.fileno(), slot=NO_SLOT, image=8, bytes=1 << 40))
+        assert caught.value.errno == errno.EBADMSG
+        claim = device.claim(ours)
+        with pytest.raises(Refused) as caught:
+            device.call("freeze", Freeze(id=claim.id, slot=99))
+        assert caught.value.errno == errno.ENXIO
+
+
+def test_slots_are_bounded() -> None:
+    device = Device(slots=0)
+    for count, size, expected in (
+        (0, 4096, errno.EINVAL),
+        (65, 4096, errno.EINVAL),
+        (1, 0, errno.EINVAL),
+        (1, (64 << 20) + 1, errno.EINVAL),
+        (64, 64 << 20, errno.EDQUOT),
+    ):
+        with pytest.raises(Refused) as caught:
+            device.call("slots", Slots(kind=1, count=count, bytes=size))
+        assert caught.value.errno == expected, (count, size)
+    device.call("slots", Slots(kind=1, count=1, bytes=100))
+    with pytest.raises(Refused) as caught:
+        device.call("slots", Slots(kind=1, count=1, bytes=100))
+    assert caught.value.errno == errno.EBUSY
+    for offset, length in (
+        (0, 4096),
+        (1 << 40, 8192),
+        ((1 << 40) + 4096, 4096),
+        (2 << 40, 4096),
+        (3 << 40, 4096),
+    ):
+        with pytest.raises((OSError, ValueError)):
+            mmap.mmap(device.fd, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
+    device.close()
+
+
+def test_an_import_slot_is_copied_once() -> None:
+    """A writer that changes the slot while it is read gets at most a refusal."""
+    ours, peer = pair()
+    with Device() as device:
+        made = device.call("slots", Slots(kind=2, count=1, bytes=65536))
+        memory = mmap.mmap(device.fd, made.bytes, offset=made.offset)
+        with frozen(device, ours) as (freeze, image):
+            device.commit(freeze)
+        memory[: len(image)] = image
+        stop = threading.Event()
+
+        def scribble() -> None:
+            rng = random.Random(SEED)  # noqa: S311
+            while not stop.is_set():
+                at = rng.randrange(len(image))
+                memory[at] = rng.randrange(256)
+                memory[at] = image[at]
+
+        thread = threading.Thread(target=scribble, daemon=True)
+        thread.start()
+        copy = new_socket("ipv4")
+        for _ in range(300):
+            try:
+                device.call("restore", Restore(fd=copy.fileno(), slot=0, bytes=len(image), flags=ACTIVATE))
+                break
+            except Refused as error:
+                assert error.refusal == Refusal.IMAGE
+        stop.set()
+        thread.join()
+        memory[: len(image)] = image
+        if copy.getsockname()[1] == 0:
+            device.call("restore", Restore(fd=copy.fileno(), slot=0, bytes=len(image), flags=ACTIVATE))
+        peer.sendall(b"fine")
+        assert read_exactly(copy, 4) == b"fine"
+        memory.close()
+
+
+def test_two_threads_decide_at_once() -> None:
+    """Commit, abort, release and the deadline race; exactly one of them decides."""
+    for turn in range(60):
+        ours, peer = pair()
+        with Device() as device:
+            claim = device.claim(ours)
+            freeze = device.freeze(claim, deadline_ms=1 + turn % 5)
+            outcomes: list[int] = []
+
+            def attempt(name: str, freeze: Freeze = freeze, outcomes: list[int] = outcomes) -> None:
+                try:
+                    device.call(name, Decision(id=freeze.id, epoch=freeze.epoch))
+                    outcomes.append(0)
+                except Refused as error:
+                    outcomes.append(error.errno or 0)
+
+            threads = [
+                threading.Thread(target=attempt, args=(name,)) for name in ("commit", "abort", "commit")
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(5)
+            assert outcomes.count(0) <= 1
+            assert set(outcomes) <= {0, errno.EBUSY, errno.ETIMEDOUT}
+            device.decide("release", claim.id)
+        if ours.getsockname()[1]:
+            peer.sendall(b"x")
+            assert read_exactly(ours, 1) == b"x"
+        ours.close()
+        peer.close()
+
+
+def test_a_killed_owner_and_a_killed_daemon() -> None:
+    ours, peer = pair()
+    child = os.fork()
+    if child == 0:
+        device = Device()
+        device.freeze(device.claim(ours), deadline_ms=5000)
+        os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    peer.sendall(b"x")
+    assert read_exactly(ours, 1) == b"x"
+
+
+def test_requests_of_import_are_checked() -> None:
+    with Device(slots=0) as device:
+        sock = new_socket("ipv4")
+        for request in (
+            Request(fd=sock.fileno(), list=0),
+            Request(fd=sock.fileno(), list=4),
+            Request(fd=sock.fileno(), list=1, local_prefix=129),
+            Request(fd=sock.fileno(), list=1, flags=1),
+            Request(fd=-1, list=1),
+        ):
+            with pytest.raises(Refused) as caught:
+                device.take(request)
+            assert caught.value.errno == errno.EINVAL
+        with pytest.raises(Refused) as caught:
+            device.take(Request(fd=device.fd, list=1))
+        assert caught.value.errno == errno.ENOTSOCK
+
+
+def test_the_module_s_memory_is_bounded() -> None:
+    ours, _peer = pair()
+    with Device() as device:
+        with frozen(device, ours) as (freeze, image):
+            device.abort(freeze)
+        limit = Path("/sys/module/sockmi/parameters/memory_max_mb")
+        before = limit.read_text()
+        limit.write_text("0")
+        try:
+            with pytest.raises(Refused) as caught:
+                device.list_add(image, flags=PUBLISH)
+            assert caught.value.errno == errno.EDQUOT
+        finally:
+            limit.write_text(before)
+        images.decode(image)

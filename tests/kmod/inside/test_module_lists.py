@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: MIT
+"""Import lists, the sysctl, events: what applications and daemons use beside single moves."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sockmi import image as images
+from tests.kmod.inside.test_module_core import new_socket, pair, read_exactly, wait_for
+from tests.kmod.module_client import (
+    ANY_UID,
+    PUBLISH,
+    Device,
+    EventType,
+    Freeze,
+    ListName,
+    ListNext,
+    Match,
+    Refusal,
+    Refused,
+    Request,
+    frozen,
+)
+
+SYSCTL = Path("/proc/sys/sockmi")
+NOBODY = 65534
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    with Device() as made:
+        yield made
+        after = 0
+        for name in ListName:
+            while True:
+                try:
+                    after = made.call("list_next", ListNext(list=name)).id
+                except Refused:
+                    break
+                made.decide("remove", after)
+
+
+def captured(device: Device, sock: socket.socket) -> bytes:
+    """The image; the original is closed."""
+    with frozen(device, sock) as (freeze, image):
+        device.commit(freeze)
+        return image
+
+
+def wanted(sock: socket.socket, name: ListName = ListName.CONNECTED, **criteria: int) -> Request:
+    return Request(fd=sock.fileno(), list=name, **criteria)
+
+
+# ---- Lists ----
+
+
+def test_an_entry_is_imported_once_it_is_published(device: Device) -> None:
+    ours, peer = pair()
+    entry = device.list_add(captured(device, ours), flags=ANY_UID)
+    copy = new_socket("ipv4")
+    assert device.take(wanted(copy))[0] == 0
+    info = device.list_info(ListName.CONNECTED)
+    assert (info.entries, info.reserved) == (0, 1)
+    device.decide("publish", entry.id)
+    count, (request,) = device.take(wanted(copy))
+    assert (count, request.result, request.id) == (1, 1, entry.id)
+    peer.sendall(b"here")
+    assert read_exactly(copy, 4) == b"here"
+    info = device.list_info(ListName.CONNECTED)
+    assert (info.entries, info.reserved) == (0, 0)
+
+
+def test_a_waiting_import_wakes_up(device: Device) -> None:
+    ours, peer = pair()
+    copy = new_socket("ipv4")
+    results: list[tuple[int, list[Request]]] = []
+    thread = threading.Thread(target=lambda: results.append(device.take(wanted(copy), timeout_ms=-1)))
+    thread.start()
+    wait_for(lambda: device.list_info(ListName.CONNECTED).waiting == 1)
+    match = Match(family=socket.AF_INET, kind=3, state=1, flags=ANY_UID)
+    assert device.call("match", match).waiting == 1
+    device.list_add(captured(device, ours))
+    thread.join(5)
+    assert results[0][0] == 1
+    assert device.list_info(ListName.CONNECTED).waiting == 0
+    copy.sendall(b"woken")
+    assert read_exactly(peer, 5) == b"woken"
+
+
+def test_import_gives_up_after_its_timeout(device: Device) -> None:
+    started = time.monotonic()
+    copy = new_socket("ipv4")
+    assert device.take(wanted(copy), timeout_ms=200)[0] == 0
+    assert 0.15 < time.monotonic() - started < 2
+
+
+def test_criteria_choose(device: Device) -> None:
+    first, _peer1 = pair()
+    second, _peer2 = pair()
+    port = second.getsockname()[1]
+    for sock in (first, second):
+        device.list_add(captured(device, sock))
+    request = wanted(copy := new_socket("ipv4"))
+    request.local.port = port
+    assert device.take(request)[0] == 1
+    assert copy.getsockname()[1] == port
+    # No IPv6 connection, no listener, no other state.
+    other = new_socket("ipv4")
+    assert device.take(wanted(other, states=1 << 8))[0] == 0
+    assert device.take(wanted(other, ListName.LISTENING))[0] == 0
+    request = wanted(other, remote_prefix=104)
+    request.remote.address[10:13] = [0xFF, 0xFF, 10]
+    assert device.take(request)[0] == 0
+    request.remote.address[12] = 127
+    assert device.take(request)[0] == 1
+
+
+def test_a_socket_of_the_wrong_family_leaves_the_entry(device: Device) -> None:
+    ours, peer = pair()
+    device.list_add(captured(device, ours))
+    wrong = new_socket("ipv6")
+    count, (request,) = device.take(wanted(wrong))
+    assert (count, request.result, request.refusal) == (0, -errno.EAFNOSUPPORT, Refusal.FAMILY)
+    assert device.take(wanted(copy := new_socket("ipv4")))[0] == 1
+    peer.sendall(b"1")
+    assert read_exactly(copy, 1) == b"1"
+
+
+def test_each_list_has_a_maximum(device: Device) -> None:
+    maximum = SYSCTL / "max_connected"
+    before = maximum.read_text()
+    maximum.write_text("2")
+    try:
+        ours, _peer = pair()
+        image = captured(device, ours)
+        for _ in range(2):
+            device.list_add(image)
+        with pytest.raises(Refused) as caught:
+            device.list_add(image)
+        assert (caught.value.errno, caught.value.refusal) == (errno.ENOSPC, Refusal.LIST_FULL)
+    finally:
+        maximum.write_text(before)
+
+
+def test_the_three_kinds_have_lists_of_their_own(device: Device) -> None:
+    bound, listener = socket.socket(), socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    listener.bind(("127.0.0.1", 0))
+    name = listener.getsockname()
+    listener.listen(5)
+    for sock in (bound, listener):
+        device.list_add(captured(device, sock))
+    assert [device.list_info(each).entries for each in ListName] == [1, 1, 0]
+    copies = [new_socket("ipv4"), new_socket("ipv4")]
+    count, requests = device.take(wanted(copies[0], ListName.BOUND), wanted(copies[1], ListName.LISTENING))
+    assert count == 2, [request.result for request in requests]
+    socket.create_connection(name).close()
+    copies[1].accept()
+
+
+def test_reserved_entries_end_with_their_file_and_published_ones_do_not(device: Device) -> None:
+    ours, _peer = pair()
+    image = captured(device, ours)
+    with Device(slots=0) as other:
+        other.list_add(image, flags=ANY_UID)
+        other.list_add(image, flags=ANY_UID | PUBLISH)
+    info = device.list_info(ListName.CONNECTED)
+    assert (info.entries, info.reserved) == (1, 0)
+
+
+def as_nobody(action: object) -> int:
+    """Exit code of a child without privileges that runs ``action``."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            code = action()  # type: ignore[operator]
+        except OSError as error:
+            code = error.errno or 98
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_an_entry_is_for_its_user(device: Device) -> None:
+    ours, peer = pair()
+    image = captured(device, ours)
+
+    def take() -> int:
+        with Device(slots=0) as mine:
+            copy = new_socket("ipv4")
+            if mine.take(wanted(copy))[0] == 0:
+                return 1
+            copy.sendall(b"mine")
+        return 0
+
+    device.list_add(image, flags=PUBLISH, uid=1000)
+    assert as_nobody(take) == 1
+    device.list_add(image, flags=PUBLISH, uid=NOBODY)
+    assert as_nobody(take) == 0
+    assert read_exactly(peer, 4) == b"mine"
+    assert peer.recv(1) == b""
+
+
+def test_the_unprivileged_may_do_nothing_else() -> None:
+    ours, _peer = pair()
+
+    def claim() -> int:
+        with Device(slots=0) as mine:
+            mine.claim(ours)
+        return 0
+
+    def slots() -> int:
+        Device(slots=1).close()
+        return 0
+
+    def serve() -> int:
+        with Device(slots=0) as mine:
+            mine.serve()
+        return 0
+
+    def other_process() -> int:
+        with Device(slots=0) as mine:
+            mine.claim(0, pid=os.getppid())
+        return 0
+
+    def add() -> int:
+        with Device(slots=0) as mine:
+            mine.list_add(b"")
+        return 0
+
+    for action in (claim, slots, serve, other_process, add):
+        assert as_nobody(action) == errno.EPERM, action.__name__
+
+
+# ---- sysctl ----
+
+
+def write_sysctl(text: str) -> int:
+    """errno, or 0."""
+    fd = os.open(SYSCTL / "export", os.O_WRONLY)
+    try:
+        os.write(fd, text.encode())
+    except OSError as error:
+        return error.errno or 0
+    finally:
+        os.close(fd)
+    return 0
+
+
+@pytest.mark.complains("sockmi.export:")
+@pytest.mark.parametrize(
+    "text",
+    [
+        " ",
+        "x",
+        "pid=1",
+        "fd=1",
+        "pid=0 fd=1",
+        "pid=-1 fd=1",
+        "pid=1 fd=-1",
+        "pid=1 fd=1 fd=2",
+        "pid=1 fd=1 to=",
+        "pid=1 fd=1 to=1.2.3",
+        "pid=1 fd=1 to=::g",
+        "pid=99999999999 fd=1",
+        "pid=1 fd=1 what",
+        "pid=1\0fd=1",
+        "pid=1 fd=1 " + "x" * 200,
+    ],
+)
+def test_malformed_commands_are_refused(text: str) -> None:
+    assert write_sysctl(text) == errno.EINVAL
+
+
+def test_without_a_daemon_the_sysctl_says_so() -> None:
+    ours, _peer = pair()
+    assert write_sysctl(f"pid={os.getpid()} fd={ours.fileno()}") == errno.ENOTCONN
+    assert "no daemon" in (SYSCTL / "export").read_text()
+    assert write_sysctl("pid=4194000 fd=1") == errno.ESRCH
+    assert "no such process" in (SYSCTL / "export").read_text()
+    assert write_sysctl(f"pid={os.getpid()} fd=999") == errno.EBADF
+
+
+@pytest.mark.parametrize("error", [0, errno.EHOSTUNREACH])
+def test_the_sysctl_exports_through_the_daemon(device: Device, error: int) -> None:
+    ours, peer = pair()
+    device.serve()
+    with Device(slots=0) as other, pytest.raises(Refused) as caught:
+        other.serve()
+    assert caught.value.errno == errno.EBUSY
+    results: list[int] = []
+    command = f"pid={os.getpid()} fd={ours.fileno()} to=192.0.2.7"
+    thread = threading.Thread(target=lambda: results.append(write_sysctl(command)))
+    thread.start()
+    (event,) = device.events()
+    assert event.type == EventType.EXPORT_REQUEST
+    assert event.pid == os.getpid()
+    assert event.to.name[0] == "192.0.2.7"
+    assert event.local.name == ours.getsockname()
+    assert event.remote.name == peer.getsockname()
+    freeze = device.call("freeze", Freeze(id=event.id))
+    assert images.decode(device.image(freeze)).identity.remote.port == peer.getsockname()[1]
+    device.abort(freeze)
+    device.answer(event.id, error, "moved to 192.0.2.7" if not error else "nobody answers")
+    thread.join(5)
+    assert results == [error]
+    text = (SYSCTL / "export").read_text()
+    assert text.startswith(command)
+    assert text.rstrip().endswith("ok moved to 192.0.2.7" if not error else "nobody answers")
+    device.decide("release", event.id)
+
+
+def test_a_daemon_that_dies_answers_with_an_error() -> None:
+    ours, peer = pair()
+    results: list[int] = []
+    with Device() as device:
+        device.serve()
+        command = f"pid={os.getpid()} fd={ours.fileno()}"
+        thread = threading.Thread(target=lambda: results.append(write_sysctl(command)))
+        thread.start()
+        device.events()
+    thread.join(5)
+    assert results == [errno.ECONNRESET]
+    peer.sendall(b"alive")
+    assert read_exactly(ours, 5) == b"alive"
+
+
+# ---- Events ----
+
+
+def test_events_by_poll_and_by_signal(device: Device) -> None:
+    ours, _peer = pair()
+    got: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, _frame: got.append(number))
+    fcntl.fcntl(device.fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(device.fd, 10, signal.SIGUSR1)  # F_SETSIG
+    fcntl.fcntl(device.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+    with pytest.raises(BlockingIOError):
+        device.events()
+    poll = select.poll()
+    poll.register(device.fd, select.POLLIN)
+    assert poll.poll(0) == []
+    claim = device.claim(ours)
+    device.freeze(claim, deadline_ms=50)
+    assert poll.poll(2000)
+    wait_for(lambda: got == [signal.SIGUSR1])
+    assert device.events()[0].type == EventType.THAWED
+    device.release(claim)
