@@ -20,6 +20,9 @@ test: setup ## Every test: style, unit, simulation, fuzz, traffic, lab, crash
 lint: setup ## Style and types only
 	@scripts/test style
 
+test-kmod: setup ## The kernel module, in guests of Debian's 6.1, 6.12 and 7.2 and a debug kernel (slow)
+	@scripts/kmod-test all
+
 bench: setup ## Blackout, throughput and costs, as ratios inside one run
 	@$(PYTHON) -m bench
 
@@ -27,5 +30,5 @@ clean: ## Remove what the above made in this folder
 	rm -rf .venv .build
 	$(MAKE) -C daemon/libsockmi clean
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint test-kmod bench clean
 .DEFAULT_GOAL := help
