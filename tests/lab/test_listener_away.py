@@ -189,7 +189,9 @@ def test_a_handshake_that_is_half_done(lab: Lab, tmp_path: Path, version: int) -
 @pytest.mark.parametrize(("version", "where", "client_version"), LISTENERS)
 def test_it_is_only_missed_while_it_lives(lab: Lab, version: int, where: str, client_version: int) -> None:
     """When it has ended, a says again that nobody listens there; who listens anew is served at once."""
-    with cluster(lab, "ab", redirect={"devices": ["eth0"]}, timing={"freeze_deadline_s": 5.0}):
+    # Its end is seen at the latest when it is looked at.
+    timing = {"freeze_deadline_s": 5.0, "audit_interval_s": 1.0}
+    with cluster(lab, "ab", redirect={"devices": ["eth0"]}, timing=timing):
         assert refused(lab, client_version)
         leave(lab, listen(lab, version, where), "a", "b")
         copy = take(lab, "b")

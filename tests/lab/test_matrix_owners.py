@@ -36,6 +36,7 @@ from tests.lab.matrix_lab import (
     unread,
     verdict,
 )
+from tests.lab.matrix_states import waiting
 from tests.lab.scenario import ask, daemons, status, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -314,12 +315,17 @@ def test_the_peer_sends_during_the_hold(it: Bench, tmp_path: Path) -> None:
 
 
 def test_the_peer_resets_during_the_hold(it: Bench, tmp_path: Path) -> None:
-    """A reset that comes while it is frozen ends the copy, at the latest when that says something."""
+    """A reset that comes while it is frozen ends the copy, at the latest when that says something.
+
+    An application waits for it: without one it ends in the import list (test_listed_ends.py).
+    """
     peer_address = it.host("peer").address(4)
     with it.watched(tmp_path, rst_from=[peer_address]), it.stalled() as stall:
         case = it.pair("v4")
         it.deafen([case.port])
         case.ours.sendall(bytes(5000))
+        taking = Later(taken, it, case)
+        until(lambda: waiting(it) == 1)
         with Held(it, case) as held:
             moving = held.move()
             stall.wait()
@@ -329,7 +335,7 @@ def test_the_peer_resets_during_the_hold(it: Bench, tmp_path: Path) -> None:
             stall.lift()
             moved(moving.result())
         it.deafen([case.port], deaf=False)
-        copy = taken(it, case)
+        copy = taking.result()
         met = outcome(lambda: copy.send(b"anybody?"))
         assert met in ("8", "ECONNRESET", "EPIPE")
         until(lambda: state(copy) == "CLOSED")
