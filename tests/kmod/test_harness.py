@@ -87,7 +87,7 @@ def test_a_run_that_hangs_is_ended() -> None:
     assert "not done after 8 s" in outcome.tell()
 
 
-def test_a_guest_boots_runs_commands_and_loads_a_module(guest: Guest, kernel: str) -> None:
+def test_a_guest_runs_commands_loads_a_module_and_has_the_checkout(guest: Guest, kernel: str) -> None:
     assert guest.run("uname -r").stdout.strip() == DEBIAN_KERNELS[kernel].release
     assert guest.run("cat; exit 3", data=b"x" * 300_000, check=False).stdout == "x" * 300_000
     assert guest.run("exit 3", check=False).code == 3
@@ -99,8 +99,6 @@ def test_a_guest_boots_runs_commands_and_loads_a_module(guest: Guest, kernel: st
     assert "planted" in guest.run("lsmod").stdout
     guest.run("rmmod planted")
 
-
-def test_the_checkout_is_in_the_guest(guest: Guest) -> None:
     python = f"{PROJECT}/.venv/bin/python"
     assert (
         "sockmi"
@@ -144,6 +142,7 @@ def test_two_guests_hear_each_other(guests: Callable[..., list[Guest]]) -> None:
     first.run(["ping", "-c", "1", "-W", "10", segment.ipv4(2)])
 
 
+@pytest.mark.slow
 def test_a_killed_test_leaves_no_guest(kernel: str) -> None:
     program = (
         "from guests.guest import *; import sys, time\n"

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Bugs on purpose, one for each value of the parameter "bug": the harness must notice every one of them.
  * With bug=none it loads and unloads like any good module.
