@@ -152,9 +152,10 @@ def test_the_importer_dies(  # noqa: PLR0917
     ):
         dies(daemons)
         if point == "restore.open":  # nothing was promised, and nothing remains of the copy
-            for drain in daemons.drains:
-                drain.ended()
-            assert not [one for one in elements(lab.host("b")) if one.name == "hold"]
-            daemons.drain("a", "b", PORT).ended()
+            records = [one for drain in daemons.drains for one in drain.ended() or ()]
+            # If b was back before the batch's time was over, it has been asked once more, and has it.
+            if not any(one["outcome"] == "moved" for one in records):
+                assert not [one for one in elements(lab.host("b")) if one.name == "hold"]
+                daemons.drain("a", "b", PORT).ended()
         assert said(connection.client.stdout) == "taken\n"
         connection.heard(b"" if half == "closed" else LAST_WORD)
