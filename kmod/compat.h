@@ -2,8 +2,8 @@
 /*
  * All that differs between the kernels the module is built for: 6.1, 6.12, 7.2 (Debian's).
  *
- * A field or function that the kernel's own headers can be asked for is probed in Kbuild (SOCKMI_HAVE_*), because
- * distributions carry changes back; the version decides only what cannot be probed.
+ * The version decides. Where exactly between these three something changed is not known, so a kernel of another
+ * series may need another line here.
  */
 #ifndef SOCKMI_COMPAT_H
 #define SOCKMI_COMPAT_H
