@@ -24,6 +24,7 @@ from pydantic_core import from_json, to_json
 
 _SCHEMA_VERSION = 1
 _FOLD_ROWS = 128  # at once: what a drain of thousands has appended need not all be in memory
+_FOLD_BYTES = 1 << 19  # nor may it keep the daemon from all else
 _SCHEMA = """
 CREATE TABLE event (                -- appended, not yet folded
     sequence INTEGER PRIMARY KEY,
@@ -47,15 +48,19 @@ CREATE UNIQUE INDEX migration_by_id ON migration (migration_id, direction);
 CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
+# News that begin a migration replace what was there; others add to it. See ``_supersede``.
 _UPSERT = """
 INSERT INTO migration (migration_id, direction, open, updated_at, content) VALUES (?,?,?,?,?)
 ON CONFLICT (migration_id, direction) DO UPDATE SET
-    open=min(open, excluded.open), updated_at=excluded.updated_at,
-    content=json_patch(content, excluded.content)
-WHERE migration.open OR json_extract(migration.content, '$.outcome') IS NOT 'moved'
+    open=iif(excluded.content ->> '$.started_at' IS NULL, min(open, excluded.open), excluded.open),
+    updated_at=excluded.updated_at,
+    content=iif(excluded.content ->> '$.started_at' IS NULL,
+        json_patch(content, excluded.content), excluded.content)
+WHERE coalesce(content ->> '$.outcome', '') NOT IN ('moved', 'failed')
+    OR (content ->> '$.outcome' = 'failed' AND excluded.content ->> '$.outcome' IN ('moved', 'failed'))
+    OR excluded.content ->> '$.outcome' = 'moved'
 """
-# What has moved has moved: who tries it again under the same id is told so, and nothing is written.
-_FINAL = "moved"
+_RANKS = {"moved": 2, "failed": 1}  # what cannot be taken back; the others are tried again
 
 
 class Record(StrEnum):
@@ -79,7 +84,9 @@ class JournalError(Exception):
 class Change:
     """One transaction: records to keep, records to drop, news for the audit trail.
 
-    ``audit``: (migration id, direction, fields of its migration record that are new or differ).
+    ``audit``: (migration id, direction, fields of its migration record that are new or differ). With
+    ``started_at`` they are a whole record, which takes the place of an earlier one of the same id; but
+    ``moved`` is never overwritten, nor ``failed`` but by ``moved``.
     """
 
     keep: list[tuple[Record, str, Any]] = field(default_factory=list)
@@ -92,6 +99,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         """Open or create; raise JournalError if the file is damaged or from a newer release."""
+        self.path = path
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -126,20 +134,29 @@ class Journal:
         self._database.execute("INSERT INTO event (content) VALUES (?)", (to_json(content).decode(),))
 
     def fold(self) -> int:
-        """Turn appended rows into indexed ones; returns how many were appended."""
+        """Turn all appended rows into indexed ones; returns how many were appended."""
         folded = 0
-        while events := self._database.execute(
+        while rows := self.fold_some():
+            folded += rows
+        return folded
+
+    def fold_some(self) -> int:
+        """As ``fold``, but no more than takes some ten milliseconds; 0: none are left."""
+        records: dict[tuple[str, str], Any] = {}
+        audit: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
+        rows = size = last = 0
+        for last, content in self._database.execute(  # noqa: B007 - used when it has ended
             "SELECT sequence, content FROM event ORDER BY sequence LIMIT ?", (_FOLD_ROWS,)
-        ).fetchall():
-            records: dict[tuple[str, str], Any] = {}
-            audit: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
-            for _, content in events:
-                _merge(from_json(content), records, audit)
+        ):
+            _merge(from_json(content), records, audit)
+            rows, size = rows + 1, size + len(content)
+            if size >= _FOLD_BYTES:
+                break
+        if rows:
             with self._transaction():
                 self._apply(records, audit)
-                self._database.execute("DELETE FROM event WHERE sequence <= ?", (events[-1][0],))
-            folded += len(events)
-        return folded
+                self._database.execute("DELETE FROM event WHERE sequence <= ?", (last,))
+        return rows
 
     def records(self, kind: Record) -> dict[str, Any]:
         """Everything of one kind, by name."""
@@ -179,13 +196,16 @@ class Journal:
         )
         return [(sequence, from_json(content)) for sequence, content in rows]
 
-    def prune(self, keep: int) -> int:
-        """Forget all but the latest ``keep`` migrations that have an outcome; returns how many went."""
+    def prune(self, keep: int, most: int = -1) -> int:
+        """Of all but the latest ``keep`` migrations forget what has an outcome; returns how many went.
+
+        ``most``: no more than so many of the oldest; call again. What is open is not forgotten.
+        """
         self.fold()
         cursor = self._database.execute(
-            "DELETE FROM migration WHERE sequence IN "
-            "(SELECT sequence FROM migration WHERE open=0 ORDER BY sequence DESC LIMIT -1 OFFSET ?)",
-            (keep,),
+            "DELETE FROM migration WHERE sequence IN (SELECT sequence FROM migration WHERE open=0 "
+            "AND sequence <= (SELECT max(sequence) FROM migration) - ? ORDER BY sequence LIMIT ?)",
+            (keep, most),
         )
         return cursor.rowcount
 
@@ -243,6 +263,11 @@ def _merge(
         records[kind, name] = None
     for migration, direction, news in content["audit"]:
         _, before = audit.get((migration, direction), (0.0, {}))
-        if before.get("outcome") == _FINAL:
-            continue
-        audit[migration, direction] = (content["at"], before | news)
+        audit[migration, direction] = (content["at"], _supersede(before, news))
+
+
+def _supersede(before: dict[str, Any], news: dict[str, Any]) -> dict[str, Any]:
+    """As _UPSERT has it: what is final stays, whole records replace, others add."""
+    if _RANKS.get(news.get("outcome", ""), 0) < _RANKS.get(before.get("outcome", ""), 0):
+        return before
+    return news if "started_at" in news else before | news

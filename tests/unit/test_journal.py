@@ -56,6 +56,48 @@ def test_prune_keeps_what_is_open_and_the_latest(tmp_path: Path) -> None:
     assert len(list(journal.history(is_open=True))) == 5
 
 
+def test_prune_goes_bit_by_bit(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    journal.write(Change(audit=[audit("moved", n=n) for n in range(20)]))
+    assert [journal.prune(3, 10) for _ in range(3)] == [10, 7, 0]
+    assert [one["n"] for one in journal.history()] == [19, 18, 17]
+
+
+def whole(**news: object) -> dict[str, object]:
+    return {"started_at": "2026-11-23T12:00:00+00:00", **news}
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize(
+    ("first", "then", "stays"),
+    [
+        ({"outcome": "moved"}, whole(pid=9), {"outcome": "moved"}),
+        ({"outcome": "moved"}, {"outcome": "refused"}, {"outcome": "moved"}),
+        ({"outcome": "moved"}, whole(outcome="refused"), {"outcome": "moved"}),
+        ({"outcome": "moved"}, {"outcome": "failed"}, {"outcome": "moved"}),
+        ({"outcome": "moved"}, {"outcome": "moved", "hop": 2}, {"outcome": "moved", "hop": 2}),
+        ({"outcome": "failed"}, {"outcome": "aborted"}, {"outcome": "failed"}),
+        ({"outcome": "failed"}, whole(pid=9), {"outcome": "failed"}),
+        ({"outcome": "failed"}, {"outcome": "moved"}, {"outcome": "moved"}),
+        # What was refused is tried again: nothing of the first time is left in the record.
+        ({"outcome": "refused", "refusal": {"code": "x"}}, whole(pid=9), whole(pid=9)),
+        ({"outcome": "refused", "refusal": {"code": "x"}}, whole(outcome="moved"), whole(outcome="moved")),
+        ({"step": "frozen"}, {"outcome": "aborted"}, {"step": "frozen", "outcome": "aborted"}),
+    ],
+)
+def test_an_outcome_is_not_overwritten_by_a_lesser_one(
+    tmp_path: Path, first: dict[str, object], then: dict[str, object], stays: dict[str, object], folded: bool
+) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    migration = uuid4()
+    journal.write(Change(audit=[(migration, "export", first)]))
+    if folded:
+        journal.fold()
+    journal.write(Change(audit=[(migration, "export", then)]))
+    assert journal.migration(migration, "export") == stays
+    assert len(list(journal.history(is_open=True))) == ("outcome" not in stays)
+
+
 def test_what_was_written_survives_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "journal.db"
     program = (
