@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,13 +30,17 @@ _CREDENTIALS = struct.Struct("3i")
 _READ_BYTES = 65536
 _UNSENT_BYTES_MAX = 16 << 20
 _CLIENTS_MAX = 1024
+_ACCEPT_AGAIN_S = 0.2
 
 
 class Handler(Protocol):
     """What the daemon does with requests."""
 
     def request(self, client: Client, request: Any, descriptors: list[int]) -> None:
-        """Handle one request; owns ``descriptors`` from now on. Refusals raised become the answer."""
+        """Handle one request; owns ``descriptors`` from now on. Refusals raised become the answer.
+
+        What is left for later must be done under ``Client.answering``: each request has its answer.
+        """
 
     def gone(self, client: Client) -> None:
         """The client has closed its connection, or has been disconnected."""
@@ -55,6 +59,7 @@ class Client:
         self._unsent: deque[tuple[memoryview, list[int]]] = deque()
         self._unsent_bytes = 0
         self._busy = False
+        self._on_read: Callable[[], object] | None = None
         self.closed = False
         connection.setblocking(False)
         server.loop.add_reader(connection, self._readable)
@@ -85,6 +90,25 @@ class Client:
     def refuse(self, request_id: str | int | None, refusal: Refusal) -> None:
         """Answer that the whole request failed."""
         self.respond(api.ErrorResponse(id=request_id, error=api.Why.of(refusal)))
+
+    @contextlib.contextmanager
+    def answering(self, request: Any) -> Iterator[None]:
+        """Whatever is raised inside becomes the answer to ``request``, and is not raised further."""
+        try:
+            yield
+        except Refusal as refusal:
+            self.refuse(request.id, refusal)
+        except Exception as error:
+            _log.exception("request %r of pid %d", request.op, self.pid)
+            message = f"The daemon failed on this request ({error}); its log has the details."
+            self.refuse(request.id, Refusal(Code.INTERNAL, message))
+
+    def when_read(self, callback: Callable[[], object]) -> None:
+        """Call back, later, when the client has read what it was sent; never if it is disconnected."""
+        if self._unsent:
+            self._on_read = callback
+        elif not self.closed:
+            self._server.loop.call_soon(callback)
 
     def _send(self, line: bytes, descriptors: Sequence[int]) -> None:
         if self.closed:
@@ -149,6 +173,9 @@ class Client:
                 return
             self._unsent.popleft()
         self._server.loop.remove_writer(self._connection)
+        if (callback := self._on_read) is not None:
+            self._on_read = None
+            self._server.loop.call_soon(callback)
 
     # -- in
 
@@ -207,24 +234,15 @@ class Client:
             return
         descriptors = [self._descriptors.popleft() for _ in range(request.fds)]
         self._busy = True
-        try:
+        with self.answering(request):
             self._server.handler.request(self, request, descriptors)
-        except Refusal as refusal:
-            self.refuse(request.id, refusal)
-        except Exception as error:
-            _log.exception("request %r of pid %d", request.op, self.pid)
-            self.refuse(
-                request.id,
-                Refusal(
-                    Code.INTERNAL, f"The daemon failed on this request ({error}); its log has the details."
-                ),
-            )
 
     def close(self) -> None:
         """Disconnect; what was not yet sent is lost, its descriptors are closed."""
         if self.closed:
             return
         self.closed = True
+        self._on_read = None
         self._server.loop.remove_reader(self._connection)
         self._server.loop.remove_writer(self._connection)
         self._connection.close()
@@ -243,6 +261,8 @@ class ControlServer:
         self.handler = handler
         self._path = path
         self._clients: set[Client] = set()
+        self._again: asyncio.TimerHandle | None = None
+        self._exhausted = False
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         if path.exists():
             with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
@@ -262,12 +282,26 @@ class ControlServer:
         loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
+        try:
             connection, _ = self._listener.accept()
-            if len(self._clients) >= _CLIENTS_MAX:
-                connection.close()
-                return
-            self._clients.add(Client(self, connection))
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:  # no descriptor is left: who connects waits in the backlog
+            if not self._exhausted:
+                _log.error("%s: nobody can be accepted now (%s); see sockmi doctor", self._path, error)
+            self._exhausted = True
+            self.loop.remove_reader(self._listener)
+            self._again = self.loop.call_later(_ACCEPT_AGAIN_S, self._accept_again)
+            return
+        self._exhausted = False
+        if len(self._clients) >= _CLIENTS_MAX:
+            connection.close()
+            return
+        self._clients.add(Client(self, connection))
+
+    def _accept_again(self) -> None:
+        self._again = None
+        self.loop.add_reader(self._listener, self._accept)
 
     def forget(self, client: Client) -> None:
         """A client has closed."""
@@ -276,6 +310,8 @@ class ControlServer:
 
     def close(self) -> None:
         """Stop listening, disconnect everybody, remove the socket file."""
+        if self._again is not None:
+            self._again.cancel()
         self.loop.remove_reader(self._listener)
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):

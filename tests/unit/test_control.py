@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import json
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +167,62 @@ def test_a_client_that_does_not_read_is_disconnected(setting: Setting) -> None:
             if setting.handler.gone_clients:
                 break
         assert setting.handler.gone_clients == 1
+
+
+def test_without_descriptors_the_loop_does_not_spin(setting: Setting) -> None:
+    """Nobody can be accepted: who connects waits, and is served when there is a descriptor again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    turns = 0
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+
+    errors: list[Any] = []
+    setting.loop.set_exception_handler(lambda loop, context: errors.append(context))
+    accept = setting.server._accept
+    with setting.connect() as client:
+        client.sendall(b'{"op":"info","id":4}\n')
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) - 1, hard))
+        try:
+            setting.loop.remove_reader(setting.server._listener)
+            setting.server._accept = lambda: (turn(), accept())  # type: ignore[method-assign]
+            setting.server._accept_again()
+            setting.loop.run_until_complete(asyncio.sleep(0.5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert 1 <= turns <= 4
+        assert errors == []
+        setting.loop.run_until_complete(asyncio.sleep(0.5))
+        assert answer(client)["id"] == 4
+    setting.turn()
+
+
+def test_a_client_is_sent_more_when_it_has_read(setting: Setting) -> None:
+    """`when_read` comes at once, or when what was queued has gone."""
+    pages = 0
+    with setting.connect() as client:
+        client.sendall(b'{"op":"info"}\n')
+        setting.turn()
+        client.recv(65536)
+        [served] = setting.server._clients
+
+        def page() -> None:
+            nonlocal pages
+            pages += 1
+            if pages < 200:
+                served.respond({"more": True, "text": "x" * 100_000})
+                served.when_read(page)
+
+        page()
+        setting.turn(400)
+        assert pages < 20, "it is not waited for"
+        client.setblocking(False)
+        while pages < 200:
+            with contextlib.suppress(BlockingIOError):
+                client.recv(1 << 20)
+            setting.turn(2)
+    setting.turn()
 
 
 def test_a_living_socket_is_not_taken_over_but_a_stale_one_is(setting: Setting, tmp_path: Path) -> None:
