@@ -4,31 +4,58 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sockmi.addresses import Endpoint
 from sockmi.api import Check, CheckStatus
+from sockmi.engine.listing import unlistable
 from sockmi.parts import Parts
 from sockmi.redirect.base import Mode
+from sockmi.redirect.iptables import unusable
 
-_CAPABILITIES = {12: "CAP_NET_ADMIN", 13: "CAP_NET_RAW", 19: "CAP_SYS_PTRACE"}
+# Bits of linux/capability.h, and what fails without each.
+_CAPABILITIES = {
+    2: ("CAP_DAC_READ_SEARCH", "owners of other users are not found"),
+    10: ("CAP_NET_BIND_SERVICE", "ports below 1024 cannot be imported"),
+    12: ("CAP_NET_ADMIN", "nothing can be moved"),
+    13: ("CAP_NET_RAW", "held packets and ICMP errors cannot be delivered"),
+    19: ("CAP_SYS_PTRACE", "sockets of other processes cannot be taken"),
+    21: ("CAP_SYS_ADMIN", "every socket is refused: sockets in BPF maps cannot be told"),
+}
+_PROC = Path("/proc")
+_IPTABLES_MEND = "Mend that, or leave iptables out of redirect.modes."
+_CONNECT_TIMEOUT_S = 1.5
+_CONNECTS_MAX = 16  # at the same time
 _SPACE_BYTES_MIN = 64 << 20
 _DESCRIPTORS_MIN = 4096
 
 
 def examine(daemon: Parts) -> list[Check]:
-    """All checks, in the order in which they should be mended."""
+    """All checks that are quick, in the order in which they should be mended."""
     return [
         _capabilities(),
         _nftables(daemon),
         _ptrace_scope(),
+        _socket_lists(),
         _descriptors(),
         _space(daemon.config.state_dir),
         _journal(daemon),
         _members(daemon),
+        _keys(daemon),
         *_forwarding(daemon),
+        _reverse_path(),
         _import_lists(daemon),
     ]
+
+
+def examine_slowly(modes: Sequence[Mode], silent: Mapping[str, Sequence[Endpoint]]) -> list[Check]:
+    """The others, which may take seconds; in any thread. ``silent``: members without an open stream."""
+    return [*_iptables(modes), _streams(silent)]
 
 
 def _ok(name: str, message: str) -> Check:
@@ -41,9 +68,11 @@ def _bad(name: str, message: str, mend: str, *, warning: bool = False) -> Check:
 
 
 def _capabilities() -> Check:
-    status = Path("/proc/self/status").read_text()
+    status = (_PROC / "self/status").read_text()
     effective = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:"))
-    missing = [name for bit, name in _CAPABILITIES.items() if not effective >> bit & 1]
+    missing = [
+        f"{name} ({without})" for bit, (name, without) in _CAPABILITIES.items() if not effective >> bit & 1
+    ]
     if missing:
         return _bad(
             "capabilities",
@@ -64,7 +93,7 @@ def _nftables(daemon: Parts) -> Check:
 
 
 def _ptrace_scope() -> Check:
-    path = Path("/proc/sys/kernel/yama/ptrace_scope")
+    path = _PROC / "sys/kernel/yama/ptrace_scope"
     scope = path.read_text().strip() if path.exists() else "0"
     if scope == "3":
         return _bad(
@@ -75,14 +104,22 @@ def _ptrace_scope() -> Check:
     return _ok("ptrace", "Owners of sockets can be stopped.")
 
 
-def _descriptors() -> Check:
-    import resource
+def _socket_lists() -> Check:
+    if why := unlistable():
+        return _bad(
+            "socket lists",
+            f"Sockets cannot be found or examined: {why}.",
+            "Load the modules: modprobe -a tcp_diag inet_diag.",
+        )
+    return _ok("socket lists", "The kernel lists TCP sockets (tcp_diag).")
 
+
+def _descriptors() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < _DESCRIPTORS_MIN:
+    if soft < _DESCRIPTORS_MIN:
         return _bad(
             "descriptors",
-            f"At most {hard} descriptors are allowed.",
+            f"At most {soft} descriptors are allowed (hard limit {hard}), one for each socket of a batch.",
             "Raise LimitNOFILE in the unit.",
             warning=True,
         )
@@ -122,8 +159,29 @@ def _members(daemon: Parts) -> Check:
     return _ok("group", f"{count} other hosts are heard.")
 
 
+def _keys(daemon: Parts) -> Check:
+    strangers = daemon.members.refused_lately("unknown_key")
+    if strangers:
+        where = ", ".join(f"{address} (group {group})" for group, address in strangers)
+        return _bad(
+            "group key",
+            f"Datagrams of another key are heard, from {where}: that daemon is not of this group.",
+            "Give both the same key file, then reload (docs/security.md has how keys are changed).",
+            warning=True,
+        )
+    copies = daemon.members.refused_lately("own_id_elsewhere")
+    if copies:
+        where = ", ".join(f"{address} (group {group})" for group, address in copies)
+        return _bad(
+            "group key",
+            f"Another host has this host's id: {where}.",
+            "Remove identity.pem from the state_dir of one of the two, and restart its daemon.",
+        )
+    return _ok("group key", "Nobody with another key is heard.")
+
+
 def _sysctl(name: str) -> str | None:
-    path = Path("/proc/sys", name)
+    path = _PROC / "sys" / name
     return path.read_text().split()[0] if path.exists() else None
 
 
@@ -144,6 +202,64 @@ def _forwarding(daemon: Parts) -> list[Check]:
             )
         ]
     return [_ok("forwarding", "Packets can be led on to hosts of other segments.")]
+
+
+def _reverse_path() -> Check:
+    """The kernel takes the stricter of `all` and the interface, and either's src_valid_mark."""
+    marked_all = _sysctl("net/ipv4/conf/all/src_valid_mark") == "1"
+    strict_all = _sysctl("net/ipv4/conf/all/rp_filter") or "0"
+    strict = []
+    for path in sorted((_PROC / "sys/net/ipv4/conf").iterdir()):
+        name = path.name
+        if name in ("all", "default", "lo"):
+            continue
+        filtering = max(strict_all, _sysctl(f"net/ipv4/conf/{name}/rp_filter") or "0")
+        if filtering == "1" and not (marked_all or _sysctl(f"net/ipv4/conf/{name}/src_valid_mark") == "1"):
+            strict.append(name)
+    if strict:
+        return _bad(
+            "reverse path",
+            f"rp_filter is 1 (strict) without src_valid_mark on {', '.join(strict)}: packets of moved "
+            "connections may be dropped.",
+            "Set net.ipv4.conf.all.src_valid_mark to 1, or rp_filter to 2.",
+            warning=True,
+        )
+    return _ok("reverse path", "Packets of moved connections pass the reverse path filter.")
+
+
+def _iptables(modes: Sequence[Mode]) -> list[Check]:
+    if Mode.IPTABLES not in modes:
+        return []
+    if why := unusable():
+        return [_bad("iptables", f"Redirects in mode iptables cannot be set up: {why}.", _IPTABLES_MEND)]
+    return [_ok("iptables", "iptables is the legacy one, and python-iptables is there.")]
+
+
+def _streams(silent: Mapping[str, Sequence[Endpoint]]) -> Check:
+    """Members that are heard (UDP), but may not be reached (TCP): a firewall knows the one port only."""
+    with ThreadPoolExecutor(_CONNECTS_MAX) as pool:
+        tried = dict(zip(silent, pool.map(_unreachable, silent.values()), strict=True))
+    deaf = [f"{name} ({why})" for name, why in tried.items() if why]
+    if deaf:
+        return _bad(
+            "streams",
+            f"The stream port does not answer of {', '.join(deaf)}.",
+            "Let TCP to stream.port pass between the hosts; look whether stream.address there is right.",
+        )
+    return _ok("streams", "Every host that is heard can be connected to.")
+
+
+def _unreachable(endpoints: Sequence[Endpoint]) -> str | None:
+    why = "it names none"
+    for endpoint in endpoints:
+        try:
+            where = (str(endpoint.address), endpoint.port)
+            socket.create_connection(where, timeout=_CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            why = f"{endpoint}: {error}"
+        else:
+            return None
+    return why
 
 
 def _import_lists(daemon: Parts) -> Check:

@@ -163,6 +163,20 @@ class Members:
         """How many other hosts are heard."""
         return len({host for joined in self._joined.values() for host in joined.group.members})
 
+    def refused_lately(self, reason: str) -> list[tuple[str, str]]:
+        """Groups, each with the address, from which datagrams come that are refused for ``reason``."""
+        found = [(name, joined.group.refused_lately(reason)) for name, joined in self._joined.items()]
+        return [(name, str(to_endpoint(source).address)) for name, source in found if source]
+
+    def not_connected(self) -> dict[str, tuple[Endpoint, ...]]:
+        """The names of members to which there is no stream now, and where theirs should answer."""
+        return {
+            member.host_name or host.hex(): member.endpoints
+            for joined in self._joined.values()
+            for host, member in joined.group.members.items()
+            if not self._streams.is_open(host)
+        }
+
     def hosts(self) -> frozenset[HostId]:
         """The other hosts that are heard."""
         return frozenset(host for joined in self._joined.values() for host in joined.group.members)

@@ -36,11 +36,15 @@ _SYN_RECV, _LISTEN = 1 << 3, 1 << 10  # of a dump's states: TCP_SYN_RECV, TCP_LI
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """One descriptor of a socket; ``fd`` -1 is a registered file of an io_uring."""
+    """One descriptor of a socket; ``fd`` -1 is a registered file of an io_uring.
+
+    ``has_ring``: its process has an io_uring.
+    """
 
     pid: int
     fd: int
     name: str
+    has_ring: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ def list_sockets(pids: set[int] | None = None) -> list[ListedSocket]:
     """
     if pids is not None and not pids:
         return []
-    holders, _ = find_holders(None, sorted(pids or ()))
+    holders, rings = find_holders(None, sorted(pids or ()))
     names: dict[int, str] = {}
     sockets = {}
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -84,7 +88,9 @@ def list_sockets(pids: set[int] | None = None) -> list[ListedSocket]:
             for pid in held:
                 if pid not in names:
                     names[pid] = process_name(pid)
-            by = tuple(Holder(pid, fd, names[pid]) for pid in sorted(held) for fd in sorted(held[pid]))
+            by = tuple(
+                Holder(pid, fd, names[pid], pid in rings) for pid in sorted(held) for fd in sorted(held[pid])
+            )
             listed = _listed(fields, by)
             sockets[listed.cookie] = listed
     return sorted(sockets.values(), key=_order)
@@ -123,6 +129,16 @@ def _dump(family: int, states: int = 0xFFFFFFFF) -> list[tuple[Any, ...]]:
     return sockets
 
 
+def unlistable() -> str | None:
+    """None if the kernel lists TCP sockets, else why not: without tcp_diag it lists none."""
+    try:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            _dump_once(family, states=0)
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def _dump_once(family: int, states: int) -> tuple[list[tuple[Any, ...]], bool]:
     """One dump (fields of ``_MESSAGE``); the second value is False if the tables changed under it
     (NLM_F_DUMP_INTR)."""
@@ -137,11 +153,11 @@ def _dump_once(family: int, states: int) -> tuple[list[tuple[Any, ...]], bool]:
         while True:
             for kind, flags, data in _messages(netlink.recv(65536)):
                 complete &= not flags & _NLM_F_DUMP_INTR
-                if kind == _NLMSG_DONE:
+                if kind in (_NLMSG_DONE, _NLMSG_ERROR):
+                    # A dump that fails ends like one that does not, but with an errno.
+                    if error := -struct.unpack_from("=i", data)[0]:
+                        raise OSError(error, f"inet_diag does not list TCP sockets: {os.strerror(error)}")
                     return sockets, complete
-                if kind == _NLMSG_ERROR:
-                    error = -struct.unpack_from("=i", data)[0]
-                    raise OSError(error, f"inet_diag does not list TCP sockets: {os.strerror(error)}")
                 sockets.append(_MESSAGE.unpack_from(data))
 
 

@@ -228,6 +228,16 @@ def _stop_refusal(pid: int, result: _StopResult, timeout_s: float) -> Refusal:
     )
 
 
+def obstacle_of(pid: int, *, has_ring: bool) -> Refusal | None:
+    """What would keep a process from being stopped, as far as it shows; whom we stop is no obstacle."""
+    if has_ring:
+        return _io_uring(pid)
+    (tracer,) = _status(pid, "TracerPid")
+    if tracer in ("", "0") or (_PROC / "self/task" / tracer).exists():
+        return None
+    return _traced(pid, int(tracer))
+
+
 @dataclass(frozen=True, slots=True)
 class _Scan:
     """When a scan began: the time (monotonic), and the process id after which it may have missed one.

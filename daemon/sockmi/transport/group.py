@@ -152,6 +152,12 @@ class Group:
         """What the seal has accepted and, by reason, refused."""
         return self._seal.counters
 
+    def refused_lately(self, reason: str) -> SockAddr | None:
+        """From where, within a few announcements, a datagram came that the seal refused for ``reason``."""
+        source, at = self._seal.refused.get(reason, (None, 0.0))
+        lately = self._loop.time() - at < 3.5 * self.settings.announce_interval_s
+        return source if lately and isinstance(source, tuple) else None
+
     @property
     def local(self) -> tuple[Endpoint, ...]:
         """Where datagrams for this host alone arrive."""

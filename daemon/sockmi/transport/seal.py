@@ -168,7 +168,8 @@ class Seal:
 
     ``group`` names the group (address and port), so that nothing is carried from one group to
     another that has the same key. ``introduction`` is what the HELLOs carry (see hello.py).
-    ``counters`` counts what was accepted and, by reason, what was not.
+    ``counters`` counts what was accepted and, by reason, what was not; ``refused`` has of each reason
+    whose datagram was the last, and when (monotonic, s).
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class Seal:
         self.host_id = host_id
         self.introduction = introduction
         self.counters: Counter[str] = Counter()
+        self.refused: dict[str, tuple[Hashable, float]] = {}
         self._group = group
         self._session = random(_SESSION_BYTES)
         self._secret = random(KEY_BYTES)
@@ -231,6 +233,7 @@ class Seal:
             return self._receive(datagram, source, now)
         except _Refused as refused:
             self.counters[refused.args[0]] += 1
+            self.refused[refused.args[0]] = source, now
             return None
 
     def _receive(self, datagram: bytes, source: Hashable, now: float) -> Received | None:
