@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from sockmi import api
-from sockmi.engine.duplicate import NoDescriptors, duplicate
+from sockmi.engine.duplicate import duplicate
 from sockmi.exporting import Selected
 from sockmi.journal import Change
 from sockmi.parts import Parts
@@ -88,7 +88,7 @@ class Drain:
             try:
                 descriptor = duplicate(row.holder.pid, row.holder.fd)
             except Refusal as refusal:
-                if isinstance(refusal, NoDescriptors) and (selection or self._under_way):
+                if refusal.code is Code.NO_DESCRIPTORS and (selection or self._under_way):
                     self._left[:0] = rows[number:]  # those that are under way give theirs back
                     break
                 if refusal.code is Code.NO_SUCH_SOCKET:

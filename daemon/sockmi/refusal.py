@@ -30,6 +30,7 @@ class Code(StrEnum):
     TOO_LARGE = "too-large"
     LINK_LOCAL = "link-local"
     ALREADY_MIGRATING = "already-migrating"
+    NO_DESCRIPTORS = "no-descriptors"
     # the owner
     OWNER_TRACED = "owner-traced"
     OWNER_IO_URING = "owner-io-uring"

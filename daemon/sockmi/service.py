@@ -15,7 +15,6 @@ import fcntl
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
 import sqlite3
@@ -40,6 +39,7 @@ from sockmi.engine.trial import obstacle
 from sockmi.exporting import Exporting
 from sockmi.importing import Importing
 from sockmi.journal import Journal, JournalError
+from sockmi.limits import raise_limit
 from sockmi.members import Members
 from sockmi.metrics import Metrics
 from sockmi.native import library, trim
@@ -548,9 +548,13 @@ class Daemon:
         found: dict[int, int] = {}
         for inode, holders in find_holders(inodes)[0].items():
             for pid, descriptors in holders.items():
-                with contextlib.suppress(Refusal):
-                    found[inode] = duplicate(pid, descriptors[0])
+                try:
+                    found[inode] = duplicate(pid, descriptors[0], inode)
                     break
+                except Refusal as refusal:
+                    # What cannot be looked at for want of a descriptor must not pass for gone.
+                    if refusal.code is Code.NO_DESCRIPTORS:
+                        raise StartError(refusal.message) from None
         return found
 
     def _waits_for_application(self, holding: Holding) -> bool:
@@ -590,12 +594,6 @@ def _uninstall(config: Config, force: bool) -> int:
         os.close(lock)
     print(f"removed; {cut_off} connections were cut off" if cut_off else "removed")
     return 0
-
-
-def _raise_descriptor_limit() -> None:
-    """Each socket that is on its way is a descriptor here; shells and init scripts start us with 1024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def core_settings(config: Config) -> CoreSettings:
@@ -641,7 +639,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise StartError("sockmid needs root (its unit takes all but seven capabilities away)")
         if options.remove_redirects:
             return _uninstall(config, options.force)
-        _raise_descriptor_limit()
+        raise_limit()
         daemon = Daemon(config, options.config)
         daemon.start()
     except (*_START_ERRORS, sqlite3.Error, RuntimeError, OSError) as error:

@@ -11,14 +11,13 @@ import pytest
 from sockmi.addresses import Endpoint
 from sockmi.api import parse_request
 from sockmi.draining import Drain
-from sockmi.engine.duplicate import NoDescriptors
 from sockmi.engine.listing import Holder, ListedSocket
 from sockmi.refusal import Code, Refusal
 from sockmi.selection import Found
 
 FORBIDDEN = Refusal(Code.NO_PRIVILEGE, "The kernel does not let this process take it.")
 GONE = Refusal(Code.NO_SUCH_SOCKET, "There is no such descriptor.")
-NONE_LEFT = NoDescriptors(Code.INTERNAL, "No descriptor is left.")
+NONE_LEFT = Refusal(Code.NO_DESCRIPTORS, "No descriptor is left.")
 
 
 def found(inode: int) -> Found:

@@ -33,6 +33,7 @@ static const struct {
 	{ "too-large", EMSGSIZE },
 	{ "link-local", ENOTSUP },
 	{ "already-migrating", EALREADY },
+	{ "no-descriptors", EMFILE },
 	{ "owner-traced", EBUSY },
 	{ "owner-io-uring", ENOTSUP },
 	{ "owner-unstoppable", EBUSY },

@@ -9,10 +9,14 @@ import functools
 import os
 import stat
 
+from sockmi.limits import is_spare
 from sockmi.refusal import Code, Refusal
 
 # The same number on every architecture (since Linux 5.6, all tables agree).
 _PIDFD_GETFD = 438
+_ABSENT = frozenset({errno.ESRCH, errno.EBADF, errno.EINVAL})
+_FORBIDDEN = frozenset({errno.EPERM, errno.EACCES})
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @functools.cache
@@ -24,7 +28,7 @@ def pidfd_getfd(pid: int, fd: int) -> int:
     """Duplicate descriptor ``fd`` of process ``pid``; close-on-exec.
 
     The kernel checks that the caller could ptrace the process (PTRACE_MODE_ATTACH_REALCREDS).
-    Raises OSError: ESRCH, EBADF, EPERM.
+    Raises OSError: ESRCH, EBADF, EPERM, EMFILE, ENFILE.
     """
     pidfd = os.pidfd_open(pid)
     try:
@@ -37,27 +41,45 @@ def pidfd_getfd(pid: int, fd: int) -> int:
         os.close(pidfd)
 
 
-class NoDescriptors(Refusal):
-    """This process, or the host, has no descriptor left: that may pass."""
+def duplicate(pid: int, fd: int, inode: int | None = None) -> int:
+    """As ``pidfd_getfd``, for a socket (with ``inode``: for that one, not one that has its number now).
 
-
-def duplicate(pid: int, fd: int) -> int:
-    """As ``pidfd_getfd``, for a socket; raises Refusal: NO_SUCH_SOCKET, NO_PRIVILEGE or NoDescriptors."""
+    Raises Refusal: NO_SUCH_SOCKET, NO_PRIVILEGE, NO_DESCRIPTORS, or INTERNAL for what nobody expects.
+    """
     try:
         copy = pidfd_getfd(pid, fd)
     except (OSError, OverflowError) as error:
-        if getattr(error, "errno", None) == errno.EPERM:
-            message = f"The kernel does not let this process take descriptors of process {pid}."
-            raise Refusal(Code.NO_PRIVILEGE, message) from None
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            message = (
-                f"This daemon could not take descriptor {fd} of process {pid} ({error}); move fewer sockets "
-                "at a time, or raise LimitNOFILE of its unit."
-            )
-            raise NoDescriptors(Code.INTERNAL, message) from None
-        message = f"There is no descriptor {fd} of a process {pid} ({error}); see sockmi list."
-        raise Refusal(Code.NO_SUCH_SOCKET, message) from None
-    if not stat.S_ISSOCK(os.fstat(copy).st_mode):
+        raise _refusal(pid, fd, error) from None
+    found = os.fstat(copy)
+    if is_spare(copy):
         os.close(copy)
-        raise Refusal(Code.NO_SUCH_SOCKET, f"Descriptor {fd} of process {pid} is not a socket.")
+        raise _refusal(pid, fd, OSError(errno.EMFILE, "the last ones are kept for moves under way"))
+    if not stat.S_ISSOCK(found.st_mode) or inode not in (None, found.st_ino):
+        os.close(copy)
+        what = "not a socket" if not stat.S_ISSOCK(found.st_mode) else "another socket by now"
+        raise Refusal(Code.NO_SUCH_SOCKET, f"Descriptor {fd} of process {pid} is {what}; see sockmi list.")
     return copy
+
+
+def _refusal(pid: int, fd: int, error: OSError | OverflowError) -> Refusal:
+    code = getattr(error, "errno", None)
+    if code in _FORBIDDEN:
+        return Refusal(
+            Code.NO_PRIVILEGE,
+            f"The kernel does not let this process take descriptors of process {pid} ({error}); give the "
+            "daemon CAP_SYS_PTRACE, and look for a security module that limits ptrace.",
+        )
+    if code in _EXHAUSTED:
+        return Refusal(
+            Code.NO_DESCRIPTORS,
+            f"There is no descriptor left to take descriptor {fd} of process {pid} with ({error}); move "
+            "fewer at once, or raise LimitNOFILE in the daemon's unit (ENFILE: fs.file-max).",
+        )
+    if code in _ABSENT or isinstance(error, OverflowError):
+        message = f"There is no descriptor {fd} of a process {pid} ({error}); see sockmi list."
+        return Refusal(Code.NO_SUCH_SOCKET, message)
+    return Refusal(
+        Code.INTERNAL,
+        f"Descriptor {fd} of process {pid} cannot be taken ({error}); pidfd_getfd(2) needs Linux 5.6 and a "
+        "seccomp filter that lets it pass.",
+    )
