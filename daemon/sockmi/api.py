@@ -133,16 +133,14 @@ class Direction(StrEnum):
 
 
 class Step(StrEnum):
-    """How far a migration has come (docs/architecture.md)."""
+    """How far a migration has come, as this host knows (docs/architecture.md)."""
 
     SELECTED = "selected"
     REQUESTED = "requested"
-    RESERVED = "reserved"
     FROZEN = "frozen"
     PREPARED = "prepared"
     COMMITTED = "committed"
     ACTIVE = "active"
-    ENDED = "ended"
 
 
 class Outcome(StrEnum):
@@ -165,7 +163,8 @@ class MigrationRecord(_Model):
     ``local`` and ``remote`` are as the exporter's socket had them; ``remote`` is None unless
     connected. ``from_`` and ``to`` (in JSON ``from`` and ``to``) are host names; ``to`` is
     None until chosen. ``blackout_us`` is the freeze as this host measured it. ``outcome`` is
-    None while the migration is under way; ``refusal`` says why it is not ``moved``.
+    None while the migration is under way; ``refusal`` says why it is not ``moved``. ``user_id``: who
+    asked for the export. Sizes are those of the image: 0 until there is one.
     """
 
     migration_id: UUID
@@ -177,6 +176,7 @@ class MigrationRecord(_Model):
     remote: EndpointText | None = None
     from_: Name = Field(alias="from")
     to: Name | None = None
+    user_id: Count | None = None
     pid: int | None = None
     fd: int | None = None
     listener: UUID | None = None

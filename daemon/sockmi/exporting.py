@@ -14,6 +14,7 @@ import os
 import sys
 import termios
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
@@ -25,7 +26,7 @@ from sockmi.addresses import FourTuple
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind, SocketFacts
 from sockmi.engine.listing import half_open
-from sockmi.image import Section
+from sockmi.image import Section, peek
 from sockmi.image.native import stamp, with_section
 from sockmi.image.sections import Place as ImagePlace
 from sockmi.journal import Change, Record
@@ -48,7 +49,7 @@ from sockmi.redirect.base import Mode
 from sockmi.redirect.held import pack
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, audit, by_mode, microseconds_since, now_text, outbound, why
+from sockmi.shell import Shell, audit, by_mode, close_all, microseconds_since, now_text, outbound, why
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ _HALF_OPEN_S = 70.0
 _IMAGE_OVERHEAD_BYTES = 2048
 # What the end of a migration adds to its record.
 _NEWS = (
-    "outcome", "refusal", "step", "to", "mode", "ended_at", "blackout_us", "image_bytes", "fidelity",
+    "outcome", "refusal", "step", "to", "mode", "ended_at", "blackout_us", "fidelity",
+    "receive_queue_bytes", "sent_bytes", "unsent_bytes", "image_bytes",
 )  # fmt: skip
 _LATE_MAX = 16  # how often a listener that is being closed is looked at for what came late
 _GROWTH_BYTES = 1 << 20  # what queues may take between selection and freeze
@@ -74,7 +76,7 @@ FindHolders = Callable[[set[int], Callable[[dict[int, list[int]], dict[int, Refu
 class Selected:
     """One socket that somebody wants moved; the shell owns ``descriptor`` (a duplicate).
 
-    ``caller``: None for those who may move any socket; others only what is theirs.
+    ``caller``: None for those who may move any socket; others only what is theirs. ``user_id``: who asked.
     """
 
     descriptor: int
@@ -83,6 +85,7 @@ class Selected:
     caller: Caller | None = None
     context: bytes | None = None
     migration_id: UUID | None = None
+    user_id: int | None = None
 
 
 @dataclass(slots=True)
@@ -137,6 +140,9 @@ class Exporting:
         self._following: dict[BatchId, Queue] = {}
         self._inodes: set[int] = set()
         self._to_resume: list[Export] = []
+        self._outcomes: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+        self._shipped_bytes = 0
         self._reachability: dict[tuple[Mode, IPv4Address | IPv6Address], tuple[float, str | None]] = {}
 
     # -- selection
@@ -153,14 +159,18 @@ class Exporting:
     ) -> BatchId:
         """Move sockets; ``done`` gets one record for each, in order, and ``progress`` each as it ends.
 
-        A descriptor whose socket is already migrating, or cannot move, is refused at once.
-        Returns the batch id, for ``cancel``.
+        A descriptor whose socket is already migrating, or cannot move, is refused at once. The descriptors
+        are this method's, also if it raises. Returns the batch id, for ``cancel``.
         """
         batch_id = uuid4().bytes
         batch = Batch(done, progress)
         going: list[Export] = []
         begun: list[dict[str, Any]] = []
-        facts = self._shell.engine.inspect([one.descriptor for one in selection])
+        try:
+            facts = self._shell.engine.inspect([one.descriptor for one in selection])
+        except BaseException:
+            close_all([one.descriptor for one in selection])
+            raise
         for one, fact in zip(selection, facts, strict=True):
             export = self._register(one, fact, batch_id)
             batch.records.append(export.record)
@@ -174,8 +184,15 @@ class Exporting:
             else:
                 self._inodes.add(fact.inode)
                 going.append(export)
-        self._journal_start(begun)
+        try:
+            self._journal_start(begun)
+        except Exception as error:  # a full disk
+            _log.exception("journalling the start of %d migrations", len(begun))
+            for export in going:
+                self._end(export, batch, "refused", _unwritable(error))
+            going = []
         if not going:
+            self._account()
             done(batch.records)
             return batch_id
         self._batches[batch_id] = batch
@@ -190,11 +207,20 @@ class Exporting:
                 inode, caller = export.facts.inode, export.selected.caller
                 export.holders = holders.get(inode, [])
                 refusal = (caller.obstacle(export.holders) if caller else None) or verdicts.get(inode)
-                if refusal is not None:
+                try:
+                    item = None if refusal else self._item(export, planned=dry_run)
+                except Exception as error:
+                    _log.exception("looking at %s", export.facts.tuple or export.facts.local)
+                    message = f"The daemon failed ({error}); its log has the details."
+                    refusal, item = Refusal(Code.INTERNAL, message), None
+                if item is None:
                     self._end(export, batch, "refused", refusal)
                 else:
-                    items.append(self._item(export, planned=dry_run))
-            self._journal_start([export.record for export in going if export.record.get("outcome")])
+                    export.record["step"] = "requested"
+                    items.append(item)
+            if ended := [export.record for export in going if export.record.get("outcome")]:
+                self._shell.note(_started(ended))
+                self._account()
             if not items:
                 self.batch_done(batch_id)
                 return
@@ -205,6 +231,16 @@ class Exporting:
 
         self._find_holders({export.facts.inode for export in going}, found)
         return batch_id
+
+    def turn_away(self, refused: Sequence[tuple[dict[str, Any], Refusal]]) -> list[dict[str, Any]]:
+        """Records of sockets that are refused before they could be looked at: completed, and journalled."""
+        records = [record for record, _ in refused]
+        for record, refusal in refused:
+            record.update(outcome="refused", ended_at=now_text(), refusal=why(refusal))
+            self._count(record)
+        self._shell.note(_started(records))
+        self._account()
+        return records
 
     def _obstacle(self, export: Export) -> Refusal | None:
         """What stands against a migration besides the socket itself."""
@@ -234,8 +270,8 @@ class Exporting:
         for export in waiting:
             self._end(export, batch, "refused", refusal)
         if waiting:
-            records = [export.record for export in waiting]
-            self._shell.note(Change(audit=[(UUID(one["migration_id"]), "export", one) for one in records]))
+            self._shell.note(_started([export.record for export in waiting]))
+            self._account()
             self.batch_done(batch_id)
         else:
             self._shell.dispatch(CancelExport(batch_id))
@@ -256,12 +292,11 @@ class Exporting:
             "remote": str(facts.remote) if facts.remote else None,
             "from": self._shell.host_name,
             "to": None,
+            "user_id": selected.user_id,
             "pid": selected.pid,
             "fd": selected.fd,
             "started_at": now_text(),
             "step": "selected",
-            "receive_queue_bytes": facts.receive_queue_bytes,
-            "sent_bytes": facts.send_queue_bytes,
             "context_bytes": len(selected.context or b""),
         }
         export = Export(selected, migration_id.bytes, facts, record)
@@ -300,10 +335,8 @@ class Exporting:
         return max(size, min(size + _GROWTH_BYTES, self._shell.config.image_bytes_max))
 
     def _journal_start(self, records: list[dict[str, Any]]) -> None:
-        change = Change()
-        for record in records:
-            change.audit.append((UUID(record["migration_id"]), "export", record))
-        self._shell.journal.write(change)
+        if records:
+            self._shell.journal.write(_started(records))
 
     # -- freeze and thaw
 
@@ -341,6 +374,7 @@ class Exporting:
         for export, result in zip(exports, results, strict=True):
             if isinstance(result, bytes):
                 export.frozen_at = frozen_at
+                export.record["step"] = "frozen"
         # A busy host takes its time to have a thread stop; the other half is for the rest of the freeze.
         self._stop(exports, results, min(action.deadline_s / 2, _STOP_TIMEOUT_MAX_S))
         reached("freeze.stopped")
@@ -478,6 +512,8 @@ class Exporting:
         """Redirect, compare, journal, close; what fails is undone and goes on where it was."""
         shell = self._shell
         exports = [self.exports[route.migration] for route in action.routes]
+        for export in exports:
+            export.record["step"] = "prepared"
         results: list[Refusal | None] = [None] * len(exports)
         self._send_away(action.routes, exports, results)
         reached("commit.led-away")
@@ -496,9 +532,8 @@ class Exporting:
         except Exception as error:  # a full disk must not cost a connection
             for index in list(queues):
                 self.queues.end(queues.pop(index))
-            refusal = Refusal(Code.INTERNAL, f"The journal cannot be written ({error}); see sockmi doctor.")
             for index in going:
-                results[index] = refusal
+                results[index] = _unwritable(error)
             self._take_back(action.routes, exports, results, undone=set(range(len(exports))) - set(going))
             going = []
         reached("commit.journalled")
@@ -779,6 +814,7 @@ class Exporting:
                 self._finish(change, export, result, batch)
         if change.audit:
             self._shell.note(change)
+        self._account()
 
     def _finish(self, change: Change, export: Export, result: Result, batch: Batch | None) -> None:
         record = export.record
@@ -788,6 +824,11 @@ class Exporting:
             record["mode"] = result.place.mode
         if result.fidelity is not None:
             _merge_fidelity(record, result.fidelity)
+        if export.image:
+            facts = peek(export.image)
+            record["receive_queue_bytes"] = facts.receive_bytes
+            record["sent_bytes"], record["unsent_bytes"] = facts.sent_bytes, facts.unsent_bytes
+            self._shipped_bytes += len(export.image)
         if result.outcome is Outcome.ACTIVE:
             record["step"] = "active"
             record["blackout_us"] = microseconds_since(export.frozen_at)
@@ -806,9 +847,11 @@ class Exporting:
         """A migration that an earlier run of this daemon had committed."""
         if result.outcome is Outcome.ACTIVE:
             audit(change, result.migration, "export", step="active", outcome="moved", ended_at=now_text())
+            self._outcomes["moved"] += 1
         elif result.outcome is Outcome.LOST:
             refusal = why(result.refusal) if result.refusal else None
             audit(change, result.migration, "export", outcome="failed", refusal=refusal, ended_at=now_text())
+            self._outcomes["failed"] += 1
 
     def _end(self, export: Export, batch: Batch | None, outcome: str, refusal: Refusal | None) -> None:
         record = export.record
@@ -816,8 +859,7 @@ class Exporting:
         record["ended_at"] = now_text()
         if refusal is not None:
             record["refusal"] = why(refusal)
-            self._shell.metrics.refusals.labels(code=refusal.code).inc()
-        self._shell.metrics.migrations.labels(direction="export", outcome=outcome).inc()
+        self._count(record)
         migration = export.migration
         if self.exports.get(migration) is export:
             del self.exports[migration]
@@ -826,6 +868,26 @@ class Exporting:
         export.image = b""
         if batch is not None and batch.progress is not None:
             _tell(batch.progress, record)
+
+    def _count(self, record: dict[str, Any]) -> None:
+        """For the metrics and the log, which are written when there is time."""
+        self._outcomes[record["outcome"]] += 1
+        if refusal := record.get("refusal"):
+            self._refusals[refusal["code"]] += 1
+        self._shell.moves.append(record)
+
+    def _account(self) -> None:
+        """What has ended since the last time goes into the metrics, all at once."""
+        metrics = self._shell.metrics
+        for outcome, count in self._outcomes.items():
+            metrics.migrations.labels(direction="export", outcome=outcome).inc(count)
+        for code, count in self._refusals.items():
+            metrics.refusals.labels(code=code).inc(count)
+        if self._shipped_bytes:
+            metrics.image_bytes.labels(direction="export").inc(self._shipped_bytes)
+        self._outcomes.clear()
+        self._refusals.clear()
+        self._shipped_bytes = 0
 
     def batch_done(self, batch_id: BatchId) -> None:
         """Every migration of the batch has its outcome."""
@@ -846,6 +908,20 @@ class Exporting:
         reached("decision.forgotten")
 
 
+def _started(records: Sequence[dict[str, Any]]) -> Change:
+    return Change(audit=[(UUID(record["migration_id"]), "export", record) for record in records])
+
+
+def _unwritable(error: Exception) -> Refusal:
+    return Refusal(Code.INTERNAL, f"The journal cannot be written ({error}); see sockmi doctor.")
+
+
+def _size(export: Export) -> int:
+    """About how long the image will be, in bytes."""
+    queued = export.facts.receive_queue_bytes + export.facts.send_queue_bytes
+    return queued + len(export.selected.context or b"") + _IMAGE_OVERHEAD_BYTES
+
+
 def _size_now(export: Export) -> int:
     """The same, of a connection that has been queueing since it was selected."""
     if export.facts.kind is not Kind.CONNECTED:
@@ -854,12 +930,6 @@ def _size_now(export: Export) -> int:
     for queue in (termios.FIONREAD, termios.TIOCOUTQ):  # SIOCINQ and SIOCOUTQ, by their other names
         with contextlib.suppress(OSError):  # it has ended meanwhile: the capture will say so
             queued += int.from_bytes(fcntl.ioctl(export.selected.descriptor, queue, bytes(4)), sys.byteorder)
-    return queued + len(export.selected.context or b"") + _IMAGE_OVERHEAD_BYTES
-
-
-def _size(export: Export) -> int:
-    """About how long the image will be, in bytes."""
-    queued = export.facts.receive_queue_bytes + export.facts.send_queue_bytes
     return queued + len(export.selected.context or b"") + _IMAGE_OVERHEAD_BYTES
 
 

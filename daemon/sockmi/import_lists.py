@@ -168,7 +168,7 @@ class ImportLists:
 
     def waiting(self) -> int:
         """How many requests wait and are not yet claimed."""
-        return sum(map(len, self._free.values()))
+        return sum(map(len, list(self._free.values())))  # a copy: metrics are read in another thread
 
     def waiting_for(self, kind: Kind) -> int:
         """How many of those would take a socket of this kind."""

@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -148,6 +149,9 @@ class Importing:
         self._capacity = capacity
         self._redirecting = redirecting
         self.lists = ImportLists({})
+        for kind in Kind:
+            shell.metrics.import_list.labels(kind=kind).set_function(functools.partial(self._length, kind))
+        shell.metrics.waiting.set_function(self.lists.waiting)
         self.copies: dict[MigrationId, Copy] = {}
         self._handings: dict[Client, Handing] = {}
         self._wishes: dict[Client, Wish] = {}
@@ -214,7 +218,26 @@ class Importing:
         self.update_capacity()
         self._shell.dispatch(PrepareDone(action.chunk, tuple(results)))
         # When PREPARED is on its way.
-        self._shell.loop.call_later(0, self._hand_early, [copy for copy in copies if copy is not None])
+        refusals = [result for result in results if isinstance(result, Refusal)]
+        self._shell.loop.call_later(
+            0,
+            self._prepared,
+            [copy for copy in copies if copy is not None],
+            refusals,
+            sum(map(len, action.images)),
+        )
+
+    def _prepared(self, copies: list[Copy], refusals: list[Refusal], shipped_bytes: int) -> None:
+        self._hand_early(copies)
+        metrics = self._shell.metrics
+        metrics.image_bytes.labels(direction="import").inc(shipped_bytes)
+        for code, count in Counter(refusal.code for refusal in refusals).items():
+            metrics.refusals.labels(code=code).inc(count)
+        self._count("refused", len(refusals))
+
+    def _count(self, outcome: str, count: int) -> None:
+        if count:
+            self._shell.metrics.migrations.labels(direction="import", outcome=outcome).inc(count)
 
     def _prepare(self, action: Prepare, copies: list[Copy | None], results: list[Fidelity | Refusal]) -> None:
         shell = self._shell
@@ -333,6 +356,8 @@ class Importing:
             if journalled:  # else not: what the journal has prepared is in the spool
                 self._unspool(copy)
             self._undo_handing(copy)
+            self._shell.moves.append(copy.record)
+        self._count("aborted", len(copies))
         for migration in action.migrations:
             self._placing.forget(migration)
         self.update_capacity()
@@ -408,6 +433,7 @@ class Importing:
         self._redirecting.add_holdings(holdings)
         shell.journal.write(change)
         reached("activate.journalled")
+        self._count("failed", results.count(_LOST))
         if not early and not by_client:
             self.update_capacity()
             shell.dispatch(answer)
@@ -787,9 +813,11 @@ class Importing:
             self._unspool(copy)
             change.drop.append((Record.LISTED, migration.hex))
             change.audit.append((migration, "import", news))
+            copy.record.update(news)
+            self._shell.moves.append(copy.record)
         reached("taken.unspooled")
         if change.drop:
-            self._shell.metrics.migrations.labels(direction="import", outcome="moved").inc(len(copies))
+            self._count("moved", len(copies))
             self._shell.note(change)
         reached("taken.journalled")
         if tuples := [copy.tuple for copy in copies if copy.tuple]:
@@ -908,6 +936,9 @@ class Importing:
             Kind.CONNECTED: limits.max_connected,
         }
         self.update_capacity()
+
+    def _length(self, kind: Kind) -> int:
+        return self.lists.counts()[kind]
 
     def update_capacity(self) -> None:
         """Tell the core what there is room for."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from typing import Any
 
@@ -46,19 +47,34 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people."""
+    """A line for people; for the systemd journal with its priority, and without the time, which it has."""
+
+    def __init__(self, *, journal: bool = False) -> None:
+        time = "" if journal else "%(asctime)s "
+        super().__init__(f"{time}%(levelname)s %(name)s: %(message)s")
+        self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
         """As logging.Formatter."""
         text = super().format(record)
         fields = " ".join(f"{name}={value}" for name, value in _fields(record).items())
-        return f"{text} [{fields}]" if fields else text
+        text = f"{text} [{fields}]" if fields else text
+        if not self._journal:
+            return text
+        priority = f"<{_PRIORITIES.get(record.levelno, 5)}>"
+        return "\n".join(priority + line for line in text.splitlines())
+
+
+def _is_journal(descriptor: int) -> bool:
+    """Whether systemd has connected a descriptor to its journal (systemd.exec(5), JOURNAL_STREAM)."""
+    status = os.fstat(descriptor)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def configure(config: Config) -> None:
     """Send the log to standard error, as the configuration says."""
     handler = logging.StreamHandler(sys.stderr)
-    text = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    text = TextFormatter(journal=_is_journal(sys.stderr.fileno()))
     handler.setFormatter(JsonFormatter() if config.log_format == "json" else text)
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -77,7 +77,8 @@ _TRIM_AFTER_ROWS = 100
 _ADDRESSES_INTERVAL_S = 10.0
 _AGES_INTERVAL_S = 1.0
 _KEEP_HISTORY = 100_000
-_PRUNE_INTERVAL_S = 3600.0
+_PRUNE_INTERVAL_S = 60.0
+_PRUNE_ROWS = 1000  # at once
 _STOP_GRACE_S = 5.0
 # Halves, thirds, quarters and fifths are whole, and 1000 fits in 16 bits.
 _WEIGHT_UNITS = 60
@@ -236,7 +237,7 @@ class Daemon:
             self.loop, self.config.control_path, self.config.control_mode, self.operations
         )
         self._fold()
-        self.loop.call_later(_PRUNE_INTERVAL_S, self._prune)
+        self._prune()
         self._learn_addresses()
         self._look_at_listeners()
         self._look_at_ages()
@@ -321,6 +322,8 @@ class Daemon:
             self._destroyed.close()
         self.metrics.close()
         self.diag.close()
+        while self.shell.moves.write(idle=True):
+            pass
         try:
             self.journal.prune(_KEEP_HISTORY)
         except Exception:  # a full disk is no reason not to stop
@@ -405,14 +408,21 @@ class Daemon:
                 self._untrimmed = 0
                 gc.collect()
                 trim()
+        self._tell_moves()
         self.loop.call_later(_FOLD_INTERVAL_S, self._fold)
 
     def _prune(self) -> None:
-        """The history is bounded while the daemon runs, too."""
+        """Now and then, a little at a time: the history does not grow without end between two stops."""
+        pruned = 0
         if self.core.idle:
             with contextlib.suppress(sqlite3.Error):
-                self.journal.prune(_KEEP_HISTORY)
-        self.loop.call_later(_PRUNE_INTERVAL_S, self._prune)
+                pruned = self.journal.prune(_KEEP_HISTORY, _PRUNE_ROWS)
+        more = pruned == _PRUNE_ROWS or not self.core.idle
+        self.loop.call_later(_FOLD_INTERVAL_S if more else _PRUNE_INTERVAL_S, self._prune)
+
+    def _tell_moves(self) -> None:
+        if self.shell.moves.write(idle=self.core.idle):
+            self.loop.call_later(0, self._tell_moves)
 
     # -- events and actions
 
@@ -531,11 +541,13 @@ class Daemon:
         def finish(one: asyncio.Future[dict[int, dict[int, list[int]]]]) -> None:
             try:
                 holders = one.result()
-            except OSError as error:
+                verdicts = dict(zip(holders, owners.verdicts(list(holders)), strict=True))
+            except Exception as error:
+                if not isinstance(error, OSError):
+                    _log.exception("looking for the owners of %d sockets", len(inodes))
                 message = f"The owners of this socket cannot be found ({error}); try again."
                 found({}, dict.fromkeys(inodes, Refusal(Code.OWNER_UNSTOPPABLE, message)))
                 return
-            verdicts = dict(zip(holders, owners.verdicts(list(holders)), strict=True))
             found(
                 {inode: sorted(by_pid) for inode, by_pid in holders.items()},
                 {inode: refusal for inode, refusal in verdicts.items() if refusal is not None},

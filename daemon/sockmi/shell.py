@@ -19,6 +19,7 @@ from sockmi.config import Config
 from sockmi.engine.base import Engine
 from sockmi.journal import Change, Journal
 from sockmi.metrics import Metrics
+from sockmi.movelog import MoveLog
 from sockmi.protocol.actions import Action
 from sockmi.protocol.events import Event
 from sockmi.protocol.records import Holding, HostId, Route
@@ -68,6 +69,7 @@ class Shell:
     unwritten: deque[tuple[UUID, str, dict[str, Any]]] = field(
         default_factory=lambda: deque(maxlen=_UNWRITTEN_MAX)
     )
+    moves: MoveLog = field(default_factory=MoveLog)
 
     def note(self, change: Change) -> None:
         """Journal what a restart would find out by itself: a full disk must not end the daemon for it."""

@@ -175,6 +175,10 @@ migrations:
       description: Name of the importer; null until it is chosen.
       type: str
       returned: always
+    user_id:
+      description: User who asked for it.
+      type: int
+      returned: always
     pid:
       description: Process that held it.
       type: int
@@ -287,6 +291,7 @@ migrations:
       remote: 10.7.0.9:40112
       from: a
       to: b
+      user_id: 0
       pid: 510
       fd: 5
       listener: null

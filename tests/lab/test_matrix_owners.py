@@ -382,6 +382,7 @@ def test_the_list_fills_at_the_last_moment(it: Bench, tmp_path: Path) -> None:
                 [record] = moving.result()
             held.back()
         assert verdict(record)[:2] == ("aborted", "list-full"), record
+        assert record["step"] == "frozen"
         it.undeafen([case])
         it.finish(case, case.ours)
         assert status(it.host("b"))["import_lists"]["connected"]["length"] == 0

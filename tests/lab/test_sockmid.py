@@ -21,7 +21,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from lab.daemons import Daemon, daemon_config, key_file, write_secret
+from lab.daemons import Daemon, Daemons, daemon_config, key_file, write_secret
 from lab.host import Host
 from lab.labs import Lab
 from sockmi import api
@@ -513,6 +513,40 @@ def test_json_logs(lab: Lab) -> None:
         assert {"time", "priority", "level", "logger", "message"} <= set(line)
         assert line["logger"].startswith("sockmi") and abs(line["time"] - time.time()) < 600
     assert {line["level"] for line in lines} >= {"info", "error"}
+
+
+def test_the_journal_has_priorities(lab: Lab, host: Host) -> None:
+    """When standard error is the systemd journal: lines begin with <N>, and have no time of their own."""
+    path = host.run_dir / "journal.log"
+    with path.open("wb") as log:
+        where = os.fstat(log.fileno())
+        environment = host.environment | {"JOURNAL_STREAM": f"{where.st_dev}:{where.st_ino}"}
+        command = [sys.executable, "-m", "sockmi.service", "--config", str(written(host))]
+        process = host.popen(command, env=environment, stderr=log)
+    try:
+        until(lambda: "is ready" in path.read_text())
+    finally:
+        process.terminate()
+        process.wait(15)
+    lines = path.read_text().splitlines()
+    assert lines and all(re.match(r"<[2-7]>[A-Z]+ ", line) for line in lines), lines
+
+
+def test_doctor_hears_another_key(lab: Lab) -> None:
+    """Two daemons with different keys: each is told that the other is there, and where."""
+    a, b = lab.host("a"), lab.host("b")
+    with Daemons(lab, "ab") as running:
+        running["b"].stop()
+        write_secret(key_file(b), KEY)
+        running["b"].start()
+
+        def check(host: Host) -> dict[str, Any]:
+            checks = run("doctor", "--json", host=host).json["checks"]
+            return dict(next(one for one in checks if one["name"] == "group key"))
+
+        until(lambda: check(a)["status"] == "warning" and check(b)["status"] == "warning")
+        assert str(b.address4) in check(a)["message"]
+        assert "key file" in check(a)["mend"]
 
 
 # -- the unit

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""The log lines of migrations that have ended: written when there is time, not in a freeze."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Any
+
+_log = logging.getLogger("sockmi.moves")
+
+_LINES_PER_TURN = 200
+_WAITING_MAX = 10_000
+
+
+class MoveLog:
+    """Records wait here until the daemon is idle; so many at most, then the oldest are written at once."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[dict[str, Any]] = deque()
+
+    def append(self, record: dict[str, Any]) -> None:
+        """A migration that has ended; its record may still change until it is written."""
+        if _log.isEnabledFor(logging.INFO) or record["outcome"] == "failed":
+            self._waiting.append(record)
+
+    def write(self, *, idle: bool) -> bool:
+        """Write some lines: of all that wait if ``idle``, else of what is too much. True: call it again."""
+        surplus = len(self._waiting) - (0 if idle else _WAITING_MAX)
+        for _ in range(min(surplus, _LINES_PER_TURN)):
+            _write(self._waiting.popleft())
+        return surplus > _LINES_PER_TURN
+
+
+def _write(record: dict[str, Any]) -> None:
+    outcome, refusal = record["outcome"], record.get("refusal")
+    local, remote = record.get("local") or "an unbound socket", record.get("remote")
+    connection = f"{local} - {remote}" if remote else local
+    way = (
+        f"from {record['from']}" if record["direction"] == "import" else f"to {record.get('to') or 'nobody'}"
+    )
+    why = f": {refusal['code']}: {refusal['message']}" if refusal else ""
+    _log.log(
+        logging.ERROR if outcome == "failed" else logging.INFO,
+        "%s of %s %s: %s%s",
+        record["direction"],
+        connection,
+        way,
+        outcome,
+        why,
+        extra={
+            "migration_id": record["migration_id"],
+            "connection": connection,
+            "step": record.get("step", "selected"),
+            "ended_at": record.get("ended_at"),
+        },
+    )
