@@ -595,7 +595,10 @@ class HistoryResponse(_Response):
 
 
 class Progress(_Model):
-    """How far a drain has come; ``planned`` counts for dry runs."""
+    """How far a drain has come; ``planned`` counts for dry runs.
+
+    ``closed``: those of ``selected`` that nobody held any more when their turn came.
+    """
 
     selected: Count
     moved: Count
@@ -603,6 +606,7 @@ class Progress(_Model):
     aborted: Count
     failed: Count
     planned: Count = 0
+    closed: Count = 0
     remaining: Count
     elapsed_s: float
     rate_per_s: float

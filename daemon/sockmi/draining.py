@@ -3,21 +3,26 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 from uuid import uuid4
 
 from sockmi import api
 from sockmi.engine.duplicate import duplicate
+from sockmi.engine.listing import Holder
+from sockmi.engine.owners import Holders, find_holders
 from sockmi.exporting import Selected
-from sockmi.journal import Change
 from sockmi.parts import Parts
 from sockmi.refusal import Code, Refusal
 from sockmi.selection import Found, kind_of
-from sockmi.shell import now_text, whole_record, why
+from sockmi.shell import now_text, whole_record
+
+_log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
@@ -25,10 +30,20 @@ _RATE_TICK_S = 0.1
 _BATCH_MAX = 1024
 _PLAN_MAX = 32768
 _BATCH_NEXT = 256  # when so few are left of one, the next begins
+_ADMINISTRATOR = 0
+_ONLY_RING = Refusal(
+    Code.OWNER_IO_URING,
+    "Only an io_uring holds it by now, whose operations go on while its process is stopped; "
+    "run the application without io_uring.",
+)
 
 
 class Drain:
-    """Sockets go in batches: all at once, or as many each tick as the rate allows."""
+    """Sockets go in batches: all at once, or as many each tick as the rate allows.
+
+    A descriptor that is gone when its turn comes does not mean that the socket is: it may have been passed
+    on. At the end the holders of such sockets are looked for once more; what nobody holds has been closed.
+    """
 
     def __init__(
         self,
@@ -36,16 +51,24 @@ class Drain:
         request: api.DrainRequest,
         target: tuple[bytes | None, IPv4Address | IPv6Address | None],
         report: Callable[[dict[str, Any]], None],
+        fail: Callable[[Exception], None],
     ) -> None:
+        """``report`` gets each line of the answer; ``fail`` what ends the drain instead."""
         self._daemon = daemon
         self._request = request
         self._target = target
         self._report = report
+        self._fail = fail
         self._started = time.monotonic()
-        self._left: list[Found] = []
+        self._left: list[list[Found]] = []
+        self._missing: list[Found] = []
+        self._looked_for: set[int] = set()
+        self._looking = False
         self._counts = dict.fromkeys(api.Outcome, 0)
         self._selected = 0
+        self._closed = 0
         self._under_way = 0
+        self._starved_since: float | None = None
         self._news: list[dict[str, Any]] = []
         self._allowance = 0.0
         self._descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # half of them for one drain
@@ -54,7 +77,10 @@ class Drain:
 
     def start(self, found: list[Found]) -> None:
         """One socket may have many descriptors: it is moved once."""
-        self._left = list({one.socket.inode: one for one in found}.values())
+        by_inode: dict[int, list[Found]] = {}
+        for one in found:
+            by_inode.setdefault(one.socket.inode, []).append(one)
+        self._left = list(by_inode.values())
         self._selected = len(self._left)
         self._progress()
         self._next()
@@ -63,8 +89,25 @@ class Drain:
         """Start nothing more; what is under way goes on."""
         self._cancelled = True
         self._left.clear()
+        self._missing.clear()
 
     def _next(self) -> None:
+        if self._finished:
+            return
+        try:
+            self._take_some()
+            if self._left:
+                self._daemon.loop.call_later(_RATE_TICK_S, self._next)
+            self._check()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.cancel()
+        self._finished = True
+        self._fail(error)
+
+    def _take_some(self) -> None:
         room = max(1, self._descriptors // 2 - self._under_way)
         if self._request.dry_run:
             take = _PLAN_MAX  # at once: nothing of the room that one batch finds is kept for the next
@@ -75,31 +118,28 @@ class Drain:
             self._allowance = min(self._allowance + self._request.rate_per_s * _RATE_TICK_S, _BATCH_MAX)
             take = min(int(self._allowance), room)
             self._allowance -= min(take, len(self._left))
-        rows, self._left = self._left[:take], self._left[take:]
-        if rows:
-            self._send(rows)
-        if self._left:
-            self._daemon.loop.call_later(_RATE_TICK_S, self._next)
-        self._check()
+        some, self._left = self._left[:take], self._left[take:]
+        if some:
+            self._send(some)
 
-    def _send(self, rows: list[Found]) -> None:
+    def _send(self, some: list[list[Found]]) -> None:
         selection: list[Selected] = []
-        for number, row in enumerate(rows):
-            try:
-                descriptor = duplicate(row.holder.pid, row.holder.fd)
-            except Refusal as refusal:
-                if refusal.code is Code.NO_DESCRIPTORS and (selection or self._under_way):
-                    self._left[:0] = rows[number:]  # those that are under way give theirs back
-                    break
-                if refusal.code is Code.NO_SUCH_SOCKET:
-                    # It has been closed since it was listed: nothing is left to move.
-                    self._selected -= 1
-                else:
-                    self._refused(row, refusal)
-                continue
-            selection.append(Selected(descriptor, row.holder.pid, row.holder.fd))
+        refused: list[tuple[Found, Refusal]] = []
+        for index, rows in enumerate(some):
+            taken = _take(rows)
+            if isinstance(taken, Selected):
+                selection.append(taken)
+            elif taken.code is Code.NO_DESCRIPTORS and self._may_wait(bool(selection)):
+                self._left[:0] = some[index:]
+                break
+            elif taken.code is Code.NO_SUCH_SOCKET and rows[0].socket.inode not in self._looked_for:
+                self._missing.append(rows[0])
+            else:
+                refused.append((rows[0], taken))
+        self._refuse(refused)
         if not selection:
             return
+        self._starved_since = None
         self._under_way += len(selection)
         self._daemon.exporting.export(
             selection,
@@ -110,27 +150,39 @@ class Drain:
             progress=self._ended,
         )
 
-    def _refused(self, row: Found, refusal: Refusal) -> None:
-        """It could not even be taken: a record of its own, in the history too."""
-        one, now, migration_id = row.socket, now_text(), uuid4()
-        record: dict[str, Any] = {
-            "migration_id": str(migration_id),
+    def _may_wait(self, others: bool) -> bool:
+        """Whether descriptors will be free again; a plan is for all sockets together."""
+        if self._request.dry_run:
+            return False
+        now = time.monotonic()
+        if others or self._under_way or self._starved_since is None:
+            self._starved_since = now
+        return now - self._starved_since < (self._request.timeout_s or _TIMEOUT_S)
+
+    def _refuse(self, refused: Sequence[tuple[Found, Refusal]]) -> None:
+        records = [(self._record(row), refusal) for row, refusal in refused]
+        if not records:
+            return
+        self._under_way += len(records)
+        for record in self._daemon.exporting.turn_away(records):
+            self._ended(record)
+
+    def _record(self, row: Found) -> dict[str, Any]:
+        listed = row.socket
+        return {
+            "migration_id": str(uuid4()),
             "direction": "export",
-            "kind": kind_of(one),
-            "state": one.state,
-            "local": str(one.local),
-            "remote": str(one.remote) if one.remote else None,
+            "kind": kind_of(listed),
+            "state": listed.state,
+            "local": str(listed.local),
+            "remote": str(listed.remote) if listed.remote else None,
             "from": self._daemon.host_name,
+            "user_id": _ADMINISTRATOR,
             "pid": row.holder.pid,
             "fd": row.holder.fd,
-            "started_at": now,
-            "ended_at": now,
-            "outcome": api.Outcome.REFUSED,
-            "refusal": why(refusal),
+            "started_at": now_text(),
+            "step": "selected",
         }
-        self._daemon.shell.note(Change(audit=[(migration_id, "export", record)]))
-        self._under_way += 1
-        self._ended(record)
 
     def _ended(self, record: dict[str, Any]) -> None:
         if record.get("listener") is None:
@@ -140,11 +192,49 @@ class Drain:
         self._counts[api.Outcome(record["outcome"])] += 1
         self._news.append(record)
 
+    # -- what is not where it was
+
+    def _look(self) -> None:
+        """Who holds them now? In a thread: it looks through /proc."""
+        missing, self._missing = self._missing, []
+        self._looking = True
+        inodes = {row.socket.inode for row in missing}
+        self._looked_for |= inodes
+        self._daemon.loop.run_in_executor(None, find_holders, inodes).add_done_callback(
+            lambda future: self._looked(missing, future)
+        )
+
+    def _looked(self, missing: list[Found], future: Any) -> None:
+        self._looking = False
+        if self._finished or self._cancelled:
+            return
+        try:
+            holders: Holders = future.result()[0]
+        except Exception as error:
+            self._give_up(error)
+            return
+        only_rings = []
+        for row in missing:
+            now = _held_by(row, holders)
+            if now:
+                self._left.append(now)
+            elif row.socket.inode in holders:
+                only_rings.append((row, _ONLY_RING))
+            else:
+                self._closed += 1
+        self._refuse(only_rings)
+        self._next()
+
     def _check(self) -> None:
-        if self._left or self._under_way or self._finished:
+        if self._left or self._under_way or self._looking or self._finished:
+            return
+        if self._missing:
+            self._look()
             return
         self._finished = True
         self._say(more=False)
+
+    # -- telling
 
     def _progress(self) -> None:
         if not self._finished and not self._cancelled:
@@ -171,10 +261,36 @@ class Drain:
                     aborted=self._counts[api.Outcome.ABORTED],
                     failed=self._counts[api.Outcome.FAILED],
                     planned=self._counts[api.Outcome.PLANNED],
-                    remaining=len(self._left) + self._under_way,
+                    closed=self._closed,
+                    remaining=len(self._left) + len(self._missing) + self._under_way,
                     elapsed_s=elapsed_s,
                     rate_per_s=moved / elapsed_s if elapsed_s else 0.0,
                 ).model_dump(),
                 "migrations": [whole_record(record) for record in news],
             }
         )
+
+
+def _take(rows: list[Found]) -> Selected | Refusal:
+    """A descriptor of ours for a socket, from whichever of its holders lets us have it."""
+    refusals = []
+    for row in rows:
+        pid, fd = row.holder.pid, row.holder.fd
+        try:
+            return Selected(duplicate(pid, fd, row.socket.inode), pid, fd, user_id=_ADMINISTRATOR)
+        except Refusal as refusal:
+            refusals.append(refusal)
+            if refusal.code is Code.NO_DESCRIPTORS:
+                return refusal
+    return next((one for one in refusals if one.code is not Code.NO_SUCH_SOCKET), refusals[0])
+
+
+def _held_by(row: Found, holders: Holders) -> list[Found]:
+    """The rows of a socket that others hold by now."""
+    held = holders.get(row.socket.inode, {})
+    return [
+        replace(row, holder=Holder(pid, fd, row.holder.name))
+        for pid, descriptors in held.items()
+        for fd in descriptors
+        if fd >= 0
+    ]

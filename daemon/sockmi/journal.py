@@ -182,20 +182,6 @@ class Journal:
         for (content,) in rows:
             yield from_json(content)
 
-    def history_page(self, before: int | None, count: int) -> list[tuple[int, dict[str, Any]]]:
-        """At most ``count`` records that have an outcome, newest first, with their sequence numbers.
-
-        ``before``: only those of smaller numbers, that is, the next page; None: the first.
-        """
-        if before is None:
-            self.fold()
-        rows = self._database.execute(
-            "SELECT sequence, content FROM migration WHERE open=0 AND (?1 IS NULL OR sequence < ?1) "
-            "ORDER BY sequence DESC LIMIT ?2",
-            (before, count),
-        )
-        return [(sequence, from_json(content)) for sequence, content in rows]
-
     def prune(self, keep: int, most: int = -1) -> int:
         """Of all but the latest ``keep`` migrations forget what has an outcome; returns how many went.
 

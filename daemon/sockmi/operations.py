@@ -3,34 +3,36 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 from sockmi import api
 from sockmi.config import ConfigError
 from sockmi.control import Client
-from sockmi.doctor import examine
+from sockmi.doctor import examine, examine_slowly
 from sockmi.draining import Drain
 from sockmi.engine.base import Kind
 from sockmi.engine.duplicate import duplicate
 from sockmi.engine.listing import Holder
+from sockmi.engine.owners import obstacle_of
 from sockmi.exporting import Selected
+from sockmi.history import History
 from sockmi.parts import Parts
 from sockmi.permission import Caller
 from sockmi.refusal import Code, Refusal
 from sockmi.selection import Found, check_filter, kind_of, select
-from sockmi.shell import close_all, inbound, outbound
+from sockmi.shell import close_all, inbound, outbound, whole_record
 
-_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _ROWS_PER_LINE = 200
-_HISTORY_PAGE = 100  # records looked at in one turn of the loop: some milliseconds
 _EXPORT_TIMEOUT_S = 30.0
+_FINAL = frozenset({"moved", "failed"})  # outcomes after COMMIT: there is nothing to begin again
 
 
 class Operations:
@@ -60,9 +62,8 @@ class Operations:
             if request.op in api.ADMINISTRATOR_OPS and not client.administrator:
                 raise Refusal(Code.NO_PRIVILEGE, f"{request.op} is for administrators; run it as root.")
             self._handlers[request.op](client, request, descriptors)
-        except BaseException:
-            close_all(descriptors)
-            raise
+        finally:
+            close_all(descriptors)  # but for those that a handler has taken out
 
     def gone(self, client: Client) -> None:
         """See control.Handler."""
@@ -77,23 +78,24 @@ class Operations:
     def _export(self, client: Client, request: api.ExportRequest, descriptors: list[int]) -> None:
         if self._daemon.stopping:
             raise Refusal(Code.SHUTTING_DOWN, "This daemon is stopping; try again when it runs.")
-        done_before = self._already_done(request)
-        if done_before is not None:
-            close_all(descriptors)
+        settled = self._settled(client, request)
+        if all(isinstance(one, api.MigrationRecord) for one in settled):
+            done_before = [one for one in settled if isinstance(one, api.MigrationRecord)]
             _respond_records(client, request.id, api.ExportResponse, done_before)
             return
         target = self._daemon.members.target(request.to)
-        selection = self._select(client, request, descriptors)
+        selection = self._select(client, request, descriptors, settled)
 
         def done(records: list[dict[str, Any]]) -> None:
             self._exports.pop(client, None)
             # In the order of the request; what follows a listener is in the history, tagged with it.
             going = iter(records)
-            asked = [
-                api.record_of(next(going)) if isinstance(one, Selected) else self._refused(item, one)
-                for item, one in zip(request.sockets, selection, strict=True)
-            ]
-            _respond_records(client, request.id, api.ExportResponse, asked)
+            with client.answering(request):
+                asked = [
+                    self._asked(item, next(going) if isinstance(one, Selected) else one)
+                    for item, one in zip(request.sockets, selection, strict=True)
+                ]
+                _respond_records(client, request.id, api.ExportResponse, asked)
 
         batch = self._daemon.exporting.export(
             [one for one in selection if isinstance(one, Selected)],
@@ -105,17 +107,32 @@ class Operations:
         if self._daemon.exporting.is_open(batch):
             self._exports[client] = batch
 
-    def _already_done(self, request: api.ExportRequest) -> list[api.MigrationRecord] | None:
-        """Asked again under the same migration ids: the records, if all of them have moved."""
-        ids = [item.migration_id for item in request.sockets]
-        if None in ids:
-            return None
-        records = [
-            self._daemon.journal.migration(migration, "export") for migration in ids if migration is not None
+    def _settled(
+        self, client: Client, request: api.ExportRequest
+    ) -> list[api.MigrationRecord | Refusal | None]:
+        """Of sockets that are asked for again (the same migration id): what is not begun again, and why."""
+        return [
+            self._settled_before(client, item.migration_id) if item.migration_id else None
+            for item in request.sockets
         ]
-        if all(record is not None and record.get("outcome") == "moved" for record in records):
-            return [api.record_of(record) for record in records if record is not None]
-        return None
+
+    def _settled_before(self, client: Client, migration: UUID) -> api.MigrationRecord | Refusal | None:
+        record = self._daemon.journal.migration(migration, "export")
+        if record is None or "started_at" not in record:
+            return None
+        if not client.administrator and record.get("user_id") != client.uid:
+            return Refusal(
+                Code.NO_PRIVILEGE, f"The migration id {migration} is another user's; choose a new UUID."
+            )
+        return api.record_of(record) if record.get("outcome") in _FINAL else None
+
+    def _asked(
+        self, item: api.ExportItem, one: dict[str, Any] | api.MigrationRecord | Refusal
+    ) -> api.MigrationRecord:
+        """The record of a socket that was asked for."""
+        if isinstance(one, Refusal):
+            return self._refused(item, one)
+        return one if isinstance(one, api.MigrationRecord) else api.record_of(one)
 
     def _refused(self, item: api.ExportItem, refusal: Refusal) -> api.MigrationRecord:
         """The record of a socket that is not there (any more)."""
@@ -132,21 +149,25 @@ class Operations:
         )
 
     def _select(
-        self, client: Client, request: api.ExportRequest, descriptors: list[int]
-    ) -> list[Selected | Refusal]:
+        self,
+        client: Client,
+        request: api.ExportRequest,
+        descriptors: list[int],
+        settled: list[api.MigrationRecord | Refusal | None],
+    ) -> list[Selected | Refusal | api.MigrationRecord]:
         """Pair items with their descriptors; the daemon takes only what an administrator names.
 
-        A socket that cannot be taken is refused alone.
+        A socket that cannot be taken is refused alone. What is selected is taken out of ``descriptors``.
         """
         caller = None if client.administrator else Caller(client.pid, client.uid)
         remaining = iter(list(descriptors))
-        selection: list[Selected | Refusal] = []
+        selection: list[Selected | Refusal | api.MigrationRecord] = []
         taken: list[int] = []
         try:
-            for item in request.sockets:
+            for item, before in zip(request.sockets, settled, strict=True):
                 if item.descriptor:
                     descriptor = next(remaining)
-                elif client.administrator:
+                elif client.administrator and before is None:
                     assert item.pid is not None and item.fd is not None
                     try:
                         descriptor = _taken_from(item.pid, item.fd)
@@ -154,13 +175,23 @@ class Operations:
                         selection.append(refusal)
                         continue
                     taken.append(descriptor)
-                else:
+                elif not client.administrator:
                     raise Refusal(
                         Code.NO_PRIVILEGE,
                         "Only administrators may name a socket by pid and fd alone; pass its descriptor.",
                     )
+                if before is not None:
+                    selection.append(before)
+                    continue
                 selection.append(
-                    Selected(descriptor, item.pid or client.pid, item.fd, caller, None, item.migration_id)
+                    Selected(
+                        descriptor,
+                        item.pid or client.pid,
+                        item.fd,
+                        caller,
+                        migration_id=item.migration_id,
+                        user_id=client.uid,
+                    )
                 )
             for one, item in zip(selection, request.sockets, strict=True):
                 if item.context:
@@ -171,7 +202,7 @@ class Operations:
             close_all(taken)
             raise
         kept = {one.descriptor for one in selection if isinstance(one, Selected)}
-        close_all([one for one in descriptors if one not in kept])
+        descriptors[:] = [one for one in descriptors if one not in kept]
         return selection
 
     # -- import
@@ -186,35 +217,47 @@ class Operations:
 
     def _list(self, client: Client, request: api.ListRequest, descriptors: list[int]) -> None:
         if request.table is api.Table.SOCKETS:
-            self.find_sockets(
-                request.filter,
-                lambda found: _respond_rows(client, request.id, "sockets", self._socket_rows(found)),
+            self._find_sockets(
+                client,
+                request,
+                lambda found: _respond_pages(client, request, "sockets", self._socket_pages(found)),
                 only_uid=None if client.administrator else client.uid,
             )
         elif request.table is api.Table.IMPORTS:
-            _respond_rows(client, request.id, "imports", self._import_rows())
+            _respond_pages(client, request, "imports", _pages(self._import_rows()))
         else:
-            _respond_rows(client, request.id, "redirects", self._redirect_rows())
+            _respond_pages(client, request, "redirects", _pages(self._redirect_rows()))
 
-    def find_sockets(
+    def _find_sockets(
         self,
-        wanted: api.SocketFilter,
+        client: Client,
+        request: api.ListRequest | api.DrainRequest,
         found: Callable[[list[Found]], None],
         *,
         only_uid: int | None = None,
+        failed: Callable[[], object] = lambda: None,
     ) -> None:
         """Look for this host's sockets, in a thread: it looks through /proc."""
-        check_filter(wanted)
-        future = self._daemon.loop.run_in_executor(None, select, wanted, only_uid)
-        future.add_done_callback(lambda one: found(one.result()))
+        check_filter(request.filter)
 
-    def _socket_rows(self, found: list[Found]) -> list[api.SocketRow]:
-        rows: list[api.SocketRow] = []
-        for start in range(0, len(found), _ROWS_PER_LINE):
-            some = found[start : start + _ROWS_PER_LINE]
+        def finish(future: asyncio.Future[list[Found]]) -> None:
+            with client.answering(request):
+                try:
+                    found(future.result())
+                except BaseException:
+                    failed()
+                    raise
+
+        self._daemon.loop.run_in_executor(None, select, request.filter, only_uid).add_done_callback(finish)
+
+    def _socket_pages(self, found: list[Found]) -> Iterator[list[api.SocketRow]]:
+        owners: dict[int, Refusal | None] = {}
+        for some in _pages(found):
             verdicts = self._verdicts([one.holder for one in some])
-            rows += [_row(one, verdict) for one, verdict in zip(some, verdicts, strict=True)]
-        return rows
+            yield [
+                _row(one, verdict or _owners_verdict(one, owners))
+                for one, verdict in zip(some, verdicts, strict=True)
+            ]
 
     def _verdicts(self, holders: list[Holder]) -> list[Refusal | None]:
         """What stands against moving the sockets of these descriptors."""
@@ -328,12 +371,14 @@ class Operations:
         deadline = time.monotonic() + request.wait_s
 
         def answer() -> None:
-            records = self._known(request.migration_ids)
-            waiting = any(record.get("outcome") is None for record in records)
-            if waiting and time.monotonic() < deadline and not client.closed:
-                self._daemon.loop.call_later(0.02, answer)
-                return
-            _respond_records(client, request.id, api.InfoResponse, [api.record_of(one) for one in records])
+            with client.answering(request):
+                records = self._known(request.migration_ids)
+                waiting = any(record.get("outcome") is None for record in records)
+                if waiting and time.monotonic() < deadline and not client.closed:
+                    self._daemon.loop.call_later(0.02, answer)
+                    return
+                found = [api.record_of(one) for one in records]
+                _respond_records(client, request.id, api.InfoResponse, found)
 
         answer()
 
@@ -347,34 +392,50 @@ class Operations:
                 records.append(export.record)
                 continue
             for direction in ("export", "import"):
-                if (record := self._daemon.journal.migration(migration, direction)) is not None:
+                record = self._daemon.journal.migration(migration, direction)
+                if record is not None and "started_at" in record:
                     records.append(record)
         return records
 
     def _history(self, client: Client, request: api.HistoryRequest, descriptors: list[int]) -> None:
-        chosen: list[api.MigrationRecord] = []
+        """Read beside the daemon, page by page as the client takes them."""
+        journal, loop = self._daemon.journal, self._daemon.loop
+        history = History(
+            journal.path,
+            since=request.since,
+            until=request.until,
+            outcomes=request.outcomes,
+            direction=request.direction,
+            batch_id=request.batch_id,
+            host=request.host,
+        )
+        left = request.limit
 
-        def look(before: int | None) -> None:
-            """One page each turn of the loop: a long history must not keep the daemon from its work."""
-            if client.closed:
-                return
-            try:
-                page = self._daemon.journal.history_page(before, _HISTORY_PAGE)
-                for _, content in page:
-                    record = api.record_of(content)
-                    if len(chosen) < request.limit and _in_history(request, record):
-                        chosen.append(record)
-            except Exception as error:
-                _log.exception("reading the history")
-                message = f"The journal cannot be read ({error}); see the daemon's log."
-                client.refuse(request.id, Refusal(Code.INTERNAL, message))
-                return
-            if len(page) < _HISTORY_PAGE or len(chosen) == request.limit:
-                _respond_records(client, request.id, api.HistoryResponse, chosen)
+        def fold() -> None:
+            with client.answering(request):
+                if journal.fold_some():
+                    loop.call_soon(fold)
+                else:
+                    read()
+
+        def read() -> None:
+            loop.run_in_executor(None, history.page, min(left, _ROWS_PER_LINE)).add_done_callback(send)
+
+        def send(future: asyncio.Future[list[dict[str, Any]]]) -> None:
+            nonlocal left
+            more = False
+            with client.answering(request):
+                records = future.result()
+                left -= len(records)
+                more = len(records) == _ROWS_PER_LINE and left > 0 and not client.closed
+                content = [whole_record(record) for record in records]
+                client.respond({"id": request.id, "ok": True, "more": more, "fds": 0, "migrations": content})
+            if more and not client.closed:
+                client.when_read(read)
             else:
-                self._daemon.loop.call_soon(look, page[-1][0])
+                history.close()
 
-        look(None)
+        fold()
 
     # -- acting
 
@@ -390,9 +451,18 @@ class Operations:
             if not response["more"]:
                 self._drains.pop(client, None)
 
-        drain = Drain(self._daemon, request, target, report)
+        def fail(error: Exception) -> None:
+            self._drains.pop(client, None)
+            with client.answering(request):
+                raise error
+
+        def start(found: list[Found]) -> None:
+            if not client.closed:
+                drain.start(found)
+
+        drain = Drain(self._daemon, request, target, report, fail)
+        self._find_sockets(client, request, start, failed=lambda: self._drains.pop(client, None))
         self._drains[client] = drain
-        self.find_sockets(request.filter, drain.start)
 
     def _groups(self, client: Client, request: api.GroupsRequest, descriptors: list[int]) -> None:
         changed = False
@@ -415,9 +485,15 @@ class Operations:
         client.respond(api.ReloadResponse(id=request.id, changed=changed, restart_needed=restart_needed))
 
     def _doctor(self, client: Client, request: api.DoctorRequest, descriptors: list[int]) -> None:
-        checks = examine(self._daemon)
-        healthy = all(check.status is not api.CheckStatus.ERROR for check in checks)
-        client.respond(api.DoctorResponse(id=request.id, healthy=healthy, checks=checks))
+        def finish(future: asyncio.Future[list[api.Check]]) -> None:
+            with client.answering(request):
+                checks = [*examine(self._daemon), *future.result()]
+                healthy = all(check.status is not api.CheckStatus.ERROR for check in checks)
+                client.respond(api.DoctorResponse(id=request.id, healthy=healthy, checks=checks))
+
+        # What takes its time, in a thread.
+        modes, silent = self._daemon.config.redirect.modes, self._daemon.members.not_connected()
+        self._daemon.loop.run_in_executor(None, examine_slowly, modes, silent).add_done_callback(finish)
 
 
 def _taken_from(pid: int, fd: int) -> int:
@@ -459,11 +535,32 @@ def _read_memfd(descriptor: int) -> bytes:
     return os.pread(descriptor, size, 0)
 
 
-def _respond_rows(client: Client, request_id: str | int | None, table: str, rows: list[Any]) -> None:
-    for start in range(0, max(1, len(rows)), _ROWS_PER_LINE):
-        more = start + _ROWS_PER_LINE < len(rows)
-        response = api.ListResponse(id=request_id, more=more)
-        client.respond(response.model_copy(update={table: rows[start : start + _ROWS_PER_LINE]}))
+def _pages(rows: Sequence[T]) -> Iterator[list[T]]:
+    return (list(rows[at : at + _ROWS_PER_LINE]) for at in range(0, len(rows), _ROWS_PER_LINE))
+
+
+def _respond_pages(client: Client, request: api.ListRequest, table: str, pages: Iterator[list[Any]]) -> None:
+    """One page a line, made and sent when the client has read the one before."""
+
+    def send(rows: list[Any]) -> None:
+        with client.answering(request):
+            following = next(pages, None)
+            response = api.ListResponse(id=request.id, more=following is not None)
+            client.respond(response.model_copy(update={table: rows}))
+            if following is not None:
+                client.when_read(lambda: send(following))
+
+    send(next(pages, []))
+
+
+def _owners_verdict(found: Found, known: dict[int, Refusal | None]) -> Refusal | None:
+    """What would keep the owners of a socket from being stopped; ``known``: of each process."""
+    for holder in found.socket.holders:
+        if holder.pid not in known:
+            known[holder.pid] = obstacle_of(holder.pid, has_ring=holder.has_ring)
+        if (refusal := known[holder.pid]) is not None:
+            return refusal
+    return None
 
 
 def _row(found: Found, refusal: Refusal | None) -> api.SocketRow:
@@ -484,16 +581,4 @@ def _row(found: Found, refusal: Refusal | None) -> api.SocketRow:
         send_queue_bytes=0 if listening else listed.send_queue,
         movable=refusal is None,
         refusal=api.Why.of(refusal) if refusal else None,
-    )
-
-
-def _in_history(request: api.HistoryRequest, record: api.MigrationRecord) -> bool:
-    started: datetime = record.started_at
-    return (
-        (request.since is None or started >= request.since)
-        and (request.until is None or started < request.until)
-        and (request.outcomes is None or record.outcome in request.outcomes)
-        and request.direction in (None, record.direction)
-        and request.batch_id in (None, record.batch_id)
-        and request.host in (None, record.from_, record.to)
     )

@@ -13,7 +13,7 @@ import pytest
 
 from lab.daemons import Daemon
 from lab.labs import Lab
-from tests.lab.scenario import daemons, until
+from tests.lab.scenario import daemons, until, wait_for_members
 from tests.lab.terminal import Scene, run
 
 SOCKETS = 400
@@ -60,7 +60,7 @@ def test_a_drain_waits_for_descriptors(lab: Lab, scene: Scene) -> None:
         scene.server("a", 5300)
         clients = [scene.client("a", 5300) for _ in range(SOCKETS)]
         restart_under(running["a"], "prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")
-        until(lambda: run("groups", "--json", host=lab.host("a")).json["groups"][0]["members"] != [])
+        wait_for_members(lab, "ab")
         done = run("drain", "--port", 5300, "--kind", "connected", "--to", "b", "--json", host=lab.host("a"))
         told = done.json["progress"]
         assert (told["selected"], told["moved"]) == (SOCKETS, SOCKETS), told

@@ -138,17 +138,3 @@ def test_what_has_moved_stays_moved(tmp_path: Path, folded: bool) -> None:
     refused, _, _ = second = audit("refused")
     journal.write(Change(audit=[second, (refused, "export", {"outcome": "moved"})]))
     assert journal.migration(refused, "export") == {"pid": 7, "outcome": "moved"}
-
-
-def test_pages_of_the_history(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.db")
-    journal.write(Change(audit=[audit("moved", n=n) for n in range(25)] + [audit()]))
-    found: list[object] = []
-    before = None
-    while page := journal.history_page(before, 10):
-        assert len(page) <= 10
-        before = page[-1][0]
-        found += [record["n"] for _, record in page]
-        journal.write(Change(audit=[audit("moved", n=-1)]))  # what comes meanwhile is on no later page
-    assert found == list(range(24, -1, -1))
-    assert [record["n"] for record in journal.history()] == [-1, -1, -1, *range(24, -1, -1)]

@@ -227,12 +227,13 @@ def drain(options: argparse.Namespace) -> int:
         if failed:
             show_records(failed)
         verb = "could be moved" if options.dry_run else "moved"
-        print(f"{done} of {progress['selected']} {verb} in {progress['elapsed_s']:.2f} s")
+        gone = f" ({progress['closed']} had been closed meanwhile)" if progress["closed"] else ""
+        print(f"{done} of {progress['selected']} {verb} in {progress['elapsed_s']:.2f} s{gone}")
         for host, count in Counter(one["to"] for one in records if one["outcome"] == "planned").items():
             print(f"room for {count} on {host}")
     if not progress["selected"]:
         return NOTHING
-    return OK if done == progress["selected"] else NOT_DONE
+    return OK if done + progress["closed"] == progress["selected"] else NOT_DONE
 
 
 # -- looking

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: MIT
+"""The control socket's requests: each is answered, each descriptor closed once, each record its owner's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from sockmi import api, operations
+from sockmi.control import Client
+from sockmi.engine.listing import Holder, ListedSocket
+from sockmi.exporting import Selected
+from sockmi.journal import Change, Journal
+from sockmi.operations import Operations
+from sockmi.refusal import Code, Refusal
+from sockmi.selection import Found
+from tests.unit.test_draining import found
+
+
+class FakeClient:
+    """A client that reads as fast as it is answered."""
+
+    answering = Client.answering
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, uid: int = 0) -> None:
+        self.loop, self.uid, self.pid = loop, uid, 1
+        self.administrator = uid == 0
+        self.closed = False
+        self.lines: list[Any] = []
+
+    def respond(self, response: Any, descriptors: Any = ()) -> None:
+        self.lines.append(response if isinstance(response, dict) else response.model_dump(by_alias=True))
+        if not self.lines[-1].get("more"):
+            self.loop.stop()
+
+    def refuse(self, request_id: Any, refusal: Refusal) -> None:
+        self.respond(api.ErrorResponse(id=request_id, error=api.Why.of(refusal)))
+
+    def when_read(self, callback: Callable[[], object]) -> None:
+        self.loop.call_soon(callback)
+
+
+class Exporting:
+    """Takes what it is given, and moves it at once."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.taken: list[Selected] = []
+        self.exports: dict[bytes, Any] = {}
+        self.fail: Exception | None = None
+
+    def export(self, selection: list[Selected], *, done: Any, **_: Any) -> bytes:
+        for one in selection:
+            os.close(one.descriptor)
+        if self.fail:
+            raise self.fail
+        self.taken += selection
+        records = [record(one.migration_id, user_id=one.user_id, pid=one.pid) for one in selection]
+        done(records)
+        return b""
+
+    def is_open(self, batch: bytes) -> bool:
+        return False
+
+
+def record(migration: UUID | None = None, **news: Any) -> dict[str, Any]:
+    return {
+        "migration_id": str(migration or uuid4()),
+        "direction": "export",
+        "kind": "connected",
+        "state": "ESTABLISHED",
+        "from": "a",
+        "to": "b",
+        "started_at": "2026-11-23T12:00:00+00:00",
+        "step": "active",
+        "outcome": "moved",
+        **news,
+    }
+
+
+class Setting:
+    """Operations of a daemon that has a journal and little else."""
+
+    def __init__(self, path: Path) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.loop.set_default_executor(ThreadPoolExecutor(2))
+        self.journal = Journal(path / "journal.db")
+        self.exporting = Exporting(self.journal)
+        self.engine = SimpleNamespace(inspect=lambda fds: [SimpleNamespace(refusal=None) for _ in fds])
+        daemon: Any = SimpleNamespace(
+            loop=self.loop,
+            journal=self.journal,
+            exporting=self.exporting,
+            members=SimpleNamespace(target=lambda to: (None, None)),
+            shell=SimpleNamespace(engine=self.engine),
+            stopping=False,
+            host_name="a",
+        )
+        self.operations = Operations(daemon)
+
+    def ask(self, request: Any, *descriptors: int, uid: int = 0) -> list[Any]:
+        """All lines of the answer."""
+        client: Any = FakeClient(self.loop, uid)
+
+        def begin() -> None:
+            with client.answering(request):
+                self.operations.request(client, request, list(descriptors))
+
+        self.loop.call_soon(begin)
+        watchdog = self.loop.call_later(10, self.loop.stop)
+        self.loop.run_forever()
+        watchdog.cancel()
+        assert client.lines, "no answer came"
+        return list(client.lines)
+
+    def know(self, *records: dict[str, Any]) -> None:
+        self.journal.write(
+            Change(audit=[(UUID(one["migration_id"]), one["direction"], one) for one in records])
+        )
+
+    def known(self, migration: UUID) -> dict[str, Any]:
+        found = self.journal.migration(migration, "export")
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Iterator[Setting]:
+    before = list(Path("/proc/self/fd").iterdir())
+    one = Setting(tmp_path)
+    yield one
+    one.journal.close()
+    one.loop.run_until_complete(one.loop.shutdown_default_executor())
+    one.loop.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= len(before), "descriptors leaked"
+
+
+def sockets(*migrations: UUID | None, **fields: Any) -> dict[str, Any]:
+    items = [api.ExportItem(descriptor=True, migration_id=one, **fields) for one in migrations]
+    return {"sockets": items, "fds": len(items) * (2 if fields.get("context") else 1)}
+
+
+def memfd() -> int:
+    import fcntl
+
+    descriptor = os.memfd_create("context", os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+    return descriptor
+
+
+def null() -> int:
+    return os.open(os.devnull, os.O_RDONLY)
+
+
+# -- migration ids
+
+
+def test_what_has_moved_is_answered_and_the_rest_is_moved(setting: Setting) -> None:
+    before, now = uuid4(), uuid4()
+    setting.know(record(before, user_id=7, ended_at="2026-11-23T12:00:01+00:00"))
+    request = api.ExportRequest(**sockets(before, now))
+    [answer] = setting.ask(request, null(), null(), uid=7)
+    assert [one["outcome"] for one in answer["migrations"]] == ["moved", "moved"]
+    assert answer["migrations"][0]["ended_at"] == datetime(2026, 11, 23, 12, 0, 1, tzinfo=UTC)
+    assert [one.migration_id for one in setting.exporting.taken] == [now]
+
+
+def test_all_that_have_moved_are_answered_wherever_they_shall_go_now(setting: Setting) -> None:
+    before = uuid4()
+    setting.know(record(before, to="b"))
+    [answer] = setting.ask(api.ExportRequest(**sockets(before), to="nowhere"), null())
+    assert [one["to"] for one in answer["migrations"]] == ["b"]
+
+
+def test_what_was_lost_is_not_begun_again(setting: Setting) -> None:
+    before = uuid4()
+    setting.know(record(before, outcome="failed"))
+    [answer] = setting.ask(api.ExportRequest(**sockets(before, None)), null(), null())
+    assert [one["outcome"] for one in answer["migrations"]] == ["failed", "moved"]
+
+
+def test_what_was_refused_is_tried_again(setting: Setting) -> None:
+    before = uuid4()
+    setting.know(record(before, outcome="refused", user_id=7))
+    [answer] = setting.ask(api.ExportRequest(**sockets(before)), null(), uid=7)
+    assert [one["outcome"] for one in answer["migrations"]] == ["moved"]
+
+
+@pytest.mark.parametrize("outcome", ["moved", "refused", "failed"])
+@pytest.mark.parametrize("owner", [7, None])
+def test_a_foreign_id_is_refused(setting: Setting, outcome: str, owner: int | None) -> None:
+    foreign, own = uuid4(), uuid4()
+    setting.know(record(foreign, outcome=outcome, user_id=owner))
+    before = setting.known(foreign)
+    [answer] = setting.ask(api.ExportRequest(**sockets(foreign, own)), null(), null(), uid=8)
+    codes = [(one["refusal"] or {}).get("code") for one in answer["migrations"]]
+    assert codes == [Code.NO_PRIVILEGE, None]
+    assert [one.migration_id for one in setting.exporting.taken] == [own]
+    assert setting.known(foreign) == before
+    [answer] = setting.ask(api.ExportRequest(**sockets(foreign)), null(), uid=0)
+    assert answer["migrations"][0]["outcome"] == ("failed" if outcome == "failed" else "moved")
+
+
+# -- descriptors
+
+
+def test_descriptors_are_closed_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that is free again is somebody else's: the second close must not come."""
+    closed: list[int] = []
+    close = os.close
+
+    def watch(descriptor: int) -> None:
+        closed.append(descriptor)
+        close(descriptor)
+
+    setting.exporting.fail = ZeroDivisionError("oops")
+    passed = [null(), memfd()]
+    monkeypatch.setattr(os, "close", watch)
+    [answer] = setting.ask(api.ExportRequest(**sockets(None, context=True)), *passed)
+    monkeypatch.undo()
+    assert answer["error"]["code"] == Code.INTERNAL
+    assert sorted(closed) == sorted(passed)
+
+
+def test_descriptors_that_nobody_wants_are_closed(setting: Setting) -> None:
+    setting.ask(api.HistoryRequest(fds=2), null(), null())
+    [answer] = setting.ask(api.DrainRequest(fds=1), null(), uid=9)
+    assert answer["error"]["code"] == Code.NO_PRIVILEGE
+
+
+# -- every request is answered
+
+
+def fails(*_: Any) -> Any:
+    raise ZeroDivisionError("oops")
+
+
+@pytest.mark.parametrize("request_", [api.ListRequest(id=5), api.DrainRequest(id=5)])
+def test_a_look_through_proc_that_fails_is_an_answer(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, request_: Any
+) -> None:
+    monkeypatch.setattr(operations, "select", fails)
+    [answer] = setting.ask(request_)
+    assert (answer["id"], answer["error"]["code"]) == (5, Code.INTERNAL)
+    assert not setting.operations._drains
+
+
+def test_an_inspection_that_fails_is_an_answer(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "select", lambda *_: [found(n) for n in range(500)])
+    monkeypatch.setattr(operations, "duplicate", lambda pid, fd: null())
+    setting.engine.inspect = fails
+    [answer] = setting.ask(api.ListRequest())
+    assert answer["error"]["code"] == Code.INTERNAL
+
+
+def test_a_drain_that_fails_in_the_middle_is_an_answer(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sockmi import draining
+
+    monkeypatch.setattr(operations, "select", lambda *_: [found(1)])
+    monkeypatch.setattr(draining, "duplicate", lambda pid, fd, inode: null())
+    setting.exporting.fail = ZeroDivisionError("oops")
+    *_, answer = setting.ask(api.DrainRequest(id=6))
+    assert (answer["id"], answer["error"]["code"]) == (6, Code.INTERNAL)
+    assert not setting.operations._drains
+
+
+def test_a_history_that_cannot_be_read_is_an_answer(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations.History, "page", fails)
+    [answer] = setting.ask(api.HistoryRequest())
+    assert answer["error"]["code"] == Code.INTERNAL
+
+
+# -- list
+
+
+def test_owners_that_cannot_be_stopped_are_a_verdict(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def socket_of(inode: int, *holders: Holder) -> Found:
+        listed = found(inode).socket
+        with_holders = {name: getattr(listed, name) for name in ListedSocket.__slots__} | {"holders": holders}
+        return Found(ListedSocket(**with_holders), holders[0], None)
+
+    me = os.getpid()
+    rows = [
+        socket_of(1, Holder(me, 5, "plain")),
+        socket_of(2, Holder(me, 6, "plain"), Holder(1 << 22, 7, "ring", has_ring=True)),
+    ]
+    monkeypatch.setattr(operations, "select", lambda *_: rows)
+    monkeypatch.setattr(operations, "duplicate", lambda pid, fd: null())
+    [answer] = setting.ask(api.ListRequest())
+    assert [one["movable"] for one in answer["sockets"]] == [True, False]
+    assert answer["sockets"][1]["refusal"]["code"] == Code.OWNER_IO_URING
+
+
+# -- history
+
+
+def test_history_filters(setting: Setting) -> None:
+    batch = uuid4()
+    rows = [
+        record(started_at="2026-11-23T12:00:00+00:00", outcome="moved", batch_id=str(batch)),
+        record(started_at="2026-11-23T12:00:00.500000+00:00", outcome="failed", to="c"),
+        record(started_at="2026-11-24T12:00:00+00:00", outcome="refused", direction="import"),
+        record(started_at="2026-11-25T12:00:00+00:00", outcome=None),
+    ]
+    setting.know(*rows)
+
+    def which(**fields: Any) -> list[int]:
+        lines = setting.ask(api.HistoryRequest(**fields))
+        ids = [one["migration_id"] for line in lines for one in line["migrations"]]
+        assert all(
+            set(api.MigrationRecord.model_fields) - {"from_"} <= set(one)
+            for line in lines
+            for one in line["migrations"]
+        )
+        return [[one["migration_id"] for one in rows].index(one) for one in ids]
+
+    day = datetime(2026, 11, 24, tzinfo=UTC)
+    assert which() == [2, 1, 0]
+    assert which(limit=1) == [2]
+    assert which(since=day) == [2]
+    assert which(until=day) == [1, 0]
+    assert which(since=datetime(2026, 11, 23, 12, 0, 0, 100, tzinfo=UTC), until=day) == [1]
+    assert which(outcomes=[api.Outcome.MOVED, api.Outcome.FAILED]) == [1, 0]
+    assert which(outcomes=[]) == []
+    assert which(direction=api.Direction.IMPORT) == [2]
+    assert which(batch_id=batch) == [0]
+    assert which(host="c") == [1]
+    assert which(host="a") == [2, 1, 0]
+
+
+def test_history_leaves_time_for_all_else(setting: Setting) -> None:
+    """100,000 records: the loop is never kept for long, whether many match or none."""
+    for _ in range(100):
+        setting.know(*(record(blackout_us=900, fidelity={"carried": ["x"] * 10}) for _ in range(1000)))
+    gaps: list[float] = []
+    last = time.monotonic()
+
+    def tick() -> None:
+        nonlocal last
+        now = time.monotonic()
+        gaps.append(now - last)
+        last = now
+        setting.loop.call_later(0.005, tick)
+
+    setting.loop.call_soon(tick)
+    lines = setting.ask(api.HistoryRequest(limit=20_000))
+    assert sum(len(line["migrations"]) for line in lines) == 20_000
+    assert setting.ask(api.HistoryRequest(host="nobody"))[-1]["migrations"] == []
+    assert len(gaps) > 20
+    assert max(gaps) < 0.5, f"the loop was kept for {max(gaps):.2f} s"
