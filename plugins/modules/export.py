@@ -324,6 +324,11 @@ refused:
   returned: with RV(migrations)
   type: int
   sample: 0
+closed:
+  description: How many of the sockets that the filter matched had ended by themselves when their turn came.
+  returned: with RV(migrations)
+  type: int
+  sample: 0
 spared:
   description: How many sockets the filter matched that carry the Ansible session itself, and were left alone.
   returned: with RV(migrations)
@@ -366,6 +371,7 @@ class Export:
         self.dry_run: bool = module.check_mode
         self.records: list[dict[str, Any]] = []
         self.spared = 0
+        self.closed = 0
         self.done_before: set[str] = set()
 
     def run(self) -> None:
@@ -451,15 +457,39 @@ class Export:
         """Move ``rows``, without those that end by themselves in the meantime."""
         for tries_left in reversed(range(TRIES)):
             try:
+                before = len(self.records)
                 self._move(client, [{"pid": row["pid"], "fd": row["fd"]} for row in rows])
+                self._set_closed_apart(client, wanted, rows, before)
                 return
             except ControlError as error:
                 if error.code != "no-such-socket" or not tries_left:
                     raise
             there = {(row["pid"], row["fd"], row["inode"]) for row in client.sockets(wanted)}
-            rows = [row for row in rows if (row["pid"], row["fd"], row["inode"]) in there]
+            left = [row for row in rows if (row["pid"], row["fd"], row["inode"]) in there]
+            self.closed += len(rows) - len(left)
+            rows = left
             if not rows:
                 return
+
+    def _set_closed_apart(
+        self, client: ControlClient, wanted: dict[str, Any], rows: list[dict[str, Any]], before: int
+    ) -> None:
+        """Of what was not found: what is nowhere had ended; the rest (passed on meanwhile) was refused.
+
+        ``before``: how many records there were before those of ``rows``.
+        """
+        records = self.records[before:]
+        if not any(_not_found(record) for record in records):
+            return
+        inodes = {(row["pid"], row["fd"]): row["inode"] for row in rows}
+        there = {row["inode"] for row in client.sockets(wanted)}
+        kept = [
+            record
+            for record in records
+            if not _not_found(record) or inodes.get((record.get("pid"), record.get("fd"))) in there
+        ]
+        self.closed += len(records) - len(kept)
+        self.records[before:] = kept
 
     # -- moving
 
@@ -477,8 +507,6 @@ class Export:
             client.close()  # if it is only slow: what is not committed is undone
             self.records += self._outcomes([one["migration_id"] for one in sockets], error)
         else:
-            if self.params["fd"] is None:
-                records = [one for one in records if not _vanished(one)]
             self.records += records
 
     def _outcomes(self, ids: list[str], error: ControlError) -> list[dict[str, Any]]:
@@ -507,6 +535,7 @@ class Export:
             "migrations": self.records,
             "moved": len(fine),
             "refused": len(self.records) - len(fine),
+            "closed": self.closed,
             "spared": self.spared,
         }
         if self.module._diff:
@@ -544,8 +573,8 @@ class Export:
         )
 
 
-def _vanished(record: dict[str, Any]) -> bool:
-    """Whether the socket had ended by itself when its turn came: nothing was left to move."""
+def _not_found(record: dict[str, Any]) -> bool:
+    """Whether nothing was at its pid and fd when its turn came."""
     return (record.get("refusal") or {}).get("code") == "no-such-socket"
 
 

@@ -419,6 +419,23 @@ def test_sockets_that_end_meanwhile(collections: Path, odd: Callable[..., OddDae
     result = run(collections, "export", control=str(daemon.path), all=True)
     assert (result["rc"], result["moved"], result["refused"]) == (0, 1, 0)
     assert [one["fd"] for one in daemon.requests[-1]["sockets"]] == [8]
+    assert result["closed"] == 1
+
+
+def test_sockets_that_were_not_found(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    """One has ended; one is still there, under another descriptor: that one was refused, and this is told."""
+
+    def refused(fd: int, code: str) -> dict[str, Any]:
+        why = {"code": code, "message": "No.", "errno": "EIO"}
+        return record(outcome="refused", kind=None, state=None, pid=510, fd=fd, refusal=why)
+
+    records = [refused(7, "no-such-socket"), refused(8, "no-such-socket"), refused(9, "no-descriptors")]
+    daemon = odd(
+        {"sockets": [row(7), row(8), row(9)]}, {"migrations": records}, {"sockets": [row(8), row(9)]}
+    )
+    result = run(collections, "export", control=str(daemon.path), all=True)
+    assert (result["failed"], result["moved"], result["refused"], result["closed"]) == (True, 0, 2, 1)
+    assert [one["fd"] for one in result["migrations"]] == [8, 9]
 
 
 def test_many_go_in_batches(collections: Path, odd: Callable[..., OddDaemon]) -> None:
