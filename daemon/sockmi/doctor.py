@@ -20,6 +20,7 @@ from sockmi.redirect.iptables import unusable
 
 # Bits of linux/capability.h, and what fails without each.
 _CAPABILITIES = {
+    0: ("CAP_CHOWN", "imported sockets do not get the user of their application"),
     2: ("CAP_DAC_READ_SEARCH", "owners of other users are not found"),
     10: ("CAP_NET_BIND_SERVICE", "ports below 1024 cannot be imported"),
     12: ("CAP_NET_ADMIN", "nothing can be moved"),

@@ -23,6 +23,8 @@ from sockmi.exporting import Batch, Export, Exporting, Selected
 from sockmi.image import Family, ImageError
 from sockmi.import_lists import Candidate
 from sockmi.importing import Copy, Importing, Wish
+from sockmi.metrics import Metrics
+from sockmi.movelog import MoveLog
 from sockmi.placing import Placing
 from sockmi.protocol import actions as a
 from sockmi.protocol import events as e
@@ -45,7 +47,9 @@ def bound(number: int) -> Item:
 def told(**parts: Any) -> tuple[Any, list[e.Event]]:
     """A shell that keeps what it dispatches."""
     events: list[e.Event] = []
-    return SimpleNamespace(config=Config(), dispatch=events.append, **parts), events
+    return SimpleNamespace(
+        config=Config(), dispatch=events.append, metrics=Metrics(), moves=MoveLog(), **parts
+    ), events
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)

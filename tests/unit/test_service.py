@@ -17,6 +17,7 @@ from sockmi.engine.base import Kind
 from sockmi.image import LIMIT_BYTES
 from sockmi.import_lists import Candidate
 from sockmi.importing import Importing
+from sockmi.metrics import Metrics
 from sockmi.policy import POLICIES
 from sockmi.protocol import actions, events
 from sockmi.protocol import messages as m
@@ -46,7 +47,7 @@ def test_weights_keep_their_proportion() -> None:
 def test_a_host_that_is_overfull_offers_its_load() -> None:
     """More is listed than the maxima allow, since they were lowered."""
     capacity, limits = Capacity(), ImportConfig(max_bound=0, max_listening=0, max_connected=70)
-    shell: Any = SimpleNamespace(config=Config(imports=limits))
+    shell: Any = SimpleNamespace(config=Config(imports=limits), metrics=Metrics())
     importing = Importing(shell, None, capacity, None)  # type: ignore[arg-type]
     for _ in range(70):
         importing.lists.put(Candidate(uuid4(), Kind.CONNECTED, None, None, 0, None))
