@@ -35,13 +35,22 @@ class Capture:
     """tcpdump on a host: ``with Capture(lab.host("peer"), "tcp port 80") as capture: ...``."""
 
     def __init__(
-        self, host: Host, filter_: str = "tcp", path: Path | None = None, device: str = "eth0"
+        self,
+        host: Host,
+        filter_: str = "tcp",
+        path: Path | None = None,
+        device: str = "eth0",
+        *,
+        inbound: bool = False,
     ) -> None:
+        """``inbound``: only what comes in, so that what the host forwards is seen once."""
         self.host = host
         self.path = path or host.run_dir / "capture.pcap"
         self.dropped = 0
         self._command = ["tcpdump", "-i", device, "-s", str(SNAP_BYTES), "-B", "65536", "-n", "-U"]
-        self._command += ["--immediate-mode", "-Z", "root", "-w", str(self.path), filter_]
+        self._command += ["--immediate-mode", "-Z", "root", "-w", str(self.path)]
+        self._command += ["-Q", "in"] if inbound else []
+        self._command.append(filter_)
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, timeout_s: float = 10.0) -> None:

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from lab.capture import Capture, judge, read_pcap
 from lab.labs import Lab
 from tests.lab.scenario import Service, ask, daemons, drain, service, status, until
 
@@ -77,8 +79,13 @@ def test_behind_a_router_with_a_smaller_mtu(lab: Lab, tmp_path: Path) -> None:
         serving.finish()
 
 
-def test_both_ends_at_once(lab: Lab) -> None:
-    """The server's end moves from a to b while the client's end moves from c to d, behind the router."""
+def test_both_ends_at_once(lab: Lab, tmp_path: Path) -> None:
+    """The server's end moves from a to b while the client's end moves from c to d, behind the router.
+
+    Neither end stays to be the witness, but all that is sent still comes by the hosts where they were: at a
+    what is for the server, at c what is for the client.
+    """
+    a, c = str(lab.host("a").address4), str(lab.host("c").address4)
 
     def start(host: str, *words: str) -> subprocess.Popen[str]:
         program = [sys.executable, str(Path(__file__).with_name("endpoint.py")), *words]
@@ -95,22 +102,37 @@ def test_both_ends_at_once(lab: Lab) -> None:
 
     running: list[subprocess.Popen[str]] = []
     try:
-        with daemons(lab, "abcd", unicast=True):
+        to_server = Capture(
+            lab.host("a"), f"tcp and dst host {a} and dst port 7100", tmp_path / "a.pcap", inbound=True
+        )
+        to_client = Capture(
+            lab.host("c"), f"tcp and dst host {c} and src port 7100", tmp_path / "c.pcap", inbound=True
+        )
+        with daemons(lab, "abcd", unicast=True), to_server, to_client:
             server = start("a", "listen", "--port", "7100", "--to", "b")
-            client = start(
-                "c", "connect", "--address", str(lab.host("a").address4), "--port", "7100", "--to", "d"
-            )
+            client = start("c", "connect", "--address", a, "--port", "7100", "--to", "d")
             heirs = [start("b", "import"), start("d", "import")]
             pause()
             for process in (server, client):
                 process.send_signal(signal.SIGUSR1)
             before = [number_of(process) for process in (server, client)]
             pause(1.0)
+            ended_at = time.time()  # later they end, by FIN or RST
+            for capture in (to_server, to_client):
+                capture.stop()
+                assert not capture.dropped
             for heir in heirs:
                 heir.send_signal(signal.SIGTERM)
             after = [number_of(heir) for heir in heirs]
             assert min(before) > 10
             assert min(after) > max(before) + 10
+        seen = [*read_pcap(to_server.path), *read_pcap(to_client.path)]
+        assert {segment.target[0] for segment in seen} == {a, c}
+        verdict = judge(
+            sorted((one for one in seen if one.at_s < ended_at), key=lambda one: one.at_s), fin_from=()
+        )
+        assert verdict.clean, str(verdict)
+        assert verdict.connections == 1 and verdict.segments > max(before) + 10
     finally:
         for process in running:
             process.kill()
