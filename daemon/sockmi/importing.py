@@ -629,6 +629,8 @@ class Importing:
         outcome: Restored | Refusal
         try:
             copy.image = self._shell.spool.read(copy.chunk)[migration]
+            # Its address may have come or gone since: another connection had it, say.
+            copy.placement = self._placing.placement(copy.arrival.item, copy.arrival.place)
             (outcome,) = self._shell.engine.restore([copy.image], [copy.placement])
         except (KeyError, SpoolError, OSError) as error:
             outcome = Refusal(Code.IMAGE, f"Its image cannot be read from the spool ({error}).")

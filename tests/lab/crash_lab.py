@@ -44,6 +44,7 @@ from sockmi.crashpoints import VARIABLE
 from sockmi.engine.duplicate import duplicate
 from sockmi.journal import Journal, Record
 from sockmi.refusal import Refusal
+from tests.lab.mode_lab import SERVICE, give_service, has_address, misled_by_rules, rules
 from tests.lab.scenario import PORTS, ask, status, until, wait_for_members
 
 HOSTS = "abc"
@@ -71,6 +72,7 @@ class Cluster:
         self.drains: list[Drain] = []
         timing = TIMING | overrides.pop("timing", {})
         redirect = {"devices": ["eth0"]} | overrides.pop("redirect", {})
+        self.modes = redirect.get("modes", [])
         self.daemons = Daemons(lab, hosts, {"timing": timing, "redirect": redirect} | overrides)
 
     def start(self, host: str, crash_at: str = "") -> None:
@@ -299,6 +301,12 @@ class Serving:
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     peers: list[Peer] = field(default_factory=list)
     began: datetime = datetime.min
+    service: dict[int, str] = field(default_factory=dict)
+    """Addresses of the first host, by IP version, if they are not its own."""
+
+    def address(self, version: int) -> str:
+        """Where they listen."""
+        return self.service.get(version) or self.lab.host(self.hosts[0]).address(version)
 
     @property
     def port(self) -> int:
@@ -309,7 +317,7 @@ class Serving:
         """Start the servers; returns when all are ready and wait for imports."""
         home = self.lab.host(self.hosts[0])
         for version in (4, 6):
-            self._start(home, f"{home.name}{version}", "--listen", home.address(version))
+            self._start(home, f"{home.name}{version}", "--listen", self.address(version))
         for name in self.hosts[1:]:
             self._start(self.lab.host(name), name)
         for name in self.processes:
@@ -338,7 +346,7 @@ class Serving:
         home, peer = self.lab.host(self.hosts[0]), self.lab.host("peer")
         for version in (4, 6) * pairs:
             name = f"{self.kind}{len(self.peers)}"
-            self.peers.append(Peer(peer, self.kind, (home.address(version), self.port), name))
+            self.peers.append(Peer(peer, self.kind, (self.address(version), self.port), name))
         wanted = {"local_port": self.port, "kinds": ["connected"]}
         until(lambda: sum(len(one["sockets"]) for one in ask(home, "list", filter=wanted)) >= len(self.peers))
         flowing(self)
@@ -440,6 +448,9 @@ class Stage:
         self.servings = [
             Serving(self.lab, kind, HOSTS, directory / kind) for kind in PORTS if kind != "download"
         ]
+        if "takeover" in self.daemons.modes:
+            for one in self.servings:
+                one.service = SERVICE
 
     def start(self, crash_at: dict[str, str], kind: str) -> Serving:
         """Daemons and servers of that kind; those that run go on, but for daemons that are to die."""
@@ -449,6 +460,8 @@ class Stage:
             if host not in self.daemons.running():
                 self.daemons.start(host, crash_at.get(host, ""))
         (serving,) = (one for one in self.servings if one.kind == kind)
+        if serving.service:
+            give_service(self.lab)
         if not serving.processes:
             serving.start()
         self.daemons.ready()
@@ -751,12 +764,19 @@ def misled(lab: Lab, hosts: str, home: str, where: dict[str, str]) -> list[str]:
     return found
 
 
-def led_right(lab: Lab, hosts: str, home: str, where: dict[str, str]) -> None:
+def led_right(lab: Lab, hosts: str, home: str, where: dict[str, str], modes: Sequence[str] = ()) -> None:
     """Soon the kernels lead each connection from ``home`` to where it is, not elsewhere, and hold nothing."""
+
+    def wrong() -> list[str]:
+        if "iptables" in modes:
+            held = [one for name in hosts for one in elements(lab.host(name)) if one.name in HOLDS]
+            return [*map(str, held), *misled_by_rules(lab, hosts, home, where)]
+        return misled(lab, hosts, home, where)
+
     try:
-        until(lambda: not misled(lab, hosts, home, where), 20)
+        until(lambda: not wrong(), 20)
     except AssertionError:
-        raise AssertionError("\n".join(misled(lab, hosts, home, where))) from None
+        raise AssertionError("\n".join(wrong())) from None
 
 
 def proved(daemons: Cluster, serving: Serving, goal: str = "", home: str = "a") -> dict[str, str]:
@@ -772,7 +792,7 @@ def proved(daemons: Cluster, serving: Serving, goal: str = "", home: str = "a") 
         assert host == goal or not goal or was_busy(serving, hosts, remote), where
     assert goal in where.values() or not goal, where
     journals_agree(serving, hosts, home, where)
-    led_right(lab, hosts, home, where)
+    led_right(lab, hosts, home, where, daemons.modes)
     assert not tracers(serving)
     assert places(serving, hosts) == {remote: [host] for remote, host in where.items()}
     serving.finish()
@@ -787,6 +807,10 @@ def leftovers(daemons: Cluster, serving: Serving) -> list[str]:
         host = daemons.lab.host(name)
         # What is dropped for a while longer goes by itself.
         found += [f"{name}: {one}" for one in elements(host) if not (one.expires and one.name in MAPS)]
+        found += [f"{name}: {one}" for one in rules(host)] if "iptables" in daemons.modes else []
+        found += [
+            f"{name}: has {one}" for one in serving.service.values() if name != "a" and has_address(host, one)
+        ]
         found += [f"{name}: spooled {path.name}" for path in (host.state_dir / "spool").iterdir()]
         found += [f"{name}: descriptor {one}" for one in descriptors(daemons.process(name).pid)]
         now = status(host)

@@ -13,7 +13,9 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +39,7 @@ from tests.lab.crash_lab import (
     state_of,
     tracers,
 )
+from tests.lab.mode_lab import WITHOUT_LEGACY, legacy_iptables, needs_legacy
 from tests.lab.scenario import drain, status, until
 
 pytestmark = pytest.mark.timeout(240)
@@ -54,6 +57,11 @@ TRANSLATED = {
     "prepare.journalled", "activate.journalled", "hand.sent",
     "taken.admitted", "taken.activated", "taken.answered", "taken.unspooled",
 }  # fmt: skip
+#: For `takeover` and `iptables`: about each change of their own, and of the journal.
+SPECIAL = {
+    "freeze.held", "commit.led-away", "commit.journalled", "commit.done",
+    "prepare.journalled", "activate.journalled", "taken.admitted", "taken.answered",
+}  # fmt: skip
 
 UNDOING = [
     ({"a": "thaw.unheld", "b": "prepare.journalled:1:STOP"}, "a"),
@@ -70,6 +78,10 @@ FURTHER_HOP = [
     ("b", "commit.journalled", "nat"),
     ("b", "commit.done", "forward"),
     ("c", "taken.admitted", "nat"),
+    ("a", "reroute.led", "takeover"),
+    ("a", "reroute.led", "iptables"),
+    ("b", "commit.journalled", "takeover"),
+    ("b", "commit.done", "iptables"),
 ]
 END = [
     ("a", "collect.expired", "forward"),
@@ -78,6 +90,9 @@ END = [
     ("b", "forget-holdings.evicted", "forward"),
     ("b", "forget-holdings.evicted", "nat"),
     ("b", "forget-holdings.journalled", "forward"),
+    ("a", "collect.expired", "iptables"),
+    ("b", "forget-holdings.evicted", "takeover"),
+    ("b", "forget-holdings.evicted", "iptables"),
 ]
 RETURN = [(point, mode) for point in ("drop.led-again", "discard.dropped") for mode in ("forward", "nat")]
 AGAIN = "recovery.taken-back"
@@ -89,12 +104,19 @@ UNSENT = {"restore.open"}
 UNDONE = {"thaw.unheld", "drop.led-again", "discard.dropped", "discard.journalled", *QUEUE, *UNSENT}
 
 
-def cases(points: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(point, mode): forward everywhere, nat where it matters."""
+def by(mode: str, *where: str) -> Any:
+    """A case, if this host can do it."""
+    return pytest.param(*where, mode, marks=[needs_legacy] if mode == "iptables" else [])
+
+
+def cases(points: tuple[str, ...]) -> list[Any]:
+    """(point, mode): forward everywhere, nat where it matters, the special ones where they differ most."""
     chosen = [point for point in points if point not in UNDONE]
-    return [(point, "forward") for point in chosen] + [
-        (point, "nat") for point in chosen if point in TRANSLATED
-    ]
+    return (
+        [by("forward", point) for point in chosen]
+        + [by("nat", point) for point in chosen if point in TRANSLATED]
+        + [by(mode, point) for mode in ("takeover", "iptables") for point in chosen if point in SPECIAL]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +124,10 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
     """Daemons and servers that stay for as long as no test fails."""
     serial = itertools.count()
     made = Stages(lambda: f"t{os.getpid()}-s{next(serial)}", tmp_path_factory)
-    yield made
-    made.close()
+    legacy = nullcontext() if WITHOUT_LEGACY else legacy_iptables(tmp_path_factory.mktemp("bin"))
+    with legacy:
+        yield made
+        made.close()
 
 
 def pause(seconds: float) -> None:
@@ -114,7 +138,8 @@ def pause(seconds: float) -> None:
 def test_every_point_has_its_test() -> None:
     """None is forgotten."""
     crashes = [at for ats, _ in UNDOING for at in ats.values()] + [at for _, at, _ in FURTHER_HOP + END]
-    crashes += [point for point, _ in cases(EXPORTER) + cases(IMPORTER + ENGINE) + RETURN]
+    crashes += [case.values[0] for case in cases(EXPORTER) + cases(IMPORTER + ENGINE)]
+    crashes += [point for point, _ in RETURN]
     crashes += [AGAIN, *QUEUE, *UNSENT]
     assert {one.partition(":")[0] for at in crashes for one in at.split(",")} == set(POINTS)
 
@@ -196,7 +221,7 @@ def test_undoing_a_return(stages: Stages, tmp_path: Path, point: str, mode: str)
         proved(daemons, serving)
 
 
-@pytest.mark.parametrize("mode", ["forward", "nat"])
+@pytest.mark.parametrize("mode", [by(mode) for mode in ("forward", "nat", "takeover", "iptables")])
 def test_dies_again_while_it_recovers(stages: Stages, tmp_path: Path, mode: str) -> None:
     """a -> b -> c: the waypoint dies before its commit, and once more before it has undone its redirect."""
     with stages("duplex", tmp_path, {"b": "commit.led-away"}, mode) as (daemons, serving):
@@ -212,7 +237,7 @@ def test_dies_again_while_it_recovers(stages: Stages, tmp_path: Path, mode: str)
         proved(daemons, serving, "b")
 
 
-@pytest.mark.parametrize(("victim", "point", "mode"), FURTHER_HOP)
+@pytest.mark.parametrize(("victim", "point", "mode"), [by(mode, *where) for *where, mode in FURTHER_HOP])
 def test_further_hop(stages: Stages, tmp_path: Path, victim: str, point: str, mode: str) -> None:
     """a -> b -> c: the home, the waypoint or the new holder dies while the redirects are collapsed."""
     with stages("lines", tmp_path, {victim: point}, mode) as (daemons, serving):
@@ -246,7 +271,7 @@ def test_coming_home(stages: Stages, tmp_path: Path, point: str, mode: str) -> N
         moving.told(proved(daemons, serving, "" if point.startswith("prepare") else "a"))
 
 
-@pytest.mark.parametrize(("victim", "point", "mode"), END)
+@pytest.mark.parametrize(("victim", "point", "mode"), [by(mode, *where) for *where, mode in END])
 def test_end_of_the_connection(stages: Stages, tmp_path: Path, victim: str, point: str, mode: str) -> None:
     """A daemon dies while the redirects of connections that have ended are collected."""
     with stages("lines", tmp_path, {victim: point}, mode) as (daemons, serving):

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lab.labs import Lab
-from sockmi.redirect.iptables import unusable
 from tests.lab.crash_lab import cluster
 from tests.lab.matrix_lab import KINDS, PATIENCE_S, Bench, Case, Held, bench, copy_of, exchange, moved
 from tests.lab.matrix_states import WAYS, move_all_states
+from tests.lab.mode_lab import SERVICE, WIDTH, give_service, legacy_iptables, needs_legacy
 from tests.lab.scenario import daemons, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-SERVICE = {4: "10.77.1.77", 6: "fd77:1::77"}
-WIDTH = {4: 24, 6: 64}
 
 
 def pairs(it: Bench, version: int, address: str, count: int) -> list[Case]:
@@ -89,7 +85,7 @@ def test_takeover_and_a_restart(lab: Lab, version: int, how: str) -> None:
 
     ``crash``: that one was killed when the address had just left, and the move is undone.
     """
-    address, width = SERVICE[version], {4: 24, 6: 64}[version]
+    address, width = SERVICE[version], WIDTH[version]
     extra = ["nodad"] if version == 6 else []
     a = lab.host("a")
     for name in "ab":  # a daemon without a journal takes back what the kernel has of other tests
@@ -140,10 +136,7 @@ def test_takeover_and_a_restart(lab: Lab, version: int, how: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_every_state_by_takeover(lab: Lab, tmp_path: Path, way: str, kind: str) -> None:
     """All connections of the address are in one batch, whatever their state."""
-    for version, address in SERVICE.items():
-        extra = ["nodad"] if version == 6 else []
-        lab.host("a").run(["ip", "addr", "add", f"{address}/{WIDTH[version]}", "dev", "eth0", *extra])
-    lab.host("peer").run(["ip", "neigh", "flush", "dev", "eth0"])  # it has been b's before
+    give_service(lab)
     redirect = {"devices": ["eth0"], "modes": ["takeover"]}
     try:
         with (
@@ -164,11 +157,7 @@ def test_every_state_by_takeover(lab: Lab, tmp_path: Path, way: str, kind: str) 
 @pytest.fixture(scope="module")
 def legacy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Daemons for which ``iptables`` is the legacy one."""
-    programs = tmp_path_factory.mktemp("bin")
-    for name in ("iptables", "ip6tables"):
-        (programs / name).symlink_to(shutil.which(f"{name}-legacy") or "")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    with legacy_iptables(tmp_path_factory.mktemp("bin")):
         yield
 
 
@@ -183,7 +172,7 @@ def by_iptables(lab: Lab, legacy: None) -> Iterator[Bench]:
         yield it
 
 
-@pytest.mark.skipif(bool(unusable("iptables-legacy")), reason=str(unusable("iptables-legacy")))
+@needs_legacy
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_state_by_iptables(by_iptables: Bench, tmp_path: Path, way: str, kind: str) -> None:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""What the redirects for special cases need: addresses that can be taken over, a legacy iptables."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lab.host import Host
+from lab.labs import Lab
+from sockmi.addresses import Endpoint
+from sockmi.redirect.iptables import unusable
+
+SERVICE = {4: "10.77.1.77", 6: "fd77:1::77"}
+WIDTH = {4: 24, 6: 64}
+WITHOUT_LEGACY = unusable("iptables-legacy")
+needs_legacy = pytest.mark.skipif(bool(WITHOUT_LEGACY), reason=str(WITHOUT_LEGACY))
+
+_RULE = re.compile(
+    r"-A sockmi_(?P<role>\w+) -s (?P<source>\S+)/\d+ -d (?P<target>\S+)/\d+ -p tcp -m tcp "
+    r"--sport (?P<sport>\d+) --dport (?P<dport>\d+) -j \w+(?: --to-\w+ (?P<to>\S+))?"
+)
+_TO_PEER = ("home", "mute")  # roles of rules for what goes to the peer; the others, for what comes from it
+
+
+def give_service(lab: Lab, name: str = "a") -> None:
+    """One host has the service addresses, and the peer knows no other that has them."""
+    for version, address in SERVICE.items():
+        if not has_address(lab.host(name), address):
+            extra = ["nodad"] if version == 6 else []
+            lab.host(name).run(["ip", "addr", "add", f"{address}/{WIDTH[version]}", "dev", "eth0", *extra])
+    lab.host("peer").run(["ip", "neigh", "flush", "dev", "eth0"])
+
+
+def has_address(host: Host, address: str) -> bool:
+    """Whether the kernel of a host has it."""
+    return bool(host.run(["ip", "-o", "addr", "show", "to", address]).stdout)
+
+
+@contextmanager
+def legacy_iptables(directory: Path) -> Iterator[None]:
+    """Programs that are started in the block find the legacy one under the name ``iptables``."""
+    for name in ("iptables", "ip6tables"):
+        (directory / name).symlink_to(shutil.which(f"{name}-legacy") or "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule of ours for one connection; ``role`` as in sockmi.redirect.iptables, ``to``: translated to."""
+
+    role: str
+    remote: str
+    to: str
+
+
+def rules(host: Host) -> list[Rule]:
+    """What our chains of iptables-legacy hold of connections."""
+    found = []
+    for program in ("iptables-legacy-save", "ip6tables-legacy-save"):
+        for line in host.run([program]).stdout.splitlines():
+            if not line.startswith("-A sockmi_"):
+                continue
+            one = _RULE.match(line)
+            assert one, line
+            end = ("target", "dport") if one["role"] in _TO_PEER else ("source", "sport")
+            address, port = (one[name] for name in end)
+            remote = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+            to = str(Endpoint.parse(one["to"]).address) if one["to"] else ""
+            found.append(Rule(one["role"], remote, to))
+    return found
+
+
+def misled_by_rules(lab: Lab, hosts: str, home: str, where: dict[str, str]) -> list[str]:
+    """What is wrong with the rules for connections: led from ``home`` to where they are."""
+    there = {name: rules(lab.host(name)) for name in hosts}
+    found = []
+    for remote, host in where.items():
+        away = host != home
+        importer = lab.host(host).address(6 if remote.startswith("[") else 4)
+        led = {
+            role: [name for name in hosts for one in there[name] if (one.role, one.remote) == (role, remote)]
+            for role in ("away", "mute", "home", "raw")
+        }
+        right = {role: ([home] if role in ("away", "mute") else [host]) * away for role in led}
+        to = [one.to for one in there[home] if (one.role, one.remote) == ("away", remote)]
+        if led != right or to != [importer] * away:
+            found.append(f"{remote}: {led} to {to}, not {right} to {importer}")
+    return found
