@@ -117,7 +117,7 @@ class Setting:
                 self.operations.request(client, request, list(descriptors))
 
         self.loop.call_soon(begin)
-        watchdog = self.loop.call_later(10, self.loop.stop)
+        watchdog = self.loop.call_later(60, self.loop.stop)
         self.loop.run_forever()
         watchdog.cancel()
         assert client.lines, "no answer came"
@@ -348,13 +348,13 @@ def test_history_leaves_time_for_all_else(setting: Setting) -> None:
     """100,000 records: the loop is never kept for long, whether many match or none."""
     for _ in range(100):
         setting.know(*(record(blackout_us=900, fidelity={"carried": ["x"] * 10}) for _ in range(1000)))
-    gaps: list[float] = []
-    last = time.monotonic()
+    turns: list[float] = []
+    last = time.thread_time()  # of the processor, whoever else uses it
 
     def tick() -> None:
         nonlocal last
-        now = time.monotonic()
-        gaps.append(now - last)
+        now = time.thread_time()
+        turns.append(now - last)
         last = now
         setting.loop.call_later(0.005, tick)
 
@@ -362,5 +362,5 @@ def test_history_leaves_time_for_all_else(setting: Setting) -> None:
     lines = setting.ask(api.HistoryRequest(limit=20_000))
     assert sum(len(line["migrations"]) for line in lines) == 20_000
     assert setting.ask(api.HistoryRequest(host="nobody"))[-1]["migrations"] == []
-    assert len(gaps) > 20
-    assert max(gaps) < 0.5, f"the loop was kept for {max(gaps):.2f} s"
+    assert len(turns) > 20
+    assert max(turns) < 0.2, f"the loop was kept for {max(turns):.2f} s"
