@@ -14,6 +14,7 @@ from guests.errors import HarnessError
 from guests.guest import Plan
 from guests.image import Image
 from guests.kernels import DEBIAN_KERNELS, DebianKernel
+from guests.monitor import ask
 from guests.paths import PROJECT
 from guests.uml.kernel import UML_6_1, UML_6_1_DEBUG, UmlKernel
 from guests.uml.run import Inside, run_inside
@@ -72,16 +73,25 @@ def _parser() -> argparse.ArgumentParser:
 
     up = kinds.add_parser("up", help="start guests that stay until `down`; describes them in DIR/guests.json")
     up.add_argument("folder", type=Path, metavar="DIR")
-    up.add_argument("--guest", action="append", default=[], metavar="NAME=KERNEL[:SUITE]", required=True)
+    up.add_argument(
+        "--guest", action="append", default=[], metavar="NAME=KERNEL[:SUITE[:quick]]", required=True
+    )
     up.add_argument("--memory", type=int, default=384, metavar="MIB")
     up.add_argument("--package", action="append", default=[], metavar="NAME", help="also in their root")
-    up.add_argument("--quick", action="store_true", help="the quick init instead of systemd")
+    up.add_argument("--quick", action="store_true", help="the quick init instead of systemd, for all of them")
+    up.add_argument("--owner", type=int, default=0, metavar="PID", help="they end with this process, too")
     up.add_argument("--hours", type=float, default=2, help="after which they end by themselves [2]")
     up.set_defaults(do=_up)
 
     down = kinds.add_parser("down", help="end the guests of DIR")
     down.add_argument("folder", type=Path, metavar="DIR")
     down.set_defaults(do=_down)
+
+    cable = kinds.add_parser("cable", help="pull or plug the cable between a guest of DIR and its segment")
+    cable.add_argument("folder", type=Path, metavar="DIR")
+    cable.add_argument("guest", metavar="NAME")
+    cable.add_argument("state", choices=("pull", "plug"))
+    cable.set_defaults(do=_cable)
     return parser
 
 
@@ -137,12 +147,24 @@ def _up(options: argparse.Namespace) -> int:
     wanted = []
     for number, text in enumerate(options.guest, 1):
         name, _, rest = text.partition("=")
-        kernel, _, suite = rest.partition(":")
+        kernel, suite, quick, *_ = [*rest.split(":"), "", ""]
         if kernel not in DEBIAN_KERNELS:
             raise HarnessError(f"--guest {text}: no kernel {kernel!r}; there are {', '.join(DEBIAN_KERNELS)}")
-        wanted.append(keeper.Wanted(name, number, kernel, suite or DEBIAN_KERNELS[kernel].suite))
+        if quick not in ("", "quick"):
+            raise HarnessError(f"--guest {text}: after the suite there is only 'quick', not {quick!r}")
+        suite = suite or DEBIAN_KERNELS[kernel].suite
+        wanted.append(keeper.Wanted(name, number, kernel, suite, bool(quick)))
     basis = Plan(memory=options.memory, systemd=not options.quick, packages=options.package)
-    keeper.up(options.folder, wanted, basis, options.hours)
+    keeper.up(options.folder, wanted, basis, keeper.Stay(options.hours, options.owner))
+    return 0
+
+
+def _cable(options: argparse.Namespace) -> int:
+    known = {one["name"]: one for one in keeper.machines(options.folder)}
+    if options.guest not in known:
+        raise HarnessError(f"{options.folder} has no guest {options.guest}; there are {', '.join(known)}")
+    monitor = Path(known[options.guest]["monitor"])
+    ask(monitor, "set_link", name="n0", up=options.state == "plug")
     return 0
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -25,6 +24,7 @@ from guests.console import Report, reports
 from guests.errors import HarnessError
 from guests.image import PACKAGES, Image, checkout_tar, environment_disk
 from guests.kernels import DEBIAN_KERNELS, DebianKernel
+from guests.monitor import ask
 from guests.packages import need
 from guests.paths import CACHE, LOGS, PROJECT, room
 from guests.segment import Segment
@@ -129,7 +129,7 @@ class Guest:
             "-smp", str(plan.processors), "-m", str(plan.memory),
             "-kernel", kernel / "vmlinuz", "-initrd", initrd, "-append", " ".join(words),
             "-chardev", f"file,id=console,path={self.console}", "-serial", "chardev:console",
-            "-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off",
+            "-qmp", f"unix:{self.monitor},server=on,wait=off",
             "-chardev", f"socket,id=agent,path={self._folder / 'agent'},server=on,wait=off",
             "-device", "virtio-serial-pci",
             "-device", "virtserialport,chardev=agent,name=org.sockmi.agent",
@@ -254,21 +254,14 @@ class Guest:
         """The number of its QEMU process."""
         return self._process.pid
 
+    @property
+    def monitor(self) -> Path:
+        """The socket of QEMU's monitor (see guests.monitor)."""
+        return self._folder / "qmp"
+
     def qmp(self, command: str, **arguments: object) -> object:
         """Ask QEMU's monitor; its answer. Raises HarnessError if it refuses."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
-            made.settimeout(20)
-            made.connect(str(self._folder / "qmp"))
-            stream = made.makefile("rw")
-            stream.readline()
-            for name, given in (("qmp_capabilities", {}), (command, arguments)):
-                stream.write(json.dumps({"execute": name, "arguments": given}) + "\n")
-                stream.flush()
-                while "event" in (answer := json.loads(stream.readline())):
-                    pass
-                if "error" in answer:
-                    raise HarnessError(f"{self.plan.name}: QEMU refuses {name}: {answer['error']['desc']}")
-            return answer["return"]
+        return ask(self.monitor, command, **arguments)
 
     def plug(self, segment: int = 0, *, connected: bool = True) -> None:
         """Connect or disconnect the cable of one segment's card."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Guests that outlive the command that started them: a process of its own keeps them, and ends with them.
 
-``DIR/guests.json`` describes them for an inventory: name, kernel, suite, addresses on the segment, and the
-port and key for ssh.
+``DIR/guests.json`` describes them for an inventory: name, kernel, suite, addresses on the segment, the port
+and key for ssh, and the socket of QEMU's monitor (see guests.monitor).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,13 +33,30 @@ class Wanted:
     number: int
     kernel: str
     suite: str
+    quick: bool = False  # the quick init, whatever the others have
 
 
-def up(folder: Path, wanted: Sequence[Wanted], basis: Plan, hours: float) -> None:
+@dataclass(frozen=True)
+class Stay:
+    """How long guests stay at most: so many hours, and while the process ``owner`` lives, if one is given."""
+
+    hours: float
+    owner: int = 0
+
+    def over(self) -> Callable[[], bool]:
+        """A function that says when it is over. Time runs from now. Raises HarnessError if it is already."""
+        until, owned = time.monotonic() + self.hours * 3600, _started(self.owner)
+        if self.owner and not owned:
+            raise HarnessError(f"there is no process {self.owner} that the guests could end with")
+        return lambda: time.monotonic() > until or _started(self.owner) != owned
+
+
+def up(folder: Path, wanted: Sequence[Wanted], basis: Plan, stay: Stay) -> None:
     """Start guests like ``basis`` on one segment; returns when all answer ssh.
 
     Raises HarnessError if one does not.
     """
+    stay.over()
     room(folder)
     if _kept(folder):
         raise HarnessError(f"{folder} has guests already: end them with `python3 -m guests down {folder}`")
@@ -52,7 +69,7 @@ def up(folder: Path, wanted: Sequence[Wanted], basis: Plan, hours: float) -> Non
         _detach(log)
         code = 1
         try:
-            _keep(folder, wanted, replace(basis, checkout=False, ssh=True), writer, hours)
+            _keep(folder, wanted, replace(basis, checkout=False, ssh=True), writer, stay)
             code = 0
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -82,6 +99,17 @@ def down(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def machines(folder: Path) -> list[dict[str, str]]:
+    """What ``guests.json`` says of the guests of ``folder``; raises HarnessError if there are none."""
+    try:
+        found: list[dict[str, str]] = json.loads((folder / "guests.json").read_text())
+    except FileNotFoundError:
+        raise HarnessError(
+            f"{folder} has no guests: start some with `python3 -m guests up {folder}`"
+        ) from None
+    return found
+
+
 def _kept(folder: Path) -> int:
     """The keeper's process, or 0."""
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -109,19 +137,21 @@ def _detach(log: Path) -> None:
         os.dup2(out.fileno(), 2)
 
 
-def _keep(folder: Path, wanted: Sequence[Wanted], basis: Plan, ready: int, hours: float) -> None:
+def _keep(folder: Path, wanted: Sequence[Wanted], basis: Plan, ready: int, stay: Stay) -> None:
     def stop(*_: object) -> None:
         raise SystemExit
 
     signal.signal(signal.SIGTERM, stop)
     (folder / "keeper.pid").write_text(f"{os.getpid()} {_started(os.getpid())}")
     segment = Segment()
+    over = stay.over()
     with contextlib.ExitStack() as stack:
         guests = []
         for one in wanted:
             kernel = DEBIAN_KERNELS[one.kernel]
             plan = replace(basis, kernel=kernel, suite=one.suite, name=one.name)
             plan = replace(plan, number=one.number, segments=[segment])
+            plan = replace(plan, systemd=basis.systemd and not one.quick)
             guests.append(stack.enter_context(Guest(plan)))
         for guest in guests:
             guest.wait()
@@ -129,7 +159,7 @@ def _keep(folder: Path, wanted: Sequence[Wanted], basis: Plan, ready: int, hours
             asdict(one) | {
                 "ipv4": segment.ipv4(one.number), "ipv6": segment.ipv6(one.number), "ssh_host": "127.0.0.1",
                 "ssh_port": guest.ssh_port, "ssh_user": "root", "ssh_key": str(private_key()),
-                "console": str(guest.console),
+                "console": str(guest.console), "monitor": str(guest.monitor),
             }
             for one, guest in zip(wanted, guests, strict=True)
         ]  # fmt: skip
@@ -137,8 +167,7 @@ def _keep(folder: Path, wanted: Sequence[Wanted], basis: Plan, ready: int, hours
         fresh.write_text(json.dumps(described, indent=2))
         fresh.rename(folder / "guests.json")
         os.close(ready)
-        deadline = time.monotonic() + hours * 3600
-        while time.monotonic() < deadline:
+        while not over():
             time.sleep(1)
             for guest in guests:
                 if not guest.alive:

@@ -22,6 +22,7 @@ from lab.traffic import handover
 from lab.traffic.clients import CurlClient, DuplexClient, IdleClient, LineClient
 from lab.traffic.duplex import Terms
 from lab.traffic.pattern import Pattern
+from lab.traffic.posting import RemoteRendezvous
 from lab.traffic.server import KINDS, Server, listen
 
 
@@ -45,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--to", metavar="HOST", help="where SIGUSR1 exports to (default: any)")
     serve.add_argument(
         "--rendezvous", metavar="DIR", type=Path, required=True, help="where contexts are left"
+    )
+    serve.add_argument(
+        "--ask", metavar="ADDRESS", nargs="+", help="servers on other machines, with contexts of their own"
     )
     for kind in ("duplex", "lines", "idle", "curl"):
         client = commands.add_parser(kind, help="a client")
@@ -96,7 +100,10 @@ def _client(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     listener = listen(arguments.listen, arguments.port) if arguments.listen else None
-    server = Server(KINDS[arguments.kind], listener, handover.Rendezvous(arguments.rendezvous))
+    rendezvous = handover.Rendezvous(arguments.rendezvous)
+    if arguments.ask:
+        rendezvous = RemoteRendezvous(arguments.rendezvous, arguments.ask)
+    server = Server(KINDS[arguments.kind], listener, rendezvous)
     importer: handover.Importer | None = None
     if arguments.imports:
         wait = handover.library_import(local_port=arguments.port)
