@@ -1,4 +1,4 @@
-"""A rendezvous for servers on different machines: who had a connection keeps its context until asked for it."""
+"""A rendezvous for servers on different machines: who had a connection keeps its context until asked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ASK_S = 2.0
 
 
 class RemoteRendezvous(Rendezvous):
-    """Answers others' questions at ``address`` and ``port``, and asks the servers at the addresses ``others``.
+    """Answers questions at ``address`` and ``port``, and asks the servers at the addresses ``others``.
 
     A question is the peer's endpoint and a line feed, the answer the context, or nothing. What has been given
     is forgotten, so that a context is never taken twice, nor after the connection has moved on.

@@ -1,4 +1,4 @@
-"""Contexts go from machine to machine, which are addresses of the loopback here: who has one gives it, once."""
+"""Contexts go from machine to machine (here addresses of the loopback): who has one gives it, once."""
 
 from __future__ import annotations
 
