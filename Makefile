@@ -23,6 +23,9 @@ lint: setup ## Style and types only
 test-kmod: setup ## The kernel module, in guests of Debian's 6.1, 6.12 and 7.2 and a debug kernel (slow)
 	@scripts/kmod-test all
 
+wheelhouse: setup ## What the role install carries to hosts, in wheelhouse/
+	@$(PYTHON) scripts/wheelhouse
+
 bench: setup ## Blackout, throughput and costs, as ratios inside one run
 	@$(PYTHON) -m bench
 
@@ -30,5 +33,5 @@ clean: ## Remove what the above made in this folder
 	rm -rf .venv .build
 	$(MAKE) -C daemon/libsockmi clean
 
-.PHONY: help setup demo test lint test-kmod bench clean
+.PHONY: help setup demo test lint test-kmod wheelhouse bench clean
 .DEFAULT_GOAL := help

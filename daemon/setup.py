@@ -10,6 +10,11 @@ from pathlib import Path
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -24,6 +29,13 @@ class BuildWithLibrary(build_py):
             shutil.copy2(built, Path(self.build_lib) / "sockmi" / built.name)
 
 
+class AnyPython(bdist_wheel):
+    """The library is loaded with ctypes, so the wheel is for one machine, but for every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 class Binary(Distribution):
     """The wheel is for one platform, though no CPython extension is in it."""
 
@@ -31,4 +43,4 @@ class Binary(Distribution):
         return True
 
 
-setup(cmdclass={"build_py": BuildWithLibrary}, distclass=Binary)
+setup(cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": AnyPython}, distclass=Binary)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the host is like, as JSON: all that the role must know before it touches anything.
+
+The argument is JSON too: `pythons` (candidates for the daemon's), `packages`, `sysctls` (names), `prefix`,
+`units`. Python 3.8 and later.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TAG = "import sys; print('cp%d%d' % sys.version_info[:2])"
+QUERIES = (
+    ("debian", ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"]),
+    ("redhat", ["rpm", "-qa", "--qf", "%{NAME} installed\n"]),
+)
+
+
+def text(path):
+    """The contents of a small file, stripped; None if it cannot be read."""
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return None
+
+
+def said(*words):
+    """What a command prints, "" if it fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def system():
+    """Family, distribution and version, from os-release(5)."""
+    fields = {}
+    for line in (text("/etc/os-release") or "").splitlines():
+        name, _, value = line.partition("=")
+        fields[name] = value.strip("\"'")
+    kin = {fields.get("ID", ""), *fields.get("ID_LIKE", "").split()}
+    family = "debian" if "debian" in kin else "redhat" if kin & {"rhel", "fedora", "centos"} else "other"
+    return {
+        "family": family,
+        "distribution": fields.get("ID", ""),
+        "version": fields.get("VERSION_ID", ""),
+        "name": fields.get("PRETTY_NAME", "this system"),
+    }
+
+
+def packages(family, wanted):
+    """Those of ``wanted`` that are installed."""
+    found = set()
+    for name, query in QUERIES:
+        if name == family:
+            for line in said(*query).splitlines():
+                package, _, state = line.partition(" ")
+                if state == "installed":
+                    found.add(package)
+    return [name for name in wanted if name in found]
+
+
+def python(candidates):
+    """The first of them that the daemon can run with, else the last that is there: path and tag."""
+    found = None
+    for name in candidates:
+        path = shutil.which(name)
+        tag = said(path, "-I", "-c", TAG) if path else ""
+        if tag.startswith("cp3"):
+            found = {"path": path, "tag": tag}
+            if int(tag[3:]) >= 11:
+                break
+    return found
+
+
+def capabilities():
+    """The effective ones, as a number."""
+    for line in (text("/proc/self/status") or "").splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def free_mib(folder):
+    """Room where a folder is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free >> 20
+
+
+def main():
+    """Print it."""
+    asked = json.loads(sys.argv[1])
+    prefix = Path(asked["prefix"])
+    found = system()
+    family = found["family"]
+    candidates = asked["pythons"].get(family) or ["python3"]
+    found.update(
+        {
+            "interpreter": sys.executable,
+            "kernel": os.uname().release,
+            "machine": os.uname().machine,
+            "root": os.geteuid() == 0,
+            "capabilities": capabilities(),
+            "systemd": Path("/run/systemd/system").is_dir(),
+            "python": python(candidates),
+            "packages": packages(family, asked["packages"].get(family) or []),
+            "release": text(prefix / "current/release"),
+            "releases": sorted(path.parent.name for path in prefix.glob("releases/*/complete")),
+            "free_mib": free_mib(prefix),
+            "sysctls": {name: text("/proc/sys/" + name.replace(".", "/")) for name in asked["sysctls"]},
+            "ptrace_scope": text("/proc/sys/kernel/yama/ptrace_scope"),
+            "mtu": {path.parent.name: int(text(path) or 0) for path in Path("/sys/class/net").glob("*/mtu")},
+            "module_loaded": Path("/sys/module/sockmi").is_dir(),
+            "units": {
+                name: {
+                    "active": said("systemctl", "is-active", name) == "active",
+                    "enabled": said("systemctl", "is-enabled", name) == "enabled",
+                    "there": Path("/etc/systemd/system", name).exists(),
+                }
+                for name in asked["units"]
+            },
+            "configured": Path("/etc/sockmi/sockmi.yml").exists(),
+            "firewalld": shutil.which("firewall-cmd") is not None,
+            "ufw": "ENABLED=yes" in (text("/etc/ufw/ufw.conf") or ""),
+            "before": json.loads(text("/etc/sockmi/before-install.json") or "null"),
+        }
+    )
+    print(json.dumps(found))
+
+
+main()

@@ -1,0 +1,166 @@
+"""The role `install`: its variables as documented, its programs on old Pythons, no key in the open."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("ansible")
+
+PROJECT = Path(__file__).resolve().parents[2]
+ROLE = PROJECT / "roles/sockmi"
+
+
+def _yaml(name: str) -> Any:
+    return yaml.safe_load((ROLE / name).read_text())
+
+
+def _tasks(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for item in items:
+        found.append(item)
+        for part in ("block", "rescue", "always"):
+            found += _tasks(item.get(part, []))
+    return found
+
+
+def test_the_role_is_found_under_its_name() -> None:
+    assert (PROJECT / "roles/install").resolve() == ROLE
+
+
+def test_argument_specs_equal_the_defaults() -> None:
+    defaults = _yaml("defaults/main.yml")
+    specs = _yaml("meta/argument_specs.yml")["argument_specs"]
+    options = specs["main"]["options"]
+    assert {name for name, option in options.items() if not option.get("required")} == set(defaults)
+    for name, value in defaults.items():
+        assert options[name]["default"] == value, name
+    for name, option in specs["uninstall"]["options"].items():
+        assert option["default"] == defaults[name], name
+
+
+def test_variables_have_the_prefix() -> None:
+    own = {
+        *_yaml("defaults/main.yml"),
+        *_yaml("meta/argument_specs.yml")["argument_specs"]["main"]["options"],
+    }
+    assert all(name.startswith("sockmi_") for name in own)
+    assert all(name.startswith("__sockmi_") for name in _yaml("vars/main.yml"))
+    for file in [*ROLE.glob("tasks/*.yml"), *ROLE.glob("handlers/*.yml")]:
+        for task in _tasks(yaml.safe_load(file.read_text())):
+            names = [task["register"]] if "register" in task else []
+            names += list(task.get("vars", {}))
+            names += [name for name in task.get("ansible.builtin.set_fact", {}) if name != "cacheable"]
+            assert all(name.startswith("__sockmi_") for name in names), (file.name, names)
+
+
+def test_tasks_that_see_a_key_are_not_logged() -> None:
+    seen = 0
+    for file in ROLE.glob("tasks/*.yml"):
+        for task in _tasks(yaml.safe_load(file.read_text())):
+            plain = {name: value for name, value in task.items() if name not in ("block", "rescue", "always")}
+            if "item.key | trim" in json.dumps(plain) or "sockmi_group_key" in json.dumps(plain):
+                assert task.get("no_log") is True, (file.name, task["name"])
+                seen += 1
+    assert seen >= 2
+    options = _yaml("meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+    assert options["sockmi_group_key"]["no_log"] is True
+    assert options["sockmi_groups"]["options"]["key"]["no_log"] is True
+
+
+@pytest.mark.parametrize("name", ["probe.py", "links.py", "install_release.py"])
+def test_programs_for_the_host_know_old_pythons(name: str) -> None:
+    ast.parse((ROLE / "files" / name).read_text(), feature_version=(3, 8))
+
+
+def test_links_are_made_changed_and_removed(tmp_path: Path) -> None:
+    program = (ROLE / "files/links.py").read_text()
+    (tmp_path / "old").symlink_to("elsewhere")
+    wanted = {str(tmp_path / "deep/new"): "/target", str(tmp_path / "old"): None}
+
+    def run(*flags: str) -> list[str]:
+        command = [sys.executable, "-I", "-c", program, json.dumps(wanted), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        changed: list[str] = json.loads(done.stdout)
+        return changed
+
+    assert run("--check") == list(wanted)
+    assert (tmp_path / "old").is_symlink()
+    assert run() == list(wanted)
+    assert run() == []
+    assert str((tmp_path / "deep/new").readlink()) == "/target"
+    assert not (tmp_path / "old").is_symlink()
+    (tmp_path / "deep/new").unlink()
+    (tmp_path / "deep/new").write_text("somebody's")
+    with pytest.raises(subprocess.CalledProcessError):
+        run()
+    assert (tmp_path / "deep/new").read_text() == "somebody's"
+
+
+class Bundle:
+    """A bundle with one wheel, and what is made of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.wheel = folder / "content/wheels/tiny-1.0-py3-none-any.whl"
+        self.wheel.parent.mkdir(parents=True)
+        with zipfile.ZipFile(self.wheel, "w") as wheel:
+            wheel.writestr("tiny.py", "def main():\n    print('tiny runs')\n")
+            wheel.writestr("tiny-1.0.data/scripts/script", "#!python\nimport tiny\ntiny.main()\n")
+            wheel.writestr("tiny-1.0.dist-info/entry_points.txt", "[console_scripts]\ntiny = tiny:main\n")
+            wheel.writestr("tiny-1.0.dist-info/RECORD", "tiny.py,,\n")
+        self.require(hashlib.sha256(self.wheel.read_bytes()).hexdigest())
+        (folder / "content/release").write_text("1.0-abc\n")
+        self.release = folder / "releases/1.0-abc"
+
+    def require(self, checksum: str) -> None:
+        (self.folder / "content/requirements.txt").write_text(f"tiny==1.0 --hash=sha256:{checksum}\n")
+
+    def install(self) -> subprocess.CompletedProcess[str]:
+        bundle = self.folder / "bundle.tar"
+        with tarfile.open(bundle, "w") as archive:
+            archive.add(self.folder / "content", ".")
+        program = (ROLE / "files/install_release.py").read_text()
+        return subprocess.run(
+            [sys.executable, "-I", "-c", program, bundle, self.release],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+def test_a_bundle_becomes_an_environment(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path)
+    done = bundle.install()
+    assert done.returncode == 0, done.stderr
+    for command in ("tiny", "script"):
+        said = subprocess.run([bundle.release / "bin" / command], capture_output=True, text=True, check=True)
+        assert said.stdout == "tiny runs\n"
+    assert (bundle.release / "complete").exists()
+    assert not (bundle.release / "wheels").exists()
+    assert not (tmp_path / "bundle.tar").exists()
+
+
+def test_a_wheel_with_another_checksum_is_refused(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path)
+    bundle.require("0" * 64)
+    done = bundle.install()
+    assert done.returncode == 1
+    assert "is not the wheel that requirements.txt names" in done.stderr
+    assert not (bundle.release / "complete").exists()
+
+
+@pytest.mark.parametrize("name", ["install", "uninstall"])
+def test_playbooks_are_there_twice(name: str) -> None:
+    [play] = yaml.safe_load((PROJECT / f"{name}.yml").read_text())
+    assert play["ansible.builtin.import_playbook"] == f"playbooks/{name}.yml"
