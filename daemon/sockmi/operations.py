@@ -413,10 +413,16 @@ class Operations:
 
         def fold() -> None:
             with client.answering(request):
-                if journal.fold_some():
-                    loop.call_soon(fold)
-                else:
-                    read()
+                try:
+                    if client.closed:
+                        history.close()
+                    elif journal.fold_some():
+                        loop.call_soon(fold)
+                    else:
+                        read()
+                except BaseException:
+                    history.close()
+                    raise
 
         def read() -> None:
             loop.run_in_executor(None, history.page, min(left, _ROWS_PER_LINE)).add_done_callback(send)
