@@ -27,6 +27,7 @@ from sockmi.addresses import Endpoint, FourTuple
 from sockmi.config import ImportConfig
 from sockmi.control import Client
 from sockmi.crashpoints import reached
+from sockmi.early_holds import EarlyHolds
 from sockmi.engine.base import Fidelity, Kind, Placement, Restored
 from sockmi.image import Family, ImageError, Section, State, Summary, peek, section
 from sockmi.image import Kind as ImageKind
@@ -148,6 +149,7 @@ class Importing:
         self._placing = placing
         self._capacity = capacity
         self._redirecting = redirecting
+        self._early = EarlyHolds(shell, redirecting)
         self.lists = ImportLists({})
         for kind in Kind:
             shell.metrics.import_list.labels(kind=kind).set_function(functools.partial(self._length, kind))
@@ -175,9 +177,17 @@ class Importing:
                     Refusal(Code.INTERNAL, f"The importer failed ({error}); its log has the details.")
                 )
         self._shell.dispatch(ReserveDone(action.batch, action.exporter, action.page, tuple(places)))
+        self._early.promise(
+            {
+                item.migration: stranger
+                for item, former in zip(action.items, action.former, strict=True)
+                if former is None and (stranger := self._placing.stranger(item.migration))
+            }
+        )
 
     def unreserve(self, action: Unreserve) -> None:
         """The inverse of ``reserve``."""
+        self._early.drop(action.migrations)
         for migration in action.migrations:
             self._placing.forget(migration)
 
@@ -211,6 +221,7 @@ class Importing:
                 self._unspool(copy)
         for arrival, kept in zip(action.arrivals, copies, strict=True):
             if kept is None:
+                self._early.drop([arrival.item.migration])
                 self._placing.forget(arrival.item.migration)
                 continue
             self.copies[arrival.item.migration] = kept
@@ -242,7 +253,8 @@ class Importing:
     def _prepare(self, action: Prepare, copies: list[Copy | None], results: list[Fidelity | Refusal]) -> None:
         shell = self._shell
         chosen = [(index, copy) for index, copy in enumerate(copies) if copy is not None]
-        tuples = [copy.tuple for _, copy in chosen if copy.tuple]
+        held = self._early.take(copy.arrival.item.migration for _, copy in chosen)
+        tuples = [copy.tuple for _, copy in chosen if copy.tuple and copy.tuple not in held]
         if tuples:
             shell.held.want(tuples)
             shell.holds.hold(tuples, None)

@@ -144,6 +144,17 @@ class Placing:
             self._given[item.migration] = connection
             self._taken.add(connection)
 
+    def stranger(self, migration: MigrationId) -> FourTuple | None:
+        """The connection that has a place here, as it will live here, if none of its packets pass here yet.
+
+        They might, if this host is a router between its peer and where it lives now.
+        """
+        connection = self._given.get(migration)
+        if connection is None or self._is_local(connection.local.address):
+            return connection
+        there, peer = self._path(connection.local.address), self._path(connection.remote.address)
+        return connection if there and peer and there.device == peer.device else None
+
     def forget(self, migration: MigrationId) -> None:
         """Give up a place (the copy is there, or will not come)."""
         if (connection := self._given.pop(migration, None)) is not None:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""Holds of connections that have a place here, set before their exporter freezes them.
+
+A hold costs a transaction of nftables; set when a place is promised, it costs the blackout nothing.
+Until the copy is prepared nothing of such a connection concerns this host, so nothing is lost by it.
+But a router between the peer and the exporter must not drop its packets yet, and neither must a host to
+which the connection returns, as it still leads them away: these hold in PREPARE.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from sockmi.addresses import FourTuple
+from sockmi.protocol.records import MigrationId
+from sockmi.redirecting import Redirecting
+from sockmi.shell import Shell
+
+_log = logging.getLogger(__name__)
+
+
+class EarlyHolds:
+    """See the module docstring. Each method stands beside its inverse: ``promise`` and ``drop``."""
+
+    def __init__(self, shell: Shell, redirecting: Redirecting) -> None:
+        self._shell = shell
+        self._redirecting = redirecting
+        self._promised: dict[MigrationId, FourTuple] = {}
+        self._held: dict[MigrationId, FourTuple] = {}
+
+    def promise(self, places: Mapping[MigrationId, FourTuple]) -> None:
+        """Hold these soon: not now, as RESERVED is to be sent first."""
+        if places:
+            self._promised.update(places)
+            self._shell.loop.call_later(0, self._hold, tuple(places))
+
+    def _hold(self, migrations: Iterable[MigrationId]) -> None:
+        due = {one: found for one in migrations if (found := self._promised.pop(one, None))}
+        due = {one: found for one, found in due.items() if self._redirecting.route_of(found) is None}
+        if not due:
+            return
+        tuples = list(due.values())
+        self._shell.held.want(tuples)
+        try:
+            self._shell.holds.hold(tuples, None)
+        except Exception:
+            _log.exception("places could not be held early; they will be when their images come")
+            self._shell.held.forget(tuples)
+            return
+        self._held |= due
+
+    def take(self, migrations: Iterable[MigrationId]) -> set[FourTuple]:
+        """Those that are held already; they are the caller's from now on."""
+        held = set()
+        for migration in migrations:
+            self._promised.pop(migration, None)
+            if (found := self._held.pop(migration, None)) is not None:
+                held.add(found)
+        return held
+
+    def drop(self, migrations: Iterable[MigrationId]) -> None:
+        """They will not come."""
+        if tuples := list(self.take(migrations)):
+            self._shell.held.forget(tuples)
+            try:
+                self._shell.holds.unhold(tuples)
+            except Exception:  # nothing of them passes here; a restart lifts what nobody needs
+                _log.exception("the early holds of %d connections stay", len(tuples))
