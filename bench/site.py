@@ -61,11 +61,17 @@ def ask(host: Host, op: str, **fields: Any) -> list[dict[str, Any]]:
 
 
 class Program:
-    """A running program of ours; its output is read line by line."""
+    """A running program of ours; its output is read line by line.
 
-    def __init__(self, host: Host | None, name: str, *words: object) -> None:
+    ``cpu``: the one processor that it may use; the scheduler's choice of another one each time would
+    be measured instead of what is to be compared.
+    """
+
+    def __init__(self, host: Host | None, name: str, *words: object, cpu: int | None = None) -> None:
         self.name = name
         command = [str(_BUILD / name), *map(str, words)]
+        if cpu is not None:
+            command = ["taskset", "--cpu-list", str(cpu), *command]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         self.process: subprocess.Popen[bytes] = (
             host.popen(command, **pipes) if host is not None else subprocess.Popen(command, **pipes)
@@ -150,11 +156,11 @@ class Site:
 
     @contextlib.contextmanager
     def programs(self) -> Iterator[Callable[..., Program]]:
-        """``start(host, name, *words)``; all are killed at the end."""
+        """``start(host, name, *words, cpu=None)``; all are killed at the end."""
         running: list[Program] = []
 
-        def start(host: Host | None, name: str, *words: object) -> Program:
-            program = Program(host, name, *words)
+        def start(host: Host | None, name: str, *words: object, cpu: int | None = None) -> Program:
+            program = Program(host, name, *words, cpu=cpu)
             running.append(program)
             program.ready()
             return program
