@@ -14,17 +14,20 @@ setup: ## Packages, Python environment, C libraries
 demo: setup ## A lab of hosts; moves live connections from a to b to c while clients use them
 	@scripts/demo
 
-test: setup ## Every test: style, unit, simulation, fuzz, traffic, lab, crash
+test: setup ## Every test: style, unit, simulation, fuzz, traffic, lab, crash, the module in guests of 6.1 and 6.12
 	@scripts/test
 
 lint: setup ## Style and types only
 	@scripts/test style
 
-test-kmod: setup ## The kernel module, in guests of Debian's 6.1, 6.12 and 7.2 and a debug kernel (slow)
+test-kmod: setup ## All tests of the kernel module: Debian's 6.1 and 6.12, and a debug kernel (an hour and more)
 	@scripts/kmod-test all
 
 wheelhouse: setup ## What the role install carries to hosts, in wheelhouse/
 	@$(PYTHON) scripts/wheelhouse
+
+test-kernels: setup ## All tests of the kernel module in Debian's 7.2
+	@scripts/kmod-test kernels
 
 bench: setup ## Blackout, throughput and costs, as ratios inside one run
 	@$(PYTHON) -m bench
@@ -33,5 +36,5 @@ clean: ## Remove what the above made in this folder
 	rm -rf .venv .build
 	$(MAKE) -C daemon/libsockmi clean
 
-.PHONY: help setup demo test lint test-kmod wheelhouse bench clean
+.PHONY: help setup demo test lint test-kmod wheelhouse bench test-kernels clean
 .DEFAULT_GOAL := help

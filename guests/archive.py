@@ -50,6 +50,8 @@ class Archive:
             # Snapshots of a mirror, and sid's in particular, may be older than their own date of expiry.
             "Acquire::Check-Valid-Until": "false",
             "Acquire::Retries": "3",
+            # Without this, lists that could not be fetched are no more than a warning.
+            "APT::Update::Error-Mode": "any",
             "APT::Sandbox::User": "root",
             "APT::Get::List-Cleanup": "false",
         }
@@ -57,7 +59,11 @@ class Archive:
         words = [command[0], *options, *command[1:]]
         done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, timeout=1800, check=False)
         if done.returncode:
-            raise HarnessError(f"{' '.join(command)} ({self.suite}) failed: {done.stderr.strip()[-800:]}")
+            raise HarnessError(
+                f"{' '.join(command)} ({self.suite}, {MIRROR}) failed; the kernels come from Debian's "
+                f"archive: make it reachable, or name a mirror in SOCKMI_DEBIAN_MIRROR: "
+                f"{done.stderr.strip()[-800:]}"
+            )
         return done.stdout
 
     def refresh(self) -> None:

@@ -112,8 +112,10 @@ static int restore(struct sockmi_file *file, struct sockmi_dormant *dormant, str
 	int result;
 
 	blob = sockmi_blob_get(file, a->slot, a->image, a->bytes, &a->refusal, &a->image_error);
-	if (IS_ERR(blob))
+	if (IS_ERR(blob)) {
+		trace_sockmi_restore(dormant->sock->sk, dormant->id, a->bytes, PTR_ERR(blob), a->refusal);
 		return PTR_ERR(blob);
+	}
 	memcpy(&local, &a->local, sizeof(local));
 	result = sockmi_restore(dormant->sock, &blob->image, &local, a->flags, &a->refusal, &losses);
 	trace_sockmi_restore(dormant->sock->sk, dormant->id, a->bytes, result, a->refusal);

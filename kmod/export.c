@@ -299,6 +299,7 @@ long sockmi_ioctl_claim(struct sockmi_file *file, void __user *arg, size_t size)
 	socket_file = claimed_file(a.pid, a.fd);
 	if (IS_ERR(socket_file)) {
 		a.refusal = PTR_ERR(socket_file) == -EBADF ? SOCKMI_REFUSAL_NO_SOCKET : SOCKMI_REFUSAL_NONE;
+		trace_sockmi_claim(NULL, 0, 0, PTR_ERR(socket_file), a.refusal);
 		return sockmi_arg_out(arg, size, &a, sizeof(a)) ?: PTR_ERR(socket_file);
 	}
 	sk = sockmi_tcp_sock(socket_file, &a.refusal);
@@ -320,8 +321,8 @@ long sockmi_ioctl_claim(struct sockmi_file *file, void __user *arg, size_t size)
 	a.bytes = sockmi_dump_bound(sk);
 	a.reserved = 0;
 	id = sockmi_claim(file, socket_file, lifetime, &a.refusal);
-	trace_sockmi_claim(sk, id > 0 ? id : 0, a.bytes, id > 0 ? 0 : id, a.refusal);
 	if (id > 0) {
+		trace_sockmi_claim(sk, id, a.bytes, 0, SOCKMI_REFUSAL_NONE);
 		a.id = id;
 		result = sockmi_arg_out(arg, size, &a, sizeof(a));
 		if (result)
@@ -330,6 +331,7 @@ long sockmi_ioctl_claim(struct sockmi_file *file, void __user *arg, size_t size)
 		return result;
 	}
 refused:
+	trace_sockmi_claim(sk, 0, a.bytes, id, a.refusal);
 	fput(socket_file);
 	return sockmi_arg_out(arg, size, &a, sizeof(a)) ?: id;
 }

@@ -164,6 +164,7 @@ static int run(struct sockmi_net *sn, const struct command *command, const char 
 		return -EPERM;
 	socket_file = sockmi_file_of(command->pid, command->fd);
 	if (IS_ERR(socket_file)) {
+		trace_sockmi_sysctl(NULL, 0, 0, PTR_ERR(socket_file), 0);
 		remember(sn, text, 1, PTR_ERR(socket_file) == -ESRCH ? "no such process" : "no such descriptor");
 		return PTR_ERR(socket_file);
 	}
