@@ -32,9 +32,12 @@ test-kernels: setup ## All tests of the kernel module in Debian's 7.2
 bench: setup ## Blackout, throughput and costs, as ratios inside one run
 	@$(PYTHON) -m bench
 
+bench-kernel: setup ## The kernel engine beside the repair engine, and the NAT helper beside nftables, in a guest
+	@nice -n 19 $(PYTHON) -m bench.kernel
+
 clean: ## Remove what the above made in this folder
 	rm -rf .venv .build
 	$(MAKE) -C daemon/libsockmi clean
 
-.PHONY: help setup demo test lint test-kmod wheelhouse bench test-kernels clean
+.PHONY: help setup demo test lint test-kmod wheelhouse bench test-kernels bench-kernel clean
 .DEFAULT_GOAL := help
