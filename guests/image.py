@@ -86,10 +86,12 @@ def disk(folder: Path, file: Path, log: Path, spare: int) -> None:
 def environment_disk() -> Path:
     """A disk with this checkout's .venv. A guest whose root is of the host's suite can use it."""
     venv = PROJECT / ".venv"
-    named = CACHE / f"venv-{host_suite()}-{digest((venv / '.stamp').read_bytes(), str(PROJECT))}.img"
+    # The cache may be shared by checkouts: each has one such disk.
+    ours = f"venv-{host_suite()}-{digest(str(PROJECT))}"
+    named = CACHE / f"{ours}-{digest((venv / '.stamp').read_bytes())}.img"
     with alone("venv"):
         if not named.exists():
-            for old in CACHE.glob("venv-*.img"):
+            for old in CACHE.glob(f"{ours}-*.img"):
                 old.unlink()
             disk(venv, named, LOGS / "venv.log", spare=16)
     return named

@@ -44,6 +44,8 @@ HERE = os.environ.get("SOCKMI_INSIDE", "")
 MARK = "sockmi-test:"
 PER_TEST = 60  # seconds, on top of START, that a batch may take for each of its tests
 START = 240
+HANDED = ("SOCKMI_FUZZ_", "SOCKMI_CYCLES")
+"""Beginnings of the environment variables that tests inside see as well."""
 OWN_INSTANCE = ("no_module", "parameters", "alone")
 """Markers by which the tests of a file do not share a guest with those of others."""
 
@@ -150,7 +152,9 @@ class Batch:
 
     @property
     def _limit(self) -> float:
-        return START + PER_TEST * len(self._items)
+        """Seconds for all of them; a test with a time limit of its own may take it."""
+        own = (item.get_closest_marker("timeout") for item in self._items.values())
+        return START + sum(max([PER_TEST, *mark.args[:1]]) if mark else PER_TEST for mark in own)
 
     def _command(self) -> list[str]:
         names = [re.sub(r"^.*?(?=tests/)", "", nodeid) for nodeid in self._items]
@@ -171,6 +175,7 @@ class Batch:
                 self._command(), kernel=UML_KERNELS[self._kernel], module=self._source, insmod=self._load,
                 limit=self._limit, cwd=PROJECT,
                 allowed=self._allowed(), collect=("reports",), parameters=list(dict.fromkeys(parameters)),
+                environment=_handed(),
             )
         )  # fmt: skip
         self._take(outcome.files.get("reports", b""), outcome.log.read_text(errors="replace"))
@@ -198,6 +203,7 @@ class Batch:
                 "SOCKMI_INSIDE": self._kernel, "SOCKMI_OUT": "/run/out", "SOCKMI_KO": f"/run/{module.name}",
                 "PATH": f"{PROJECT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             }  # fmt: skip
+            where |= _handed()
             guest.run(["mkdir", "-p", "/run/out"])
             told = b""
             try:
@@ -278,6 +284,10 @@ class Batch:
         else:
             call.outcome = "failed"
             call.longrepr = text
+
+
+def _handed() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(HANDED)}
 
 
 def _complains(item: pytest.Item) -> list[str]:

@@ -26,6 +26,8 @@ from guests.uml.run import Inside, run_inside
 
 PLANTED = Path(__file__).parent / "planted"
 
+pytestmark = pytest.mark.timeout(400)  # a guest boots within seconds, but not beside six others
+
 uml = pytest.mark.skipif(
     os.environ.get("SOCKMI_NO_UML") == "1", reason="SOCKMI_NO_UML=1: no UML kernel wanted"
 )
@@ -200,13 +202,11 @@ def judge(found: dict[str, tuple[str, str]]) -> None:
 
 
 @uml
-@pytest.mark.timeout(300)
 def test_cases_inside_are_told_as_they_were(tmp_path: Path) -> None:
     judge(outcomes("uml-6.1-debug", tmp_path))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_cases_in_a_guest_are_told_as_they_were(kernel: str, tmp_path: Path) -> None:
     judge(outcomes(kernel, tmp_path))
 
@@ -238,7 +238,6 @@ def of_session(session: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_kept_guests_answer_ssh_until_they_are_ended(kernel: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "guests"]
     wanted = ["--guest", f"web1={kernel}:{host_suite()}", "--guest", f"web2={kernel}:{host_suite()}"]

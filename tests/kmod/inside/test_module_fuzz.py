@@ -59,7 +59,7 @@ def test_sequences_of_calls_with_live_ids(seed: str) -> None:
                 struct = ORDINALS[name][1]
                 argument = struct()
                 for field, kind in struct._fields_:
-                    if not isinstance(getattr(argument, field), int):
+                    if field == "refusal" or not isinstance(getattr(argument, field), int):
                         continue
                     value = rng.choice((0, 0, 1, 2, 3, rng.getrandbits(32)))
                     if field == "fd":
@@ -187,7 +187,7 @@ def test_files_that_are_passed_and_shared(seed: str) -> None:
     rng = random.Random(f"files {seed}")  # noqa: S311
     end = until(SECONDS)
     turns = 0
-    while time.monotonic() < end:
+    while turns < 3 or time.monotonic() < end:
         ours, peer = pair()
         device = Device()
         claim = device.claim(ours)
@@ -213,4 +213,3 @@ def test_files_that_are_passed_and_shared(seed: str) -> None:
         for one in (ours, peer, left, right):
             one.close()
         turns += 1
-    assert turns > 3
