@@ -14,6 +14,7 @@ from tests.kmod.nat_lab import Moving, live, offloads, quiet, triangle
 from tests.lab.redirect_lab import Host, run, until
 
 IMPORTER_PORT = 40001
+SLOW_6 = pytest.param(6, marks=pytest.mark.slow)  # a stateful firewall in an emulated guest takes its time
 
 STATEFUL = """
 table inet guard {
@@ -90,7 +91,7 @@ def test_on_to_a_third_host_and_home(version: int) -> None:
             quiet(moving)
 
 
-@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("version", [4, SLOW_6])
 def test_beside_conntrack(version: int) -> None:
     with triangle(version) as of:
         lab = of.lab
@@ -112,7 +113,7 @@ def test_beside_conntrack(version: int) -> None:
 
 
 @pytest.mark.parametrize("way", ["untracked", "injected"])
-@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("version", [4, SLOW_6])
 def test_beside_strict_conntrack(version: int, way: str) -> None:
     with triangle(version) as of:
         lab = of.lab
@@ -149,7 +150,7 @@ def forget(host: Host, moving: Moving) -> None:
     assert deleted == 1
 
 
-@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("version", [4, SLOW_6])
 def test_home_to_a_host_with_a_stateful_firewall(version: int) -> None:
     with triangle(version) as of:
         lab = of.lab
