@@ -23,6 +23,9 @@ lint: setup ## Style and types only
 test-kmod: setup ## All tests of the kernel module: Debian's 6.1 and 6.12, and a debug kernel (an hour and more)
 	@scripts/kmod-test all
 
+molecule: setup ## The appliance on virtual machines with Debian 12 and 13: every scenario of molecule/ (slow)
+	@scripts/molecule all
+
 wheelhouse: setup ## What the role install carries to hosts, in wheelhouse/
 	@$(PYTHON) scripts/wheelhouse
 
@@ -39,5 +42,5 @@ clean: ## Remove what the above made in this folder
 	rm -rf .venv .build
 	$(MAKE) -C daemon/libsockmi clean
 
-.PHONY: help setup demo test lint test-kmod wheelhouse bench test-kernels bench-kernel clean
+.PHONY: help setup demo test lint test-kmod molecule wheelhouse bench test-kernels bench-kernel clean
 .DEFAULT_GOAL := help

@@ -2,7 +2,7 @@
 """The clients of a scenario: ``start COUNT ADDRESS PORT``, ``advance SECONDS``, ``stop``; prints JSON.
 
 Each is a process with one connection, both directions at once, every byte checked (lab.traffic). ``advance``
-waits until each has sent and received more, and fails with the names of those that have not; ``stop`` ends them
+waits until each has sent and received more, and fails with the names of those that have not; ``stop`` ends all
 in an orderly way and fails if any saw anything but the bytes that were due.
 """
 
@@ -59,23 +59,25 @@ def seen(name: str) -> dict[str, object]:
     return {key: told[key] for key in ("local", "sent", "received", "ok", "error") if key in told}
 
 
+def grown(before: dict[str, object], now: dict[str, object]) -> int:
+    """By how many bytes, in the direction that has grown less."""
+    return min(int(str(now[way])) - int(str(before[way])) for way in ("sent", "received"))
+
+
 def advance(seconds: float) -> dict[str, object]:
     """Wait until each has sent and received more than it had."""
     before = {name: seen(name) for name in names()}
     deadline = time.monotonic() + seconds
     while True:
         now = {name: seen(name) for name in before}
-        late = [
-            name
-            for name in before
-            if any(int(str(now[name][way])) < int(str(before[name][way])) + MORE for way in ("sent", "received"))
-        ]
+        late = [name for name in before if grown(before[name], now[name]) < MORE]
         ended = [name for name in late if "error" in now[name]]
         if not late:
             return now
         if ended or time.monotonic() > deadline:
             print(json.dumps({name: now[name] for name in late}), file=sys.stderr)
-            sys.exit(f"ended: {', '.join(ended)}" if ended else f"no progress in {seconds} s: {', '.join(late)}")
+            why = "ended" if ended else f"no progress in {seconds:.0f} s"
+            sys.exit(f"{why}: {', '.join(ended or late)}")
         time.sleep(0.2)
 
 
