@@ -2,8 +2,8 @@
 """The clients of a scenario: ``start COUNT ADDRESS PORT``, ``advance SECONDS``, ``stop``; prints JSON.
 
 Each is a process with one connection, both directions at once, every byte checked (lab.traffic). ``advance``
-waits until each has sent and received more, and fails with the names of those that have not; ``stop`` ends all
-in an orderly way and fails if any saw anything but the bytes that were due.
+waits until each has sent and received more, and fails with the names of those that have not. ``stop`` ends
+them in an orderly way and fails if any saw anything but the bytes that were due.
 """
 
 from __future__ import annotations
