@@ -12,7 +12,9 @@
 #include <linux/mm.h>
 #include <linux/sysctl.h>
 #include <linux/tcp.h>
+#include <net/inet6_hashtables.h>
 #include <net/inet_connection_sock.h>
+#include <net/inet_hashtables.h>
 #include <net/inet_sock.h>
 #include <net/ip.h>
 #include <net/sock.h>
@@ -166,6 +168,31 @@ static inline bool sockmi_authenticated(const struct tcp_sock *tp)
 #endif
 	return false;
 }
+
+/* Who listens for what comes from @remote to @local by interface @dif; under rcu_read_lock(), not referenced. */
+static inline struct sock *sockmi_listener4(struct net *net, __be32 remote, __be16 remote_port, __be32 local,
+					    u16 local_port, int dif)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 18, 0)
+	return __inet_lookup_listener(net, net->ipv4.tcp_death_row.hashinfo, NULL, 0, remote, remote_port, local,
+				      local_port, dif, 0);
+#else
+	return __inet_lookup_listener(net, NULL, 0, remote, remote_port, local, local_port, dif, 0);
+#endif
+}
+
+#if IS_ENABLED(CONFIG_IPV6)
+static inline struct sock *sockmi_listener6(struct net *net, const struct in6_addr *remote, __be16 remote_port,
+					    const struct in6_addr *local, u16 local_port, int dif)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 18, 0)
+	return inet6_lookup_listener(net, net->ipv4.tcp_death_row.hashinfo, NULL, 0, remote, remote_port, local,
+				     local_port, dif, 0);
+#else
+	return inet6_lookup_listener(net, NULL, 0, remote, remote_port, local, local_port, dif, 0);
+#endif
+}
+#endif
 
 /* Jiffies at which the pending transmit timer (icsk_pending says which) and the delayed ACK are due. */
 static inline unsigned long sockmi_xmit_due(const struct sock *sk)

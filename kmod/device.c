@@ -325,7 +325,7 @@ static long ioctl_hello(struct sockmi_file *file, void __user *arg, size_t size)
 		.abi_major = SOCKMI_DEV_ABI_MAJOR,
 		.abi_minor = SOCKMI_DEV_ABI_MINOR,
 		.features = SOCKMI_FEATURE_EXPORT | SOCKMI_FEATURE_RESTORE | SOCKMI_FEATURE_LISTS |
-			    SOCKMI_FEATURE_SYSCTL | SOCKMI_NAT_FEATURE |
+			    SOCKMI_FEATURE_SYSCTL | SOCKMI_FEATURE_DELIVER | SOCKMI_NAT_FEATURE |
 			    (SOCKMI_HAS_USEC_TS ? SOCKMI_FEATURE_USEC_TS : 0),
 		.image_major = SOCKMI_IMAGE_MAJOR,
 		.image_minor = SOCKMI_IMAGE_MINOR,
@@ -359,6 +359,7 @@ static sockmi_ioctl *const ioctls[] = {
 	[_IOC_NR(SOCKMI_IOC_RESTORE)] = sockmi_ioctl_restore,
 	[_IOC_NR(SOCKMI_IOC_ACTIVATE)] = sockmi_ioctl_activate,
 	[_IOC_NR(SOCKMI_IOC_DISCARD)] = sockmi_ioctl_discard,
+	[_IOC_NR(SOCKMI_IOC_DELIVER)] = sockmi_ioctl_deliver,
 	[_IOC_NR(SOCKMI_IOC_LIST_ADD)] = sockmi_ioctl_list_add,
 	[_IOC_NR(SOCKMI_IOC_PUBLISH)] = sockmi_ioctl_publish,
 	[_IOC_NR(SOCKMI_IOC_REMOVE)] = sockmi_ioctl_remove,

@@ -251,18 +251,21 @@ s64 sockmi_option_number(const struct sockmi_image *image, u16 id, s64 otherwise
  */
 int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const struct sockmi_endpoint *local,
 		   u32 flags, u32 *refusal, struct sockmi_losses *losses);
-/* Brings it to life and releases the lock. 0 or -errno; of a connection it cannot fail. */
+/* Brings a connection to life and releases the lock; its socket may have no struct socket. */
+void sockmi_activate_sock(struct sock *sk);
+/* The same for a socket of any kind. 0 or -errno; of a connection it cannot fail. */
 int sockmi_activate(struct socket *sock, const struct sockmi_image *image);
 /* Closes it without a packet. The lock is held before and after; @error is what its user gets. */
 void sockmi_close_silently(struct sock *sk, int error);
 
-/* ---- export.c, import.c, list.c, sysctl.c: the ioctls ---- */
+/* ---- export.c, import.c, deliver.c, list.c, sysctl.c: the ioctls ---- */
 
 typedef long sockmi_ioctl(struct sockmi_file *file, void __user *arg, size_t size);
 
 sockmi_ioctl sockmi_ioctl_claim, sockmi_ioctl_freeze, sockmi_ioctl_commit, sockmi_ioctl_abort, sockmi_ioctl_release,
 	sockmi_ioctl_export_info;
 sockmi_ioctl sockmi_ioctl_restore, sockmi_ioctl_activate, sockmi_ioctl_discard;
+sockmi_ioctl sockmi_ioctl_deliver;
 sockmi_ioctl sockmi_ioctl_list_add, sockmi_ioctl_publish, sockmi_ioctl_remove, sockmi_ioctl_list_info,
 	sockmi_ioctl_list_next, sockmi_ioctl_match, sockmi_ioctl_import;
 sockmi_ioctl sockmi_ioctl_serve, sockmi_ioctl_answer;

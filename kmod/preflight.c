@@ -145,6 +145,12 @@ int sockmi_refusal_errno(u32 refusal)
 		return -ENOMEM;
 	case SOCKMI_REFUSAL_NAMESPACE:
 		return -EXDEV;
+	case SOCKMI_REFUSAL_NO_LISTENER:
+		return -ECONNREFUSED;
+	case SOCKMI_REFUSAL_OWNER:
+		return -EACCES;
+	case SOCKMI_REFUSAL_ACCEPT_QUEUE:
+		return -EAGAIN;
 	default:
 		return -EOPNOTSUPP;
 	}

@@ -905,11 +905,8 @@ static void send_when_released(struct sock *sk)
 		sock_hold(sk);
 }
 
-int sockmi_activate(struct socket *sock, const struct sockmi_image *image)
+void sockmi_activate_sock(struct sock *sk)
 {
-	struct sock *sk = sock->sk;
-	int result;
-
 	sockmi_adopt(sk);
 	if (sk->sk_state != TCP_CLOSE && sk->sk_state != TCP_SYN_SENT) {
 		/* The peer may have missed an answer; this one has what it needs. */
@@ -918,6 +915,13 @@ int sockmi_activate(struct socket *sock, const struct sockmi_image *image)
 			send_when_released(sk);
 	}
 	release_sock(sk);
+}
+
+int sockmi_activate(struct socket *sock, const struct sockmi_image *image)
+{
+	int result;
+
+	sockmi_activate_sock(sock->sk);
 	if (!image || image->identity.kind != SOCKMI_KIND_LISTENING)
 		return 0;
 	if (image->listener.fastopen_qlen) {

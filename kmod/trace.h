@@ -50,6 +50,7 @@ SOCKMI_STEP(sockmi_commit);
 SOCKMI_STEP(sockmi_restore);
 SOCKMI_STEP(sockmi_activate);
 SOCKMI_STEP(sockmi_discard);
+SOCKMI_STEP(sockmi_deliver); /* id: how many the accept queue has */
 SOCKMI_STEP(sockmi_list_add);
 SOCKMI_STEP(sockmi_publish);
 SOCKMI_STEP(sockmi_remove);

@@ -67,6 +67,19 @@
  * the network namespace (reserved, not visible), PUBLISH makes it visible, REMOVE takes it back, IMPORT takes a
  * published entry into the caller's socket. Entries that are published outlive the device file.
  *
+ * A delivery
+ * ----------
+ * DELIVER gives a connection to a program that has never heard of this module: to whoever listens, in the network
+ * namespace of the device, for what the peer sends. The socket is made, restored, and put at the end of the
+ * listener's accept queue; accept(2) returns it with the peer's address, and with its sequence numbers and queues.
+ * There is no handshake: no packet but those of the connection itself is made, so SYN cookies, TCP_FASTOPEN and
+ * TCP_DEFER_ACCEPT are not concerned. The listener is chosen as for a SYN of that peer (the most specific address,
+ * SO_BINDTODEVICE, one of a SO_REUSEPORT group, BPF programs of sk_lookup and SO_REUSEPORT, which see no packet). IPv4
+ * images can be delivered to IPv6 listeners, and v4-mapped ones to IPv4 listeners. The socket's options are the image's;
+ * but SO_REUSEADDR, SO_REUSEPORT, the device it is bound to, its owner, cgroup and security label are those of a child
+ * of the listener's. Until it is in the queue nobody can see it; when it is, it is complete. Nothing of it is
+ * left after an error, and nothing has been sent: the image can be delivered again, or restored.
+ *
  * Slots
  * -----
  * Kernel memory that the caller maps. Export slots can be mapped for reading only. Import slots are writable;
@@ -88,7 +101,7 @@
 
 #define SOCKMI_DEV_PATH "/dev/sockmi"
 #define SOCKMI_DEV_ABI_MAJOR 1
-#define SOCKMI_DEV_ABI_MINOR 0
+#define SOCKMI_DEV_ABI_MINOR 1
 
 /* An end of a connection; IPv4 addresses are v4-mapped (::ffff:a.b.c.d); all zero: none. */
 struct sockmi_dev_endpoint {
@@ -107,6 +120,7 @@ struct sockmi_dev_endpoint {
 #define SOCKMI_FEATURE_SYSCTL (1u << 3)
 #define SOCKMI_FEATURE_NAT (1u << 4)
 #define SOCKMI_FEATURE_USEC_TS (1u << 5) /* this kernel knows TCP timestamps in microseconds */
+#define SOCKMI_FEATURE_DELIVER (1u << 6)
 
 /**
  * struct sockmi_ioc_hello - versions and limits
@@ -196,6 +210,10 @@ enum sockmi_refusal {
 	SOCKMI_REFUSAL_KTLS = 26,	    /* the image has kernel TLS keys */
 	SOCKMI_REFUSAL_ZEROCOPY = 27,	    /* send data lives in a device's or another's memory */
 	SOCKMI_REFUSAL_ERROR = 28,	    /* the socket has a pending error that cannot be carried */
+	SOCKMI_REFUSAL_NO_LISTENER = 29,    /* -ECONNREFUSED: nobody here listens for that connection */
+	SOCKMI_REFUSAL_LISTENER = 30,	    /* whoever listens is multipath TCP, has keys, a filter, or is the kernel's own */
+	SOCKMI_REFUSAL_OWNER = 31,	    /* -EACCES: the listener is another user's */
+	SOCKMI_REFUSAL_ACCEPT_QUEUE = 32,   /* -EAGAIN: the listener's accept queue is full */
 };
 
 /* ---- Exports ---- */
@@ -367,6 +385,63 @@ struct sockmi_ioc_restore {
 	__aligned_u64 reset;
 	__u16 lost_options[SOCKMI_LOST_OPTIONS_MAX];
 	__u32 deadline_ms;
+};
+
+/* Flags of DELIVER. */
+#define SOCKMI_DELIVER_ANY_UID (1u << 0) /* whoever owns the listener; else only @uid */
+#define SOCKMI_DELIVER_PROBE (1u << 1)	 /* only ask who would get it, and whether there is room */
+
+/**
+ * struct sockmi_ioc_deliver - a connection into the accept queue of whoever listens for it
+ * @slot: in: import slot that holds the image, or SOCKMI_NO_SLOT; ignored by PROBE
+ * @flags: in: SOCKMI_DELIVER_*
+ * @image: in: address of the image if there is no slot
+ * @bytes: in: its length
+ * @uid: in: user (in the caller's user namespace) to whom the listener must belong
+ * @restore_flags: in: SOCKMI_DEV_TRANSPARENT, SOCKMI_DEV_RESET_PATH
+ * @local: in: local endpoint to use instead of the image's; zero: as in the image; PROBE: the local endpoint
+ * @remote: PROBE, in: the peer; else out: as in the image
+ * @ifindex: in: interface by which the peer's packets come in: listeners that are bound to it, or to none, are
+ *	asked; 0: only those that are bound to none
+ * @refusal: out
+ * @image_error: out: enum sockmi_image_error if the image is refused
+ * @lost: out: how many socket options of the image this host did not take
+ * @approximated: out: SOCKMI_LOSS_*
+ * @reset: out: SOCKMI_LOSS_*
+ * @lost_options: out: the first of them (ids of docs/image.md)
+ * @listener_uid: out: who owns the listener, in the caller's user namespace
+ * @listener_family: out: 2 IPv4 socket, 10 IPv6 socket; 0: there is none
+ * @reserved: in: 0
+ * @queued: out: connections in its accept queue, this one included
+ * @queue_max: out: how many it may have
+ * @reserved2: in: 0
+ *
+ * Needs CAP_NET_ADMIN. Connections that are ESTABLISHED or in CLOSE_WAIT; the others are refused with STATE. -EAGAIN
+ * with ACCEPT_QUEUE: full, now. A listener that is closed after the delivery resets the connection, as it does with all
+ * that it has not accepted.
+ */
+struct sockmi_ioc_deliver {
+	__u32 slot;
+	__u32 flags;
+	__aligned_u64 image;
+	__aligned_u64 bytes;
+	__u32 uid;
+	__u32 restore_flags;
+	struct sockmi_dev_endpoint local;
+	struct sockmi_dev_endpoint remote;
+	__u32 ifindex;
+	__u32 refusal;
+	__u32 image_error;
+	__u32 lost;
+	__aligned_u64 approximated;
+	__aligned_u64 reset;
+	__u16 lost_options[SOCKMI_LOST_OPTIONS_MAX];
+	__u32 listener_uid;
+	__u16 listener_family;
+	__u16 reserved;
+	__u32 queued;
+	__u32 queue_max;
+	__u32 reserved2;
 };
 
 enum sockmi_list {
@@ -639,6 +714,7 @@ struct sockmi_event {
 #define SOCKMI_IOC_RESTORE _IOWR(SOCKMI_IOC_MAGIC, 0x20, struct sockmi_ioc_restore)
 #define SOCKMI_IOC_ACTIVATE _IOWR(SOCKMI_IOC_MAGIC, 0x21, struct sockmi_ioc_decision)
 #define SOCKMI_IOC_DISCARD _IOWR(SOCKMI_IOC_MAGIC, 0x22, struct sockmi_ioc_decision)
+#define SOCKMI_IOC_DELIVER _IOWR(SOCKMI_IOC_MAGIC, 0x23, struct sockmi_ioc_deliver)
 
 #define SOCKMI_IOC_LIST_ADD _IOWR(SOCKMI_IOC_MAGIC, 0x30, struct sockmi_ioc_list_add)
 #define SOCKMI_IOC_PUBLISH _IOWR(SOCKMI_IOC_MAGIC, 0x31, struct sockmi_ioc_decision)

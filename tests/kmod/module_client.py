@@ -51,6 +51,10 @@ class Refusal(enum.IntEnum):
     KTLS = 26
     ZEROCOPY = 27
     ERROR = 28
+    NO_LISTENER = 29
+    LISTENER = 30
+    OWNER = 31
+    ACCEPT_QUEUE = 32
 
 
 class EventType(enum.IntEnum):
@@ -85,6 +89,7 @@ class ListName(enum.IntEnum):
 
 ACTIVATE, TRANSPARENT, RESET_PATH = 1, 2, 4
 ANY_UID, PUBLISH = 1, 2
+PROBE = 2
 
 
 class End(ctypes.Structure):
@@ -183,6 +188,32 @@ class Restore(ctypes.Structure):
         ("reset", U64),
         ("lost_options", U16 * 6),
         ("deadline_ms", U32),
+    )
+
+
+class Deliver(ctypes.Structure):
+    _fields_ = (
+        ("slot", U32),
+        ("flags", U32),
+        ("image", U64),
+        ("bytes", U64),
+        ("uid", U32),
+        ("restore_flags", U32),
+        ("local", End),
+        ("remote", End),
+        ("ifindex", U32),
+        ("refusal", U32),
+        ("image_error", U32),
+        ("lost", U32),
+        ("approximated", U64),
+        ("reset", U64),
+        ("lost_options", U16 * 6),
+        ("listener_uid", U32),
+        ("listener_family", U16),
+        ("reserved", U16),
+        ("queued", U32),
+        ("queue_max", U32),
+        ("reserved2", U32),
     )
 
 
@@ -315,6 +346,7 @@ ORDINALS: dict[str, tuple[int, type[ctypes.Structure]]] = {
     "restore": (0x20, Restore),
     "activate": (0x21, Decision),
     "discard": (0x22, Decision),
+    "deliver": (0x23, Deliver),
     "list_add": (0x30, ListAdd),
     "publish": (0x31, Decision),
     "remove": (0x32, Decision),
@@ -413,6 +445,13 @@ class Device:
         if local:
             argument.local = local
         return self.call("restore", argument)
+
+    def deliver(self, image: bytes, flags: int = ANY_UID, **members: object) -> Deliver:
+        memory = ctypes.create_string_buffer(image, max(len(image), 1))
+        argument = Deliver(slot=NO_SLOT, flags=flags, image=ctypes.addressof(memory), bytes=len(image))
+        for name, value in members.items():
+            setattr(argument, name, value)
+        return self.call("deliver", argument)
 
     def decide(self, name: str, ident: int) -> None:
         self.call(name, Decision(id=ident))
