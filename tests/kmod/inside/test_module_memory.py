@@ -195,3 +195,95 @@ def test_lists() -> None:
         peer.sendall(b"alive")
         assert read_exactly(copy2, 5) == b"alive"
     assert copy2.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_delivery(family: str) -> None:
+    """Of what the call itself allocates; the socket is made by a worker, see the next test."""
+    with Device() as device:
+        server = new_socket(family)
+        server.bind(({"ipv4": "127.0.0.1", "ipv6": "::1", "mapped": "::ffff:127.0.0.1"}[family], 0))
+        server.listen()
+        peer = new_socket(family)
+        peer.connect(server.getsockname())
+        ours, _ = server.accept()
+        peer.sendall(b"x" * 1000)
+        ours.sendall(b"y" * 1000)
+        time.sleep(0.05)
+
+        with held(ours):
+            with frozen(device, ours) as (freeze, image):
+                device.commit(freeze)
+
+            def again(_: object) -> None:
+                copy, _ = server.accept()
+                with frozen(device, copy) as (freeze, _image):
+                    device.commit(freeze)
+                copy.close()
+
+            assert each_failing(lambda: device.deliver(image), again) > 5
+            server.setblocking(False)
+            copy, _ = server.accept()
+            with pytest.raises(BlockingIOError):
+                server.accept()
+        assert read_exactly(copy, 1000) == b"x" * 1000
+        assert read_exactly(peer, 1000) == b"y" * 1000
+
+
+def test_the_worker_that_makes_a_delivered_socket_has_no_memory() -> None:
+    stat = Path("/sys/kernel/debug/failslab")
+    module = Path("/sys/module/sockmi/sections/.text")
+    start = int(module.read_text(), 16)
+    settings = {
+        "require-start": f"{start:#x}",
+        "require-end": f"{start + (1 << 20):#x}",
+        "stacktrace-depth": "32",
+        "task-filter": "N",
+        "verbose": "0",
+        "interval": "1",
+        "probability": "100",
+    }
+    before = {name: (stat / name).read_text().strip() for name in settings}
+    with Device() as device:
+        server = new_socket("ipv4")
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        peer = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+        with held(ours):
+            with frozen(device, ours) as (freeze, image):
+                device.commit(freeze)
+            failures = set()
+            try:
+                for name, value in settings.items():
+                    if name != "probability":
+                        (stat / name).write_text(value)
+                # "space": bytes that are still allocated before the first failure.
+                for space in range(0, 40000, 512):
+                    (stat / "space").write_text(str(space))
+                    (stat / "times").write_text("1")
+                    (stat / "probability").write_text("100")
+                    try:
+                        device.deliver(image)
+                    except Refused as error:
+                        failures.add(error.errno)
+                    else:
+                        break
+                    finally:
+                        (stat / "probability").write_text("0")
+            finally:
+                (stat / "times").write_text("-1")
+                (stat / "space").write_text("0")
+                for name, value in before.items():
+                    with contextlib.suppress(OSError):
+                        (stat / name).write_text(value)
+            assert failures
+            assert failures <= set(EXPECTED)
+            server.settimeout(5)
+            try:
+                copy, _ = server.accept()
+            except TimeoutError:
+                device.deliver(image)
+                copy, _ = server.accept()
+        peer.sendall(b"x")
+        assert read_exactly(copy, 1) == b"x"
