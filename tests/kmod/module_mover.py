@@ -18,6 +18,7 @@ from tests.kmod.nat_lab import Moving, Triangle
 from tests.lab.redirect_lab import Host, run
 
 HOME = 0  # move(): the port of the original
+LOST_SCOREBOARD = 1 << 19  # SOCKMI_LOSS_SACK_SCOREBOARD
 
 
 def netem(host: Host, *words: str) -> None:
@@ -99,6 +100,8 @@ class Mover:
         moving.server.resume(copy)
         moving.here = to
         self.note(image)
+        # The marks are not restored, which costs retransmissions at worst. That is told if there were any.
+        assert bool(made.reset & LOST_SCOREBOARD) == bool(images.decode(image).sack_scoreboard)
 
     @staticmethod
     def _restore(device: Device, fd: int, memory: bytearray, to: Endpoint) -> Restore:

@@ -57,6 +57,7 @@ def test_moved_among_losses() -> None:
                 time.sleep(0.1)
         moving.progress()
         assert mover.early, "no move met an out-of-order queue: this test shows nothing"
+        assert mover.marked, "no move met data that the peer has SACKed: this test shows little"
         assert extended(lab.peer, "TCPSACKReneging") == 0
 
 
