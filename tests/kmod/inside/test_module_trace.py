@@ -19,7 +19,7 @@ from tests.kmod.module_client import ANY_UID, Device, ListName, Refusal, Refused
 
 TRACING = Path("/sys/kernel/tracing")
 EVENTS = (
-    "claim", "unclaim", "freeze", "thaw", "commit", "restore", "activate", "discard",
+    "claim", "unclaim", "freeze", "thaw", "commit", "restore", "activate", "discard", "deliver",
     "list_add", "publish", "remove", "import", "sysctl",
 )  # fmt: skip
 LINE = re.compile(r": sockmi_(\w+): (.*)$", re.MULTILINE)
