@@ -69,7 +69,7 @@ class Daemon:
         self.log_file = host.run_dir / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, timeout_s: float = 15.0, *, detached: bool = False) -> None:
+    def start(self, timeout_s: float = 60.0, *, detached: bool = False) -> None:
         """Write the configuration, start, and return when the control socket accepts connections.
 
         A ``detached`` one has a session of its own, and outlives this process and its terminal.

@@ -78,7 +78,7 @@ class Cluster:
     def start(self, host: str, crash_at: str = "") -> None:
         """Start one; it dies where ``crash_at`` says (sockmi.crashpoints)."""
         with _environment(crash_at):
-            self.daemons[host].start(timeout_s=60)
+            self.daemons[host].start()
 
     def dies_at_start(self, host: str, crash_at: str) -> None:
         """Start one that dies before it is ready."""
