@@ -417,10 +417,14 @@ static int decidable(const struct sockmi_export *export, u32 epoch)
 static void commit(struct sockmi_export *export)
 {
 	struct sock *sk = export->sk;
+	bool connected = sk->sk_state != TCP_CLOSE && sk->sk_state != TCP_LISTEN;
 
 	export->state = SOCKMI_EXPORT_COMMITTING;
 	sockmi_adopt(sk);
 	sockmi_close_silently(sk, ECONNABORTED);
+	/* Like one whose connection was reset: there is no second life in it. */
+	if (!connected)
+		sk->sk_socket->state = SS_CONNECTED;
 	release_sock(sk);
 	export->frozen_us = ktime_us_delta(ktime_get(), export->frozen_at);
 	export->state = SOCKMI_EXPORT_COMMITTED;

@@ -47,7 +47,8 @@
  * nothing. A thaw replays what came in meanwhile, in order; nothing is lost and nothing sent twice.
  * COMMIT names the `epoch` that FREEZE returned: an image of an earlier freeze cannot be
  * committed (-ESTALE). COMMIT closes the original without a packet: its owner sees ECONNABORTED once, then
- * ENOTCONN (recv) or EPIPE (send), and EPOLLHUP; what the peer sends afterwards would be answered with a RST
+ * ENOTCONN (recv) or EPIPE (send), and EPOLLHUP; one that was not connected can neither listen (EINVAL) nor
+ * connect (EISCONN) any more; what the peer sends afterwards would be answered with a RST
  * by the host, so the tuple must be held (NAT helper, or other means) before COMMIT.
  *
  * Locking the socket does not stop SYNs to a listener: hold its port before FREEZE. Connections in its

@@ -14,11 +14,14 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sockmi.engine.repair import INJECT_MARK
+from sockmi.engine.base import Captured, Engine, Kind, Placement, Restored, SocketFacts
+from sockmi.engine.kernel import KernelEngine
+from sockmi.engine.repair import INJECT_MARK, RepairEngine
+from sockmi.refusal import Refusal
 
 PEER4, HOST4 = "10.77.0.1", "10.77.0.9"
 PEER6, HOST6 = "fd77::1", "fd77::9"
@@ -99,6 +102,55 @@ def _segment(frame: bytes, outgoing: bool) -> Segment | None:
             tsval, tsecr = struct.unpack_from("!II", options, 2)
         options = options[options[1] :]
     return Segment(outgoing, sport, dport, seq, ack, flags, window, total - start - header, tsval, tsecr)
+
+
+class Pair:
+    """Two hosts' engines as one: what is exported by the first is imported by the second."""
+
+    def __init__(self, exporter: Engine, importer: Engine) -> None:
+        self.exporter, self.importer = exporter, importer
+        self.name = f"{exporter.name}-to-{importer.name}"
+        self.owners = exporter.owners
+
+    def inspect(self, fds: Sequence[int]) -> list[SocketFacts]:
+        return self.exporter.inspect(fds)
+
+    def stop(self, inodes: Sequence[int], pids: Sequence[int], timeout_s: float) -> list[Refusal | None]:
+        return self.exporter.stop(inodes, pids, timeout_s)
+
+    def resume(self, inodes: Sequence[int]) -> None:
+        self.exporter.resume(inodes)
+
+    def capture(self, fds: Sequence[int], thaw_after_s: float = 1.0) -> list[Captured | Refusal]:
+        return self.exporter.capture(fds, thaw_after_s)
+
+    def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+        return self.exporter.release(fds, images)
+
+    def deaden(self, fd: int) -> Refusal | None:
+        return self.exporter.deaden(fd)
+
+    def lives(self, fd: int, kind: Kind) -> bool:
+        return self.importer.lives(fd, kind)
+
+    def restore(self, images: Sequence[bytes], placements: Sequence[Placement]) -> list[Restored | Refusal]:
+        return self.importer.restore(images, placements)
+
+    def renew(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+        return self.importer.renew(fds, images)
+
+    def discard(self, fds: Sequence[int]) -> None:
+        self.importer.discard(fds)
+
+    def activate(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+        return self.importer.activate(fds, images)
+
+
+def make_pair(exporter: str, importer: str | None = None) -> Pair:
+    """The engines of two hosts, ``repair`` or ``kernel``; the same for both if none is named for the other."""
+    makers: dict[str, Callable[[], Engine]] = {"repair": RepairEngine, "kernel": KernelEngine}
+    first = makers[exporter]()
+    return Pair(first, first if importer is None else makers[importer]())
 
 
 class Lab:

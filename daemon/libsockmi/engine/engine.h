@@ -31,6 +31,8 @@ enum sockmi_code {
 	SOCKMI_RESULT_SCALE,		/* SYN-SENT: this host offers another window scale; detail: ours */
 	SOCKMI_RESULT_UNIT,		/* this kernel has no microsecond timestamps */
 	SOCKMI_RESULT_NOT_DELIVERED,	/* the FIN or ACK made for the copy did not arrive: see sockmi_restore() */
+	SOCKMI_RESULT_REFUSED,		/* by the kernel module; detail: its enum sockmi_refusal */
+	SOCKMI_RESULT_TOO_LATE,		/* the kernel module has discarded the copy, which was dormant for too long */
 };
 
 /* Where a call failed. */
@@ -55,6 +57,11 @@ enum sockmi_step {
 	SOCKMI_STEP_INJECT,
 	SOCKMI_STEP_LISTEN,
 	SOCKMI_STEP_DISCONNECT,
+	SOCKMI_STEP_CLAIM, /* from here on the kernel module's ioctls */
+	SOCKMI_STEP_FREEZE,
+	SOCKMI_STEP_COMMIT,
+	SOCKMI_STEP_RESTORE,
+	SOCKMI_STEP_ACTIVATE,
 };
 
 /* Bits of carried, approximated and reset; sockmi_fidelity_name() has their names. */

@@ -52,6 +52,11 @@ static const char *const step_names[] = {
 	[SOCKMI_STEP_INJECT] = "telling the copy what its peer has closed",
 	[SOCKMI_STEP_LISTEN] = "listen()",
 	[SOCKMI_STEP_DISCONNECT] = "the silent close",
+	[SOCKMI_STEP_CLAIM] = "claiming the socket",
+	[SOCKMI_STEP_FREEZE] = "the freeze",
+	[SOCKMI_STEP_COMMIT] = "the commit",
+	[SOCKMI_STEP_RESTORE] = "the restore",
+	[SOCKMI_STEP_ACTIVATE] = "the activation",
 };
 
 const char *sockmi_fidelity_name(unsigned int bit)

@@ -390,12 +390,15 @@ static int restore_connection(struct restore *r)
 	const struct sockmi_sequence *s = &i->sequence;
 	uint32_t mss = i->negotiated.mss_clamp;
 
+	/* In repair no mark can be set, and the bytes around it would be read as others. */
+	if (i->present & SOCKMI_HAS(SOCKMI_URGENT))
+		return sockmi_fail(r->result, SOCKMI_RESULT_URGENT_DATA, SOCKMI_STEP_RECEIVE_QUEUE, 0);
 	if (make_socket(r) < 0 || repair_on(r) < 0 || bind_local(r) < 0)
 		return -1;
 	/* In FIN-WAIT-2 the FIN is acknowledged, but has to be made first. */
 	if (sockmi_set_queue_seq(r->fd, TCP_SEND_QUEUE,
 				 s->snd_una - (i->identity.state == SOCKMI_FIN_WAIT_2)) < 0 ||
-	    sockmi_set_queue_seq(r->fd, TCP_RECV_QUEUE, s->copied_seq) < 0)
+	    sockmi_set_queue_seq(r->fd, TCP_RECV_QUEUE, s->copied_seq - has_flag(r, SOCKMI_PEER_FIN_READ)) < 0)
 		return failed_call(r, SOCKMI_STEP_SEQUENCE);
 	sockmi_options_write(r->fd, &r->plan, SOCKMI_BEFORE_CONNECT, r->result);
 	if (sockmi_set_int(r->fd, IPPROTO_TCP, TCP_MAXSEG, (int)(mss < 88 ? 88 : mss > 32767 ? 32767 : mss)) < 0)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What an engine does: freeze, capture, release, restore and activate sockets.
 
-One contract test suite runs against every engine. Each step stands beside its inverse:
+One contract test suite runs against every engine: ``repair`` stops the owners of a socket, ``kernel`` owns
+the socket's lock. Each step stands beside its inverse:
 ``stop``/``resume``, ``capture``/(nothing: reading changes nothing), ``restore``/``discard``.
 All calls are synchronous, batched, and made from one thread (ptrace belongs to a thread).
 """
@@ -11,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.refusal import Refusal
+
+if TYPE_CHECKING:
+    from sockmi.engine.owners import Owners
 
 
 class Kind(StrEnum):
@@ -111,7 +115,11 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A dormant copy: in repair or, if it is to listen, bound; closing ``fd`` emits nothing."""
+    """A dormant copy; closing ``fd`` emits nothing.
+
+    Of the repair engine it is in repair or, if it is to listen, bound. Of the kernel engine its lock is
+    held: whoever calls something on it waits until it lives.
+    """
 
     fd: int
     fidelity: Fidelity
@@ -120,7 +128,15 @@ class Restored:
 class Engine(Protocol):
     """The contract; see the module docstring."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """``repair`` or ``kernel``."""
+
+    @property
+    def version(self) -> str:
+        """Of what it uses; empty if that has none."""
+
+    owners: Owners
 
     def inspect(self, fds: Sequence[int]) -> list[SocketFacts]:
         """Preflight of each descriptor, in order."""
@@ -128,6 +144,7 @@ class Engine(Protocol):
     def stop(self, inodes: Sequence[int], pids: Sequence[int], timeout_s: float) -> list[Refusal | None]:
         """Stop every process that holds one of ``inodes``; ``pids`` are the known holders.
 
+        The kernel engine stops nobody: what is captured before ``resume`` stays frozen until then.
         Nested calls count: a process runs again when each stop of it has been resumed.
         In order of ``inodes``: None, or why its owners cannot be stopped (those already stopped
         for it alone run again).
@@ -136,8 +153,14 @@ class Engine(Protocol):
     def resume(self, inodes: Sequence[int]) -> None:
         """The inverse of ``stop``; never fails."""
 
-    def capture(self, fds: Sequence[int]) -> list[Captured | Refusal]:
-        """Read the whole state of each stopped and held socket; leaves it as it was."""
+    def obstacles(self, inodes: Sequence[int]) -> list[Refusal | None]:
+        """Preflight of the owners of each socket, whom ``owners`` has found."""
+
+    def capture(self, fds: Sequence[int], thaw_after_s: float = 1.0) -> list[Captured | Refusal]:
+        """Read the whole state of each stopped and held socket; leaves it as it was.
+
+        What the kernel engine has frozen goes on by itself after ``thaw_after_s``, and is not released then.
+        """
 
     def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image.
@@ -161,6 +184,12 @@ class Engine(Protocol):
 
     def restore(self, images: Sequence[bytes], placements: Sequence[Placement]) -> list[Restored | Refusal]:
         """Make a dormant copy of each image."""
+
+    def renew(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+        """Before the holds of dormant copies are lifted: see that none ends by itself until it is active.
+
+        One that is refused is no more; its image is as good as before.
+        """
 
     def discard(self, fds: Sequence[int]) -> None:
         """The inverse of ``restore``: close dormant copies without a packet."""

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""The engines' contract (tests/lab) where the module is loaded: the kernel engine, and each with the other.
+
+One suite for all: its tests are imported, and only the engines are others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import engine_lab as el
+from tests.lab.test_engine_contract import *  # noqa: F403
+from tests.lab.test_engine_contract import lab  # noqa: F401
+from tests.lab.test_engine_states import *  # noqa: F403
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "kernel",
+        pytest.param("kernel-repair", marks=pytest.mark.slow),
+        pytest.param("repair-kernel", marks=pytest.mark.slow),
+    ],
+)
+def engine(request: pytest.FixtureRequest) -> Iterator[el.Pair]:
+    """Of the exporter and of the importer."""
+    pair = el.make_pair(*str(request.param).split("-"))
+    yield pair
+    for one in {id(each): each for each in (pair.exporter, pair.importer)}.values():
+        if hasattr(one, "close"):
+            one.close()
