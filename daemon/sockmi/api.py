@@ -162,7 +162,8 @@ class MigrationRecord(_Model):
 
     ``local`` and ``remote`` are as the exporter's socket had them; ``remote`` is None unless
     connected. ``from_`` and ``to`` (in JSON ``from`` and ``to``) are host names; ``to`` is
-    None until chosen. ``blackout_us`` is the freeze as this host measured it. ``outcome`` is
+    None until chosen. ``blackout_us`` is the freeze as this host measured it, ``engine`` is this
+    host's (None: an older daemon did it). ``outcome`` is
     None while the migration is under way; ``refusal`` says why it is not ``moved``. ``user_id``: who
     asked for the export. Sizes are those of the image: 0 until there is one.
     """
@@ -192,6 +193,7 @@ class MigrationRecord(_Model):
     image_bytes: Count = 0
     context_bytes: Count = 0
     mode: Mode | None = None
+    engine: str | None = None
     hop: Count = 0
     fidelity: FidelityReport = FidelityReport()
 

@@ -200,6 +200,9 @@ class Config(Strict):
     imports: ImportConfig = ImportConfig()
     timing: TimingConfig = TimingConfig()
     redirect: RedirectConfig = RedirectConfig()
+    engine: Literal["auto", "kernel", "repair"] = Field(
+        "auto", description="auto: kernel if its module is loaded, else repair"
+    )
     policy: Literal["first", "least-loaded", "weighted"] = "first"
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     chunk_size: Annotated[int, Field(ge=1, le=126)] = 32

@@ -40,8 +40,9 @@ def examine(daemon: Parts) -> list[Check]:
     """All checks that are quick, in the order in which they should be mended."""
     return [
         _capabilities(),
+        _engine(daemon),
         _nftables(daemon),
-        _ptrace_scope(),
+        *([] if daemon.shell.engine.name == "kernel" else [_ptrace_scope()]),
         _socket_lists(),
         _descriptors(),
         _space(daemon.config.state_dir),
@@ -81,6 +82,20 @@ def _capabilities() -> Check:
             "Run it as root, or add them to its unit.",
         )
     return _ok("capabilities", "The daemon has the capabilities that it needs.")
+
+
+def _engine(daemon: Parts) -> Check:
+    engine = daemon.shell.engine
+    if engine.name == "kernel":
+        return _ok("engine", f"kernel, by the module with device interface {engine.version}.")
+    if Path("/dev/sockmi").exists() and daemon.why_engine:
+        return _bad(
+            "engine",
+            f"repair, though a module is loaded: {daemon.why_engine}.",
+            "Mend that and restart the daemon, or set engine: repair.",
+            warning=True,
+        )
+    return _ok("engine", f"repair{f', as {daemon.why_engine}' if daemon.why_engine else ''}.")
 
 
 def _nftables(daemon: Parts) -> Check:

@@ -286,6 +286,7 @@ class Exporting:
             "migration_id": str(migration_id),
             "batch_id": str(UUID(bytes=batch_id)),
             "direction": "export",
+            "engine": self._shell.engine.name,
             "kind": facts.kind,
             "state": facts.state,
             "local": str(facts.local) if facts.local else None,
@@ -381,7 +382,9 @@ class Exporting:
         frozen = [index for index, result in enumerate(results) if isinstance(result, bytes)]
         self._hold([exports[index] for index in frozen], action.deadline_s + _HOLD_MARGIN_S)
         reached("freeze.held")
-        captured = shell.engine.capture([exports[index].selected.descriptor for index in frozen])
+        captured = shell.engine.capture(
+            [exports[index].selected.descriptor for index in frozen], action.deadline_s + _HOLD_MARGIN_S
+        )
         reached("freeze.captured")
         shipped = 0
         for index, one in zip(frozen, captured, strict=True):
@@ -880,7 +883,9 @@ class Exporting:
         """What has ended since the last time goes into the metrics, all at once."""
         metrics = self._shell.metrics
         for outcome, count in self._outcomes.items():
-            metrics.migrations.labels(direction="export", outcome=outcome).inc(count)
+            metrics.migrations.labels(
+                direction="export", outcome=outcome, engine=self._shell.engine.name
+            ).inc(count)
         for code, count in self._refusals.items():
             metrics.refusals.labels(code=code).inc(count)
         if self._shipped_bytes:

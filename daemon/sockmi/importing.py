@@ -248,7 +248,9 @@ class Importing:
 
     def _count(self, outcome: str, count: int) -> None:
         if count:
-            self._shell.metrics.migrations.labels(direction="import", outcome=outcome).inc(count)
+            self._shell.metrics.migrations.labels(
+                direction="import", outcome=outcome, engine=self._shell.engine.name
+            ).inc(count)
 
     def _prepare(self, action: Prepare, copies: list[Copy | None], results: list[Fidelity | Refusal]) -> None:
         shell = self._shell
@@ -302,6 +304,7 @@ class Importing:
         record: dict[str, Any] = {
             "migration_id": str(migration),
             "direction": "import",
+            "engine": self._shell.engine.name,
             "kind": item.kind,
             "state": item.state,
             "local": str(item.origin) if item.origin else None,
@@ -536,7 +539,7 @@ class Importing:
         shell.note(change)
         self._unspool(copy)
         self._redirecting.listener_found((Record.LISTED, migration.bytes))
-        shell.metrics.migrations.labels(direction="import", outcome="failed").inc()
+        shell.metrics.migrations.labels(direction="import", outcome="failed", engine=shell.engine.name).inc()
         self.update_capacity()
         if copy.holding is not None and copy.holding.durable:
             shell.dispatch(ConnectionsEnded((copy.holding.connection,)))
@@ -783,15 +786,24 @@ class Importing:
     def _bring_to_life(self, copies: list[Copy]) -> dict[UUID, Refusal]:
         shell = self._shell
         self._note_handed(copies)
+        failed: dict[UUID, Refusal] = {}
+
+        def without_refused(outcomes: Iterable[Refusal | None]) -> list[Copy]:
+            going = []
+            for copy, refusal in zip(copies, outcomes, strict=True):
+                if refusal is None:
+                    going.append(copy)
+                else:
+                    failed[copy.candidate.migration_id] = refusal
+                    self._fall_back(copy)
+            return going
+
+        images = [copy.image for copy in copies]
+        copies = without_refused(shell.engine.renew([copy.fd for copy in copies], images))
         self._redirecting.admit(copy.holding for copy in copies if copy.holding)
         reached("taken.admitted")
-        failed: dict[UUID, Refusal] = {}
-        outcomes = shell.engine.activate([copy.fd for copy in copies], [copy.image for copy in copies])
+        without_refused(shell.engine.activate([one.fd for one in copies], [one.image for one in copies]))
         reached("taken.activated")
-        for copy, refusal in zip(copies, outcomes, strict=True):
-            if refusal is not None:
-                failed[copy.candidate.migration_id] = refusal
-                self._fall_back(copy)
         return failed
 
     def _lives(self, copy: Copy) -> bool:
@@ -1069,6 +1081,8 @@ def _handed(copy: Copy) -> durable.Handed | None:
     """None: no application has it, or its connection tells which it is."""
     if copy.client is None or copy.tuple is not None:
         return None
-    with socket.socket(fileno=os.dup(copy.fd)) as each:
+    # Nothing that takes its lock, as looking up what kind of socket it is would.
+    family = socket.AF_INET6 if copy.facts.family is Family.INET6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM, 0, os.dup(copy.fd)) as each:
         (cookie,) = struct.unpack("=Q", each.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))
     return durable.Handed(copy.candidate.kind, os.fstat(copy.fd).st_ino, cookie)

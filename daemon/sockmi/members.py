@@ -50,6 +50,7 @@ class Members:
         on_opened: Callable[[HostId], None],
         on_lost: Callable[[HostId, str], None],
         on_count: Callable[[str, int], None],
+        engine: str,
     ) -> None:
         self._loop = loop
         self._config = config
@@ -58,6 +59,7 @@ class Members:
         self._on_datagram = on_datagram
         self._on_opened = on_opened
         self._on_count = on_count
+        self._engine = engine
         self._joined: dict[str, _Joined] = {}
         self._introduction: Introduction | None = None
         self._streams = StreamPool(
@@ -82,7 +84,7 @@ class Members:
             stream_port=listening[0].port,
             host_name=self._host_name,
             addresses=(stream.address,) if stream.address else (),
-            engines=("repair",),
+            engines=(self._engine,),
             redirects=tuple(self._config.redirect.modes),
         )
         for group in self._config.groups:

@@ -19,9 +19,12 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.migrations = Counter(
             "sockmi_migrations",
-            "Migrations that ended, by side (export, import) and outcome",
-            ["direction", "outcome"],
+            "Migrations that ended, by side (export, import), outcome and this host's engine",
+            ["direction", "outcome", "engine"],
             registry=self._registry,
+        )
+        self.engine = Gauge(
+            "sockmi_engine", "1: the engine that this host uses", ["engine"], registry=self._registry
         )
         self.refusals = Counter(
             "sockmi_refusals", "Sockets that were not moved, by code", ["code"], registry=self._registry

@@ -36,6 +36,7 @@ class Parts(Protocol):
     exporting: Exporting
     importing: Importing
     redirecting: Redirecting
+    why_engine: str
 
     def reload(self) -> tuple[list[str], list[str]]:
         """Read the configuration again: (settings changed, settings that need a restart)."""

@@ -31,10 +31,11 @@ from sockmi.config import Config, ConfigError
 from sockmi.control import ControlServer
 from sockmi.crashpoints import arm
 from sockmi.diag import DestroyedSockets, SocketDiag
+from sockmi.engine.choice import choose
 from sockmi.engine.duplicate import duplicate
+from sockmi.engine.kernel import ModuleMissing
 from sockmi.engine.listing import listeners
 from sockmi.engine.owners import find_holders
-from sockmi.engine.repair import RepairEngine
 from sockmi.engine.trial import obstacle
 from sockmi.exporting import Exporting
 from sockmi.importing import Importing
@@ -137,6 +138,12 @@ class Daemon:
         self.core = Core(
             self.identity.host_id, core_settings(config), self.capacity, POLICIES[config.policy]()
         )
+        arm(library())
+        try:
+            self.engine, self.why_engine = choose(config.engine, self.tables.settings.inject_mark)
+        except ModuleMissing as missing:
+            raise StartError(f"engine: kernel is asked for, but {missing}; or set engine: auto") from None
+        self.metrics.engine.labels(engine=self.engine.name).set(1)
         self.members = Members(
             self.loop,
             config,
@@ -147,9 +154,8 @@ class Daemon:
             on_opened=lambda host: self.dispatch(events.StreamOpened(host)),
             on_lost=lambda host, reason: self.dispatch(events.StreamLost(host, reason)),
             on_count=self._members_changed,
+            engine=self.engine.name,
         )
-        arm(library())
-        self.engine = RepairEngine(inject_mark=self.tables.settings.inject_mark)
         self.held = HeldPackets(config.redirect.log_group, self.tables.settings.inject_mark)
         self.shell = Shell(
             config=config,
@@ -541,7 +547,7 @@ class Daemon:
         def finish(one: asyncio.Future[dict[int, dict[int, list[int]]]]) -> None:
             try:
                 holders = one.result()
-                verdicts = dict(zip(holders, owners.verdicts(list(holders)), strict=True))
+                verdicts = dict(zip(holders, self.engine.obstacles(list(holders)), strict=True))
             except Exception as error:
                 if not isinstance(error, OSError):
                     _log.exception("looking for the owners of %d sockets", len(inodes))

@@ -257,6 +257,10 @@ migrations:
       description: The redirect; V(forward), V(nat), V(takeover), V(iptables), or null.
       type: str
       returned: always
+    engine:
+      description: This host's engine, V(kernel) or V(repair); null if an older daemon did it.
+      type: str
+      returned: always
     hop:
       description: How often the connection has moved, this time included.
       type: int
@@ -307,6 +311,7 @@ migrations:
       image_bytes: 69120
       context_bytes: 12
       mode: forward
+      engine: repair
       hop: 1
       fidelity:
         carried: [receive-queue]

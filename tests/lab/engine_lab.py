@@ -147,7 +147,7 @@ class Pair:
 
 
 def make_pair(exporter: str, importer: str | None = None) -> Pair:
-    """The engines of two hosts, ``repair`` or ``kernel``; the same for both if none is named for the other."""
+    """The engines of two hosts, ``repair`` or ``kernel``; one for both if the other is not named."""
     makers: dict[str, Callable[[], Engine]] = {"repair": RepairEngine, "kernel": KernelEngine}
     first = makers[exporter]()
     return Pair(first, first if importer is None else makers[importer]())

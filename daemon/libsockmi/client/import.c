@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -238,15 +239,34 @@ static int prepare(struct arrival *arrivals, unsigned int narrivals, bool contex
 	return 0;
 }
 
-/* Whether a copy came to life although the daemon could not say so. */
-static bool is_live(int fd, unsigned int state)
+/* Bound, or it need not be. */
+static bool has_port(const struct arrival *arrival)
+{
+	struct sockaddr_in6 name = { 0 }; /* the port of an IPv4 address is at the same place */
+	socklen_t length = sizeof(name);
+
+	return !arrival->local.port ||
+	       (!getsockname(arrival->fd, (struct sockaddr *)&name, &length) && name.sin6_port);
+}
+
+/*
+ * Whether a copy came to life although the daemon could not say so. Dormant ones are in repair, or (those of the
+ * kernel engine) end with the daemon: closed, and bound no more.
+ */
+static bool is_live(const struct arrival *arrival)
 {
 	int value = 0;
-	socklen_t length = sizeof(value);
+	socklen_t length = sizeof(value), info_length;
+	struct tcp_info info;
 
-	if (state == SOCKMI_LISTENING)
-		return !getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &length) && value;
-	return !getsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &value, &length) && value == 0;
+	if (arrival->state == SOCKMI_LISTENING)
+		return !getsockopt(arrival->fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &length) && value;
+	if (getsockopt(arrival->fd, IPPROTO_TCP, TCP_REPAIR, &value, &length) || value)
+		return false;
+	if (arrival->state != SOCKMI_CONNECTED)
+		return has_port(arrival);
+	info_length = sizeof(info);
+	return !getsockopt(arrival->fd, IPPROTO_TCP, TCP_INFO, &info, &info_length) && info.tcpi_state != TCP_CLOSE;
 }
 
 static void mark_live(const json_t *answer, struct arrival *arrivals, unsigned int narrivals)
@@ -305,7 +325,7 @@ static bool take(struct connection *connection, struct arrival *arrivals, unsign
 			no_error();
 	} else if (message) {
 		for (unsigned int i = 0; i < narrivals; i++)
-			arrivals[i].live = is_live(arrivals[i].fd, arrivals[i].state);
+			arrivals[i].live = is_live(&arrivals[i]);
 	}
 	json_decref(answer);
 	return waiting;

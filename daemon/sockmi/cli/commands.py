@@ -165,6 +165,7 @@ def _report(one: Imported, options: argparse.Namespace, file: Any) -> None:
         "from": record.source,
         "context_bytes": len(one.context),
         "mode": record.mode,
+        "engine": record.engine,
         "hop": record.hop,
     }
     if options.json:

@@ -73,7 +73,7 @@ class ProgressBar:
 def show_records(records: Sequence[dict[str, Any]]) -> None:
     """Migration records, a line each, and why those that did not move did not."""
     print_table(
-        ("kind", "state", "local", "remote", "from", "to", "outcome", "blackout ms", "mode", "hop"),
+        ("kind", "state", "local", "remote", "from", "to", "outcome", "blackout ms", "mode", "engine", "hop"),
         [
             (
                 record.get("kind"),
@@ -85,6 +85,7 @@ def show_records(records: Sequence[dict[str, Any]]) -> None:
                 record.get("outcome") or record.get("step"),
                 milliseconds(record.get("blackout_us")),
                 record.get("mode"),
+                record.get("engine"),
                 record.get("hop"),
             )
             for record in records

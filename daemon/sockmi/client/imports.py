@@ -23,6 +23,7 @@ from sockmi.engine.base import Kind
 REQUESTS_MAX = 4096
 
 _TCP_REPAIR = 19  # include/uapi/linux/tcp.h
+_TCP_CLOSE = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,12 @@ class _Arrival:
         with socket_of(self.fd) as view:
             if self.kind is Kind.LISTENING:
                 return view.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
-            return view.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR) == 0
+            if view.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR):
+                return False
+            # Copies that the kernel engine has made end with the daemon: closed, and bound no more.
+            if self.kind is Kind.CONNECTED:
+                return view.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_CLOSE
+            return not (self.local and self.local.port) or bool(view.getsockname()[1])
 
     def deliver(self) -> Imported:
         """Put it in the place of the descriptor it replaces, or into a socket object."""
@@ -259,7 +265,7 @@ def _target(replace: socket.socket | int | None) -> int | None:
     check_protocol(fd, f"descriptor {fd} to be replaced")
     with socket_of(fd) as view:
         state = view.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    if state != 7:  # TCP_CLOSE
+    if state != _TCP_CLOSE:
         raise SockMiError(errno.EISCONN, f"Descriptor {fd} is connected or listening; give a new socket.")
     if fd >= resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
         raise SockMiError(errno.EMFILE, f"Descriptor {fd} is beyond RLIMIT_NOFILE.")

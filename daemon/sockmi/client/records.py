@@ -42,6 +42,7 @@ class MigrationRecord:
     unsent_bytes: int
     context_bytes: int
     mode: str | None
+    engine: str | None
     hop: int
     listener: UUID | None
     fidelity: Fidelity
@@ -72,6 +73,7 @@ class MigrationRecord:
                 unsent_bytes=record.get("unsent_bytes", 0),
                 context_bytes=record.get("context_bytes", 0),
                 mode=record.get("mode"),
+                engine=record.get("engine"),
                 hop=record.get("hop", 0),
                 listener=_uuid(record.get("listener")),
                 fidelity=Fidelity(**(record.get("fidelity") or {})),
