@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,23 @@ def wait_for_members(lab: Lab, hosts: str) -> None:
 
 
 @contextlib.contextmanager
-def daemons(lab: Lab, hosts: str = "abc", *, unicast: bool = False, **overrides: Any) -> Iterator[Daemons]:
-    """Daemons that know each other. No freeze is given up only because this machine is busy."""
+def daemons(
+    lab: Lab,
+    hosts: str = "abc",
+    *,
+    unicast: bool = False,
+    engines: Mapping[str, str] | None = None,
+    **overrides: Any,
+) -> Iterator[Daemons]:
+    """Daemons that know each other. No freeze is given up only because this machine is busy.
+
+    ``engines``: of some hosts; the others choose for themselves.
+    """
     overrides["timing"] = {"freeze_deadline_s": 5.0} | overrides.get("timing", {})
-    with Daemons(lab, hosts, overrides, unicast=unicast) as running:
+    made = Daemons(lab, hosts, overrides, unicast=unicast)
+    for name, engine in (engines or {}).items():
+        made[name].config["engine"] = engine
+    with made as running:
         wait_for_members(lab, hosts)
         try:
             yield running

@@ -196,7 +196,12 @@ def test_capture_leaves_the_peek_offset(lab: el.Lab, engine: el.Pair) -> None:
     lab.switch("a")
     ours, peer = lab.pair("v4", lab.port())
     peer.sendall(b"0123456789")
-    ours.setsockopt(socket.SOL_SOCKET, 42, 3)  # SO_PEEK_OFF
+    try:
+        ours.setsockopt(socket.SOL_SOCKET, 42, 3)  # SO_PEEK_OFF
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        pytest.skip("TCP has SO_PEEK_OFF since Linux 6.9")
     el.wait_for(lambda: len(ours.recv(10, socket.MSG_PEEK)) >= 7)
     ours.setsockopt(socket.SOL_SOCKET, 42, 3)
     image = codec.decode(capture(lab, engine, ours))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""Whole daemons with the kernel engine, and beside others with the repair engine: hosts are network namespaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.daemons import daemon_config
+from lab.labs import Lab
+from tests.lab.scenario import ask, daemons, drain, service, status, until
+from tests.lab.test_migration import CLIENTS, pause
+
+pytestmark = pytest.mark.kernels("6.1", "6.12", "7.2")  # the User-Mode-Linux kernels have no nft fwd
+
+
+@pytest.fixture(scope="module")
+def lab(kernel: str) -> Iterator[Lab]:
+    with Lab(f"k{kernel.replace('.', '')}") as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "version"),
+    [
+        ("nat", "duplex", 4),
+        pytest.param("forward", "lines", 6, marks=pytest.mark.slow),
+        pytest.param("takeover", "download", 4, marks=pytest.mark.slow),
+        pytest.param("iptables", "duplex", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_hops_between_engines(lab: Lab, tmp_path: Path, mode: str, kind: str, version: int) -> None:
+    """kernel -> kernel -> repair -> kernel under load: every byte, and no RST on the wire."""
+    engines = {"c": "repair"}  # the others find the module
+    with (
+        daemons(lab, "abc", engines=engines, redirect={"devices": ["eth0"], "modes": [mode]}),
+        service(lab, kind, "abc", tmp_path, version=version) as serving,
+    ):
+        assert [status(lab.host(name))["engine"] for name in "abc"] == ["kernel", "kernel", "repair"]
+        for _ in range(2):
+            serving.client(*CLIENTS[kind])
+        serving.connected(2)
+        for source, target in ("ab", "bc", "ca"):
+            pause()
+            records = serving.move(source, target)
+            assert {record["mode"] for record in records} == {mode}
+            for record in records:
+                assert record["engine"] == ("repair" if source == "c" else "kernel")
+                told = record["fidelity"]
+                lost = "path-model" in told["reset"]
+                assert lost == ("c" in (source, target)), told
+                assert lost or "path-model" in told["carried"]
+        pause()
+        serving.finish()
+
+
+def test_active_with_context(lab: Lab, tmp_path: Path) -> None:
+    """The server hands its sessions over itself, by the library, which knows of no engine."""
+    targets = {"a": "b", "b": "a"}
+    with daemons(lab, "ab"), service(lab, "lines", "ab", tmp_path, active_targets=targets) as serving:
+        serving.client(*CLIENTS["lines"])
+        serving.connected(1)
+        for source, target in ("ab", "ba"):
+            pause()
+            serving.move_actively(source, target)
+        pause()
+        serving.finish()
+
+
+def test_listed_until_an_application_comes(lab: Lab, tmp_path: Path) -> None:
+    """A copy that waits for longer than the module keeps one dormant is an image, and then made anew."""
+    with daemons(lab, "ab"), service(lab, "lines", "a", tmp_path) as first:
+        first.client("lines", "--interval-s", "0.005", "--silence-s", "60")
+        first.connected(1)
+        [record] = drain(lab.host("a"), "b", local_port=7000)
+        assert record["outcome"] == "moved", record
+        assert status(lab.host("b"))["import_lists"]["connected"]["length"] == 1
+        with service(lab, "lines", "b", tmp_path):
+            until(lambda: status(lab.host("b"))["import_lists"]["connected"]["length"] == 0)
+            pause(1.0)
+            first.finish()
+
+
+def test_nobody_offers(lab: Lab, tmp_path: Path) -> None:
+    """What is not taken goes on as if nothing had happened; also when it is asked for while it is frozen."""
+    with daemons(lab, "a"), service(lab, "lines", "a", tmp_path) as serving:
+        serving.client(*CLIENTS["lines"])
+        serving.connected(1)
+        [answer] = ask(lab.host("a"), "list", filter={"local_port": 7000, "kinds": ["connected"]})
+        [row] = answer["sockets"]
+        socket = {"pid": row["pid"], "fd": row["fd"]}
+        [done] = ask(lab.host("a"), "export", sockets=[socket], timeout_s=0.5)
+        [record] = done["migrations"]
+        assert (record["outcome"], record["refusal"]["code"]) == ("refused", "no-offer")
+        pause()
+        serving.finish()
+
+
+def test_doctor_says_which(lab: Lab) -> None:
+    with daemons(lab, "ab", engines={"b": "repair"}):
+        found = {}
+        for name in "ab":
+            [answer] = ask(lab.host(name), "doctor")
+            [found[name]] = [one for one in answer["checks"] if one["name"] == "engine"]
+    assert [one["status"] for one in found.values()] == ["ok", "ok"]
+    assert found["a"]["message"].startswith("kernel") and found["b"]["message"].startswith("repair")
+
+
+def test_what_is_asked_for_and_absent(lab: Lab) -> None:
+    """Where the module is, both can be asked for; the unit tests have the other case."""
+    host = lab.host("a")
+    assert daemon_config(host).get("engine") is None
+    for engine in ("kernel", "repair", "auto"):
+        with daemons(lab, "a", engines={"a": engine}):
+            assert status(host)["engine"] == {"auto": "kernel"}.get(engine, engine)
