@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whole daemons with the kernel engine, and beside others with the repair engine: hosts are network namespaces."""
+"""Whole daemons with the kernel engine, and beside some with the other: hosts are network namespaces."""
 
 from __future__ import annotations
 
