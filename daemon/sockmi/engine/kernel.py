@@ -193,8 +193,8 @@ class KernelEngine:
         return facts
 
     def obstacles(self, inodes: Sequence[int]) -> list[Refusal | None]:
-        """Nobody is stopped, so nothing keeps an owner from it."""
-        return [None] * len(inodes)
+        """Nobody is stopped; but what a ring does with a socket that is frozen has not been tried."""
+        return self.owners.verdicts(inodes, stopping=False)
 
     # -- exports
 

@@ -190,7 +190,7 @@ def _traced(pid: int, tracer: int) -> Refusal:
 def _io_uring(pid: int) -> Refusal:
     return Refusal(
         Code.OWNER_IO_URING,
-        f"{_process(pid)} uses io_uring, whose operations go on while the process is stopped; "
+        f"{_process(pid)} uses io_uring, whose operations go on without the process; "
         "run the application without io_uring",
     )
 
@@ -339,21 +339,26 @@ class Owners:
         running = {inode: {pid for pid in pids if not self._counts[pid]} for inode, pids in holders.items()}
         return {inode: pids for inode, pids in running.items() if pids}
 
-    def verdicts(self, inodes: Sequence[int]) -> list[Refusal | None]:
-        """Preflight: what would keep the owners of each socket from being stopped, as far as it shows."""
+    def verdicts(self, inodes: Sequence[int], *, stopping: bool = True) -> list[Refusal | None]:
+        """Preflight: what would keep the owners of each socket from being stopped, as far as it shows.
+
+        Without ``stopping``: only what cannot be borne although nobody is stopped.
+        """
         unknown = set(inodes) - self._known.keys()
         if unknown:
             self.find(unknown)
         pids: set[int] = set().union(*(self._known[inode].pids for inode in inodes))
-        by_pid = {pid: self._verdict(pid) for pid in pids}
+        by_pid = {pid: self._verdict(pid, stopping=stopping) for pid in pids}
         return [
             next((verdict for pid in sorted(self._known[inode].pids) if (verdict := by_pid[pid])), None)
             for inode in inodes
         ]
 
-    def _verdict(self, pid: int) -> Refusal | None:
+    def _verdict(self, pid: int, *, stopping: bool) -> Refusal | None:
         if pid in self._rings:
             return _io_uring(pid)
+        if not stopping:
+            return None
         (tracer,) = _status(pid, "TracerPid")
         if tracer not in ("", "0") and not self._counts[pid]:
             return _traced(pid, int(tracer))
