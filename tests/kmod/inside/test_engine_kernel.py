@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""The kernel engine's alone: freezes that stay, the kernel's deadlines, what no system call carries."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sockmi import image as codec
+from sockmi.engine.base import Captured, Placement, Restored
+from sockmi.engine.kernel import KernelEngine
+from sockmi.refusal import Code, Refusal
+from tests.lab import engine_lab as el
+
+HERE = Placement(None, False)
+PARAMETERS = Path("/sys/module/sockmi/parameters")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[el.Lab]:
+    with el.lab() as it:
+        yield it
+
+
+@pytest.fixture
+def engine() -> Iterator[KernelEngine]:
+    with contextlib.closing(KernelEngine()) as it:
+        yield it
+
+
+def descriptors() -> int:
+    """How many are open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def freeze(engine: KernelEngine, sock: socket.socket, thaw_after_s: float = 5.0) -> tuple[int, bytes]:
+    """As the daemon does: its inode, and its image."""
+    inode = os.fstat(sock.fileno()).st_ino
+    assert engine.stop([inode], [], 1.0) == [None]
+    (item,) = engine.capture([sock.fileno()], thaw_after_s)
+    assert isinstance(item, Captured), item
+    return inode, item.image
+
+
+def test_frozen_until_resumed(lab: el.Lab, engine: KernelEngine) -> None:
+    """The owner waits, and so does what its peer sends; then both go on. The daemon waits for nothing."""
+    lab.switch("a")
+    port = lab.port()
+    ours, peer = lab.pair("v4", port)
+    before = descriptors()
+    inode, _ = freeze(engine, ours)
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append(ours.recv(10)))
+    reader.start()
+    peer.sendall(b"waits")
+    began = time.monotonic()
+    (facts,) = engine.inspect([ours.fileno()])
+    assert time.monotonic() - began < 0.2
+    assert facts.refusal is not None and facts.refusal.code is Code.ALREADY_MIGRATING
+    assert (facts.inode, facts.state, str(facts.local)) == (inode, "ESTABLISHED", f"{el.HOST4}:{port}")
+    reader.join(0.3)
+    assert reader.is_alive() and not got
+    engine.resume([inode])
+    reader.join(5)
+    assert got == [b"waits"]
+    (facts,) = engine.inspect([ours.fileno()])
+    assert facts.refusal is None
+    assert descriptors() == before
+    ours.close()
+    peer.close()
+
+
+def test_kernel_thaws_by_itself(lab: el.Lab, engine: KernelEngine) -> None:
+    """Then the original goes on, and is not given away, though it has not changed."""
+    lab.switch("a")
+    ours, peer = lab.pair("v6", lab.port())
+    inode, image = freeze(engine, ours, 0.2)
+    peer.sendall(b"in time")
+    assert ours.recv(10) == b"in time"  # waits for the deadline
+    (refused,) = engine.release([ours.fileno()], [image])
+    assert isinstance(refused, Refusal) and refused.code is Code.CHANGED
+    engine.resume([inode])
+    ours.sendall(b"on")
+    assert peer.recv(10) == b"on"
+    ours.close()
+    peer.close()
+
+
+def test_end_of_the_daemon_thaws(lab: el.Lab) -> None:
+    lab.switch("a")
+    ours, peer = lab.pair("v4", lab.port())
+    child = os.fork()
+    if child == 0:
+        freeze(KernelEngine(), ours)
+        os._exit(0)
+    os.waitpid(child, 0)
+    peer.sendall(b"here")
+    began = time.monotonic()
+    assert ours.recv(10) == b"here"
+    assert time.monotonic() - began < 2
+    ours.close()
+    peer.close()
+
+
+def test_dormant_for_too_long_is_made_anew(lab: el.Lab) -> None:
+    """The module discards such a copy; as long as its tuple is held the image is good for another one."""
+    lab.switch("a")
+    port = lab.port()
+    ours, peer = lab.pair("v4", port)
+    parameter = PARAMETERS / "dormant_max_ms"
+    usual = parameter.read_text()
+    parameter.write_text("400")
+    try:
+        with contextlib.closing(KernelEngine()) as engine:
+            inode, image = freeze(engine, ours)
+            lab.hold("a", port)
+            lab.hold("b", port)
+            with lab.host("b"):
+                (made,) = engine.restore([image], [HERE])
+            assert isinstance(made, Restored), made
+            assert engine.release([ours.fileno()], [image]) == [None]
+            engine.resume([inode])
+            time.sleep(0.7)
+            with lab.host("b"):
+                assert engine.renew([made.fd], [image]) == [None]
+            lab.switch("b")
+            lab.unhold("b", port)
+            assert engine.activate([made.fd], [image]) == [None]
+            with socket.socket(fileno=made.fd) as copy:
+                copy.sendall(b"anew")
+                assert peer.recv(10) == b"anew"
+    finally:
+        parameter.write_text(usual)
+    assert not [one for one in lab.recorded(port) if one.flags & 4]
+    ours.close()
+    peer.close()
+
+
+def test_larger_than_its_slot(lab: el.Lab, engine: KernelEngine) -> None:
+    """It stays frozen like others, in a device file of its own, and is closed from there."""
+    lab.switch("a")
+    port = lab.port()
+    ours, peer = lab.pair("v4", port)
+    ours.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)  # SO_RCVBUFFORCE
+    small, other = lab.pair("v4", port)
+    sent, data = 0, os.urandom(3 << 20)
+    peer.settimeout(1)
+    with contextlib.suppress(TimeoutError):
+        while sent < len(data):
+            sent += peer.send(data[sent : sent + 65536])
+    before = descriptors()
+    inodes = [os.fstat(one.fileno()).st_ino for one in (small, ours)]
+    engine.stop(inodes, [], 1.0)
+    items = engine.capture([small.fileno(), ours.fileno()], 5.0)
+    images = [item.image for item in items if isinstance(item, Captured)]
+    assert len(images) == 2, items
+    queue = codec.decode(images[1]).receive_queue
+    assert len(queue) > 1 << 20 and data.startswith(queue)
+    lab.hold("a", port)
+    assert engine.release([small.fileno(), ours.fileno()], images) == [None, None]
+    engine.resume(inodes)
+    assert descriptors() == before
+    for one in (ours, peer, small, other):
+        one.close()
+
+
+def test_path_model_moves(lab: el.Lab, engine: KernelEngine) -> None:
+    """Congestion window and RTT of the copy are the original's: no slow start."""
+    lab.switch("a")
+    port = lab.port()
+    ours, peer = lab.pair("v4", port)
+    for _ in range(20):
+        ours.sendall(bytes(60_000))
+        assert len(peer.recv(60_000, socket.MSG_WAITALL)) == 60_000
+    before = ours.getsockopt(el.TCP, socket.TCP_INFO, 104)
+    inode, image = freeze(engine, ours)
+    lab.hold("a", port)
+    lab.hold("b", port)
+    with lab.host("b"):
+        (made,) = engine.restore([image], [HERE])
+    assert isinstance(made, Restored), made
+    assert {"path-model", "timers", "counters"} <= set(made.fidelity.carried)
+    assert engine.release([ours.fileno()], [image]) == [None]
+    engine.resume([inode])
+    lab.switch("b")
+    assert engine.activate([made.fd], [image]) == [None]
+    copy = socket.socket(fileno=made.fd)
+    info = copy.getsockopt(el.TCP, socket.TCP_INFO, 104)
+    rtt, cwnd = 68, 80  # tcpi_rtt, tcpi_snd_cwnd
+    assert struct.unpack_from("I", info, cwnd) == struct.unpack_from("I", before, cwnd)
+    assert abs(struct.unpack_from("I", info, rtt)[0] - struct.unpack_from("I", before, rtt)[0]) <= 1
+    assert struct.unpack_from("I", info, cwnd)[0] > 10
+
+    for one in (copy, ours, peer):
+        one.close()
