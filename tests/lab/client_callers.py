@@ -196,7 +196,8 @@ class C:
     """libsockmi.so"""
 
     def __init__(self) -> None:
-        self.library = ctypes.CDLL(str(build() / "libsockmi.so"), use_errno=True)
+        built = os.environ.get("SOCKMI_CLIENT_LIBRARY")  # where there is no compiler
+        self.library = ctypes.CDLL(built or str(build() / "libsockmi.so"), use_errno=True)
         self.library.sockmi_last_error.restype = ctypes.POINTER(Error)
         self.library.import_socket_ex.argtypes = [
             ctypes.POINTER(ImportReq),

@@ -1,7 +1,7 @@
 """One end of a counting dialogue that can be handed over: each message is the other's number plus one.
 
 ``endpoint.py listen PORT | connect ADDRESS PORT | import PORT``; SIGUSR1 exports the connection (to
-``--to``) and ends; SIGTERM ends. Prints ``ready``, then the highest number seen.
+``--to``) and ends; SIGTERM ends. ``--c``: by the C library. Prints ``ready``, then the highest number seen.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ import signal
 import socket
 import struct
 import sys
+from pathlib import Path
 
 import sockmi
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.lab.client_callers import C
 
 _NUMBER = struct.Struct("!Q")
 
@@ -59,6 +63,10 @@ class Dialogue:
 def open_dialogue(arguments: argparse.Namespace) -> Dialogue:
     if arguments.role == "import":
         print("ready", flush=True)
+        if arguments.c:
+            made = socket.socket()
+            [got] = C().take([{"fd": made.fileno(), "states": ["connected"]}], 30)
+            return Dialogue.resume(made, got.context)
         criteria = sockmi.ImportRequest(["connected"])
         [arrived] = sockmi.import_socket(criteria, 30)
         assert arrived.socket is not None
@@ -79,6 +87,7 @@ def main() -> int:
     parser.add_argument("--address", default="")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--to")
+    parser.add_argument("--c", action="store_true")
     arguments = parser.parse_args()
     wanted: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -88,7 +97,9 @@ def main() -> int:
         readable, _, _ = select.select([dialogue.connection], [], [], 0.05)
         if readable and not dialogue.turn():
             break
-    if signal.SIGUSR1 in wanted:
+    if signal.SIGUSR1 in wanted and arguments.c:
+        C().export(dialogue.connection.fileno(), to=arguments.to, context=dialogue.context(), timeout_s=20)
+    elif signal.SIGUSR1 in wanted:
         sockmi.export_socket(dialogue.connection, to=arguments.to, context=dialogue.context(), timeout_s=20)
     print(dialogue.expected, flush=True)
     return 0

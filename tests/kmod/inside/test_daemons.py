@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from guests.paths import PROJECT
 from lab.daemons import daemon_config
 from lab.labs import Lab
 from tests.lab.scenario import ask, daemons, drain, service, status, until
@@ -67,6 +71,47 @@ def test_active_with_context(lab: Lab, tmp_path: Path) -> None:
             serving.move_actively(source, target)
         pause()
         serving.finish()
+
+
+def test_c_library_on_both_sides(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """export_socket() and import_socket() of libsockmi: their callers know of no engine."""
+    monkeypatch.setenv("SOCKMI_CLIENT_LIBRARY", str(PROJECT / "daemon/libsockmi/build/libsockmi.so.0"))
+    program = [sys.executable, str(PROJECT / "tests/lab/endpoint.py")]
+    running: list[subprocess.Popen[str]] = []
+
+    def start(host: str, *words: str) -> subprocess.Popen[str]:
+        process = lab.host(host).popen(
+            [*program, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        running.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    def ended(process: subprocess.Popen[str]) -> int:
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        return int(output)
+
+    try:
+        with daemons(lab, "ab"):
+            server = start("a", "listen", "--port", "7100", "--to", "b", "--c")
+            client = start("peer", "connect", "--address", str(lab.host("a").address4), "--port", "7100")
+            heir = start("b", "import", "--c")
+            pause()
+            server.send_signal(signal.SIGUSR1)
+            before = ended(server)
+            pause(1.0)
+            heir.send_signal(signal.SIGTERM)
+            assert ended(heir) > before > 10
+            client.send_signal(signal.SIGTERM)
+            assert ended(client) > before
+            for name in "ab":
+                assert status(lab.host(name))["engine"] == "kernel"
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def test_listed_until_an_application_comes(lab: Lab, tmp_path: Path) -> None:
