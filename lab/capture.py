@@ -23,7 +23,7 @@ from typing import Any, Self
 import dpkt  # type: ignore[import-untyped]
 
 from lab.host import Host
-from lab.plan import LabError
+from lab.plan import PATIENCE, LabError
 
 SNAP_BYTES = 160
 """Enough for Ethernet, IPv6 and all TCP options; the payload's length stands in the IP header."""
@@ -53,7 +53,7 @@ class Capture:
         self._command.append(filter_)
         self._process: subprocess.Popen[str] | None = None
 
-    def start(self, timeout_s: float = 10.0) -> None:
+    def start(self, timeout_s: float = 10.0 * PATIENCE) -> None:
         """Returns when packets are being recorded."""
         self._process = self.host.popen(
             self._command,

@@ -19,7 +19,7 @@ import yaml
 
 from lab.host import Host
 from lab.labs import Lab
-from lab.plan import DAEMON_HOSTS, LabError
+from lab.plan import DAEMON_HOSTS, PATIENCE, LabError
 
 GROUP4 = "239.77.83.1"
 GROUP6 = "ff05::7783:1"
@@ -69,7 +69,7 @@ class Daemon:
         self.log_file = host.run_dir / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, timeout_s: float = 60.0, *, detached: bool = False) -> None:
+    def start(self, timeout_s: float = 60.0 * PATIENCE, *, detached: bool = False) -> None:
         """Write the configuration, start, and return when the control socket accepts connections.
 
         A ``detached`` one has a session of its own, and outlives this process and its terminal.
@@ -107,7 +107,7 @@ class Daemon:
                 return False
             return True
 
-    def stop(self, timeout_s: float = 10.0) -> int:
+    def stop(self, timeout_s: float = 10.0 * PATIENCE) -> int:
         """SIGTERM; the daemon's exit code. It is killed, and LabError raised, if it does not end."""
         if self.process is None:
             return 0

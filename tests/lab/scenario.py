@@ -16,12 +16,13 @@ from lab.capture import Capture, Trouble
 from lab.daemons import Daemons
 from lab.host import Host
 from lab.labs import Lab
+from lab.plan import PATIENCE
 from sockmi.client import Control
 
 PORTS = {"lines": 7000, "duplex": 9000, "download": 8080}
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 15.0 * PATIENCE) -> None:
     """Poll; AssertionError when it takes too long."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -31,7 +32,7 @@ def until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
 
 def ask(host: Host, op: str, **fields: Any) -> list[dict[str, Any]]:
     """All lines of the answer of a host's daemon."""
-    with Control(host.control_socket, timeout_s=60) as control:
+    with Control(host.control_socket, timeout_s=60 * PATIENCE) as control:
         return list(control.call(op, **fields))
 
 
@@ -174,12 +175,12 @@ class Service:
             if client.poll() is None:
                 client.send_signal(signal.SIGTERM)
         for client in self.clients:
-            output, _ = client.communicate(timeout=60)
+            output, _ = client.communicate(timeout=60 * PATIENCE)
             assert client.returncode == 0, output
             results.append(json.loads(output.splitlines()[-1]))
         for name, process in self.processes.items():
             process.send_signal(signal.SIGTERM)
-            output, _ = process.communicate(timeout=30)
+            output, _ = process.communicate(timeout=30 * PATIENCE)
             assert process.returncode == 0, f"server on {name}: {output}"
         return results
 

@@ -114,7 +114,7 @@ class _Freezer:
         self.engine = engine
         self.delivered = 0
         self._fd, self._owner, self._inode = sock.fileno(), owner, os.fstat(sock.fileno()).st_ino
-        self._tables = Tables(Settings(devices=("eth0",)))
+        self._tables = Tables(Settings(devices=("eth0",), forward=False))
         self._tables.setup()
         self._kept = HeldPackets(self._tables.settings.log_group, self._tables.settings.inject_mark)
 

@@ -18,6 +18,7 @@ def make_redirects(
     config: RedirectConfig, in_use: Iterable[Mode] = ()
 ) -> tuple[dict[Mode, Redirect], Tables]:
     """One object for each configured mode, and for those still ``in_use``; nothing is set up yet."""
+    modes = dict.fromkeys([*config.modes, *in_use])
     tables = Tables(
         Settings(
             table=config.table,
@@ -26,9 +27,10 @@ def make_redirects(
             rule_priority=config.rule_priority,
             devices=config.devices,
             log_group=config.log_group,
+            forward=Mode.FORWARD in modes,
         )
     )
-    return {mode: _make(mode, tables) for mode in dict.fromkeys([*config.modes, *in_use])}, tables
+    return {mode: _make(mode, tables) for mode in modes}, tables
 
 
 def _make(mode: Mode, tables: Tables) -> Redirect:

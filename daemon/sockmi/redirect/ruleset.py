@@ -172,7 +172,7 @@ def netdev(settings: Settings, devices: Sequence[str]) -> str:
             f"priority {HOOK_PRIORITY}; policy accept; }}",
             f"flush chain {table} {chain}",
         ]
-        for version, ip in ((4, "ip"), (6, "ip6")):
+        for version, ip in ((4, "ip"), (6, "ip6")) if settings.forward else ():
             lines.append(
                 f"add rule {table} {chain} meta pkttype host ether type {ip} "
                 f'fwd {ip} to {_key(version, False)} map @next{version} device "{device}"'

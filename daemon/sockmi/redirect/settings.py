@@ -40,6 +40,7 @@ class Settings:
     ``log_group``: the NFLOG group to which the hold logs what it drops (see held.py).
     ``devices``: where peers' packets arrive; empty means every Ethernet-like device that
     is up and has an address.
+    ``forward``: whether packets are led on at the device, for which the kernel needs nft's fwd.
     """
 
     table: str = "sockmi"
@@ -48,6 +49,7 @@ class Settings:
     rule_priority: int = 77
     devices: tuple[str, ...] = ()
     log_group: int = 7783
+    forward: bool = True
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.table):

@@ -12,11 +12,7 @@ import pytest
 
 from tests.lab import engine_lab as el
 from tests.lab.test_engine_contract import *  # noqa: F403
-from tests.lab.test_engine_contract import test_freeze_and_abort_under_load
 from tests.lab.test_engine_states import *  # noqa: F403
-
-# The daemon's rules lead packets on at the device, which the User-Mode-Linux kernels are built without.
-pytest.mark.kernels("6.1", "6.12", "7.2")(test_freeze_and_abort_under_load)
 
 
 @pytest.fixture(
