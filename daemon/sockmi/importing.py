@@ -29,6 +29,7 @@ from sockmi.control import Client
 from sockmi.crashpoints import reached
 from sockmi.early_holds import EarlyHolds
 from sockmi.engine.base import Fidelity, Kind, Placement, Restored
+from sockmi.engine.cookie import cookie_of
 from sockmi.image import Family, ImageError, Section, State, Summary, peek, section
 from sockmi.image import Kind as ImageKind
 from sockmi.image.native import examine
@@ -64,8 +65,6 @@ _SETTLE_AFTER_S = 0.001
 # A listed socket whose place is not free yet is tried again.
 _WAKE_AGAIN_S = 0.25
 
-
-_SO_COOKIE = 57
 
 _UNDONE = Refusal(Code.CHANGED, "Its exporter has undone the move; ask again.")
 _RESET = Refusal(Code.STATE, "Its peer reset it while it waited for an application.")
@@ -1081,8 +1080,4 @@ def _handed(copy: Copy) -> durable.Handed | None:
     """None: no application has it, or its connection tells which it is."""
     if copy.client is None or copy.tuple is not None:
         return None
-    # Nothing that takes its lock, as looking up what kind of socket it is would.
-    family = socket.AF_INET6 if copy.facts.family is Family.INET6 else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM, 0, os.dup(copy.fd)) as each:
-        (cookie,) = struct.unpack("=Q", each.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))
-    return durable.Handed(copy.candidate.kind, os.fstat(copy.fd).st_ino, cookie)
+    return durable.Handed(copy.candidate.kind, os.fstat(copy.fd).st_ino, cookie_of(copy.fd))

@@ -62,7 +62,8 @@ def test_frozen_until_resumed(lab: el.Lab, engine: KernelEngine) -> None:
     reader.start()
     peer.sendall(b"waits")
     began = time.monotonic()
-    (facts,) = engine.inspect([ours.fileno()])
+    with lab.host("a"):
+        (facts,) = engine.inspect([ours.fileno()])
     assert time.monotonic() - began < 0.2
     assert facts.refusal is not None and facts.refusal.code is Code.ALREADY_MIGRATING
     assert (facts.inode, facts.state, str(facts.local)) == (inode, "ESTABLISHED", f"{el.HOST4}:{port}")
@@ -71,7 +72,8 @@ def test_frozen_until_resumed(lab: el.Lab, engine: KernelEngine) -> None:
     engine.resume([inode])
     reader.join(5)
     assert got == [b"waits"]
-    (facts,) = engine.inspect([ours.fileno()])
+    with lab.host("a"):
+        (facts,) = engine.inspect([ours.fileno()])
     assert facts.refusal is None
     assert descriptors() == before
     ours.close()
@@ -129,6 +131,7 @@ def test_dormant_for_too_long_is_made_anew(lab: el.Lab) -> None:
             assert engine.release([ours.fileno()], [image]) == [None]
             engine.resume([inode])
             time.sleep(0.7)
+            parameter.write_text(usual)
             with lab.host("b"):
                 assert engine.renew([made.fd], [image]) == [None]
             lab.switch("b")
