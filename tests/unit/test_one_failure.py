@@ -210,7 +210,7 @@ def test_what_is_discarded_stays_in_the_spool_while_the_journal_has_it(full: boo
     shell, _ = told(
         journal=SimpleNamespace(write=write),
         spool=SimpleNamespace(remove=removed.append),
-        engine=SimpleNamespace(discard=list),
+        engine=SimpleNamespace(discard=list, name="repair"),
     )
     importing, copy = prepared(shell)
     importing.discard(a.Discard(ChunkId(BATCH, 0), (copy.arrival.item.migration,)))
@@ -234,7 +234,7 @@ def test_who_cannot_be_given_a_context_is_disconnected(monkeypatch: pytest.Monke
     monkeypatch.setattr("sockmi.importing._memfd", no_more)
     monkeypatch.setattr("sockmi.importing.section", lambda *_: b"context")
     timer = SimpleNamespace(cancel=lambda: None)
-    shell, _ = told(loop=SimpleNamespace(call_later=lambda *_: timer), engine=SimpleNamespace(discard=list))
+    shell, _ = told(loop=SimpleNamespace(call_later=lambda *_: timer), engine=SimpleNamespace(discard=list, name="repair"))
     importing, copy = prepared(shell, context_bytes=7)
     client: Any = Someone()
     wish: Any = parse_request(b'{"op": "import", "requests": [{"states": ["bound"]}]}')
