@@ -234,7 +234,9 @@ def test_who_cannot_be_given_a_context_is_disconnected(monkeypatch: pytest.Monke
     monkeypatch.setattr("sockmi.importing._memfd", no_more)
     monkeypatch.setattr("sockmi.importing.section", lambda *_: b"context")
     timer = SimpleNamespace(cancel=lambda: None)
-    shell, _ = told(loop=SimpleNamespace(call_later=lambda *_: timer), engine=SimpleNamespace(discard=list, name="repair"))
+    shell, _ = told(
+        loop=SimpleNamespace(call_later=lambda *_: timer), engine=SimpleNamespace(discard=list, name="repair")
+    )
     importing, copy = prepared(shell, context_bytes=7)
     client: Any = Someone()
     wish: Any = parse_request(b'{"op": "import", "requests": [{"states": ["bound"]}]}')
