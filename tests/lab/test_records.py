@@ -144,12 +144,12 @@ def test_steps_and_metrics(lab: Lab, scene: Scene) -> None:
         assert at_b[("sockmi_image_bytes_total", "import")] == shipped
         assert at_b[("sockmi_import_list_length", "connected")] == listed + 2
         assert at_a[("sockmi_refusals_total", "urgent-data")] == 1
-        assert at_a[("sockmi_migrations_total", "export", "refused")] == 2
+        assert at_a[("sockmi_migrations_total", "export", "repair", "refused")] == 2
 
         importer = scene.program("b", "import", "--port", 5312, "--count", 3, "--exec", "cat")
         until(lambda: metrics(b)[("sockmi_import_list_length", "connected")] == listed)
         until(lambda: metrics(b)[("sockmi_import_requests_waiting",)] == 1)
-        until(lambda: metrics(b)[("sockmi_migrations_total", "import", "moved")] == 2)
+        until(lambda: metrics(b)[("sockmi_migrations_total", "import", "repair", "moved")] == 2)
         importer.kill()
         until(lambda: metrics(b)[("sockmi_import_requests_waiting",)] == 0)
 

@@ -475,10 +475,10 @@ def test_metrics(lab: Lab) -> None:
             nowhere = ("--to", "10.77.1.99", "--timeout", 0.3)
             assert run("export", "--pid", pid, "--fd", fd, *nowhere, host=a).status == 1
             at_a, at_b = _metrics(a), _metrics(b)
-            assert at_a[("sockmi_migrations_total", "export", "moved", "repair")] == 2
-            assert at_a[("sockmi_migrations_total", "export", "refused", "repair")] == 1
+            assert at_a[("sockmi_migrations_total", "export", "repair", "moved")] == 2
+            assert at_a[("sockmi_migrations_total", "export", "repair", "refused")] == 1
             assert at_a[("sockmi_refusals_total", "no-offer")] == 1
-            assert at_b[("sockmi_migrations_total", "import", "moved", "repair")] == 2
+            assert at_b[("sockmi_migrations_total", "import", "repair", "moved")] == 2
             assert at_a[("sockmi_freeze_seconds_count",)] == 2
             assert 0 < at_a[("sockmi_freeze_seconds_sum",)] < 2
             assert at_a[("sockmi_redirects", "export")] == 2
