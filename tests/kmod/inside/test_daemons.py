@@ -17,6 +17,8 @@ from lab.labs import Lab
 from tests.lab.scenario import ask, daemons, drain, service, status, until
 from tests.lab.test_migration import CLIENTS, pause
 
+LINES = ("lines", "--interval-s", "0.05", "--silence-s", "60")
+
 pytestmark = pytest.mark.timeout(900)  # a daemon takes 10 s to start, where the processor is emulated
 NAT = {"devices": ["eth0"], "modes": ["nat"]}
 
@@ -28,12 +30,13 @@ def lab(kernel: str) -> Iterator[Lab]:
 
 
 def test_hops_between_engines(lab: Lab, tmp_path: Path) -> None:
-    hops(lab, tmp_path, "nat", "duplex", 4)
+    hops(lab, tmp_path, "nat", "lines", 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "kind", "version"), [("nat", "lines", 6), ("takeover", "download", 4), ("iptables", "duplex", 4)]
+    ("mode", "kind", "version"),
+    [("nat", "duplex", 6), ("takeover", "download", 4), ("iptables", "duplex", 4)],
 )
 def test_hops_by_other_redirects(lab: Lab, tmp_path: Path, mode: str, kind: str, version: int) -> None:
     hops(lab, tmp_path, mode, kind, version)
@@ -54,7 +57,7 @@ def hops(lab: Lab, tmp_path: Path, mode: str, kind: str, version: int) -> None:
     ):
         assert [status(lab.host(name))["engine"] for name in "abc"] == ["kernel", "kernel", "repair"]
         for _ in range(2):
-            serving.client(*CLIENTS[kind])
+            serving.client(*(LINES if kind == "lines" else CLIENTS[kind]))
         serving.connected(2)
         for source, target in ("ab", "bc", "ca"):
             pause()
@@ -77,7 +80,7 @@ def test_active_with_context(lab: Lab, tmp_path: Path) -> None:
         daemons(lab, "ab", redirect=NAT),
         service(lab, "lines", "ab", tmp_path, active_targets=targets) as serving,
     ):
-        serving.client(*CLIENTS["lines"])
+        serving.client(*LINES)
         serving.connected(1)
         for source, target in ("ab", "ba"):
             pause()
@@ -130,7 +133,7 @@ def test_c_library_on_both_sides(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> N
 def test_listed_until_an_application_comes(lab: Lab, tmp_path: Path) -> None:
     """A copy that waits for longer than the module keeps one dormant is an image, and then made anew."""
     with daemons(lab, "ab", redirect=NAT), service(lab, "lines", "a", tmp_path) as first:
-        first.client("lines", "--interval-s", "0.005", "--silence-s", "60")
+        first.client(*LINES)
         first.connected(1)
         [record] = drain(lab.host("a"), "b", local_port=7000)
         assert record["outcome"] == "moved", record
@@ -144,7 +147,7 @@ def test_listed_until_an_application_comes(lab: Lab, tmp_path: Path) -> None:
 def test_nobody_offers(lab: Lab, tmp_path: Path) -> None:
     """What is not taken goes on as if nothing had happened; also when it is asked for while it is frozen."""
     with daemons(lab, "a", redirect=NAT), service(lab, "lines", "a", tmp_path) as serving:
-        serving.client(*CLIENTS["lines"])
+        serving.client(*LINES)
         serving.connected(1)
         [answer] = ask(lab.host("a"), "list", filter={"local_port": 7000, "kinds": ["connected"]})
         [row] = answer["sockets"]
