@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from guests.paths import PROJECT
+from lab.capture import Capture, Trouble
 from lab.daemons import daemon_config
 from lab.labs import Lab
-from tests.lab.scenario import ask, daemons, drain, service, status, until
+from sockmi.client import Imported, ImportRequest, MigrationRecord, export_socket, import_socket
+from tests.lab.scenario import ask, daemons, drain, service, status, until, wait_for_members
 from tests.lab.test_migration import CLIENTS, pause
 
+NUMBER = struct.Struct("!Q")
 LINES = ("lines", "--interval-s", "0.05", "--silence-s", "60")
 
 pytestmark = pytest.mark.timeout(900)  # a daemon takes 10 s to start, where the processor is emulated
@@ -29,6 +36,101 @@ def lab(kernel: str) -> Iterator[Lab]:
         yield made
 
 
+class Peer:
+    """The other end: says numbers one after the other, and checks what it hears."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.said = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._talk)
+        self._thread.start()
+
+    def _talk(self) -> None:
+        while not self._stop.wait(0.02):
+            self.connection.sendall(NUMBER.pack(self.said))
+            self.said += 1
+
+    def silence(self) -> int:
+        """End; how many numbers were said."""
+        self._stop.set()
+        self._thread.join(60)
+        return self.said
+
+
+def hear(ours: socket.socket, first: int, count: int) -> None:
+    """Exactly the numbers that come next."""
+    data = b""
+    while len(data) < count * NUMBER.size:
+        part = ours.recv(count * NUMBER.size - len(data))
+        assert part
+        data += part
+    assert data == b"".join(NUMBER.pack(first + i) for i in range(count))
+
+
+def moved(lab: Lab, ours: socket.socket, source: str, target: str) -> tuple[socket.socket, MigrationRecord]:
+    """From one host's daemon to the other's, by this process, which is the owner on both."""
+    arrived: list[Imported] = []
+    wanted = ImportRequest(["connected"])
+    there = lab.host(target).control_socket
+    taker = threading.Thread(target=lambda: arrived.extend(import_socket(wanted, 300, control=there)))
+    taker.start()
+    until(lambda: status(lab.host(target))["import_lists"]["connected"]["waiting"] > 0)
+    record = export_socket(ours, to=target, timeout_s=60, control=lab.host(source).control_socket)
+    taker.join(300)
+    with pytest.raises(ConnectionAbortedError):
+        ours.recv(1)
+    ours.close()
+    [one] = arrived
+    assert one.socket is not None
+    one.socket.settimeout(60)
+    return one.socket, record
+
+
+def test_between_engines(lab: Lab, tmp_path: Path) -> None:
+    """kernel -> kernel, repair -> kernel, kernel -> repair, while the peer talks: every byte, no RST."""
+    a, b, peer = lab.host("a"), lab.host("b"), lab.host("peer")
+    with (
+        Capture(peer, "tcp port 7200", tmp_path / "peer.pcap") as capture,
+        daemons(lab, "ab", redirect=NAT) as running,
+    ):
+        assert [status(host)["engine"] for host in (a, b)] == ["kernel", "kernel"]
+        with a.socket() as listener:
+            listener.bind((a.address(4), 7200))
+            listener.listen()
+            client = peer.socket()
+            client.settimeout(60)
+            client.connect(listener.getsockname())
+            ours, _ = listener.accept()
+        talk = Peer(client)
+        heard = 0
+        for source, target, engine in (("a", "b", "kernel"), ("b", "a", "repair"), ("a", "b", "kernel")):
+            ours.settimeout(60)
+            hear(ours, heard, 5)
+            waits = secrets.token_bytes(30_000)
+            ours.sendall(waits)
+            ours, record = moved(lab, ours, source, target)
+            assert record.engine == engine
+            told = record.fidelity
+            both = status(lab.host(target))["engine"] == engine == "kernel"
+            assert "path-model" in (told.carried if both else told.reset)
+            assert client.recv(len(waits), socket.MSG_WAITALL) == waits
+            hear(ours, heard + 5, 5)
+            heard += 10
+            if heard == 10:
+                running["b"].config["engine"] = "repair"
+                running["b"].restart()  # what it holds stays
+                wait_for_members(lab, "ab")
+        said = talk.silence()
+        hear(ours, heard, said - heard)
+        ours.close()
+        assert client.recv(1) == b""
+        client.close()
+    verdict = capture.check(allow={Trouble.SACK_RENEGED})
+    assert verdict.clean, str(verdict)
+
+
+@pytest.mark.slow
 def test_hops_between_engines(lab: Lab, tmp_path: Path) -> None:
     hops(lab, tmp_path, "nat", "lines", 4)
 
@@ -151,8 +253,8 @@ def test_nobody_offers(lab: Lab, tmp_path: Path) -> None:
         serving.connected(1)
         [answer] = ask(lab.host("a"), "list", filter={"local_port": 7000, "kinds": ["connected"]})
         [row] = answer["sockets"]
-        socket = {"pid": row["pid"], "fd": row["fd"]}
-        [done] = ask(lab.host("a"), "export", sockets=[socket], timeout_s=0.5)
+        one = {"pid": row["pid"], "fd": row["fd"]}
+        [done] = ask(lab.host("a"), "export", sockets=[one], timeout_s=0.5)
         [record] = done["migrations"]
         assert (record["outcome"], record["refusal"]["code"]) == ("refused", "no-offer")
         pause()
