@@ -27,7 +27,8 @@ from tests.lab.test_migration import CLIENTS, pause
 NUMBER = struct.Struct("!Q")
 LINES = ("lines", "--interval-s", "0.05", "--silence-s", "60")
 
-pytestmark = pytest.mark.timeout(900)  # a daemon takes 10 s to start, where the processor is emulated
+# A daemon takes 10 s to start, where the processor is emulated.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 NAT = {"devices": ["eth0"], "modes": ["nat"]}
 
 
@@ -135,12 +136,10 @@ def test_between_engines(lab: Lab, tmp_path: Path) -> None:
     assert verdict.clean, str(verdict)
 
 
-@pytest.mark.slow
 def test_hops_between_engines(lab: Lab, tmp_path: Path) -> None:
     hops(lab, tmp_path, "nat", "lines", 4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "kind", "version"),
     [("nat", "duplex", 6), ("takeover", "download", 4), ("iptables", "duplex", 4)],
@@ -149,7 +148,6 @@ def test_hops_by_other_redirects(lab: Lab, tmp_path: Path, mode: str, kind: str,
     hops(lab, tmp_path, mode, kind, version)
 
 
-@pytest.mark.slow
 @pytest.mark.kernels("6.1", "6.12", "7.2")  # the User-Mode-Linux kernels have no nft fwd
 def test_hops_by_forward(lab: Lab, tmp_path: Path) -> None:
     hops(lab, tmp_path, "forward", "lines", 4)

@@ -17,10 +17,9 @@ from tests.lab.test_engine_states import *  # noqa: F403
 
 @pytest.fixture(
     scope="module",
+    # Too long for make test: 400 tests with real traffic, where a processor is emulated.
     params=[
-        "kernel",
-        pytest.param("kernel-repair", marks=pytest.mark.slow),
-        pytest.param("repair-kernel", marks=pytest.mark.slow),
+        pytest.param(name, marks=pytest.mark.slow) for name in ("kernel", "kernel-repair", "repair-kernel")
     ],
 )
 def engine(request: pytest.FixtureRequest) -> Iterator[el.Pair]:

@@ -20,6 +20,7 @@ from sockmi.engine.kernel import KernelEngine
 from sockmi.refusal import Code, Refusal
 from tests.lab import engine_lab as el
 
+pytestmark = pytest.mark.slow
 HERE = Placement(None, False)
 PARAMETERS = Path("/sys/module/sockmi/parameters")
 
