@@ -41,7 +41,7 @@ def start(count: int, address: str, port: str) -> dict[str, object]:
                 words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
         (FOLDER / f"{name}.pid").write_text(str(process.pid))
-    return advance(60)
+    return advance(180)
 
 
 def names() -> list[str]:
