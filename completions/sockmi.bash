@@ -4,7 +4,7 @@
 _sockmi() {
 	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} command=${COMP_WORDS[1]} words=
 	local common="--json --control"
-	local select="--pid --fd --process --unit --kind --state --local-address --local-port --port --remote-address --remote-port"
+	local select="--pid --fd --process --unit --kind --state --local-address --local-port --port --remote-address --remote-port --idle-s"
 	local moving="--to --timeout --dry-run"
 
 	if [ "$COMP_CWORD" -eq 1 ]; then
@@ -28,7 +28,7 @@ _sockmi() {
 	--interface) words=$(command ls /sys/class/net) ;;
 	--to | --host) words=$(_sockmi_hosts) ;;
 	--pid | --fd | --process | --unit | --count | --limit | --timeout | --rate | --since | --until | --peer | \
-		--address | --port | --local-address | --local-port | --remote-address | --remote-port) return ;;
+		--address | --port | --local-address | --local-port | --remote-address | --remote-port | --idle-s) return ;;
 	esac
 	if [ -z "$words" ]; then
 		case $command in

@@ -207,7 +207,8 @@ class SocketFilter(_Model):
     """Which sockets of this host; all given fields must match, none given matches all.
 
     ``process`` is a shell pattern for the process's name (``/proc/PID/comm``), ``unit`` one
-    for its systemd unit. Addresses may be networks (``192.0.2.0/24``).
+    for its systemd unit. Addresses may be networks (``192.0.2.0/24``). ``idle_s``: connections on which
+    nothing has come or gone for so long, nothing is queued, and what came last has been answered.
     """
 
     pid: Annotated[int, Field(ge=1)] | None = None
@@ -220,6 +221,7 @@ class SocketFilter(_Model):
     local_port: Port | None = None
     remote_address: Name | None = None
     remote_port: Port | None = None
+    idle_s: Annotated[float, Field(ge=0, le=1e9)] | None = None
 
 
 # ---------------------------------------------------------------- requests

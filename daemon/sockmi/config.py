@@ -150,6 +150,10 @@ class ImportConfig(Strict):
     queue_without_waiting: bool = Field(
         True, description="accept sockets for which no application waits yet; they stay in the list, held"
     )
+    deliver: bool = Field(
+        False,
+        description="give connections that no application waits for to the program that listens for them",
+    )
 
 
 class TimingConfig(Strict):

@@ -277,7 +277,9 @@ def _take(rows: list[Found]) -> Selected | Refusal:
     for row in rows:
         pid, fd = row.holder.pid, row.holder.fd
         try:
-            return Selected(duplicate(pid, fd, row.socket.inode), pid, fd, user_id=_ADMINISTRATOR)
+            descriptor = duplicate(pid, fd, row.socket.inode)
+            received = row.socket.quiet.received if row.socket.quiet else None
+            return Selected(descriptor, pid, fd, user_id=_ADMINISTRATOR, received=received)
         except Refusal as refusal:
             refusals.append(refusal)
             if refusal.code is Code.NO_DESCRIPTORS:

@@ -26,8 +26,9 @@ from sockmi.addresses import FourTuple
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind, SocketFacts
 from sockmi.engine.listing import half_open
-from sockmi.image import Section, peek
+from sockmi.image import Section, peek, section
 from sockmi.image.native import stamp, with_section
+from sockmi.image.sections import Counters
 from sockmi.image.sections import Place as ImagePlace
 from sockmi.journal import Change, Record
 from sockmi.permission import Caller
@@ -56,6 +57,7 @@ _log = logging.getLogger(__name__)
 _STOP_TIMEOUT_MAX_S = 0.5
 # The kernel's hold outlasts the freeze by this much; a commit that comes later than half of it is undone.
 _HOLD_MARGIN_S = 1.0
+_AWAKE = Refusal(Code.CHANGED, "A request has come since it was quiet; it stays, try again when it is idle.")
 _REACHABILITY_TTL_S = 2.0
 # A handshake that nobody completes is given up after about a minute (net.ipv4.tcp_synack_retries).
 _HALF_OPEN_S = 70.0
@@ -77,6 +79,7 @@ class Selected:
     """One socket that somebody wants moved; the shell owns ``descriptor`` (a duplicate).
 
     ``caller``: None for those who may move any socket; others only what is theirs. ``user_id``: who asked.
+    ``received``: how many bytes had come when it was quiet; it is not moved if its owner has read more since.
     """
 
     descriptor: int
@@ -86,6 +89,7 @@ class Selected:
     context: bytes | None = None
     migration_id: UUID | None = None
     user_id: int | None = None
+    received: int | None = None
 
 
 @dataclass(slots=True)
@@ -388,7 +392,9 @@ class Exporting:
         reached("freeze.captured")
         shipped = 0
         for index, one in zip(frozen, captured, strict=True):
-            if isinstance(one, Captured):
+            if isinstance(one, Captured) and _woke(exports[index], one.image):
+                outcome: bytes | Refusal = _AWAKE
+            elif isinstance(one, Captured):
                 image = self._finish_image(exports[index], action.items[index], one)
                 outcome = self._too_much(len(image), shipped) or image
             else:
@@ -919,6 +925,16 @@ def _started(records: Sequence[dict[str, Any]]) -> Change:
 
 def _unwritable(error: Exception) -> Refusal:
     return Refusal(Code.INTERNAL, f"The journal cannot be written ({error}); see sockmi doctor.")
+
+
+def _woke(export: Export, image: bytes) -> bool:
+    """Whether its owner has read something since it was quiet: a request, which it may be answering."""
+    if export.selected.received is None:
+        return False
+    counters = section(image, Section.COUNTERS)
+    if len(counters) != Counters.size():
+        return True
+    return Counters.unpack(counters).bytes_received - peek(image).receive_bytes != export.selected.received
 
 
 def _size(export: Export) -> int:

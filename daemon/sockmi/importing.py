@@ -7,6 +7,7 @@ Until then its image is in the spool, so that whatever dies, the copy can be mad
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
 import logging
@@ -62,7 +63,7 @@ _log = logging.getLogger(__name__)
 _TAKE_TIMEOUT_S = 5.0
 # The daemon goes on when the application runs: both may have the same processor.
 _SETTLE_AFTER_S = 0.001
-# A listed socket whose place is not free yet is tried again.
+# A listed socket whose place is not free yet is tried again, and so is one that nobody accepts yet.
 _WAKE_AGAIN_S = 0.25
 
 
@@ -91,6 +92,7 @@ class Copy:
     listed_at: float = 0.0  # time.monotonic(); 0: it is not listed
     warned: bool = False  # that it has been listed for long
     client: Client | None = None  # it is on its way to
+    again: asyncio.TimerHandle | None = None  # when its delivery is tried again
     handed: durable.Handed | None = None  # as the journal has it
     tuple: FourTuple | None = field(init=False)
     """The connection as it lives here."""
@@ -294,7 +296,20 @@ class Importing:
             return Refusal(
                 Code.LIST_FULL, f"The list of {item.kind} sockets is full; raise imports.max_{item.kind}."
             )
-        return self._copy(_chunk_name(chunk), exporter, arrival, image, facts)
+        copy = self._copy(_chunk_name(chunk), exporter, arrival, image, facts)
+        refusal = self._nobody(copy)
+        if refusal is not None:
+            self.lists.unreserve(copy.candidate.migration_id)
+        return refusal or copy
+
+    def _nobody(self, copy: Copy) -> Refusal | None:
+        """Why it would stay in the list, if nothing may and connections can be delivered; else None."""
+        limits = self._shell.config.imports
+        if limits.queue_without_waiting or not limits.deliver or copy.tuple is None:
+            return None
+        if self.lists.waits_for(copy.candidate):
+            return None
+        return self._shell.engine.deliver(copy.image, copy.placement, copy.candidate.uid, only_ask=True)
 
     def _copy(self, chunk: str, exporter: bytes, arrival: Arrival, image: bytes, facts: Summary) -> Copy:
         item, place = arrival.item, arrival.place
@@ -590,8 +605,42 @@ class Importing:
             return
         copy = self.copies[migration.bytes]
         waiting = self.lists.claim(copy.candidate)
-        if waiting is not None and isinstance(waiting.client, Client) and self._wake(copy):
+        if waiting is None:
+            self._deliver(copy)
+        elif isinstance(waiting.client, Client) and self._wake(copy):
             self._hand(waiting.client, [copy], _nothing)
+
+    def _deliver(self, copy: Copy) -> None:
+        """To the program that listens for it; as long as there is none it stays listed, and is tried again.
+
+        The hold is lifted when it is delivered, since before there is no socket that could answer. What it
+        sends before that comes to nothing, and is sent again.
+        """
+        shell, migration = self._shell, copy.candidate.migration_id
+        if not shell.config.imports.deliver or copy.tuple is None or self.lists.claimed(migration):
+            return
+        if copy.again is not None:
+            copy.again.cancel()
+        refusal: Refusal | None
+        try:
+            image = shell.spool.read(copy.chunk)[migration]
+            copy.placement = self._placing.placement(copy.arrival.item, copy.arrival.place)
+            refusal = shell.engine.deliver(image, copy.placement, copy.candidate.uid)
+        except (KeyError, SpoolError, OSError) as error:
+            refusal = Refusal(Code.IMAGE, f"Its image cannot be read from the spool ({error}).")
+        if refusal is not None:
+            if not copy.complained:
+                _log.warning("%s is not delivered yet: %s", copy.tuple, refusal)
+                copy.complained = True
+            copy.again = shell.loop.call_later(_WAKE_AGAIN_S, self._offer, migration)
+            return
+        self.lists.remove(migration)
+        shell.held.want([copy.tuple])
+        if copy.holding is not None:
+            self._redirecting.admit([copy.holding])
+        shell.held.deliver(shell.held.take([copy.tuple]))
+        _log.info("%s is delivered to the program that listens for it", copy.tuple)
+        self._settle([copy], _nothing)
 
     # -- applications
 
@@ -828,7 +877,8 @@ class Importing:
         news = {"step": "active", "outcome": "moved", "ended_at": now_text()}
         for copy in copies:
             migration = copy.candidate.migration_id
-            os.close(copy.fd)
+            if copy.fd >= 0:
+                os.close(copy.fd)
             copy.fd = -1
             copy.image = b""
             del self.copies[migration.bytes]
@@ -955,6 +1005,8 @@ class Importing:
 
     def set_maxima(self, limits: ImportConfig) -> None:
         """The lists' maxima; what is listed already stays."""
+        if limits.deliver and self._shell.engine.name != "kernel":
+            _log.warning("imports.deliver needs the kernel module; load it (modprobe sockmi), and restart")
         self.lists.maxima = {
             Kind.BOUND: limits.max_bound,
             Kind.LISTENING: limits.max_listening,
@@ -969,8 +1021,12 @@ class Importing:
         """Tell the core what there is room for."""
         rooms = {kind: self.lists.room(kind) for kind in Kind}
         waiting = {kind: self.lists.waiting_for(kind) for kind in Kind}
-        if not self._shell.config.imports.queue_without_waiting:
-            rooms = {kind: min(rooms[kind], waiting[kind]) for kind in Kind}
+        limits = self._shell.config.imports
+        if not limits.queue_without_waiting:
+            anyone = {Kind.CONNECTED} if limits.deliver else set()
+            rooms = {
+                kind: rooms[kind] if kind in anyone else min(rooms[kind], waiting[kind]) for kind in Kind
+            }
         order = (Kind.BOUND, Kind.LISTENING, Kind.CONNECTED)
         self._capacity.rooms = Counts(*(rooms[kind] for kind in order))
         self._capacity.waiting = Counts(*(waiting[kind] for kind in order))

@@ -29,7 +29,7 @@ def select(wanted: api.SocketFilter, only_uid: int | None = None) -> list[Found]
     """All that match; of one user's sockets alone, if ``only_uid`` is given. Takes milliseconds."""
     units: dict[int, str | None] = {}
     found = []
-    for one in list_sockets():
+    for one in list_sockets(quiet=wanted.idle_s is not None):
         for holder in one.holders:
             if holder.pid not in units:
                 units[holder.pid] = unit_of(holder.pid)
@@ -60,6 +60,7 @@ def _matches(wanted: api.SocketFilter, listed: ListedSocket, holder: Holder, uni
         and wanted.local_port in (None, local.port)
         and wanted.pid in (None, holder.pid)
         and wanted.fd in (None, holder.fd)
+        and (wanted.idle_s is None or (listed.quiet is not None and listed.quiet.since_s >= wanted.idle_s))
         and (wanted.remote_port is None or (remote is not None and remote.port == wanted.remote_port))
         and (wanted.kinds is None or kind_of(listed) in wanted.kinds)
         and (

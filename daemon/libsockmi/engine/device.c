@@ -455,3 +455,37 @@ void sockmi_device_discard(const struct sockmi_device *device, const int *fds, c
 		close(fds[i]);
 	}
 }
+
+int sockmi_device_deliver(const struct sockmi_device *device, const void *image, size_t length,
+			  const struct sockmi_placement *placement, uint32_t uid, int only_ask,
+			  struct sockmi_result *result)
+{
+	static const struct sockmi_endpoint none;
+	struct sockmi_ioc_deliver deliver = { .slot = SOCKMI_NO_SLOT };
+	struct sockmi_image decoded;
+
+	memset(result, 0, sizeof(*result));
+	if (!(device->features & SOCKMI_FEATURE_DELIVER))
+		return sockmi_fail(result, SOCKMI_RESULT_FAILED, SOCKMI_STEP_DELIVER, EOPNOTSUPP);
+	if (sockmi_decode_own(image, length, &decoded, result) < 0)
+		return -1;
+	memcpy(&deliver.local, memcmp(&placement->local, &none, sizeof(none)) ? &placement->local :
+										 &decoded.identity.local,
+	       sizeof(deliver.local));
+	memcpy(&deliver.remote, &decoded.identity.remote, sizeof(deliver.remote));
+	deliver.flags = SOCKMI_DELIVER_PROBE | SOCKMI_DELIVER_ANY_UID;
+	if (ioctl(device->fd, SOCKMI_IOC_DELIVER, &deliver) < 0)
+		return refused(result, SOCKMI_STEP_DELIVER, deliver.refusal, 0);
+	if (deliver.listener_uid && deliver.listener_uid != uid)
+		return refused(result, SOCKMI_STEP_DELIVER, SOCKMI_REFUSAL_OWNER, 0);
+	if (only_ask)
+		return 0;
+	deliver.flags = 0;
+	deliver.uid = deliver.listener_uid; /* whoever listens by now must be the same user */
+	deliver.image = (uintptr_t)image;
+	deliver.bytes = length;
+	deliver.restore_flags = placement->transparent ? SOCKMI_DEV_TRANSPARENT : 0;
+	if (ioctl(device->fd, SOCKMI_IOC_DELIVER, &deliver) < 0)
+		return refused(result, SOCKMI_STEP_DELIVER, deliver.refusal, deliver.image_error);
+	return 0;
+}

@@ -62,6 +62,7 @@ enum sockmi_step {
 	SOCKMI_STEP_COMMIT,
 	SOCKMI_STEP_RESTORE,
 	SOCKMI_STEP_ACTIVATE,
+	SOCKMI_STEP_DELIVER,
 };
 
 /* Bits of carried, approximated and reset; sockmi_fidelity_name() has their names. */

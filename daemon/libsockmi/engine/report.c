@@ -57,6 +57,7 @@ static const char *const step_names[] = {
 	[SOCKMI_STEP_COMMIT] = "the commit",
 	[SOCKMI_STEP_RESTORE] = "the restore",
 	[SOCKMI_STEP_ACTIVATE] = "the activation",
+	[SOCKMI_STEP_DELIVER] = "the delivery",
 };
 
 const char *sockmi_fidelity_name(unsigned int bit)

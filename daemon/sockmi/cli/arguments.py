@@ -34,7 +34,7 @@ STATES = (
 )  # fmt: skip
 _SELECTING = (
     "pid", "fd", "process", "unit", "kinds", "states",
-    "local_address", "local_port", "remote_address", "remote_port",
+    "local_address", "local_port", "remote_address", "remote_port", "idle_s",
 )  # fmt: skip
 COUNT_MAX = 10**6
 
@@ -236,6 +236,12 @@ def _select(parser: argparse.ArgumentParser) -> None:
         help="ESTABLISHED, CLOSE-WAIT ...; may be repeated",
     )
     _ends(group, _network, "ADDRESS[/BITS]")
+    group.add_argument(
+        "--idle-s",
+        type=_number(0, 1e9, "seconds"),
+        metavar="SECONDS",
+        help="connections that have been quiet for so long: nothing queued, the last request answered",
+    )
 
 
 def _list(parser: argparse.ArgumentParser) -> None:

@@ -199,3 +199,12 @@ class Engine(Protocol):
 
         One that is refused has never lived, and its image is as good as before.
         """
+
+    def deliver(
+        self, image: bytes, placement: Placement, uid: int, *, only_ask: bool = False
+    ) -> Refusal | None:
+        """Give a connection to the program that listens for it, by its own accept(); of root or ``uid``.
+
+        ``only_ask``: look whether it could be done. After a refusal nothing is left of it, and the image is
+        as good as before.
+        """

@@ -95,6 +95,9 @@ def _native() -> Any:
     lib.sockmi_device_renew.argtypes = [device, fds, ids, pointer, pointer, pointer, size, pointer]
     lib.sockmi_device_activate.argtypes = [device, ids, size, pointer]
     lib.sockmi_device_discard.argtypes = [device, fds, ids, size]
+    lib.sockmi_device_deliver.argtypes = [
+        device, ctypes.c_char_p, size, ctypes.c_char_p, u32, ctypes.c_int, pointer,
+    ]  # fmt: skip
     for name in ("close", "thaw", "discard"):
         getattr(lib, f"sockmi_device_{name}").restype = None
     return lib
@@ -406,6 +409,17 @@ class KernelEngine:
             return [None] * count
         unpacked = itertools.islice(RESULT.iter_unpack(results.raw), count)
         return [None if result[0] == Result.OK else refusal_of(result) for result in unpacked]
+
+    def deliver(
+        self, image: bytes, placement: Placement, uid: int, *, only_ask: bool = False
+    ) -> Refusal | None:
+        """Through the accept() of whoever listens for it, if that is root's or of user ``uid``."""
+        result = room(1)
+        if not _native().sockmi_device_deliver(
+            ctypes.byref(self._device), image, len(image), packed_placement(placement), uid, only_ask, result
+        ):
+            return None
+        return refusal_of(next(RESULT.iter_unpack(result.raw)))
 
     # -- what there is of a socket
 

@@ -30,6 +30,9 @@ _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2
 # struct inet_diag_msg: family, state, ports (network order), addresses, cookie, queues, uid, inode
 _MESSAGE = struct.Struct("=BBxx2s2s16s16s4xQ4xIIII")
+# struct tcp_info: milliseconds since data was last sent and received; bytes received in order
+_INFO_EXTENSION, _INFO = 1 << 1, 2
+_TIMES = struct.Struct("=44xI4xI72xQ")
 _TRIES = 3
 _SYN_RECV, _LISTEN = 1 << 3, 1 << 10  # of a dump's states: TCP_SYN_RECV, TCP_LISTEN
 
@@ -53,7 +56,7 @@ class ListedSocket:
 
     ``inode`` is 0 for those without a descriptor (TIME-WAIT, SYN-RECEIVED, orphans). Queues in bytes; of
     a listener, ``receive_queue`` counts connections that wait for accept, ``send_queue`` is its backlog.
-    ``remote`` is None unless connected.
+    ``remote`` is None unless connected. ``quiet``: only if it was asked for.
     """
 
     inode: int
@@ -66,13 +69,26 @@ class ListedSocket:
     send_queue: int
     uid: int
     holders: tuple[Holder, ...]
+    quiet: Quiet | None = None
 
 
-def list_sockets(pids: set[int] | None = None) -> list[ListedSocket]:
+@dataclass(frozen=True, slots=True)
+class Quiet:
+    """A connection on which nothing is under way: nothing is queued, and what came last has been answered.
+
+    ``since_s``: since data last came or went, in seconds. ``received``: how many bytes have come; more of
+    them make an end of the quiet.
+    """
+
+    since_s: float
+    received: int
+
+
+def list_sockets(pids: set[int] | None = None, *, quiet: bool = False) -> list[ListedSocket]:
     """Every TCP socket of this thread's network namespace, by tuple; only those of ``pids`` if given.
 
-    Holders without this process. A socket that changes its state meanwhile may be missing.
-    OSError if the kernel refuses the dump.
+    ``quiet``: look for that too, which takes longer. Holders without this process. A socket that changes
+    its state meanwhile may be missing. OSError if the kernel refuses the dump.
     """
     if pids is not None and not pids:
         return []
@@ -80,7 +96,7 @@ def list_sockets(pids: set[int] | None = None) -> list[ListedSocket]:
     names: dict[int, str] = {}
     sockets = {}
     for family in (socket.AF_INET, socket.AF_INET6):
-        for fields in _dump(family):
+        for *fields, info in _dump_all(family, quiet):
             inode = fields[-1]
             held = holders.get(inode, {}) if inode else {}
             if pids is not None and not held:
@@ -91,7 +107,9 @@ def list_sockets(pids: set[int] | None = None) -> list[ListedSocket]:
             by = tuple(
                 Holder(pid, fd, names[pid], pid in rings) for pid in sorted(held) for fd in sorted(held[pid])
             )
-            listed = _listed(fields, by)
+            listed = _listed(
+                tuple(fields), by, _quiet(fields[1], fields[7], fields[8], info) if quiet else None
+            )
             sockets[listed.cookie] = listed
     return sorted(sockets.values(), key=_order)
 
@@ -122,11 +140,34 @@ def half_open(at: Collection[Endpoint]) -> dict[FourTuple, int]:
 
 
 def _dump(family: int, states: int = 0xFFFFFFFF) -> list[tuple[Any, ...]]:
+    return [row[:-1] for row in _dump_all(family, info=False, states=states)]
+
+
+def _dump_all(family: int, info: bool, states: int = 0xFFFFFFFF) -> list[tuple[Any, ...]]:
+    """As ``_dump``, and last in each row its struct tcp_info, or nothing."""
     for _ in range(_TRIES):
-        sockets, complete = _dump_once(family, states)
+        sockets, complete = _dump_once(family, states, _INFO_EXTENSION if info else 0)
         if complete:
             break
     return sockets
+
+
+def _quiet(state: int, receive_queue: int, send_queue: int, info: bytes) -> Quiet | None:
+    if state != 1 or receive_queue or send_queue or len(info) < _TIMES.size:
+        return None
+    sent_ms, received_ms, received = _TIMES.unpack_from(info)
+    return Quiet(sent_ms / 1000, received) if sent_ms <= received_ms else None
+
+
+def _info_of(attributes: bytes) -> bytes:
+    """The struct tcp_info among the attributes of a row."""
+    at = 0
+    while at + 4 <= len(attributes):
+        length, kind = struct.unpack_from("=HH", attributes, at)
+        if kind == _INFO:
+            return attributes[at + 4 : at + length]
+        at += (max(length, 4) + 3) & ~3
+    return b""
 
 
 def unlistable() -> str | None:
@@ -139,10 +180,11 @@ def unlistable() -> str | None:
     return None
 
 
-def _dump_once(family: int, states: int) -> tuple[list[tuple[Any, ...]], bool]:
-    """One dump (fields of ``_MESSAGE``); the second value is False if the tables changed under it
-    (NLM_F_DUMP_INTR)."""
-    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states)
+def _dump_once(family: int, states: int, extensions: int = 0) -> tuple[list[tuple[Any, ...]], bool]:
+    """One dump (fields of ``_MESSAGE``, and struct tcp_info if it is asked for); the second value is
+    False if the tables changed under it (NLM_F_DUMP_INTR).
+    """
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, extensions, states)
     header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0)
     sockets: list[tuple[Any, ...]] = []
     complete = True
@@ -158,7 +200,8 @@ def _dump_once(family: int, states: int) -> tuple[list[tuple[Any, ...]], bool]:
                     if error := -struct.unpack_from("=i", data)[0]:
                         raise OSError(error, f"inet_diag does not list TCP sockets: {os.strerror(error)}")
                     return sockets, complete
-                sockets.append(_MESSAGE.unpack_from(data))
+                info = _info_of(data[_MESSAGE.size :]) if extensions else b""
+                sockets.append((*_MESSAGE.unpack_from(data), info))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -181,7 +224,7 @@ def _endpoint(family: int, address: bytes, port: bytes) -> Endpoint:
     return Endpoint(_address(family, address), int.from_bytes(port, "big"))
 
 
-def _listed(fields: tuple[Any, ...], holders: tuple[Holder, ...]) -> ListedSocket:
+def _listed(fields: tuple[Any, ...], holders: tuple[Holder, ...], quiet: Quiet | None = None) -> ListedSocket:
     family, state, sport, dport, source, destination, cookie, receive, send, uid, inode = fields
     connected = STATES.get(state) not in (None, "CLOSED", "LISTEN")
     return ListedSocket(
@@ -195,4 +238,5 @@ def _listed(fields: tuple[Any, ...], holders: tuple[Holder, ...]) -> ListedSocke
         send,
         uid,
         holders,
+        quiet,
     )

@@ -189,3 +189,13 @@ class RepairEngine:
     def discard(self, fds: Sequence[int]) -> None:
         """The inverse of ``restore``: close dormant copies without a packet."""
         _native().sockmi_discard(ints(fds), len(fds))
+
+    def deliver(
+        self, image: bytes, placement: Placement, uid: int, *, only_ask: bool = False
+    ) -> Refusal | None:
+        """Only the kernel module can put a connection into an accept queue."""
+        return Refusal(
+            Code.RESTORE,
+            "only the kernel engine can give a connection to a program that does not ask for it; "
+            "load the module (modprobe sockmi)",
+        )

@@ -133,6 +133,16 @@ _MODULE_WORDS: dict[int, tuple[Code, str]] = {
     26: (Code.ULP, "the image has kernel TLS keys, which this module does not take"),
     27: (Code.ZERO_COPY, "data that waits to be sent lies in a device's memory; try again when it is sent"),
     28: (Code.STATE, "the socket has a pending error; let the application read it"),
+    29: (Code.RESTORE, "no program of this host listens for it; start one, or import it"),
+    30: (
+        Code.RESTORE,
+        "who listens for it is multipath TCP, has keys or a filter, or is the kernel's own; import it",
+    ),
+    31: (Code.NO_PRIVILEGE, "who listens for it is neither root's nor of the user who had it; import it"),
+    32: (
+        Code.LIST_FULL,
+        "the accept queue of who listens for it is full; let that accept, or raise its backlog",
+    ),
 }
 
 
