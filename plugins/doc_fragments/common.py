@@ -62,6 +62,11 @@ options:
     description:
       - Port of the other end.
     type: int
+  idle_s:
+    description:
+      - Connections on which no data has come or gone for so many seconds, with nothing queued either way, and
+        whose last request has been answered.
+    type: float
   states:
     description:
       - States of the socket, as in RFC 9293.

@@ -38,6 +38,7 @@ FILTER_SPEC: dict[str, Any] = {
     "local_port": {"type": "int"},
     "remote_address": {"type": "str"},
     "remote_port": {"type": "int"},
+    "idle_s": {"type": "float"},
     "states": {"type": "list", "elements": "str", "choices": STATES},
 }
 
@@ -58,6 +59,7 @@ def socket_filter(params: dict[str, Any]) -> dict[str, Any]:
     in_range(params, "pid", 1, 1 << 22)
     for name in ("local_port", "remote_port"):
         in_range(params, name, 1, 65535)
+    in_range(params, "idle_s", 0, 1e9)
     for name in ("local_address", "remote_address"):
         if params[name] is not None:
             try:
