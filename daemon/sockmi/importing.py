@@ -63,8 +63,9 @@ _log = logging.getLogger(__name__)
 _TAKE_TIMEOUT_S = 5.0
 # The daemon goes on when the application runs: both may have the same processor.
 _SETTLE_AFTER_S = 0.001
-# A listed socket whose place is not free yet is tried again, and so is one that nobody accepts yet.
+# A listed socket whose place is not free yet is tried again; so is one that nobody accepts, ever less often.
 _WAKE_AGAIN_S = 0.25
+_DELIVER_AGAIN_MAX_S = 2.0
 
 
 _UNDONE = Refusal(Code.CHANGED, "Its exporter has undone the move; ask again.")
@@ -93,6 +94,7 @@ class Copy:
     warned: bool = False  # that it has been listed for long
     client: Client | None = None  # it is on its way to
     again: asyncio.TimerHandle | None = None  # when its delivery is tried again
+    again_s: float = 0.0  # after so long
     handed: durable.Handed | None = None  # as the journal has it
     tuple: FourTuple | None = field(init=False)
     """The connection as it lives here."""
@@ -632,7 +634,8 @@ class Importing:
             if not copy.complained:
                 _log.warning("%s is not delivered yet: %s", copy.tuple, refusal)
                 copy.complained = True
-            copy.again = shell.loop.call_later(_WAKE_AGAIN_S, self._offer, migration)
+            copy.again_s = min(max(2 * copy.again_s, _WAKE_AGAIN_S), _DELIVER_AGAIN_MAX_S)
+            copy.again = shell.loop.call_later(copy.again_s, self._offer, migration)
             return
         self.lists.remove(migration)
         shell.held.want([copy.tuple])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """HTTP keep-alive clients: one request after the other on connections that are never opened again.
 
-``keepalive.py ADDRESS PORT CONNECTIONS SECONDS PAUSE_S``: a line of JSON, how many answers each server has
-given (the body of an answer is its name), by whom each connection was answered last, and what went wrong.
+``keepalive.py ADDRESS PORT CONNECTIONS PAUSE_S``, until its standard input ends: a line of JSON, how many
+answers each server has given (the body of an answer is its name), by whom each connection was answered last,
+and what went wrong.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ def request(sock: socket.socket, address: str) -> str:
 
 
 def main() -> None:
-    address, port, connections, seconds, pause_s = sys.argv[1], *map(float, sys.argv[2:])
+    address, port, connections, pause_s = sys.argv[1], *map(float, sys.argv[2:])
     answers: Counter[str] = Counter()
     last: dict[int, str] = {}
     errors: list[str] = []
-    end = time.monotonic() + seconds
+    over = threading.Event()
 
     def use(number: int) -> None:
         try:
             with socket.create_connection((address, int(port)), timeout=60) as sock:
-                while time.monotonic() < end:
+                while not over.is_set():
                     last[number] = request(sock, address)
                     answers[last[number]] += 1
                     time.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
@@ -54,6 +55,8 @@ def main() -> None:
     threads = [threading.Thread(target=use, args=(number,)) for number in range(int(connections))]
     for thread in threads:
         thread.start()
+    sys.stdin.read()
+    over.set()
     for thread in threads:
         thread.join()
     print(json.dumps({"answers": answers, "last": Counter(last.values()), "errors": errors}))
