@@ -21,7 +21,7 @@ from lab.labs import Lab
 from lab.plan import PATIENCE
 from tests.lab.scenario import daemons, drain, status, until
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 REDIRECT = {"devices": ["eth0"], "modes": ["nat"]}
 PORT, CONNECTIONS, REQUESTS = 8080, 10, 60
 NGINX = """
