@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from sockmi.engine.base import Kind
 pytest.importorskip("ansible")
 
 PROJECT = Path(__file__).resolve().parents[2]
-MODULES = ("export", "group", "info")
+MODULES = ("export", "group", "info", "kmod")
+OF_THE_DAEMON = ("export", "group", "info")  # those that speak to it, and are an action group
 TARGET_SIDE = sorted(
     [*(PROJECT / "plugins/modules").glob("*.py"), *(PROJECT / "plugins/module_utils").glob("*.py")]
 )
@@ -148,7 +150,7 @@ def documented(load: Callable[[str], Any], name: str) -> dict[str, Any]:
     fragments = load("doc_fragments.common").ModuleDocFragment
     text = yaml.safe_load(load(f"modules.{name}").DOCUMENTATION)
     options: dict[str, Any] = dict(text["options"])
-    for fragment in text["extends_documentation_fragment"]:
+    for fragment in text.get("extends_documentation_fragment", []):
         assert fragment.startswith("sockmi.appliance.common")
         attribute = fragment.removeprefix("sockmi.appliance.common").lstrip(".").upper() or "DOCUMENTATION"
         options |= yaml.safe_load(getattr(fragments, attribute))["options"]
@@ -175,7 +177,7 @@ def test_attributes_are_declared(load: Callable[[str], Any], name: str) -> None:
 
 def test_action_group_names_every_module() -> None:
     runtime = yaml.safe_load((PROJECT / "meta/runtime.yml").read_text())
-    assert sorted(runtime["action_groups"]["sockmi"]) == sorted(MODULES)
+    assert sorted(runtime["action_groups"]["sockmi"]) == sorted(OF_THE_DAEMON)
 
 
 def test_returned_fields_are_those_of_the_daemon(load: Callable[[str], Any]) -> None:
@@ -268,8 +270,9 @@ def test_ansible_doc(collections: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     shown = json.loads(result.stdout)
     assert set(shown) == set(names)
-    for page in shown.values():
-        assert {"control", "action_group"} <= {*page["doc"]["options"], *page["doc"]["attributes"]}
+    for name, page in shown.items():
+        if name.rpartition(".")[2] in OF_THE_DAEMON:
+            assert {"control", "action_group"} <= {*page["doc"]["options"], *page["doc"]["attributes"]}
         assert page["examples"]
         assert page["return"]
 
@@ -280,7 +283,7 @@ def test_ansible_lint() -> None:
     program = Path(sys.executable).with_name("ansible-lint")
     words = ["--offline", "--nocolor", "--profile", "production"]
     result = subprocess.run(
-        [str(program), *words, "playbooks", "migrate.yml", "plugins", "meta"],
+        [str(program), *words, "playbooks", "roles", "migrate.yml", "drain.yml", "plugins", "meta"],
         env=os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"},
         cwd=PROJECT,
         text=True,
@@ -297,6 +300,11 @@ def test_ansible_lint() -> None:
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
+        ("kmod", {"kernel": "../x"}, "give a release as `uname -r` says it"),
+        ("kmod", {"source": "/nowhere"}, "give the module's source tree"),
+        ("kmod", {"source": "/etc"}, "has no dkms.conf of SockMi"),
+        ("kmod", {"source": "/etc/hostname"}, "give the module's source tree"),
+        ("kmod", {"state": "unloaded", "parameters": {"a b": 1}}, "is no parameter"),
         ("export", {}, "Nothing says which sockets"),
         ("export", {"fd": 5}, "required by 'fd': pid"),
         ("export", {"pid": 1, "fd": 5, "unit": "x"}, "leave out unit"),
@@ -334,7 +342,9 @@ def test_ansible_lint() -> None:
     ],
 )
 def test_wrong_options(collections: Path, module: str, options: dict[str, Any], message: str) -> None:
-    result = run(collections, module, control="/nowhere/control.sock", **options)
+    if module in OF_THE_DAEMON:
+        options = {**options, "control": "/nowhere/control.sock"}
+    result = run(collections, module, **options)
     assert result["failed"] is True
     assert message in result["msg"]
     assert options.get("key", "no key") not in json.dumps(result)
@@ -610,3 +620,17 @@ def test_group_absent(collections: Path, odd: Callable[..., OddDaemon]) -> None:
     assert [one["changed"] for one in (predicted, done, again)] == [True, True, False]
     assert predicted["diff"] == done["diff"]
     assert "is back as it stands there" in str(done["warnings"])
+
+
+def test_kmod_speaks_the_ioctls_of_the_header(load: Callable[[str], Any]) -> None:
+    header = (PROJECT / "kmod/uapi/sockmi.h").read_text()
+    kmod = load("modules.kmod")
+    sizes = {"__u16": 2, "__u32": 4, "__aligned_u64": 8}
+    for name, form in (("hello", kmod.HELLO), ("nat_flush", kmod.FLUSH)):
+        body = re.search(rf"struct sockmi_ioc_{name} \{{(.*?)\}};", header, re.DOTALL)
+        assert body
+        assert sum(sizes[word] for word in re.findall(r"(__\w+) \w+;", body[1])) == form.size
+    assert f"SOCKMI_DEV_ABI_MAJOR {kmod.ABI[0]}" in header
+    assert "SOCKMI_IOC_HELLO _IOWR(SOCKMI_IOC_MAGIC, 0x00," in header
+    assert "SOCKMI_IOC_NAT_FLUSH _IOWR(SOCKMI_IOC_MAGIC, 0x43," in header
+    assert "SOCKMI_IOC_MAGIC 0xB9" in header

@@ -160,7 +160,23 @@ def test_a_wheel_with_another_checksum_is_refused(tmp_path: Path) -> None:
     assert not (bundle.release / "complete").exists()
 
 
-@pytest.mark.parametrize("name", ["install", "uninstall"])
+@pytest.mark.parametrize("name", ["install", "uninstall", "drain"])
 def test_playbooks_are_there_twice(name: str) -> None:
     [play] = yaml.safe_load((PROJECT / f"{name}.yml").read_text())
     assert play["ansible.builtin.import_playbook"] == f"playbooks/{name}.yml"
+
+
+def test_the_example_inventory_says_how_to_make_a_key() -> None:
+    folder = PROJECT / "inventories/example"
+    assert (folder / "group_vars/sockmi/vault.yml").read_text().startswith("$ANSIBLE_VAULT;")
+    hosts = yaml.safe_load((folder / "hosts.yml").read_text())
+    assert len(hosts["all"]["children"]["sockmi"]["children"]["web"]["hosts"]) == 3
+    command = [str(Path(sys.executable).with_name("ansible-inventory")), "-i", str(folder), "--list"]
+    command += ["--vault-password-file", "/dev/stdin"]
+    listed = subprocess.run(
+        command, input="example", capture_output=True, text=True, check=False, timeout=100
+    )
+    assert listed.returncode == 0, listed.stderr
+    variables = json.loads(listed.stdout)["_meta"]["hostvars"]["web1"]
+    assert len(variables["vault_sockmi_group_key"]) == 64
+    assert "ansible-vault encrypt" in (folder / "README.md").read_text()

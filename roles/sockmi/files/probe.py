@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What the host is like, as JSON: all that the role must know before it touches anything.
 
-The argument is JSON too: `pythons` (candidates for the daemon's), `packages`, `sysctls` (names), `prefix`,
-`units`. Python 3.8 and later.
+The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`.
+Python 3.8 and later.
 """
 
 import json
@@ -52,8 +52,8 @@ def system():
     }
 
 
-def packages(family, wanted):
-    """Those of ``wanted`` that are installed."""
+def packages(family):
+    """Names of those that are installed, as far as the role may ask for them."""
     found = set()
     for name, query in QUERIES:
         if name == family:
@@ -61,7 +61,7 @@ def packages(family, wanted):
                 package, _, state = line.partition(" ")
                 if state == "installed":
                     found.add(package)
-    return [name for name in wanted if name in found]
+    return sorted(found)
 
 
 def python(candidates):
@@ -108,14 +108,14 @@ def main():
             "capabilities": capabilities(),
             "systemd": Path("/run/systemd/system").is_dir(),
             "python": python(candidates),
-            "packages": packages(family, asked["packages"].get(family) or []),
+            "packages": packages(family),
             "release": text(prefix / "current/release"),
             "releases": sorted(path.parent.name for path in prefix.glob("releases/*/complete")),
             "free_mib": free_mib(prefix),
             "sysctls": {name: text("/proc/sys/" + name.replace(".", "/")) for name in asked["sysctls"]},
             "ptrace_scope": text("/proc/sys/kernel/yama/ptrace_scope"),
             "mtu": {path.parent.name: int(text(path) or 0) for path in Path("/sys/class/net").glob("*/mtu")},
-            "module_loaded": Path("/sys/module/sockmi").is_dir(),
+            "module_there": Path("/sys/module/sockmi").is_dir() or any(Path("/usr/src").glob("sockmi-*")),
             "units": {
                 name: {
                     "active": said("systemctl", "is-active", name) == "active",
