@@ -720,7 +720,13 @@ static bool offers_the_same(const struct restore *r)
 	       !READ_ONCE(net->ipv4.sysctl_tcp_timestamps) == !(n->flags & SOCKMI_NEGOTIATED_TIMESTAMPS);
 }
 
-/* The peer's answer echoes the first SYN's timestamp: the clock has to be as it was then. */
+/* The other engine can tell no better when the first SYN was sent (jiffies, read a little later). */
+#define SYN_TSVAL_ERROR_MS 100
+
+/*
+ * The peer's answer echoes the first SYN's timestamp: the clock has to be as it was then. An echo of before
+ * retrans_stamp would be answered by a RST.
+ */
 static int set_syn_timestamps(struct restore *r)
 {
 	const struct sockmi_timestamp *t = &r->image->timestamp;
@@ -732,7 +738,8 @@ static int set_syn_timestamps(struct restore *r)
 		return refuse(r, SOCKMI_REFUSAL_TS_UNIT);
 	WRITE_ONCE(tp->tsoffset, t->tsval - sockmi_ts_clock(tp));
 	if (t->flags & SOCKMI_TIMESTAMP_HAS_SYN)
-		tp->retrans_stamp = t->syn_first_tsval - tp->tsoffset;
+		tp->retrans_stamp = t->syn_first_tsval - tp->tsoffset -
+				    SYN_TSVAL_ERROR_MS * (t->unit == SOCKMI_TIMESTAMP_US ? 1000 : 1);
 	else
 		r->losses->approximated |= SOCKMI_LOSS_TIMESTAMP_CLOCK;
 	return 0;
