@@ -795,6 +795,8 @@ static int restore_closed(struct restore *r)
 	r->sk->sk_reuse = sockmi_option_number(r->image, SOCKMI_OPT_REUSEADDR, 0, NULL) ? SK_CAN_REUSE : SK_NO_REUSE;
 	if (r->id->kind != SOCKMI_KIND_UNCONNECTED)
 		result = bind_local(r);
+	else if (r->sk->sk_family == AF_INET6)
+		r->sk->sk_ipv6only = r->id->v6only;
 	if (!result)
 		sockmi_options_late(r->sk, r->image, r->losses);
 	return result;
