@@ -720,8 +720,15 @@ static bool offers_the_same(const struct restore *r)
 	       !READ_ONCE(net->ipv4.sysctl_tcp_timestamps) == !(n->flags & SOCKMI_NEGOTIATED_TIMESTAMPS);
 }
 
-/* The other engine can tell no better when the first SYN was sent (jiffies, read a little later). */
 #define SYN_TSVAL_ERROR_MS 100
+
+/* The other engine, which knows no path model, has to guess when the first SYN was sent. */
+static u32 syn_tsval_error(const struct restore *r)
+{
+	if (has(r, SOCKMI_PATH_MODEL))
+		return 0;
+	return SYN_TSVAL_ERROR_MS * (r->image->timestamp.unit == SOCKMI_TIMESTAMP_US ? USEC_PER_MSEC : 1);
+}
 
 /*
  * The peer's answer echoes the first SYN's timestamp: the clock has to be as it was then. An echo of before
@@ -738,8 +745,7 @@ static int set_syn_timestamps(struct restore *r)
 		return refuse(r, SOCKMI_REFUSAL_TS_UNIT);
 	WRITE_ONCE(tp->tsoffset, t->tsval - sockmi_ts_clock(tp));
 	if (t->flags & SOCKMI_TIMESTAMP_HAS_SYN)
-		tp->retrans_stamp = t->syn_first_tsval - tp->tsoffset -
-				    SYN_TSVAL_ERROR_MS * (t->unit == SOCKMI_TIMESTAMP_US ? 1000 : 1);
+		tp->retrans_stamp = t->syn_first_tsval - tp->tsoffset - syn_tsval_error(r);
 	else
 		r->losses->approximated |= SOCKMI_LOSS_TIMESTAMP_CLOCK;
 	return 0;
