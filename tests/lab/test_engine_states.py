@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -13,8 +14,11 @@ import socket
 import struct
 import subprocess
 import termios
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +32,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 KINDS = ["v4", "v6", "mapped"]
 FIN, SYN, RST = 1, 2, 4
 HERE = Placement(None, False)
+CLONE_NEWNS, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 4096, 16384, 1 << 18
+
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +323,49 @@ def test_syn_sent(lab: el.Lab, engine: el.Pair, kind: str, answered: bool) -> No
     assert not [s for s in seen if s.flags & RST]
     for sock in (ours, peer, copy, listener):
         sock.close()
+
+
+def test_syn_sent_captured_with_stops(lab: el.Lab, engine: el.Pair, tmp_path: Path) -> None:
+    """However long a capture takes, the first SYN is as old as it is: the peer's answer would meet an RST."""
+    slow, stop_s, slack_ms = tmp_path / "slow", 0.05, 12
+    os.mkfifo(slow)
+    pipe = os.open(slow, os.O_RDWR)
+    port = lab.port()
+
+    def write_late() -> None:
+        time.sleep(stop_s)
+        os.write(pipe, b"4096 131072 6291456")
+
+    def capture(ours: socket.socket) -> Captured:
+        # This thread alone has a pipe for that sysctl: it is stopped where it reads it.
+        with lab.host("a"):
+            for outcome in (
+                libc.unshare(CLONE_NEWNS),
+                libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None),
+                libc.mount(bytes(slow), b"/proc/sys/net/ipv4/tcp_rmem", None, MS_BIND, None),
+            ):
+                assert outcome == 0, os.strerror(ctypes.get_errno())
+        return captured(lab, engine, ours)
+
+    lab.switch("a")
+    with lab.host("peer"):
+        listener = socket.create_server((el.PEER4, port))
+    with lab.host("a"), socket.socket() as ours:
+        ours.setblocking(False)
+        ours.bind((el.HOST4, port))
+        lab.hold("a", port, "in")
+        ours.connect_ex((el.PEER4, port))
+        lab.unhold("a", port, "in")
+        first = next(s for s in lab.recorded(port) if s.flags & SYN)
+        with ThreadPoolExecutor(2) as pool:
+            pool.submit(write_late)
+            begun = time.monotonic()
+            image = codec.decode(pool.submit(capture, ours).result(timeout=20).image)
+            assert time.monotonic() - begun > stop_s
+    listener.close()
+    os.close(pipe)
+    assert image.timestamp is not None and image.timestamp.syn_first_tsval is not None and first.tsval
+    assert 0 <= first.tsval - image.timestamp.syn_first_tsval <= slack_ms
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -532,8 +532,8 @@ static int read_syn_sent(struct capture *c)
 	s->iss = s->snd_una = s->write_seq - 1;
 	unit = c->timestamp.unit == SOCKMI_TIMESTAMP_US ? 1000 : 1;
 	c->timestamp.flags = SOCKMI_TIMESTAMP_HAS_SYN;
-	c->timestamp.syn_first_tsval = c->timestamp.tsval - c->syn.first_age_ms * unit;
-	c->timestamp.syn_last_tsval = c->timestamp.tsval - c->syn.last_age_ms * unit;
+	c->timestamp.syn_first_tsval = c->syn.tsval - c->syn.first_age_ms * unit;
+	c->timestamp.syn_last_tsval = c->syn.tsval - c->syn.last_age_ms * unit;
 	if (c->negotiated.flags & SOCKMI_NEGOTIATED_TIMESTAMPS) {
 		c->result->approximated |= SOCKMI_FIDELITY_BIT(SYN_TIMESTAMP);
 		if (c->syn.retransmissions)

@@ -178,7 +178,9 @@ struct sockmi_syn {
 	struct sockmi_endpoint remote;
 	uint32_t first_age_ms; /* since the first SYN was sent: never too little, SLACK_MS too much at most */
 	uint32_t last_age_ms;
+	uint32_t tsval; /* the socket's clock (TCP_TIMESTAMP) at that age */
 	uint32_t retransmissions;
+	bool overdue; /* the timer has run out and has not fired yet: the ages are too little */
 };
 
 /* Timers fire late, by up to one part in eight of a long one; plus rounding. */

@@ -10,12 +10,15 @@
 #include <linux/sock_diag.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "engine_internal.h"
 
 #define ANSWER_BYTES 32768
 #define LINEAR_TIMER_MS 1000 /* TCP_TIMEOUT_INIT */
+#define READ_MS_MAX 3 /* less than half of SOCKMI_SYN_SLACK_MS */
+#define READS_MAX 8
 
 static void fill_syn(int fd, const struct inet_diag_msg *m, struct sockmi_syn *syn)
 {
@@ -39,6 +42,7 @@ static void fill_syn(int fd, const struct inet_diag_msg *m, struct sockmi_syn *s
 	getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length);
 	rto_ms = info.tcpi_rto / 1000;
 	left_ms = m->idiag_timer == 1 && m->idiag_expires < rto_ms ? m->idiag_expires : 0;
+	syn->overdue = m->idiag_timer == 1 && !m->idiag_expires;
 	syn->retransmissions = info.tcpi_total_retrans;
 	syn->last_age_ms = rto_ms - left_ms + SOCKMI_SYN_SLACK_MS / 2;
 	/* Before that, `linear` timeouts of the first length (since Linux 6.5), then doubled ones. */
@@ -99,25 +103,54 @@ static int search_family(int fd, int netlink, uint8_t family, uint64_t cookie, s
 	return found;
 }
 
-int sockmi_syn_find(int fd, struct sockmi_syn *syn)
+static int find_once(int fd, int domain, uint64_t cookie, struct sockmi_syn *syn)
 {
-	uint64_t cookie = 0;
-	socklen_t length = sizeof(cookie);
-	int netlink, found, domain = 0;
+	int found, netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
 
 	memset(syn, 0, sizeof(*syn));
-	if (getsockopt(fd, SOL_SOCKET, SO_COOKIE, &cookie, &length) < 0 ||
-	    sockmi_get_int(fd, SOL_SOCKET, SO_DOMAIN, &domain) < 0)
-		return -1;
-	netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
 	if (netlink < 0)
 		return -1;
 	found = search_family(fd, netlink, (uint8_t)domain, cookie, syn);
 	close(netlink);
 	if (found > 0)
-		return 0;
+		return sockmi_get_int(fd, IPPROTO_TCP, TCP_TIMESTAMP, (int *)&syn->tsval);
 	errno = ENOENT;
 	return -1;
+}
+
+static int64_t monotonic_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/*
+ * An age is of the moment at which the clock was read with it: if we, or the timer, were kept from running
+ * meanwhile, both are read again.
+ */
+int sockmi_syn_find(int fd, struct sockmi_syn *syn)
+{
+	const struct timespec pause = { .tv_nsec = 1000000 };
+	uint64_t cookie = 0;
+	socklen_t length = sizeof(cookie);
+	int64_t begun;
+	int domain = 0;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_COOKIE, &cookie, &length) < 0 ||
+	    sockmi_get_int(fd, SOL_SOCKET, SO_DOMAIN, &domain) < 0)
+		return -1;
+	for (int i = 0; i < READS_MAX; i++) {
+		if (i)
+			nanosleep(&pause, NULL);
+		begun = monotonic_ms();
+		if (find_once(fd, domain, cookie, syn) < 0)
+			return -1;
+		if (!syn->overdue && monotonic_ms() - begun <= READ_MS_MAX)
+			break;
+	}
+	return 0;
 }
 
 /* The numbers of a sysctl of this namespace; how many there were. */
