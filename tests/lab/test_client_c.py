@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -328,7 +328,7 @@ def test_a_waiting_caller_is_stopped_and_goes_on(daemon: FakeDaemon) -> None:
 
 
 def test_set_user_id_programs_ignore_the_environment(
-    daemon: FakeDaemon, installed: Path, tmp_path: Path
+    daemon: FakeDaemon, installed: Path, tmp_path: Path, enterable: Callable[[Path], None]
 ) -> None:
     source = tmp_path / "suid.c"
     source.write_text(
@@ -338,8 +338,8 @@ def test_set_user_id_programs_ignore_the_environment(
     )
     program = compiled(installed, source, tmp_path / "suid")
     assert subprocess.check_output([program], text=True) == "0 "
-    for folder in (tmp_path, *tmp_path.parents[:2], installed, *installed.parents[:2]):
-        folder.chmod(0o755)
+    enterable(tmp_path)
+    enterable(installed)
     program.chmod(0o4755)
     mounted = os.statvfs(program).f_flag & os.ST_NOSUID
     if mounted:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -220,11 +220,12 @@ def test_an_outcome_that_cannot_be_learnt(
     assert caught.value.errno == errno.ECONNRESET
 
 
-def test_no_privilege_to_trace(daemon: FakeDaemon, other: tuple[int, int], tmp_path: Path) -> None:
+def test_no_privilege_to_trace(
+    daemon: FakeDaemon, other: tuple[int, int], tmp_path: Path, enterable: Callable[[Path], None]
+) -> None:
     """The kernel's own check, of a user that is not root."""
     daemon.path.chmod(0o777)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    enterable(tmp_path)
     code = (
         "import os,sys,sockmi,sockmi.client; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         f"try: sockmi.export_socket({other[1]}, pid={other[0]}, control={str(daemon.path)!r})\n"

@@ -388,7 +388,8 @@ def test_link_local(namespace: None) -> None:
         socket.create_server(("fe80::1", 0, 0, 1), family=socket.AF_INET6) as listener,
         socket.socket(socket.AF_INET6) as client,
     ):
-        client.connect(listener.getsockname())
+        # The kernel adds the route of an address a moment later.
+        eventually(lambda: client.connect_ex(listener.getsockname()) == 0, "the address is reachable")
         assert code(client) is code(listener) is Code.LINK_LOCAL
 
 
