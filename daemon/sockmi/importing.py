@@ -941,7 +941,7 @@ class Importing:
         self,
         prepared: Iterable[PreparedChunk],
         came_to_life: Callable[[FourTuple], bool],
-        unconnected_lives: Callable[[durable.Handed], bool],
+        unconnected_lives: Callable[[durable.Handed, int], bool],
     ) -> None:
         """Make the copies of an earlier run known again, from the journal and the spool.
 
@@ -967,7 +967,10 @@ class Importing:
             lives = living(holding) if holding else None
             image = self._images(name).get(migration)
             known = holding is not None or arrival.item.kind is Kind.BOUND
-            alive = came_to_life(lives) if lives else handed is not None and unconnected_lives(handed)
+            if lives:
+                alive = came_to_life(lives)
+            else:
+                alive = handed is not None and unconnected_lives(handed, _local_port(image))
             if image is None or not known or alive:
                 # It was handed over; only the last line of the journal is missing.
                 change.drop.append((Record.LISTED, migration.hex))
@@ -1133,6 +1136,11 @@ def _read_listed(content: list[Any]) -> tuple[str, bytes, Arrival, durable.Hande
     name, exporter, arrival, *handed = content
     known = durable.read_handed(handed[0]) if handed else None
     return name, bytes.fromhex(exporter), durable.read_arrival(arrival), known
+
+
+def _local_port(image: bytes | None) -> int:
+    local = peek(image).local if image is not None else None
+    return local.port if local is not None else 0
 
 
 def _handed(copy: Copy) -> durable.Handed | None:

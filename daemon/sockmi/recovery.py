@@ -176,16 +176,20 @@ class Recovery:
             _log.warning("%s: a copy is on its way to an application; waiting for it to go", connection)
         return False
 
-    def unconnected_lives(self, handed: Handed) -> bool:
+    def unconnected_lives(self, handed: Handed, port: int) -> bool:
         """The same for a socket that is not connected, which only its inode and its cookie tell from others.
 
-        If its application has closed it meanwhile nobody can say whether it had lived: it did not.
+        ``port``: the local one that the copy was made with, or 0. If its application has closed it meanwhile nobody can say whether it had lived: it did not.
         """
         for descriptor in self._descriptors({handed.inode}).values():
             (facts,) = self._shell.engine.inspect([descriptor])
             if facts.cookie != handed.cookie:
                 os.close(descriptor)
                 return False
+            if port and facts.local is not None and not facts.local.port:
+                # The module has taken it back, when the daemon ended that had made it by that engine.
+                os.close(descriptor)
+                continue
             if self._shell.engine.lives(descriptor, handed.kind):
                 os.close(descriptor)
                 return True

@@ -14,6 +14,7 @@ import socket
 import struct
 import subprocess
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,17 @@ def receive(sock: socket.socket, count: int) -> bytes:
     return bytes(data)
 
 
+def cross(sender: socket.socket, receiver: socket.socket, count: int) -> None:
+    """``count`` bytes arrive whole, however little the buffers between the two hold."""
+    data = os.urandom(count)
+    sending = threading.Thread(target=sender.sendall, args=[data])
+    sending.start()
+    got = receive(receiver, count)
+    sending.join(10)
+    assert not sending.is_alive()
+    assert hashlib.sha256(got).digest() == hashlib.sha256(data).digest()
+
+
 def quiet(lab: el.Lab, port: int, fins: int | None = None) -> None:
     """No RST passed, and not more FIN sequence numbers than ``fins``."""
     seen = lab.recorded(port)
@@ -158,15 +170,11 @@ def finish(lab: el.Lab, case: Case, copy: socket.socket, state: str) -> None:
     ours_closed = state in ("FIN-WAIT-1", "FIN-WAIT-2", "CLOSING", "LAST-ACK")
     peer_closed = state in ("CLOSE-WAIT", "CLOSING", "LAST-ACK")
     if not ours_closed:
-        more = os.urandom(200_000)
-        copy.sendall(more)
-        assert hashlib.sha256(receive(peer, len(more))).digest() == hashlib.sha256(more).digest()
+        cross(copy, peer, 200_000)
         copy.shutdown(socket.SHUT_WR)
     assert peer.recv(1) == b""
     if not peer_closed:
-        more = os.urandom(200_000)
-        peer.sendall(more)
-        assert hashlib.sha256(receive(copy, len(more))).digest() == hashlib.sha256(more).digest()
+        cross(peer, copy, 200_000)
         peer.shutdown(socket.SHUT_WR)
     assert copy.recv(1) == b""
     el.wait_for(lambda: el.state(copy) == "CLOSED", 8)

@@ -29,6 +29,7 @@ static const char *const fidelity_names[SOCKMI_FIDELITY_END] = {
 	[SOCKMI_FIDELITY_SAVED_SYN] = "saved-syn",
 	[SOCKMI_FIDELITY_FILTER] = "ebpf-filter",
 	[SOCKMI_FIDELITY_RARE_OPTIONS] = "rare-options",
+	[SOCKMI_FIDELITY_URGENT] = "urgent-data",
 };
 
 static const char *const step_names[] = {

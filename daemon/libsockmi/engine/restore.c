@@ -224,13 +224,26 @@ static int close_own(struct restore *r)
 	return 0;
 }
 
+/* A window that the receive queue has filled would shut the FIN out: Linux 6.1 drops it then. */
+static int open_window(struct restore *r)
+{
+	const struct sockmi_image *i = r->image;
+	uint32_t end = i->sequence.rcv_nxt - 1;
+	struct tcp_repair_window window = { .snd_wl1 = i->window.snd_wl1, .snd_wnd = i->window.snd_wnd,
+					    .max_window = i->window.max_window, .rcv_wnd = 65535, .rcv_wup = end };
+
+	if (setsockopt(r->fd, IPPROTO_TCP, TCP_REPAIR_WINDOW, &window, sizeof(window)) < 0)
+		return failed_call(r, SOCKMI_STEP_WINDOW);
+	return 0;
+}
+
 static int close_peer(struct restore *r)
 {
 	const struct sockmi_sequence *s = &r->image->sequence;
 
 	if (!has_flag(r, SOCKMI_PEER_FIN))
 		return 0;
-	if (inject(r, s->rcv_nxt - 1, s->snd_una, true) < 0)
+	if (open_window(r) < 0 || inject(r, s->rcv_nxt - 1, s->snd_una, true) < 0)
 		return -1;
 	r->result->carried |= SOCKMI_FIDELITY_BIT(PEER_FIN);
 	return 0;

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from sockmi.engine import preflight
 from sockmi.engine.base import Captured, Kind, Needs, Placement, Restored, SocketFacts
 from sockmi.engine.repair import RepairEngine
 from sockmi.engine.results import (
@@ -47,6 +48,7 @@ DEVICE = "/dev/sockmi"
 ABI_MAJOR = IMAGE_MAJOR = 1
 
 _SLOT_BYTES = 1 << 20  # images that need more get a device file of their own
+_LARGE_TRIES = 4
 _CLOSED = 7  # TCP_CLOSE
 
 
@@ -185,7 +187,7 @@ class KernelEngine:
         return [one for one in found if one is not None]
 
     def _look(self, fds: list[int]) -> list[SocketFacts]:
-        facts = self._repair.inspect(fds)
+        facts = preflight.inspect(fds, carried=preflight.Finding.URGENT)
         asked = [at for at, one in enumerate(facts) if one.refusal is None]
         results = room(len(asked))
         numbers = ints([fds[at] for at in asked])
@@ -270,7 +272,7 @@ class KernelEngine:
                     captured[at] = Captured(image, fidelity_of(result))
                     if one.id:
                         self._held[inodes[at]] = _Held(device, _Frozen(one.id, one.epoch), image, own)
-                elif code == Result.NO_ROOM and not own:
+                elif code == Result.NO_ROOM:
                     needed[at] = length + 8
                 else:
                     captured[at] = refusal_of(result, Code.INTERNAL)
@@ -278,19 +280,28 @@ class KernelEngine:
 
     def _capture_large(self, fd: int, needed: int, deadline_ms: int) -> Captured | Refusal:
         """One whose image does not fit into the slot: in a device file of its own while it is frozen."""
-        wanted = needed + needed // 4  # it goes on until then
-        if len(self._buffer) < wanted:
-            self._buffer = bytearray(wanted)
-        try:
-            device = _open(wanted)
-        except ModuleMissing as missing:
-            return Refusal(Code.TOO_LARGE, f"there is no room for an image of {needed} bytes: {missing}")
         captured: list[Captured | Refusal | None] = [None]
-        self._capture_some(device, [fd], [0], captured, deadline_ms=deadline_ms, own=True)
-        if _inode(fd) not in self._held:
-            _native().sockmi_device_close(ctypes.byref(device))
-        assert captured[0] is not None
-        return captured[0]
+        for _ in range(_LARGE_TRIES):
+            wanted = needed + needed // 4  # it goes on until it is frozen
+            if len(self._buffer) < wanted:
+                self._buffer = bytearray(wanted)
+            try:
+                device = _open(wanted)
+            except ModuleMissing as missing:
+                return Refusal(Code.TOO_LARGE, f"there is no room for an image of {needed} bytes: {missing}")
+            most = device.slot_bytes >= device.slot_bytes_most
+            grown = self._capture_some(device, [fd], [0], captured, deadline_ms=deadline_ms, own=True)
+            if _inode(fd) not in self._held:
+                _native().sockmi_device_close(ctypes.byref(device))
+            if captured[0] is not None:
+                return captured[0]
+            needed = grown[0]
+            if most:
+                return Refusal(
+                    Code.TOO_LARGE,
+                    f"an image of {needed} bytes is larger than the module's slots; try when less is queued",
+                )
+        return Refusal(Code.CHANGED, "its queues grow faster than they can be read; try again")
 
     def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image; see the contract."""

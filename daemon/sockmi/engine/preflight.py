@@ -74,6 +74,8 @@ class Finding(IntFlag):
     ENDED = 1 << 16
 
 
+_NO_FINDING = Finding(0)
+
 #: In the order in which they are told: the first that applies is the refusal.
 _REFUSALS: dict[Finding, tuple[Code, str]] = {
     Finding.BAD_DESCRIPTOR: (
@@ -182,10 +184,11 @@ def _refusal(fd: int, findings: int, state: int, error: int, ulp: bytes) -> Refu
     return None
 
 
-def inspect(fds: Sequence[int], looks: int = 3) -> list[SocketFacts]:
+def inspect(fds: Sequence[int], looks: int = 3, carried: Finding = _NO_FINDING) -> list[SocketFacts]:
     """Look at each descriptor of this process; the facts are in the same order.
 
-    Where there seems to be urgent data, ``looks`` times.
+    Where there seems to be urgent data, ``looks`` times. ``carried``: what does not stand against a move
+    by this engine.
 
     What is wrong with a descriptor is its ``refusal``; OSError only if none could be looked at
     (no memory, no descriptors left). ``receive_queue_bytes`` and ``send_queue_bytes`` of a listener are 0.
@@ -197,11 +200,13 @@ def inspect(fds: Sequence[int], looks: int = 3) -> list[SocketFacts]:
     error = _inspect()(numbers, len(fds), buffer)
     if error < 0:
         raise OSError(-error, f"cannot inspect {len(fds)} sockets: {os.strerror(-error)}")
-    found = [_facts(fd, fields) for fd, fields in zip(fds, _FACTS.iter_unpack(buffer.raw), strict=True)]
+    found = [
+        _facts(fd, fields, carried) for fd, fields in zip(fds, _FACTS.iter_unpack(buffer.raw), strict=True)
+    ]
     if looks > 1:
         # A segment that comes between two of the calls looks like it; the mark itself stays.
         urgent = [at for at, one in enumerate(found) if one.refusal and one.refusal.code is Code.URGENT_DATA]
-        for at, again in zip(urgent, inspect([fds[at] for at in urgent], looks - 1), strict=True):
+        for at, again in zip(urgent, inspect([fds[at] for at in urgent], looks - 1, carried), strict=True):
             found[at] = again
     return found
 
@@ -229,10 +234,11 @@ def _bind_flags(fd: int) -> BindFlag:
     return flags
 
 
-def _facts(fd: int, fields: tuple[Any, ...]) -> SocketFacts:
+def _facts(fd: int, fields: tuple[Any, ...], carried: Finding) -> SocketFacts:
     (inode, cookie, findings, error, receive_queue, send_queue, receive_buffer, send_buffer, family, _,
      local_port, remote_port, state, send_scale, receive_scale, timestamp_us, version, local, remote,
      ulp) = fields  # fmt: skip
+    findings &= ~carried
     listening = state == _LISTEN
     if state == _CLOSED and send_queue:
         # tcp_disconnect() moves SND.NXT away from SND.UNA: this socket has had a connection.

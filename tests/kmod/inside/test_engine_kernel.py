@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import socket
 import struct
@@ -19,6 +21,7 @@ from sockmi.engine.base import Captured, Placement, Restored
 from sockmi.engine.kernel import KernelEngine
 from sockmi.refusal import Code, Refusal
 from tests.lab import engine_lab as el
+from tests.lab.test_engine_states import receive
 
 pytestmark = pytest.mark.slow
 HERE = Placement(None, False)
@@ -176,6 +179,96 @@ def test_larger_than_its_slot(lab: el.Lab, engine: KernelEngine) -> None:
         one.close()
 
 
+def moved(
+    lab: el.Lab, engine: KernelEngine, ours: socket.socket, port: int
+) -> tuple[socket.socket, Restored]:
+    """From a to b, and alive there."""
+    inode, image = freeze(engine, ours)
+    lab.hold("a", port)
+    lab.hold("b", port)
+    with lab.host("b"):
+        (made,) = engine.restore([image], [HERE])
+    assert isinstance(made, Restored), made
+    assert engine.release([ours.fileno()], [image]) == [None]
+    engine.resume([inode])
+    lab.switch("b")
+    lab.unhold("b", port)
+    assert engine.activate([made.fd], [image]) == [None]
+    copy = socket.socket(fileno=made.fd)
+    copy.settimeout(10)
+    return copy, made
+
+
+def at_mark(sock: socket.socket) -> bool:
+    """SIOCATMARK: the byte that comes next is the one after the urgent one."""
+    return struct.unpack("i", fcntl.ioctl(sock, 0x8905, bytes(4)))[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["v4", "v6"])
+@pytest.mark.parametrize("how", ["unread", "inline", "read"])
+def test_urgent_data_moves(lab: el.Lab, engine: KernelEngine, kind: str, how: str) -> None:
+    """The byte, its place in the stream, and whether it has been read; nothing stands against it."""
+    lab.switch("a")
+    port = lab.port()
+    ours, peer = lab.pair(kind, port)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, how == "inline")
+    peer.sendall(b"before")
+    peer.send(b"!", socket.MSG_OOB)
+    peer.sendall(b"after")
+    el.wait_for(lambda: _received(ours) >= 12)
+    ours.settimeout(None)  # with a timeout, Python would wait for POLLIN first
+    if how == "read":
+        assert ours.recv(1, socket.MSG_OOB) == b"!"
+    with lab.host("a"):
+        (facts,) = engine.inspect([ours.fileno()])
+    assert facts.refusal is None
+    copy, made = moved(lab, engine, ours, port)
+    assert "urgent-data" in made.fidelity.carried
+    assert copy.recv(100) == b"before"  # no recv() goes beyond the mark
+    assert at_mark(copy)
+    copy.settimeout(None)
+    if how == "unread":
+        assert copy.recv(1, socket.MSG_OOB) == b"!"
+    elif how == "read":
+        with pytest.raises(OSError) as raised:
+            copy.recv(1, socket.MSG_OOB)
+        assert raised.value.errno == errno.EINVAL
+    copy.settimeout(10)
+    rest = b"!after" if how == "inline" else b"after"
+    assert receive(copy, len(rest)) == rest
+    peer.sendall(b"on")
+    assert receive(copy, 2) == b"on"
+    for one in (copy, ours, peer):
+        one.close()
+
+
+def test_urgent_data_that_is_sent_moves(lab: el.Lab, engine: KernelEngine) -> None:
+    """What the peer has not acknowledged is sent again as what it was."""
+    lab.switch("a")
+    port = lab.port()
+    ours, peer = lab.pair("v4", port)
+    lab.hold("peer", port, "deaf")
+    ours.sendall(b"before")
+    ours.send(b"!", socket.MSG_OOB)
+    copy, made = moved(lab, engine, ours, port)
+    assert "urgent-data" in made.fidelity.carried
+    lab.unhold("peer", port, "deaf")
+    copy.sendall(b"after")
+    assert receive(peer, 6) == b"before"
+    el.wait_for(lambda: at_mark(peer))
+    peer.settimeout(None)
+    assert peer.recv(1, socket.MSG_OOB) == b"!"
+    peer.settimeout(10)
+    assert receive(peer, 5) == b"after"
+    for one in (copy, ours, peer):
+        one.close()
+
+
+def _received(sock: socket.socket) -> int:
+    """tcpi_bytes_received: an urgent byte counts, wherever it is."""
+    return int(struct.unpack_from("Q", sock.getsockopt(el.TCP, socket.TCP_INFO, 240), 128)[0])
+
+
 def test_path_model_moves(lab: el.Lab, engine: KernelEngine) -> None:
     """Congestion window and RTT of the copy are the original's: no slow start."""
     lab.switch("a")
@@ -183,20 +276,10 @@ def test_path_model_moves(lab: el.Lab, engine: KernelEngine) -> None:
     ours, peer = lab.pair("v4", port)
     for _ in range(20):
         ours.sendall(bytes(60_000))
-        assert len(peer.recv(60_000, socket.MSG_WAITALL)) == 60_000
+        assert len(receive(peer, 60_000)) == 60_000
     before = ours.getsockopt(el.TCP, socket.TCP_INFO, 104)
-    inode, image = freeze(engine, ours)
-    lab.hold("a", port)
-    lab.hold("b", port)
-    with lab.host("b"):
-        (made,) = engine.restore([image], [HERE])
-    assert isinstance(made, Restored), made
+    copy, made = moved(lab, engine, ours, port)
     assert {"path-model", "timers", "counters"} <= set(made.fidelity.carried)
-    assert engine.release([ours.fileno()], [image]) == [None]
-    engine.resume([inode])
-    lab.switch("b")
-    assert engine.activate([made.fd], [image]) == [None]
-    copy = socket.socket(fileno=made.fd)
     info = copy.getsockopt(el.TCP, socket.TCP_INFO, 104)
     rtt, cwnd = 68, 80  # tcpi_rtt, tcpi_snd_cwnd
     assert struct.unpack_from("I", info, cwnd) == struct.unpack_from("I", before, cwnd)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""The matrix (tests/lab/test_matrix.py) where the module is loaded: state x family x active and passive.
+
+Whole daemons with the kernel engine; one pair of them for all tests, and all states in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lab.labs import Lab
+from tests.lab.matrix_lab import Bench, bench
+from tests.lab.scenario import daemons, status
+from tests.lab.test_matrix import (  # noqa: F401
+    it,
+    test_a_listener_with_its_queue,
+    test_connections,
+    test_without_a_connection,
+)
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def lab(kernel: str) -> Iterator[Lab]:
+    with Lab(f"m{kernel.replace('.', '')}") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def running(lab: Lab) -> Iterator[Bench]:
+    """Daemons that found the module; the redirect is one that each of the kernels has."""
+    redirect = {"devices": ["eth0"], "modes": ["nat"]}
+    with (
+        daemons(lab, "ab", redirect=redirect, timing={"freeze_deadline_s": 5.0}) as both,
+        bench(lab, "nat", both) as made,
+    ):
+        assert [status(lab.host(name))["engine"] for name in "ab"] == ["kernel", "kernel"]
+        yield made
