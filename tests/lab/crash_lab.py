@@ -36,7 +36,7 @@ from lab.capture import Capture, Trouble
 from lab.daemons import GROUP_PORT, STREAM_PORT, Daemons
 from lab.host import Host
 from lab.labs import Lab
-from lab.plan import LabError
+from lab.plan import PATIENCE, LabError
 from lab.traffic.clients import DuplexClient, LineClient, Result
 from lab.traffic.duplex import Terms
 from lab.traffic.handover import local_text
@@ -117,7 +117,7 @@ class Cluster:
 
     def died(self, host: str, timeout_s: float = 20.0) -> None:
         """Wait until a daemon has died where it was told to."""
-        assert self.process(host).wait(timeout_s) == -signal.SIGKILL, self.daemons[host].log()
+        assert self.process(host).wait(timeout_s * PATIENCE) == -signal.SIGKILL, self.daemons[host].log()
 
     def stopped(self, host: str) -> None:
         """Wait until a daemon has stopped (SIGSTOP) where it was told to."""
@@ -209,7 +209,7 @@ class Drain(threading.Thread):
 
     def ended(self, timeout_s: float = 40.0) -> list[dict[str, Any]] | None:
         """Wait; the records, or None if the daemon went away."""
-        self.join(timeout_s)
+        self.join(timeout_s * PATIENCE)
         assert not self.is_alive(), "the drain does not end"
         return self.records
 

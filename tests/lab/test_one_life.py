@@ -18,6 +18,7 @@ from threading import Event
 import pytest
 
 from lab.labs import Lab
+from lab.plan import PATIENCE
 from sockmi.client import Imported, ImportRequest, SockMiError, import_socket
 from sockmi.journal import Record
 from tests.lab.crash_lab import Cluster, cluster, journal_of
@@ -92,24 +93,32 @@ def works(lab: Lab, kind: str, port: int, sock: socket.socket) -> None:
 @pytest.mark.parametrize(("kind", "point", "late"), CASES)
 def test_the_importer_dies(lab: Lab, kind: str, point: str, late: bool) -> None:
     """The application gets it once, working."""
+    the_importer_dies(lab, kind, point, late)
+
+
+def the_importer_dies(lab: Lab, kind: str, point: str, late: bool, back: str = "auto") -> None:
+    """``back``: the engine that the importer comes back with."""
     port = next(PORTS)
     with (
         ThreadPoolExecutor() as pool,
-        cluster(lab, "ab", {"b": point}) as daemons,
+        cluster(
+            lab, "ab", {"b": point}, timing={"freeze_deadline_s": 2.0 if PATIENCE == 1 else 5.0}
+        ) as daemons,
         owned(lab, kind, port) as ours,
     ):
         sockets = [{"pid": os.getpid(), "fd": ours.fileno()}]
         if late:
             [answer] = ask(lab.host("a"), "export", sockets=sockets)
             assert answer["migrations"][0]["outcome"] == "moved", answer
-        taking = pool.submit(take, lab, kind, 20)
+        taking = pool.submit(take, lab, kind, 20 * PATIENCE)
         if not late:
             until(lambda: in_list(daemons, "waiting") == 1)
             pool.submit(ask, lab.host("a"), "export", sockets=sockets)
         daemons.died("b")
         Event().wait(A_WHILE_S)  # the application looks at what it has
+        daemons.daemons["b"].config["engine"] = back
         daemons.restart_dead()
-        [arrived] = taking.result(30)
+        [arrived] = taking.result(30 * PATIENCE)
         assert arrived.socket
         with arrived.socket as copy:
             until(lambda: not in_list(daemons, "length"))
@@ -130,7 +139,7 @@ def test_the_exporter_dies(lab: Lab, kind: str, point: str) -> None:
         cluster(lab, "ab", {"a": point}) as daemons,
         owned(lab, kind, port) as ours,
     ):
-        taking = pool.submit(take, lab, kind, 20)
+        taking = pool.submit(take, lab, kind, 20 * PATIENCE)
         until(lambda: in_list(daemons, "waiting") == 1)
         sockets = [{"pid": os.getpid(), "fd": ours.fileno()}]
         pool.submit(ask, lab.host("a"), "export", sockets=sockets)
@@ -142,7 +151,7 @@ def test_the_exporter_dies(lab: Lab, kind: str, point: str) -> None:
         with pytest.raises(OSError) as raised:
             ours.connect((lab.host("peer").address(4), port))
         assert raised.value.errno == errno.EISCONN
-        [arrived] = taking.result(30)
+        [arrived] = taking.result(30 * PATIENCE)
         assert arrived.socket
         with arrived.socket as copy:
             works(lab, kind, port, copy)
