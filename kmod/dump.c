@@ -596,25 +596,12 @@ static void dump_counters(struct dump *d)
 	sockmi_writer_put(&d->writer, SOCKMI_COUNTERS, &c, sizeof(c));
 }
 
-static u64 defer_accept_us(const struct inet_connection_sock *icsk)
-{
-	u64 seconds = 0, timeout = TCP_TIMEOUT_INIT / HZ;
-	int left;
-
-	/* The kernel counts SYN-ACKs, each after twice the time of the one before. */
-	for (left = icsk->icsk_accept_queue.rskq_defer_accept; left > 0; left--) {
-		seconds += timeout;
-		timeout = min_t(u64, timeout * 2, TCP_RTO_MAX / HZ);
-	}
-	return seconds * USEC_PER_SEC;
-}
-
 static void dump_listener(struct dump *d)
 {
 	struct sockmi_listener l = {
 		.backlog = min_t(u32, d->sk->sk_max_ack_backlog, S32_MAX),
 		.fastopen_qlen = max(d->icsk->icsk_accept_queue.fastopenq.max_qlen, 0),
-		.defer_accept_us = defer_accept_us(d->icsk),
+		.defer_accept_us = sockmi_defer_accept_us(d->icsk),
 	};
 
 	sockmi_writer_put(&d->writer, SOCKMI_LISTENER, &l, sizeof(l));

@@ -227,6 +227,8 @@ size_t sockmi_dump_bound(const struct sock *sk);
 ssize_t sockmi_dump(struct sock *sk, void *buffer, size_t capacity, u32 *refusal, size_t *needed);
 
 void sockmi_options_dump(const struct sock *sk, struct sockmi_writer *writer);
+/* TCP_DEFER_ACCEPT, as getsockopt() tells it. */
+u64 sockmi_defer_accept_us(const struct inet_connection_sock *icsk);
 
 /* What a restore could not do. */
 struct sockmi_losses {

@@ -62,6 +62,89 @@ static void dump_socket(const struct sock *sk, struct sockmi_writer *w)
 	rcu_read_unlock();
 }
 
+/* Options whose default is a sysctl of the host: a copy is to have what the original had, set or not. */
+static const struct {
+	u16 id;
+	s64 usual;
+} hosts_own[] = {
+	{ SOCKMI_OPT_KEEPIDLE_US, 7200 * SECOND },
+	{ SOCKMI_OPT_KEEPINTVL_US, 75 * SECOND },
+	{ SOCKMI_OPT_KEEPCNT, 9 },
+	{ SOCKMI_OPT_SYNCNT, 6 },
+	{ SOCKMI_OPT_LINGER2_US, 60 * SECOND },
+	{ SOCKMI_OPT_IP_TTL, 64 },
+	{ SOCKMI_OPT_IPV6_UNICAST_HOPS, 64 },
+};
+
+/* Does the socket send IPv4 packets, or may it yet? */
+static bool speaks_ipv4(const struct sock *sk)
+{
+#if IS_ENABLED(CONFIG_IPV6)
+	if (sk->sk_family == AF_INET6) {
+		if (ipv6_only_sock(sk))
+			return false;
+		return sk->sk_state == TCP_CLOSE || sk->sk_state == TCP_LISTEN ||
+		       ipv6_addr_v4mapped(&sk->sk_v6_rcv_saddr);
+	}
+#endif
+	return true;
+}
+
+/* One of those, as getsockopt() tells it; @usual where the socket has no such. */
+static s64 host_value(const struct sock *sk, u16 id, s64 usual)
+{
+	const struct inet_connection_sock *icsk = inet_csk(sk);
+	const struct tcp_sock *tp = tcp_sk(sk);
+	const struct net *net = sock_net(sk);
+
+	switch (id) {
+	case SOCKMI_OPT_KEEPIDLE_US:
+		return keepalive_time_when(tp) / HZ * SECOND;
+	case SOCKMI_OPT_KEEPINTVL_US:
+		return keepalive_intvl_when(tp) / HZ * SECOND;
+	case SOCKMI_OPT_KEEPCNT:
+		return keepalive_probes(tp);
+	case SOCKMI_OPT_SYNCNT:
+		return icsk->icsk_syn_retries ?: READ_ONCE(net->ipv4.sysctl_tcp_syn_retries);
+	case SOCKMI_OPT_LINGER2_US:
+		return tp->linger2 < 0 ? -1 : (tp->linger2 ?: READ_ONCE(net->ipv4.sysctl_tcp_fin_timeout)) / HZ * SECOND;
+	case SOCKMI_OPT_IP_TTL:
+		if (!speaks_ipv4(sk))
+			return usual;
+		return inet_sk(sk)->uc_ttl < 0 ? READ_ONCE(net->ipv4.sysctl_ip_default_ttl) : inet_sk(sk)->uc_ttl;
+#if IS_ENABLED(CONFIG_IPV6)
+	case SOCKMI_OPT_IPV6_UNICAST_HOPS:
+		if (sk->sk_family != AF_INET6)
+			return usual;
+		return inet6_sk(sk)->hop_limit < 0 ? READ_ONCE(net->ipv6.devconf_all->hop_limit) :
+						     inet6_sk(sk)->hop_limit;
+#endif
+	default:
+		return usual;
+	}
+}
+
+static void dump_hosts_own(const struct sock *sk, struct sockmi_writer *w)
+{
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(hosts_own); i++)
+		put(w, hosts_own[i].id, host_value(sk, hosts_own[i].id, hosts_own[i].usual), hosts_own[i].usual);
+}
+
+/* The kernel counts SYN-ACKs, each after twice the time of the one before. */
+u64 sockmi_defer_accept_us(const struct inet_connection_sock *icsk)
+{
+	u64 seconds = 0, timeout = TCP_TIMEOUT_INIT / HZ;
+	int left;
+
+	for (left = icsk->icsk_accept_queue.rskq_defer_accept; left > 0; left--) {
+		seconds += timeout;
+		timeout = min_t(u64, timeout * 2, TCP_RTO_MAX / HZ);
+	}
+	return seconds * USEC_PER_SEC;
+}
+
 static void dump_tcp(const struct sock *sk, struct sockmi_writer *w)
 {
 	const struct inet_connection_sock *icsk = inet_csk(sk);
@@ -70,11 +153,7 @@ static void dump_tcp(const struct sock *sk, struct sockmi_writer *w)
 
 	put(w, SOCKMI_OPT_NODELAY, !!(tp->nonagle & TCP_NAGLE_OFF), 0);
 	put(w, SOCKMI_OPT_CORK, !!(tp->nonagle & TCP_NAGLE_CORK), 0);
-	put(w, SOCKMI_OPT_KEEPIDLE_US, keepalive_time_when(tp) / HZ * SECOND, 7200 * SECOND);
-	put(w, SOCKMI_OPT_KEEPINTVL_US, keepalive_intvl_when(tp) / HZ * SECOND, 75 * SECOND);
-	put(w, SOCKMI_OPT_KEEPCNT, keepalive_probes(tp), 9);
-	put(w, SOCKMI_OPT_SYNCNT, icsk->icsk_syn_retries ?: READ_ONCE(sock_net(sk)->ipv4.sysctl_tcp_syn_retries), 6);
-	put(w, SOCKMI_OPT_LINGER2_US, tp->linger2 < 0 ? -1 : tcp_fin_time(sk) / HZ * SECOND, 60 * SECOND);
+	put(w, SOCKMI_OPT_DEFER_ACCEPT_US, sockmi_defer_accept_us(icsk), 0);
 	put(w, SOCKMI_OPT_QUICKACK, !inet_csk_in_pingpong_mode((struct sock *)sk), 1);
 	put(w, SOCKMI_OPT_THIN_LINEAR_TIMEOUTS, tp->thin_lto, 0);
 	put(w, SOCKMI_OPT_USER_TIMEOUT_US, (s64)icsk->icsk_user_timeout * USEC_PER_MSEC, 0);
@@ -96,15 +175,14 @@ static void dump_ip(const struct sock *sk, struct sockmi_writer *w)
 	const struct inet_sock *inet = inet_sk(sk);
 
 	put(w, SOCKMI_OPT_IP_TOS, inet->tos, 0);
-	put(w, SOCKMI_OPT_IP_TTL, inet->uc_ttl < 0 ? 64 : inet->uc_ttl, 64);
 	put(w, SOCKMI_OPT_IP_MTU_DISCOVER, inet->pmtudisc, IP_PMTUDISC_WANT);
 	put(w, SOCKMI_OPT_IP_RECVERR, sockmi_inet_flag(sk, recverr, RECVERR), 0);
 	put(w, SOCKMI_OPT_IP_MINTTL, inet->min_ttl, 0);
+	put(w, SOCKMI_OPT_IP_BIND_ADDRESS_NO_PORT, sockmi_inet_flag(sk, bind_address_no_port, BIND_ADDRESS_NO_PORT),
+	    0);
 	if (sk->sk_family == AF_INET) {
 		put(w, SOCKMI_OPT_IP_FREEBIND, sockmi_inet_flag(sk, freebind, FREEBIND), 0);
 		put(w, SOCKMI_OPT_IP_TRANSPARENT, sockmi_inet_flag(sk, transparent, TRANSPARENT), 0);
-		put(w, SOCKMI_OPT_IP_BIND_ADDRESS_NO_PORT,
-		    sockmi_inet_flag(sk, bind_address_no_port, BIND_ADDRESS_NO_PORT), 0);
 	}
 }
 
@@ -114,7 +192,6 @@ static void dump_ipv6(const struct sock *sk, struct sockmi_writer *w)
 	const struct ipv6_pinfo *np = inet6_sk(sk);
 
 	put(w, SOCKMI_OPT_IPV6_TCLASS, np->tclass, 0);
-	put(w, SOCKMI_OPT_IPV6_UNICAST_HOPS, np->hop_limit < 0 ? 64 : np->hop_limit, 64);
 	put(w, SOCKMI_OPT_IPV6_MTU_DISCOVER, np->pmtudisc, IPV6_PMTUDISC_WANT);
 	put(w, SOCKMI_OPT_IPV6_MINHOPCOUNT, np->min_hopcount, 0);
 	put(w, SOCKMI_OPT_IPV6_FREEBIND, sockmi_inet_flag(sk, freebind, FREEBIND), 0);
@@ -126,14 +203,13 @@ void sockmi_options_dump(const struct sock *sk, struct sockmi_writer *writer)
 {
 	dump_socket(sk, writer);
 	dump_tcp(sk, writer);
+	dump_hosts_own(sk, writer);
 #if IS_ENABLED(CONFIG_IPV6)
-	if (sk->sk_family == AF_INET6) {
+	if (sk->sk_family == AF_INET6)
 		dump_ipv6(sk, writer);
-		if (ipv6_only_sock(sk) || !ipv6_addr_v4mapped(&sk->sk_v6_rcv_saddr))
-			return;
-	}
 #endif
-	dump_ip(sk, writer);
+	if (speaks_ipv4(sk))
+		dump_ip(sk, writer);
 }
 
 /* ---- Restore ---- */
@@ -316,11 +392,26 @@ static int set_early(struct socket *sock, const struct sockmi_image *image, cons
 	return plain ? set_plain(sock, plain, option->number) : -ENOPROTOOPT;
 }
 
+/* What is not in the image was at its usual value, which need not be this host's. */
+static void set_usual(struct socket *sock, const struct sockmi_image *image)
+{
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(hosts_own); i++) {
+		u16 id = hosts_own[i].id;
+		s64 usual = hosts_own[i].usual;
+
+		if (sockmi_option_number(image, id, usual, NULL) == usual && host_value(sock->sk, id, usual) != usual)
+			set_plain(sock, find_plain(id), usual);
+	}
+}
+
 void sockmi_options_early(struct socket *sock, const struct sockmi_image *image, struct sockmi_losses *losses)
 {
 	struct sockmi_view rest = image->socket_options;
 	struct sockmi_option option;
 
+	set_usual(sock, image);
 	while (sockmi_option_next(&rest, &option))
 		if (set_early(sock, image, &option))
 			lose(losses, option.id);

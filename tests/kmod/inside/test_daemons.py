@@ -19,9 +19,18 @@ from guests.paths import PROJECT
 from lab.capture import Capture, Trouble
 from lab.daemons import daemon_config
 from lab.labs import Lab
-from sockmi.client import Imported, ImportRequest, MigrationRecord, export_socket, import_socket
+from sockmi.client import (
+    Export,
+    Imported,
+    ImportRequest,
+    MigrationRecord,
+    export_socket,
+    export_sockets,
+    import_socket,
+)
 from sockmi.engine.base import Fidelity
 from tests.lab.scenario import ask, daemons, drain, service, status, until, wait_for_members
+from tests.lab.test_engine_states import receive
 from tests.lab.test_migration import CLIENTS, pause
 
 NUMBER = struct.Struct("!Q")
@@ -120,7 +129,7 @@ def test_between_engines(lab: Lab, tmp_path: Path) -> None:
             ours, record = moved(lab, ours, source, target)
             assert record.engine == engine
             check_fidelity(record.fidelity, engine, status(lab.host(target))["engine"])
-            assert client.recv(len(waits), socket.MSG_WAITALL) == waits
+            assert receive(client, len(waits)) == waits
             hear(ours, heard + 5, 5)
             heard += 10
             if heard == 10:
@@ -134,6 +143,35 @@ def test_between_engines(lab: Lab, tmp_path: Path) -> None:
         client.close()
     verdict = capture.check(allow={Trouble.SACK_RENEGED})
     assert verdict.clean, str(verdict)
+
+
+def test_urgent_data_moves_between_modules(lab: Lab) -> None:
+    """To a host without the module it does not: refused by name, and it goes on. Then that has it."""
+    a, peer = lab.host("a"), lab.host("peer")
+    with daemons(lab, "ab", engines={"b": "repair"}, redirect=NAT) as running:
+        with a.socket() as listener:
+            listener.bind((a.address(4), 7300))
+            listener.listen()
+            client = peer.socket()
+            client.connect(listener.getsockname())
+            ours, _ = listener.accept()
+        client.sendall(b"before")
+        client.send(b"!", socket.MSG_OOB)
+        client.sendall(b"after")
+        until(lambda: struct.unpack_from("Q", ours.getsockopt(socket.IPPROTO_TCP, 11, 240), 128)[0] == 12)
+        [record] = export_sockets([Export(ours)], "b", control=a.control_socket, timeout_s=60)
+        assert (record.outcome, record.code) == ("refused", "urgent-data"), record
+        running["b"].config["engine"] = "auto"
+        running["b"].restart()
+        wait_for_members(lab, "ab")
+        copy, record = moved(lab, ours, "a", "b")
+        assert "urgent-data" in record.fidelity.carried
+        assert copy.recv(100) == b"before"
+        copy.settimeout(None)  # with a timeout, Python would wait for POLLIN first
+        assert copy.recv(1, socket.MSG_OOB) == b"!"
+        assert copy.recv(100) == b"after"
+        copy.close()
+        client.close()
 
 
 def test_hops_between_engines(lab: Lab, tmp_path: Path) -> None:

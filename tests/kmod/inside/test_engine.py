@@ -11,15 +11,20 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab import engine_lab as el
+from tests.lab import test_engine_contract
 from tests.lab.test_engine_contract import *  # noqa: F403
 from tests.lab.test_engine_states import *  # noqa: F403
+
+test_freeze_and_abort_under_load = pytest.mark.slow(test_engine_contract.test_freeze_and_abort_under_load)
 
 
 @pytest.fixture(
     scope="module",
-    # Too long for make test: 400 tests with real traffic, where a processor is emulated.
     params=[
-        pytest.param(name, marks=pytest.mark.slow) for name in ("kernel", "kernel-repair", "repair-kernel")
+        "kernel",
+        # Too long for make test: 270 more tests with real traffic, where a processor is emulated.
+        pytest.param("kernel-repair", marks=pytest.mark.slow),
+        pytest.param("repair-kernel", marks=pytest.mark.slow),
     ],
 )
 def engine(request: pytest.FixtureRequest) -> Iterator[el.Pair]:

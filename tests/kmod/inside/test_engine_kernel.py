@@ -9,6 +9,7 @@ import fcntl
 import os
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ from sockmi.refusal import Code, Refusal
 from tests.lab import engine_lab as el
 from tests.lab.test_engine_states import receive
 
-pytestmark = pytest.mark.slow
 HERE = Placement(None, False)
 PARAMETERS = Path("/sys/module/sockmi/parameters")
 
@@ -262,6 +262,57 @@ def test_urgent_data_that_is_sent_moves(lab: el.Lab, engine: KernelEngine) -> No
     assert receive(peer, 5) == b"after"
     for one in (copy, ours, peer):
         one.close()
+
+
+@contextlib.contextmanager
+def losing(lab: el.Lab, host: str, sport: int, seq: int) -> Iterator[None]:
+    """The segment from port ``sport`` that begins at ``seq`` does not arrive, however often it is sent."""
+    rule = f"tcp sport {sport} tcp sequence {seq} drop"
+    chain = f"chain in {{ type filter hook prerouting priority -320; {rule}; }}"
+    with lab.host(host):
+        subprocess.run(["nft", "-f", "-"], input=f"table inet hole {{\n{chain}\n}}\n", text=True, check=True)
+    try:
+        yield
+    finally:
+        with lab.host(host):
+            subprocess.run(["nft", "delete", "table", "inet", "hole"], check=True)
+
+
+def test_holes_on_both_sides(lab: el.Lab, engine: KernelEngine) -> None:
+    """What came too early is carried, and not sent again; marks of what was sent are not: that is told."""
+    lab.switch("a")
+    port = lab.port()
+    ours, peer = lab.pair("v4", port)
+    for sock in (ours, peer):
+        sock.setsockopt(el.TCP, socket.TCP_NODELAY, 1)
+    inode, image = freeze(engine, ours)
+    engine.resume([inode])
+    sequence = codec.decode(image).sequence
+    assert sequence is not None
+    pieces = [bytes([value]) * 1000 for value in (1, 2)]
+    lab.recorded(port)
+    with (
+        losing(lab, "peer", port, sequence.snd_nxt),
+        losing(lab, "a", peer.getsockname()[1], sequence.rcv_nxt),
+    ):
+        for piece in pieces:
+            ours.sendall(piece)
+            peer.sendall(piece)
+        el.wait_for(lambda: _sacked(ours) == 1 and _sacked(peer) == 1)
+        copy, made = moved(lab, engine, ours, port)
+    assert "out-of-order-queue" in made.fidelity.carried
+    assert "sack-scoreboard" in made.fidelity.reset
+    assert "sack-scoreboard" not in made.fidelity.carried
+    assert receive(copy, 2000) == receive(peer, 2000) == b"".join(pieces)
+    early = sequence.rcv_nxt + 1000 & 0xFFFFFFFF
+    assert len([one for one in lab.recorded(port) if one.from_peer and one.length and one.seq == early]) == 1
+    for one in (copy, ours, peer):
+        one.close()
+
+
+def _sacked(sock: socket.socket) -> int:
+    """tcpi_sacked: segments."""
+    return int(struct.unpack_from("I", sock.getsockopt(el.TCP, socket.TCP_INFO, 104), 28)[0])
 
 
 def _received(sock: socket.socket) -> int:
