@@ -143,6 +143,7 @@ def make_case(lab: el.Lab, kind: str, state: str, queued: bool) -> Case:
             lab.hold("peer", port, "deaf")  # what we send is sent, and not acknowledged
         if queued:
             case.to_peer = randomness.randbytes(60_007)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 131072)  # some hosts begin with less
             ours.setblocking(False)
             assert ours.send(case.to_peer) == len(case.to_peer)
     if state in ("FIN-WAIT-1", "FIN-WAIT-2", "CLOSING", "LAST-ACK"):
@@ -279,6 +280,7 @@ def test_sequence_wrap(lab: el.Lab, engine: el.Pair, kind: str, before_wrap: int
     peer.sendall(to_us)
     el.wait_for(lambda: unread(ours) == len(to_us))
     lab.hold("peer", port, "deaf")
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 131072)  # some hosts begin with less
     ours.setblocking(False)
     assert ours.send(to_peer) == len(to_peer)
     copy, image = move(lab, engine, ours, port)
@@ -308,12 +310,8 @@ def test_syn_sent(lab: el.Lab, engine: el.Pair, kind: str, answered: bool) -> No
         lab.hold("peer", port, "deaf")
     ours.connect_ex((f"::ffff:{target}" if kind == "mapped" else target, port))
     assert el.state(ours) == "SYN-SENT"
-    if answered:
-        lab.unhold("a", port, "in")
-        first = [s for s in lab.recorded(port) if s.flags & SYN]
-        assert len(first) >= 2
-    else:
-        first = [s for s in lab.recorded(port) if s.flags & SYN]
+    first = [s for s in lab.recorded(port) if s.flags & SYN]
+    assert len(first) >= 1 + answered
     lab.hold("a", port)
     copy, image = move(lab, engine, ours, port)
     if not answered:

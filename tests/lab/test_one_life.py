@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from typing import Any
 
 import pytest
 
@@ -96,14 +97,14 @@ def test_the_importer_dies(lab: Lab, kind: str, point: str, late: bool) -> None:
     the_importer_dies(lab, kind, point, late)
 
 
-def the_importer_dies(lab: Lab, kind: str, point: str, late: bool, back: str = "auto") -> None:
-    """``back``: the engine that the importer comes back with."""
+def the_importer_dies(
+    lab: Lab, kind: str, point: str, late: bool, back: str = "auto", **overrides: Any
+) -> None:
+    """``back``: the engine that the importer comes back with; ``overrides``: of both daemons' settings."""
     port = next(PORTS)
     with (
         ThreadPoolExecutor() as pool,
-        cluster(
-            lab, "ab", {"b": point}, timing={"freeze_deadline_s": 2.0 if PATIENCE == 1 else 5.0}
-        ) as daemons,
+        cluster(lab, "ab", {"b": point}, **overrides) as daemons,
         owned(lab, kind, port) as ours,
     ):
         sockets = [{"pid": os.getpid(), "fd": ours.fileno()}]

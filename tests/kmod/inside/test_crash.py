@@ -103,4 +103,4 @@ def back(request: pytest.FixtureRequest) -> str:
     [(kind, point, late) for kind in ("bound", "listening") for point, late in MOMENTS if point in HANDED],
 )
 def test_one_life(lab: Lab, kind: str, point: str, late: bool, back: str) -> None:
-    the_importer_dies(lab, kind, point, late, back)
+    the_importer_dies(lab, kind, point, late, back, redirect={"modes": ["nat"]}, timing=PATIENT)
