@@ -179,7 +179,8 @@ class Recovery:
     def unconnected_lives(self, handed: Handed, port: int) -> bool:
         """The same for a socket that is not connected, which only its inode and its cookie tell from others.
 
-        ``port``: the local one that the copy was made with, or 0. If its application has closed it meanwhile nobody can say whether it had lived: it did not.
+        ``port``: the local one that the copy was made with, or 0. If its application has closed it
+        meanwhile nobody can say whether it had lived: it did not.
         """
         for descriptor in self._descriptors({handed.inode}).values():
             (facts,) = self._shell.engine.inspect([descriptor])
