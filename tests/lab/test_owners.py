@@ -27,6 +27,7 @@ EINTR, ETIMEDOUT = 4, 110
 PRELUDE = """
 import ctypes, os, signal, socket, struct, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a test that is killed leaves nobody behind
 FD = int(sys.argv[1]) if len(sys.argv) > 1 else -1
 def say(*words): os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 def call(name, *args):
