@@ -180,6 +180,7 @@ class Importing:
                     Refusal(Code.INTERNAL, f"The importer failed ({error}); its log has the details.")
                 )
         self._shell.dispatch(ReserveDone(action.batch, action.exporter, action.page, tuple(places)))
+        self._shell.loop.call_later(0, self._shell.spool.provide)  # when RESERVED is on its way
         self._early.promise(
             {
                 item.migration: stranger

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The journal: what became of every migration, and what must be resumed after a restart.
 
-SQLite in WAL mode. A write appends one row for a whole chunk; it reaches the page cache before the
-call returns, so it survives the daemon. It is synchronised to the disk in the background: a host that
-loses power has lost its sockets anyway, and the audit trail may then lack its last second.
-``fold`` turns the appended rows into indexed ones, when there is time for it: those cost ten times
-as much, and appending stands in the freeze.
+A write appends one change for a whole chunk to a file (appendlog.py); it reaches the page cache before
+the call returns, so it survives the daemon. The kernel writes it to the disk in the background: a host
+that loses power has lost its sockets anyway, and the audit trail may then lack its last half minute.
+``fold`` turns what was appended into indexed rows of SQLite (WAL mode), when there is time for it: those
+cost ten times as much, and appending stands in the freeze. How far it has come is in the same transaction.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from uuid import UUID
 
 from pydantic_core import from_json, to_json
 
-_SCHEMA_VERSION = 1
+from sockmi.appendlog import AppendLog, Mark
+
+_SCHEMA_VERSION = 2  # 1 had what was appended in a table, `event`
+_MARK = "folded"  # in `state`: GENERATION:OFFSET of the appended changes
 _FOLD_ROWS = 128  # at once: what a drain of thousands has appended need not all be in memory
 _FOLD_BYTES = 1 << 19  # nor may it keep the daemon from all else
 _SCHEMA = """
-CREATE TABLE event (                -- appended, not yet folded
-    sequence INTEGER PRIMARY KEY,
-    content TEXT NOT NULL           -- JSON of one Change
-);
 CREATE TABLE record (               -- what must be resumed after a restart
     kind TEXT NOT NULL,
     name TEXT NOT NULL,
@@ -101,16 +100,20 @@ class Journal:
         """Open or create; raise JournalError if the file is damaged or from a newer release."""
         self.path = path
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        events = path.with_name(f"{path.name}-events")
         try:
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
             if version == 0:
+                events.unlink(missing_ok=True)  # of another database, which was moved away
                 self._database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={_SCHEMA_VERSION};COMMIT")
             if version <= _SCHEMA_VERSION:
-                for table in ("event", "record", "migration", "state"):
+                for table in ("record", "migration", "state"):
                     self._database.execute(f"SELECT 1 FROM {table} LIMIT 1")  # noqa: S608
+            if version == 1:
+                self._upgrade()
         except sqlite3.Error as error:
             raise JournalError(
                 f"{path}: {error}; if it is damaged, move it away while no migrated connection depends on it"
@@ -118,23 +121,30 @@ class Journal:
         if version > _SCHEMA_VERSION:
             raise JournalError(f"{path}: written by a newer release (schema {version}); upgrade this daemon")
         path.chmod(0o600)
+        try:
+            self._events = AppendLog(events, self._mark())
+        except (OSError, ValueError) as error:
+            raise JournalError(
+                f"{events}: {error}; if it is damaged, move it away while no migrated connection depends on it"
+            ) from error
 
     def close(self) -> None:
         """Checkpoint and close."""
         self._database.close()
+        self._events.close()
 
     def write(self, change: Change) -> None:
-        """Append one transaction; when the call returns it survives the daemon."""
+        """Append one transaction; when the call returns it survives the daemon. OSError: the disk is full."""
         content = {
             "at": time.time(),
             "keep": change.keep,
             "drop": change.drop,
             "audit": [(migration.hex, direction, news) for migration, direction, news in change.audit],
         }
-        self._database.execute("INSERT INTO event (content) VALUES (?)", (to_json(content).decode(),))
+        self._events.append(to_json(content))
 
     def fold(self) -> int:
-        """Turn all appended rows into indexed ones; returns how many were appended."""
+        """Turn all that was appended into indexed rows; returns how many changes were appended."""
         folded = 0
         while rows := self.fold_some():
             folded += rows
@@ -144,18 +154,18 @@ class Journal:
         """As ``fold``, but no more than takes some ten milliseconds; 0: none are left."""
         records: dict[tuple[str, str], Any] = {}
         audit: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
-        rows = size = last = 0
-        for last, content in self._database.execute(  # noqa: B007 - used when it has ended
-            "SELECT sequence, content FROM event ORDER BY sequence LIMIT ?", (_FOLD_ROWS,)
-        ):
+        rows = size = 0
+        mark = self._events.mark
+        for content, mark in self._events.waiting():  # noqa: B007 - used when it has ended
             _merge(from_json(content), records, audit)
             rows, size = rows + 1, size + len(content)
-            if size >= _FOLD_BYTES:
+            if rows >= _FOLD_ROWS or size >= _FOLD_BYTES:
                 break
         if rows:
             with self._transaction():
                 self._apply(records, audit)
-                self._database.execute("DELETE FROM event WHERE sequence <= ?", (last,))
+                self.set_state(_MARK, f"{mark.generation}:{mark.offset}")
+            self._events.take(mark)
         return rows
 
     def records(self, kind: Record) -> dict[str, Any]:
@@ -204,12 +214,28 @@ class Journal:
         """Keep a value across restarts."""
         self._database.execute("INSERT OR REPLACE INTO state VALUES (?,?)", (name, value))
 
+    def _mark(self) -> Mark:
+        """How far the appended changes are folded; before the first of them: nothing of any generation."""
+        generation, _, offset = (self.state(_MARK) or "0:0").partition(":")
+        return Mark(int(generation), int(offset))
+
+    def _upgrade(self) -> None:
+        """From schema 1: fold what is in its table."""
+        records: dict[tuple[str, str], Any] = {}
+        audit: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
+        for (content,) in self._database.execute("SELECT content FROM event ORDER BY sequence"):
+            _merge(from_json(content), records, audit)
+        with self._transaction():
+            self._apply(records, audit)
+            self._database.execute("DROP TABLE event")
+            self._database.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+
     def _apply(
         self,
         records: dict[tuple[str, str], Any],
         audit: dict[tuple[str, str], tuple[float, dict[str, Any]]],
     ) -> None:
-        """What appended rows come to; applying it twice gives the same as once."""
+        """What appended changes come to; applying it twice gives the same as once."""
         self._database.executemany(
             "INSERT OR REPLACE INTO record VALUES (?,?,?)",
             [(*place, to_json(one).decode()) for place, one in records.items() if one is not None],
@@ -242,7 +268,7 @@ def _merge(
     records: dict[tuple[str, str], Any],
     audit: dict[tuple[str, str], tuple[float, dict[str, Any]]],
 ) -> None:
-    """Add an appended row to what came before it: the last word counts. A dropped record is None."""
+    """Add an appended change to what came before it: the last word counts. A dropped record is None."""
     for kind, name, record in content["keep"]:
         records[kind, name] = record
     for kind, name in content["drop"]:

@@ -139,10 +139,10 @@ class Members:
                 if to is not None:
                     return
 
-    def send_frame(self, to: HostId, kind: int, content: bytes) -> bool:
-        """Send on the open stream; False if there is none."""
+    def send_frame(self, to: HostId, kind: int, content: bytes, *, more: bool = False) -> bool:
+        """Send on the open stream, ``more``: with the frame that follows at once; False if there is none."""
         try:
-            return self._streams.send(to, [bytes([kind]), content])
+            return self._streams.send(to, [bytes([kind]), content], more=more)
         except (QueueFull, ValueError) as error:
             _log.warning("to %s: %s", self.name_of(to), error)
             return False

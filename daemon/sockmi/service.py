@@ -170,7 +170,7 @@ class Daemon:
             spool=Spool(config.spool_dir),
             metrics=self.metrics,
             dispatch=self.dispatch,
-            send_held=lambda host, content: self.members.send_frame(host, _FRAME_HELD, content),
+            send_held=lambda host, content: self.members.send_frame(host, _FRAME_HELD, content, more=True),
             name_of=self.members.name_of,
         )
         routes: dict[bytes, Route] = {}
@@ -407,7 +407,7 @@ class Daemon:
     def _fold(self) -> None:
         """Off the freeze: index what the journal has appended, and give back memory after much work."""
         if self.core.idle:
-            with contextlib.suppress(sqlite3.Error):  # a full disk: next time
+            with contextlib.suppress(sqlite3.Error, OSError):  # a full disk: next time
                 self.shell.catch_up()
                 self._untrimmed += self.journal.fold()
             if self._untrimmed >= _TRIM_AFTER_ROWS:

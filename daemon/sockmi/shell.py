@@ -49,7 +49,7 @@ class Shell:
     """This host's parts.
 
     ``dispatch`` feeds an event to the protocol core; its actions follow in order. ``send_held`` ships
-    packets that a hold has kept to the importer.
+    packets that a hold has kept to the importer, with the message that follows at once.
     """
 
     config: Config

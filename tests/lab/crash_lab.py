@@ -44,6 +44,7 @@ from sockmi.crashpoints import VARIABLE
 from sockmi.engine.duplicate import duplicate
 from sockmi.journal import Journal, Record
 from sockmi.refusal import Refusal
+from sockmi.spool import chunk_in
 from tests.lab.mode_lab import SERVICE, give_service, has_address, misled_by_rules, rules
 from tests.lab.scenario import PORTS, ask, status, until, wait_for_members
 
@@ -646,11 +647,18 @@ def histories(lab: Lab, hosts: str) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def spooled(host: Host) -> list[str]:
+    """The chunks whose images a host's spool has."""
+    return [chunk for path in (host.state_dir / "spool").iterdir() if (chunk := chunk_in(path)) is not None]
+
+
 @contextlib.contextmanager
 def journal_of(host: Host) -> Iterator[Journal]:
     """A copy of what a host's journal holds now: reading it here would interfere with the daemon."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "journal.db"
+        # First what is appended: what is folded meanwhile is in the database, and not taken in twice.
+        shutil.copy(host.state_dir / "journal.db-events", Path(directory) / "events")
         with (
             contextlib.closing(
                 sqlite3.connect(f"file:{host.state_dir}/journal.db?mode=ro", uri=True)
@@ -658,6 +666,7 @@ def journal_of(host: Host) -> Iterator[Journal]:
             contextlib.closing(sqlite3.connect(path)) as here,
         ):
             there.backup(here)
+        (Path(directory) / "events").rename(f"{path}-events")
         journal = Journal(path)
         try:
             yield journal
@@ -811,7 +820,7 @@ def leftovers(daemons: Cluster, serving: Serving) -> list[str]:
         found += [
             f"{name}: has {one}" for one in serving.service.values() if name != "a" and has_address(host, one)
         ]
-        found += [f"{name}: spooled {path.name}" for path in (host.state_dir / "spool").iterdir()]
+        found += [f"{name}: spooled {chunk}" for chunk in spooled(host)]
         found += [f"{name}: descriptor {one}" for one in descriptors(daemons.process(name).pid)]
         now = status(host)
         counts = [now["migrations_under_way"], now["redirects_in"], now["redirects_out"]]

@@ -16,7 +16,7 @@ from lab.capture import Capture, Trouble
 from lab.labs import Lab
 from sockmi.client import ImportRequest, import_socket
 from sockmi.journal import Record
-from tests.lab.crash_lab import Cluster, cluster, elements, journal_of
+from tests.lab.crash_lab import Cluster, cluster, elements, journal_of, spooled
 from tests.lab.matrix_lab import Bench, Case, bench, copy_of, moved
 from tests.lab.scenario import ask, status, until
 
@@ -63,7 +63,7 @@ def leftovers(it: Bench) -> list[str]:
         now = status(host)
         counts = now["redirects_in"], now["redirects_out"], now["import_lists"]["connected"]["length"]
         found += [f"{name}: {counts}"] if any(counts) else []
-        found += [f"{name}: {one}" for one in [*(host.state_dir / "spool").iterdir(), *elements(host)]]
+        found += [f"{name}: {one}" for one in [*spooled(host), *elements(host)]]
         with journal_of(host) as journal:
             found += [f"{name}: {kind} {records}" for kind in Record if (records := journal.records(kind))]
     return found

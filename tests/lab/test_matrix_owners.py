@@ -420,6 +420,8 @@ def test_a_hundred_aborts_under_load(it: Bench, tmp_path: Path) -> None:
         traffic = [Later(converse, case, stop) for case in cases]
         aside = spool.rename(spool.with_name("spool-aside"))
         spool.write_text("in the way")
+        for slot in aside.iterdir():  # which the daemon has open, to use it again
+            slot.unlink()
         codes = []
         try:
             # Our own process is the owner: with its threads it is stopped each time.

@@ -23,7 +23,7 @@ from lab.labs import Lab
 from lab.plan import PATIENCE
 from sockmi.client import Imported, ImportRequest, SockMiError, import_socket
 from sockmi.journal import Record
-from tests.lab.crash_lab import Cluster, cluster, journal_of
+from tests.lab.crash_lab import Cluster, cluster, journal_of, spooled
 from tests.lab.scenario import ask, status, until
 
 pytestmark = pytest.mark.timeout(120)
@@ -129,7 +129,7 @@ def the_importer_dies(
             until(lambda: not in_list(daemons, "length"))
             assert take(lab, kind, A_WHILE_S) == []
             works(lab, kind, port, copy)
-        until(lambda: not any((lab.host("b").state_dir / "spool").iterdir()))
+        until(lambda: not spooled(lab.host("b")))
         with journal_of(lab.host("b")) as journal:
             assert not journal.records(Record.LISTED)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +141,61 @@ def test_what_has_moved_stays_moved(tmp_path: Path, folded: bool) -> None:
     refused, _, _ = second = audit("refused")
     journal.write(Change(audit=[second, (refused, "export", {"outcome": "moved"})]))
     assert journal.migration(refused, "export") == {"pid": 7, "outcome": "moved"}
+
+
+def test_what_an_earlier_release_has_appended_is_folded(tmp_path: Path) -> None:
+    """Schema 1 had a table for it."""
+    path = tmp_path / "journal.db"
+    Journal(path).close()
+    (tmp_path / "journal.db-events").unlink()
+    migration = uuid4()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("CREATE TABLE event (sequence INTEGER PRIMARY KEY, content TEXT NOT NULL)")
+        database.execute("PRAGMA user_version=1")
+        for content in (
+            {"at": 1.0, "keep": [["route", "r1", 1], ["route", "r2", 2]], "drop": [], "audit": []},
+            {
+                "at": 2.0,
+                "keep": [],
+                "drop": [["route", "r1"]],
+                "audit": [[migration.hex, "export", {"pid": 7}]],
+            },
+        ):
+            database.execute("INSERT INTO event (content) VALUES (?)", (json.dumps(content),))
+    journal = Journal(path)
+    assert journal.records(Record.ROUTE) == {"r2": 2}
+    assert journal.migration(migration, "export") == {"pid": 7}
+    journal.close()
+    assert Journal(path).records(Record.ROUTE) == {"r2": 2}
+
+
+def test_what_was_appended_to_another_journal_is_not_taken_in(tmp_path: Path) -> None:
+    """Somebody has moved the database away, but not what stands beside it."""
+    path = tmp_path / "journal.db"
+    journal = Journal(path)
+    journal.write(Change(keep=[(Record.ROUTE, "r1", 1)]))
+    journal.close()
+    path.rename(tmp_path / "away")
+    assert Journal(path).records(Record.ROUTE) == {}
+
+
+def test_appended_changes_that_are_no_such_file(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    Journal(path).close()
+    (tmp_path / "journal.db-events").write_bytes(b"something else altogether")
+    with pytest.raises(
+        JournalError, match=r"journal\.db-events: not a file of appended records; .* move it away"
+    ):
+        Journal(path)
+
+
+def test_the_file_of_changes_does_not_grow_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    journal = Journal(path)
+    for n in range(40):
+        journal.write(Change(keep=[(Record.ROUTE, "r", [n, "x" * 100_000])]))
+        journal.fold()
+    assert (tmp_path / "journal.db-events").stat().st_size < 2 << 20
+    journal.write(Change(keep=[(Record.ROUTE, "r", 7)]))
+    journal.close()
+    assert Journal(path).records(Record.ROUTE) == {"r": 7}

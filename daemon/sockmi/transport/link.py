@@ -105,6 +105,7 @@ class Link:
         self._fd = sock.fileno()
         self._tls: ssl.SSLSocket | None = None
         self._writing = False
+        self._corked = False  # what is queued waits for the frame that follows it
         self._queue: deque[memoryview] = deque()
         self._chunk = memoryview(b"")  # what is being written; TLS wants the same bytes again after a block
         self._scratch = memoryview(bytearray())
@@ -122,16 +123,32 @@ class Link:
 
     # --- for the owner ---
 
-    def send(self, kind: Frame, payload: Iterable[memoryview] = ()) -> None:
-        """Queue a frame and write what can be written now. The buffers must not change until sent."""
+    def send(self, kind: Frame, payload: Iterable[memoryview] = (), *, more: bool = False) -> None:
+        """Queue a frame and write what can be written now. The buffers must not change until sent.
+
+        ``more``: another frame follows at once, and is written with this one.
+        """
         parts = [part for part in payload if part.nbytes]
         length = sum(part.nbytes for part in parts)
-        idle = not self._queue and not self._chunk
+        idle = self._corked or (not self._queue and not self._chunk)
         self._queue.append(memoryview(_HEADER.pack(length, kind)))
         self._queue.extend(parts)
         self.queued_bytes += _HEADER.size + length
         if idle and not self._writing and self.phase is Phase.READY:
-            self._flush()
+            if more:
+                if not self._corked:
+                    self._loop.call_soon(self._uncork)
+                self._corked = True
+            else:
+                self._corked = False
+                self._flush()
+
+    def _uncork(self) -> None:
+        """Nothing has followed."""
+        if self._corked:
+            self._corked = False
+            if not self._writing:
+                self._flush()
 
     def close(self) -> None:
         """Close at once; what is queued is gone. Repeating it is harmless."""

@@ -212,11 +212,11 @@ class StreamPool:
         peer = self._peers.get(host)
         return peer.active.queued_bytes if peer is not None and peer.active is not None else 0
 
-    def send(self, host: HostId, payload: Buffer | Sequence[Buffer]) -> bool:
+    def send(self, host: HostId, payload: Buffer | Sequence[Buffer], *, more: bool = False) -> bool:
         """Send one message, in order; False if no stream is open (nothing is kept: ``open`` it).
 
         A sequence is one message, joined on the wire without a copy; the buffers must not change
-        until they are sent. Raises QueueFull, or ValueError if the message exceeds ``frame_bytes_max``.
+        until they are sent. ``more``: another one follows at once. Raises QueueFull, or ValueError if the message exceeds ``frame_bytes_max``.
         """
         peer = self._peers.get(host)
         if peer is None or peer.active is None:
@@ -229,7 +229,7 @@ class StreamPool:
         if peer.active.queued_bytes and peer.active.queued_bytes + size > self._settings.queue_bytes_max:
             peer.full = True
             raise QueueFull(f"{peer.active.queued_bytes} bytes wait already for host {host.hex()}")
-        peer.active.send(Frame.MESSAGE, views)
+        peer.active.send(Frame.MESSAGE, views, more=more)
         return True
 
     def close(self) -> None:
