@@ -50,9 +50,8 @@ class AppendLog:
                 self._begin(max(generation, taken.generation) + 1)
             else:
                 self.generation = generation
-                self._taken = self._end = taken.offset if generation == taken.generation else _HEADER.size
-                for _, self._end in self._records():  # noqa: B007 - used when it has ended
-                    pass
+                self._taken = taken.offset if generation == taken.generation else _HEADER.size
+                self._end = max((end for _, end in self._records()), default=self._taken)
                 os.ftruncate(self._fd, self._end)
         except BaseException:
             os.close(self._fd)

@@ -134,7 +134,7 @@ class Journal:
         self._events.close()
 
     def write(self, change: Change) -> None:
-        """Append one transaction; when the call returns it survives the daemon. OSError: the disk is full."""
+        """Append one transaction; when the call returns it survives the daemon. OSError: a full disk, say."""
         content = {
             "at": time.time(),
             "keep": change.keep,

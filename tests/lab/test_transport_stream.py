@@ -147,6 +147,26 @@ def test_open_send_both_ways_and_sizes(tmp_path: Path) -> None:
     run(scenario)
 
 
+def test_what_another_message_follows_is_written_with_it(tmp_path: Path) -> None:
+    """In order; and if nothing follows, soon."""
+
+    async def scenario() -> None:
+        async with pair(tmp_path) as (low, high):
+            low.pool.open(high.id)
+            await until(lambda: low.pool.is_open(high.id) and high.pool.is_open(low.id))
+            for message in (b"one", b"two"):
+                assert low.pool.send(high.id, message, more=True)
+                assert low.pool.queued_bytes(high.id)
+            assert low.pool.send(high.id, b"three")
+            assert not low.pool.queued_bytes(high.id)
+            await until(lambda: len(high.messages) == 3)
+            low.pool.send(high.id, b"four", more=True)
+            await until(lambda: len(high.messages) == 4)
+            assert [message for _, message in high.messages] == [b"one", b"two", b"three", b"four"]
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_simultaneous_connects_become_one(tmp_path: Path, seed: int) -> None:
     async def scenario() -> None:

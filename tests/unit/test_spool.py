@@ -71,7 +71,7 @@ def test_many_are_kept_and_few_files_stay(tmp_path: Path) -> None:
     images = {f"{number}-0": {uuid4(): bytes([number])} for number in range(100)}
     for chunk, image in images.items():
         spool.write(chunk, image)
-    assert len([fd for fd in os.listdir("/proc/self/fd") if _is_slot(fd)]) < 80
+    assert sum(map(_is_slot, Path("/proc/self/fd").iterdir())) < 80
     again = Spool(tmp_path)
     assert {chunk: again.read(chunk) for chunk in again.chunks()} == images
     again.write("new-0", images["7-0"])
@@ -126,8 +126,8 @@ def test_what_an_earlier_release_has_spooled(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def _is_slot(fd: str) -> bool:
+def _is_slot(fd: Path) -> bool:
     try:
-        return os.readlink(f"/proc/self/fd/{fd}").endswith(".slot")
+        return fd.readlink().suffix == ".slot"
     except OSError:
         return False

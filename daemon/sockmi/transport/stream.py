@@ -216,7 +216,8 @@ class StreamPool:
         """Send one message, in order; False if no stream is open (nothing is kept: ``open`` it).
 
         A sequence is one message, joined on the wire without a copy; the buffers must not change
-        until they are sent. ``more``: another one follows at once. Raises QueueFull, or ValueError if the message exceeds ``frame_bytes_max``.
+        until they are sent. ``more``: another one follows at once, and is written with it. Raises QueueFull,
+        or ValueError if the message exceeds ``frame_bytes_max``.
         """
         peer = self._peers.get(host)
         if peer is None or peer.active is None:
