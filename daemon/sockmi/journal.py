@@ -125,7 +125,7 @@ class Journal:
             self._events = AppendLog(events, self._mark())
         except (OSError, ValueError) as error:
             raise JournalError(
-                f"{events}: {error}; if it is damaged, move it away while no migrated connection depends on it"
+        """Append one transaction; when the call returns it survives the daemon. OSError if the disk is full."""
             ) from error
 
     def close(self) -> None:
