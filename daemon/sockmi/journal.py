@@ -125,7 +125,7 @@ class Journal:
             self._events = AppendLog(events, self._mark())
         except (OSError, ValueError) as error:
             raise JournalError(
-        """Append one transaction; when the call returns it survives the daemon. OSError if the disk is full."""
+                f"{events}: {error}; if it is damaged, move it away while no migrated connection needs it"
             ) from error
 
     def close(self) -> None:
