@@ -15,7 +15,7 @@ from uuid import uuid4
 from sockmi import api
 from sockmi.engine.duplicate import duplicate
 from sockmi.engine.listing import Holder
-from sockmi.engine.owners import Holders, find_holders
+from sockmi.engine.owners import Holders, Scan, find_holders
 from sockmi.exporting import Selected
 from sockmi.parts import Parts
 from sockmi.refusal import Code, Refusal
@@ -60,6 +60,7 @@ class Drain:
         self._report = report
         self._fail = fail
         self._started = time.monotonic()
+        self._scan = Scan.now()  # before who holds the sockets was looked for
         self._left: list[list[Found]] = []
         self._missing: list[Found] = []
         self._looked_for: set[int] = set()
@@ -81,6 +82,12 @@ class Drain:
         for one in found:
             by_inode.setdefault(one.socket.inode, []).append(one)
         self._left = list(by_inode.values())
+        holders = {inode: rows[0].socket.holders for inode, rows in by_inode.items()}
+        self._daemon.shell.engine.owners.remember(
+            self._scan,
+            {inode: {one.pid for one in held} for inode, held in holders.items()},
+            {one.pid for held in holders.values() for one in held if one.has_ring},
+        )
         self._selected = len(self._left)
         self._progress()
         self._next()

@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ import pytest
 
 from sockmi.engine import owners as engine_owners
 from sockmi.engine.listing import list_sockets
-from sockmi.engine.owners import find_holders, pids_of_unit, process_name
+from sockmi.engine.owners import Scan, find_holders, pids_of_unit, process_name
 from sockmi.refusal import Code
 
 EINTR, ETIMEDOUT = 4, 110
@@ -399,6 +400,42 @@ def test_forked_and_passed_descriptors_are_found(
             owners.resume([number])
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+def test_what_another_scan_has_found_is_not_looked_for_again(
+    start: Callable[..., Owner], pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """Once, and for seconds; a child that the owner has made since is found all the same."""
+    owned, peer = pair
+    parent = start(
+        """
+        say("ready")
+        socket.socket(fileno=os.dup(FD)).recv(1)
+        child = os.fork()
+        if child: say(child)
+        time.sleep(60)
+        """,
+        owned.fileno(),
+    )
+    assert parent.line() == ["ready"]
+    owners, number, scan = Owners(), inode(owned), Scan.now()
+    found, rings = find_holders([number])
+    assert set(found[number]) == {parent.pid}
+    peer.send(b"x")
+    child = int(parent.line()[0])
+    try:
+        owners.remember(scan, found, rings)
+        assert set(owners.find([number])[number]) == {parent.pid}
+        assert owners.stop([number], [], 2) == [None]
+        assert {task_state(pid) for pid in (parent.pid, child)} == {"t"}
+        owners.resume([number])
+        owners.remember(scan, found, rings)
+        owners.find([number])
+        assert set(owners.find([number])[number]) == {parent.pid, child}
+        owners.remember(replace(scan, time_s=scan.time_s - 10), found, rings)
+        assert set(owners.find([number])[number]) == {parent.pid, child}
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_descriptor_passed_after_the_scan_is_a_stranger(

@@ -41,6 +41,7 @@ _LOOKS = 3
 _MANY_PIDS = 64  # more ids than this: remember that they have been looked at
 _RESCAN_PIDS = 256  # more ids than this since the scan: a new one, before the freeze, is cheaper
 _RESCAN_AGE_S = 60.0  # the ids may have gone round: scan anew
+_REMEMBERED_S = 5.0  # what another scan has found may be this old
 
 
 class _Holder(ctypes.Structure):
@@ -239,7 +240,7 @@ def obstacle_of(pid: int, *, has_ring: bool) -> Refusal | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scan:
+class Scan:
     """When a scan began: the time (monotonic), and the process id after which it may have missed one.
 
     ``seen``: those after ``last_pid`` that could be seen before it began, so that it has not missed them.
@@ -250,7 +251,7 @@ class _Scan:
     seen: frozenset[int] = frozenset()
 
     @classmethod
-    def now(cls) -> _Scan:
+    def now(cls) -> Scan:
         last = _last_pid()
         first = max(min(last, _PID_MIN), last - _UNSEEN_PIDS)
         seen = frozenset(pid for pid in range(first + 1, last + 1) if os.access(f"/proc/{pid}", os.F_OK))
@@ -261,7 +262,7 @@ class _Scan:
 class _Known:
     """The holders of one socket, as of a scan."""
 
-    scan: _Scan
+    scan: Scan
     pids: set[int]
 
 
@@ -273,23 +274,44 @@ class Owners:
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
+        self._remembered: set[int] = set()  # known from another scan, not asked for yet
         self._rings: set[int] = set()
         self._stops: dict[int, list[frozenset[int]]] = {}  # inode -> of each stop, for whom it counts
         self._counts: Counter[int] = Counter()  # pid -> stops not yet resumed
 
     # -- who --
 
+    def remember(self, scan: Scan, holders: Mapping[int, Iterable[int]], rings: set[int]) -> None:
+        """What a scan of others, stamped before it began, has found of sockets: by inode, who holds it.
+
+        Spares the next ``find`` of each a scan, within seconds. ``rings``: those that have an io_uring.
+        """
+        known = {
+            inode: _Known(scan, set(pids)) for inode, pids in holders.items() if inode not in self._stops
+        }
+        self._rings = (self._rings - {pid for one in known.values() for pid in one.pids}) | rings
+        self._known.update(known)
+        self._remembered.update(known)
+
     def find(self, inodes: Iterable[int]) -> Holders:
-        """All holders of these sockets except this process; one scan of ``/proc``.
+        """All holders of these sockets except this process; one scan of ``/proc``, or what is remembered.
 
         Remembers them for ``stop``, for a minute. Call it shortly before, outside the freeze.
         """
         wanted = set(inodes)
-        scan = _Scan.now()
+        begun_s = time.monotonic()
+        if wanted <= self._remembered and all(
+            begun_s - self._known[inode].scan.time_s < _REMEMBERED_S for inode in wanted
+        ):
+            self._remembered -= wanted
+            return {inode: {pid: [] for pid in self._known[inode].pids} for inode in wanted}
+        self._remembered -= wanted
+        scan = Scan.now()
         holders, rings = find_holders(wanted)
         for inode, known in list(self._known.items()):
             if scan.time_s - known.scan.time_s > 2 * _RESCAN_AGE_S and inode not in self._stops:
                 self._known.pop(inode, None)
+                self._remembered.discard(inode)
         self._note_rings(holders, rings)
         self._known.update({inode: _Known(scan, set(holders.get(inode, ()))) for inode in wanted})
         return {inode: holders.get(inode, {}) for inode in wanted}
@@ -322,7 +344,7 @@ class Owners:
         if len(born) > _MANY_PIDS:
             # Look for all sockets at once, so that the next look need not go back as far.
             oldest_s = min(known.scan.time_s for known in looking.values())
-            reached, last_pid = _Scan.now(), _last_pid()
+            reached, last_pid = Scan.now(), _last_pid()
             born = self._born(inodes, last_pid)
             looking = {i: known for i, known in list(self._known.items()) if known.scan.time_s >= oldest_s}
             for known in looking.values():
@@ -443,6 +465,7 @@ class Owners:
             if not stops:
                 del self._stops[inode]
                 self._known.pop(inode, None)
+                self._remembered.discard(inode)
         self._native_resume(idle)
 
     def resume_all(self) -> None:
