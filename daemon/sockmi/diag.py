@@ -12,10 +12,10 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.addresses import Endpoint, FourTuple
+from sockmi.frozen import frozen
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -33,7 +33,7 @@ _SO_RCVBUFFORCE = 33
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Found:
     """A connection's socket. ``state``: the kernel's number (TCP_ESTABLISHED is 1, TCP_TIME_WAIT is 6).
 

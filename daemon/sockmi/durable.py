@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
 from sockmi.addresses import Endpoint, FourTuple, text_of
 from sockmi.engine.base import BindFlag, Kind, Needs
-from sockmi.journal import Change, Journal, Record
+from sockmi.frozen import frozen
+from sockmi.journal import Change, Journal, Record, plain
 from sockmi.protocol.events import Started
 from sockmi.protocol.records import (
     Arrival,
@@ -28,7 +28,7 @@ from sockmi.protocol.records import (
 from sockmi.redirect.base import Mode
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Original:
     """A socket that a decision closes. ``cookie``: its SO_COOKIE, which no other socket of this boot has.
 
@@ -51,7 +51,7 @@ class Original:
         return FourTuple(self.local, self.remote) if self.local and self.remote else None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Handed:
     """A socket without a connection that an application is given; see `Original` for what tells it apart."""
 
@@ -128,7 +128,7 @@ def read_endpoint(content: list[Any] | None) -> Endpoint | None:
 
 
 def _write_place(place: Place) -> list[Any]:
-    return [write_endpoint(place.endpoint), place.mode]
+    return [write_endpoint(place.endpoint), plain(place.mode) if place.mode else None]
 
 
 def _read_place(content: list[Any]) -> Place:
@@ -169,7 +169,7 @@ def _write_route(one: Route) -> list[Any]:
     return [
         one.connection.hex(),
         one.migration.hex(),
-        one.kind,
+        plain(one.kind),
         one.hop,
         one.home.hex(),
         one.holder.hex(),
@@ -215,7 +215,7 @@ def _write_item(item: Item) -> list[Any]:
     return [
         item.migration.hex(),
         item.connection.hex(),
-        item.kind,
+        plain(item.kind),
         item.state,
         write_endpoint(item.local),
         write_endpoint(item.remote),
@@ -281,7 +281,7 @@ def _write_holding(one: Holding) -> list[Any]:
     return [
         one.connection.hex(),
         one.migration.hex(),
-        one.kind,
+        plain(one.kind),
         one.hop,
         one.home.hex(),
         one.exporter.hex(),
@@ -314,7 +314,7 @@ def write_original(one: Original) -> list[Any]:
         one.migration.hex(),
         one.connection.hex(),
         one.hop,
-        one.kind,
+        plain(one.kind),
         one.inode,
         one.cookie,
         write_endpoint(one.local),
@@ -341,7 +341,7 @@ def read_original(content: list[Any]) -> Original:
 
 def write_handed(one: Handed) -> list[Any]:
     """A socket that an application is given."""
-    return [one.kind, one.inode, one.cookie]
+    return [plain(one.kind), one.inode, one.cookie]
 
 
 def read_handed(content: list[Any]) -> Handed:

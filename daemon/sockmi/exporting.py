@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import sys
@@ -26,11 +27,11 @@ from sockmi.addresses import FourTuple
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind, SocketFacts
 from sockmi.engine.listing import half_open
-from sockmi.image import Section, peek, section
+from sockmi.image import Section, peek, queue_bytes, section
 from sockmi.image.native import stamp, with_section
 from sockmi.image.sections import Counters
 from sockmi.image.sections import Place as ImagePlace
-from sockmi.journal import Change, Record
+from sockmi.journal import Change, Record, plain
 from sockmi.permission import Caller
 from sockmi.protocol.actions import Commit, Freeze, Outcome, Report, Result, Thaw
 from sockmi.protocol.events import CancelExport, ChildrenFound, CommitDone, FreezeDone, StartExport
@@ -291,7 +292,7 @@ class Exporting:
             "batch_id": str(UUID(bytes=batch_id)),
             "direction": "export",
             "engine": self._shell.engine.name,
-            "kind": facts.kind,
+            "kind": plain(facts.kind),
             "state": facts.state,
             "local": str(facts.local) if facts.local else None,
             "remote": str(facts.remote) if facts.remote else None,
@@ -701,7 +702,8 @@ class Exporting:
         importer = self._shell.name_of(action.decision.importer)
         for index in going:
             route = action.routes[index]
-            news = {"step": "committed", "to": importer, "mode": route.place.mode, "hop": route.hop}
+            mode = plain(route.place.mode) if route.place.mode else None
+            news = {"step": "committed", "to": importer, "mode": mode, "hop": route.hop}
             audit(change, route.migration, "export", **news)
         for queue in queues:
             self.queues.keep(change, queue)
@@ -830,13 +832,12 @@ class Exporting:
         if result.importer is not None:
             record["to"] = self._shell.name_of(result.importer)
         if result.place is not None:
-            record["mode"] = result.place.mode
+            record["mode"] = plain(result.place.mode) if result.place.mode else None
         if result.fidelity is not None:
             _merge_fidelity(record, result.fidelity)
         if export.image:
-            facts = peek(export.image)
-            record["receive_queue_bytes"] = facts.receive_bytes
-            record["sent_bytes"], record["unsent_bytes"] = facts.sent_bytes, facts.unsent_bytes
+            received, sent, unsent = queue_bytes(export.image)
+            record.update(receive_queue_bytes=received, sent_bytes=sent, unsent_bytes=unsent)
             self._shipped_bytes += len(export.image)
         if result.outcome is Outcome.ACTIVE:
             record["step"] = "active"
@@ -965,7 +966,15 @@ def _tell(hearer: Callable[[Any], None], news: Any) -> None:
 def _merge_fidelity(record: dict[str, Any], fidelity: Any) -> None:
     """What either engine had to approximate or reset is no longer carried."""
     mine = record.get("fidelity") or {"carried": [], "approximated": [], "reset": []}
-    reset = sorted({*mine["reset"], *fidelity.reset})
-    approximated = sorted({*mine["approximated"], *fidelity.approximated} - set(reset))
-    carried = sorted({*mine["carried"], *fidelity.carried} - set(reset) - set(approximated))
-    record["fidelity"] = {"carried": carried, "approximated": approximated, "reset": reset}
+    names = "carried", "approximated", "reset"
+    merged = _merged(*(tuple(mine[name]) + tuple(getattr(fidelity, name)) for name in names))
+    record["fidelity"] = {name: list(one) for name, one in zip(names, merged, strict=True)}
+
+
+@functools.lru_cache(maxsize=256)
+def _merged(
+    carried: tuple[str, ...], approximated: tuple[str, ...], reset: tuple[str, ...]
+) -> tuple[list[str], list[str], list[str]]:
+    """The worst that is said of each; connections of one kind have the same."""
+    worse = {*reset, *approximated}
+    return sorted({*carried} - worse), sorted({*approximated} - {*reset}), sorted({*reset})

@@ -14,9 +14,10 @@ from uuid import UUID
 
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import Kind
+from sockmi.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Criteria:
     """What a socket must be like to satisfy one import request; None means any."""
 
@@ -46,7 +47,7 @@ class Criteria:
         return wanted
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Candidate:
     """What the matching needs to know of a socket that comes or waits in a list.
 

@@ -36,7 +36,7 @@ from sockmi.image import Kind as ImageKind
 from sockmi.image.native import examine
 from sockmi.image.sections import Sequence, Window
 from sockmi.import_lists import Candidate, Criteria, ImportLists, Waiting
-from sockmi.journal import Change, Record
+from sockmi.journal import Change, Record, plain
 from sockmi.placing import Placing
 from sockmi.protocol.actions import Activate, Discard, Prepare, Reserve, Unreserve
 from sockmi.protocol.context import Capacity
@@ -322,7 +322,7 @@ class Importing:
             "migration_id": str(migration),
             "direction": "import",
             "engine": self._shell.engine.name,
-            "kind": item.kind,
+            "kind": plain(item.kind),
             "state": item.state,
             "local": str(item.origin) if item.origin else None,
             "remote": str(item.remote) if item.remote else None,
@@ -336,7 +336,7 @@ class Importing:
             "unsent_bytes": facts.unsent_bytes,
             "image_bytes": len(image),
             "context_bytes": facts.context_bytes,
-            "mode": place.mode,
+            "mode": plain(place.mode) if place.mode else None,
             "hop": item.hop,
         }
         return Copy(

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from sockmi.engine.owners import process_name
+from sockmi.frozen import frozen
 from sockmi.refusal import Code, Refusal
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Caller:
     """A process that is not an administrator's, as the kernel named it (SO_PEERCRED)."""
 

@@ -7,14 +7,14 @@ SO_REUSEADDR it would find out only at their listen(2)s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.engine.base import BindFlag, Kind
+from sockmi.frozen import frozen
 from sockmi.protocol.records import Item, MigrationId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Name:
     """What a socket is bound to, and with whom it can share that."""
 

@@ -6,17 +6,17 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
-from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 from sockmi import api
 from sockmi.engine.base import Kind
 from sockmi.engine.listing import Holder, ListedSocket, list_sockets
+from sockmi.frozen import frozen
 from sockmi.refusal import Code, Refusal
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Found:
     """One descriptor of a socket of this host."""
 

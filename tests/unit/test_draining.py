@@ -19,7 +19,7 @@ from sockmi.addresses import Endpoint
 from sockmi.draining import Drain
 from sockmi.engine import duplicate as duplicate_module
 from sockmi.engine.listing import Holder, ListedSocket
-from sockmi.engine.owners import Holders
+from sockmi.engine.owners import Holders, Owners
 from sockmi.exporting import Selected
 from sockmi.limits import is_spare
 from sockmi.refusal import Code, Refusal
@@ -68,6 +68,7 @@ class Setting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loop = asyncio.new_event_loop()
         self.exporting = Exporting(self.loop)
+        self.owners = Owners()
         self.duplicate: Callable[[int, int], int] = lambda pid, fd: fd
         self.holders: Holders = {}
         self.lines: list[dict[str, Any]] = []
@@ -81,7 +82,12 @@ class Setting:
 
     def drain(self, rows: list[Found], **fields: Any) -> dict[str, Any]:
         """Run it to its end; the progress at the end."""
-        daemon: Any = SimpleNamespace(loop=self.loop, exporting=self.exporting, host_name="a")
+        daemon: Any = SimpleNamespace(
+            loop=self.loop,
+            exporting=self.exporting,
+            host_name="a",
+            shell=SimpleNamespace(engine=SimpleNamespace(owners=self.owners)),
+        )
 
         def report(line: dict[str, Any]) -> None:
             self.lines.append(line)

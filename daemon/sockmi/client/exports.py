@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -20,11 +20,12 @@ from sockmi.client.lines import DESCRIPTORS_MAX
 from sockmi.client.link import RECONNECT_PAUSE_S, Link
 from sockmi.client.records import MigrationRecord
 from sockmi.engine.duplicate import pidfd_getfd
+from sockmi.frozen import frozen
 
 _RECONNECT_S = 10.0  # how long to ask for an outcome, of a daemon that restarts or is slow
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Export:
     """One socket to export: a socket or descriptor, of this process or of ``pid``."""
 

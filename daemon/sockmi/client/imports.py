@@ -19,6 +19,7 @@ from sockmi.client.errors import SockMiError, check, refused, strange
 from sockmi.client.link import Link
 from sockmi.client.records import MigrationRecord, endpoint
 from sockmi.engine.base import Kind
+from sockmi.frozen import frozen
 
 REQUESTS_MAX = 4096
 
@@ -26,7 +27,7 @@ _TCP_REPAIR = 19  # include/uapi/linux/tcp.h
 _TCP_CLOSE = 7
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ImportRequest:
     """What to import: one socket in one of ``states`` that matches every criterion given.
 
@@ -72,7 +73,7 @@ class ImportRequest:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Imported:
     """A socket that now lives here.
 

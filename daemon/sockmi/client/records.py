@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -12,9 +11,10 @@ from uuid import UUID
 from sockmi.addresses import Endpoint
 from sockmi.client.errors import SockMiError, number, strange
 from sockmi.engine.base import Fidelity, Kind
+from sockmi.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class MigrationRecord:
     """One migration; see "The migration record" in docs/control.md.
 

@@ -15,6 +15,7 @@ from enum import IntFlag, StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from sockmi.addresses import Endpoint, FourTuple
+from sockmi.frozen import frozen
 from sockmi.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class BindFlag(IntFlag):
 _NO_FLAGS = BindFlag(0)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Needs:
     """What the importer must be able to do for this socket.
 
@@ -55,7 +56,7 @@ class Needs:
     bind_flags: BindFlag = _NO_FLAGS
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SocketFacts:
     """A socket as preflight sees it; nothing is frozen to learn this.
 
@@ -93,7 +94,7 @@ class Fidelity:
     reset: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Captured:
     """An image, and what the engine could not put into it."""
 
@@ -101,7 +102,7 @@ class Captured:
     fidelity: Fidelity
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Placement:
     """Where the copy lives on this host.
 
@@ -113,7 +114,7 @@ class Placement:
     transparent: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Restored:
     """A dormant copy; closing ``fd`` emits nothing.
 

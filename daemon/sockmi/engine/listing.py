@@ -13,13 +13,13 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.engine.owners import find_holders, process_name
 from sockmi.engine.preflight import STATES
+from sockmi.frozen import frozen
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -37,7 +37,7 @@ _TRIES = 3
 _SYN_RECV, _LISTEN = 1 << 3, 1 << 10  # of a dump's states: TCP_SYN_RECV, TCP_LISTEN
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Holder:
     """One descriptor of a socket; ``fd`` -1 is a registered file of an io_uring.
 
@@ -50,7 +50,7 @@ class Holder:
     has_ring: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ListedSocket:
     """A TCP socket of this namespace.
 
@@ -72,7 +72,7 @@ class ListedSocket:
     quiet: Quiet | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Quiet:
     """A connection on which nothing is under way: nothing is queued, and what came last has been answered.
 

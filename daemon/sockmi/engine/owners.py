@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sockmi.frozen import frozen
 from sockmi.native import library
 from sockmi.refusal import Code, Refusal
 
@@ -38,7 +39,7 @@ _PID_MIN = 300  # RESERVED_PIDS: where process ids go on after a wrap (kernel/pi
 _UNSEEN_PIDS = 32
 # A look that finds nothing new is repeated if processes were born meanwhile, but so often at most.
 _LOOKS = 3
-_MANY_PIDS = 64  # more ids than this: remember that they have been looked at
+_MANY_PIDS = 16  # more ids than this: remember that they have been looked at
 _RESCAN_PIDS = 256  # more ids than this since the scan: a new one, before the freeze, is cheaper
 _RESCAN_AGE_S = 60.0  # the ids may have gone round: scan anew
 _REMEMBERED_S = 5.0  # what another scan has found may be this old
@@ -239,7 +240,7 @@ def obstacle_of(pid: int, *, has_ring: bool) -> Refusal | None:
     return _traced(pid, int(tracer))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Scan:
     """When a scan began: the time (monotonic), and the process id after which it may have missed one.
 

@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from sockmi.image.codec import decode, encode
 from sockmi.image.options import Option
-from sockmi.image.patch import Summary, peek, section, stamp, with_context, with_fidelity, with_section
+from sockmi.image.patch import (
+    Summary,
+    peek,
+    queue_bytes,
+    section,
+    stamp,
+    with_context,
+    with_fidelity,
+    with_section,
+)
 from sockmi.image.sections import FidelityName, Identity, Image, OptionValue, Place
 from sockmi.image.words import (
     LIMIT_BYTES,
@@ -41,6 +50,7 @@ __all__ = [
     "decode",
     "encode",
     "peek",
+    "queue_bytes",
     "section",
     "stamp",
     "with_context",

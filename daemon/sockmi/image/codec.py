@@ -6,9 +6,9 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from sockmi.frozen import frozen
 from sockmi.image import words as w
 from sockmi.image.check import check
 from sockmi.image.parse import SPECS, check_length, name, parse
@@ -19,7 +19,7 @@ _HEADER = struct.Struct("<8sHHIQII")
 _SECTION = struct.Struct("<HHI")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RawSection:
     """A section as bytes; ``start`` and ``end`` are offsets of the whole, header and padding included."""
 

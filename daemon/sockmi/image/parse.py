@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from enum import IntFlag
 from typing import Any
 
+from sockmi.frozen import frozen
 from sockmi.image import sections as s
 from sockmi.image import words as w
 from sockmi.image.options import option_type
 from sockmi.image.words import ErrorClass, ImageError, Section
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Spec:
     """What is known of a section: the length is least..most and a multiple of ``multiple``."""
 

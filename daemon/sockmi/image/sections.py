@@ -16,6 +16,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import ClassVar, Self
 
 from sockmi.addresses import Endpoint
+from sockmi.frozen import frozen
 from sockmi.image.words import FidelityClass, OptionType
 
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -55,7 +56,7 @@ class _Fixed:
         return struct.calcsize(cls.LAYOUT)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Place:
     """An endpoint as in the image: 16 address bytes (IPv4 is v4-mapped), port, interface index."""
 

@@ -9,12 +9,12 @@ Records in an action are journalled by it, in one transaction, before its answer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import Fidelity
+from sockmi.frozen import frozen
 from sockmi.protocol.messages import Channel, Message
 from sockmi.protocol.records import (
     Arrival,
@@ -36,7 +36,7 @@ from sockmi.refusal import Refusal
 # --- both roles ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Send:
     """Send ``message`` to a host, or to the whole group (``to`` None).
 
@@ -49,7 +49,7 @@ class Send:
     channel: Channel
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OpenStream:
     """Answer: ``events.StreamOpened`` or ``events.StreamLost``. Streams stay open."""
 
@@ -66,7 +66,7 @@ class Outcome(StrEnum):
     LOST = "lost"  # committed, but the importer could not bring it to life
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Result:
     """What became of one migration; ``fidelity`` is the importer's part of the report."""
 
@@ -78,7 +78,7 @@ class Result:
     fidelity: Fidelity | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Report:
     """News of a batch, for whoever asked for it and for the audit journal."""
 
@@ -86,14 +86,14 @@ class Report:
     results: tuple[Result, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BatchDone:
     """Every migration of the batch is ACTIVE, REFUSED, PLANNED or LOST; nothing of it is left."""
 
     batch: BatchId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ignored:
     """A message that does not fit, dropped; for logs and metrics."""
 
@@ -102,7 +102,7 @@ class Ignored:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Quiet:
     """After ``events.Stop``: nothing volatile is under way, the daemon may exit. What is still in
     doubt is in the journal."""
@@ -111,7 +111,7 @@ class Quiet:
 # --- exporter ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Freeze:
     """Stop the owners, hold the packets, capture. Answer: ``events.FreezeDone``.
 
@@ -124,7 +124,7 @@ class Freeze:
     deadline_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Thaw:
     """The inverse of ``Freeze`` for these (never committed): unhold, resume. No answer.
 
@@ -135,7 +135,7 @@ class Thaw:
     migrations: tuple[MigrationId, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Commit:
     """The point of no return. Answer: ``events.CommitDone``.
 
@@ -153,7 +153,7 @@ class Commit:
     notices: tuple[Notice, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ForgetDecision:
     """The importer is ACTIVE: delete the decision from the journal. No answer."""
 
@@ -163,7 +163,7 @@ class ForgetDecision:
 # --- importer ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reserve:
     """Choose the place of each copy, keep its port. Answer: ``events.ReserveDone``.
 
@@ -181,7 +181,7 @@ class Reserve:
     former: tuple[Endpoint | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Unreserve:
     """The inverse of ``Reserve``: these will not come. No answer.
 
@@ -191,7 +191,7 @@ class Unreserve:
     migrations: tuple[MigrationId, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Prepare:
     """Validate, hold the tuples, restore dormant; spool the images and journal a
     ``PreparedChunk``, if at least one went well. Answer: ``events.PrepareDone``.
@@ -209,7 +209,7 @@ class Prepare:
     images: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Activate:
     """Bring to life, or put into the import list. Answer: ``events.ActivateDone``.
 
@@ -226,7 +226,7 @@ class Activate:
     returning: tuple[ConnectionId, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Discard:
     """The inverse of ``Prepare`` for these: closed without a packet, unheld, image and spool
     entry deleted, reservation given up; if it is all that was left of the chunk, its PreparedChunk
@@ -240,7 +240,7 @@ class Discard:
 # --- redirects over hops -------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reroute:
     """Home: lead these connections to their new holders; journal the routes. Only existing
     entries are replaced. Answer: ``events.RerouteDone``."""
@@ -248,14 +248,14 @@ class Reroute:
     routes: tuple[Route, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SaveRoutes:
     """Journal these routes (``pinned`` changed); the kernel's entries stay. No answer."""
 
     routes: tuple[Route, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Collect:
     """Stop diverting (late packets are dropped silently for a while), delete from the journal.
     Only the route of exactly this hop. Answer: ``events.CollectDone``."""
@@ -263,14 +263,14 @@ class Collect:
     routes: tuple[Route, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ForgetNotices:
     """The home has answered: delete the notices (connection, hop) from the journal. No answer."""
 
     notices: tuple[tuple[ConnectionId, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ForgetHoldings:
     """Ended and collected everywhere: remove this host's translation of these connections and
     delete the holdings (connection, hop) from the journal. No answer."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import BindFlag, Fidelity, Kind, Needs
+from sockmi.frozen import frozen
 from sockmi.protocol import messages
 from sockmi.protocol.messages import STREAM_ONLY, Hop, Message, Move, Verdict
 from sockmi.protocol.records import (
@@ -42,7 +42,7 @@ class CodecError(ValueError):
     """Bytes that are no message of this version, or a message that cannot be written."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Field:
     """How one kind of value is written; ``size`` is for people.
 

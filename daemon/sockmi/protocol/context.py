@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 
+from sockmi.frozen import frozen
 from sockmi.policy import FirstValid, Policy
 from sockmi.protocol.actions import Action, Ignored, Send
 from sockmi.protocol.messages import Channel, Message
@@ -15,7 +16,7 @@ from sockmi.protocol.records import CHUNK_ITEMS_MAX, PAGE_ITEMS_MAX, Counts, Hos
 from sockmi.redirect.base import Mode
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Settings:
     """Times and sizes; the defaults suit one LAN.
 

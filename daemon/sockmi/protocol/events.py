@@ -7,11 +7,11 @@ An action ``X`` that is answered is answered by exactly one ``XDone``, whatever 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeAlias
 
 from sockmi.engine.base import Fidelity
+from sockmi.frozen import frozen
 from sockmi.protocol.messages import Channel, Message
 from sockmi.protocol.records import (
     BatchId,
@@ -30,7 +30,7 @@ from sockmi.redirect.base import Mode
 from sockmi.refusal import Refusal
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Started:
     """The daemon runs; what its journal holds, in any order. Empty on a new host."""
 
@@ -41,7 +41,7 @@ class Started:
     holdings: tuple[Holding, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Stop:
     """The daemon shall end: what is committed is finished, what is not is undone, nothing new
     is begun. ``actions.Quiet`` follows, at the latest after ``grace_s``."""
@@ -49,7 +49,7 @@ class Stop:
     grace_s: float = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StartExport:
     """Export these sockets; preflight is done and none is frozen.
 
@@ -68,14 +68,14 @@ class StartExport:
     dry_run: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CancelExport:
     """Refuse (TIMEOUT) what of the batch is not yet committed."""
 
     batch: BatchId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ChildrenFound:
     """Connections from the queue of a listener that has been committed to ``host``: they
     follow it there without another negotiation. ``batch`` is a new id; each item's
@@ -88,7 +88,7 @@ class ChildrenFound:
     timeout_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Received:
     """An authenticated message of ``source``, a member of the group (or this host itself: dropped)."""
 
@@ -97,14 +97,14 @@ class Received:
     channel: Channel
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StreamOpened:
     """The stream that ``actions.OpenStream`` asked for is there (also if it already was)."""
 
     host: HostId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StreamLost:
     """The stream to or from ``host`` broke or could not be opened; what was sent may be lost."""
 
@@ -112,7 +112,7 @@ class StreamLost:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SendFailed:
     """A message that has no bytes (``why``): it was not sent, and would not be another time."""
 
@@ -121,7 +121,7 @@ class SendFailed:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FreezeDone:
     """Per migration of the chunk, in order: the image (socket frozen), or why not (it runs on)."""
 
@@ -129,7 +129,7 @@ class FreezeDone:
     results: tuple[bytes | Refusal, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CommitDone:
     """Per route of ``actions.Commit``, in order: None if committed, else why it was undone."""
 
@@ -137,7 +137,7 @@ class CommitDone:
     results: tuple[Refusal | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReserveDone:
     """Per item of ``actions.Reserve`` with this ``page``, in order."""
 
@@ -147,7 +147,7 @@ class ReserveDone:
     places: tuple[Place | Refusal, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PrepareDone:
     """Per arrival of ``actions.Prepare``, in order; the spool and the journal have it."""
 
@@ -155,7 +155,7 @@ class PrepareDone:
     results: tuple[Fidelity | Refusal, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ActivateDone:
     """Per holding of ``actions.Activate``, in order: None if live or in the import list."""
 
@@ -163,21 +163,21 @@ class ActivateDone:
     results: tuple[Refusal | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RerouteDone:
     """Per route of ``actions.Reroute``, in order: (connection, hop) and None or why not."""
 
     results: tuple[tuple[ConnectionId, int, Refusal | None], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CollectDone:
     """These (connection, hop) routes are gone, from the kernel and from the journal."""
 
     routes: tuple[tuple[ConnectionId, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ConnectionsEnded:
     """Imported connections that exist on this host no more (closed, timed out, reset, owner
     gone). Connections that are not held here are ignored. After a restart the shell tells
@@ -186,7 +186,7 @@ class ConnectionsEnded:
     connections: tuple[ConnectionId, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Forget:
     """An operator's word that ``host`` will never come back: nothing is sent to it any more.
 

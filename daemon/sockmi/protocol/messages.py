@@ -7,12 +7,12 @@ The sender is never in a message: the transport authenticates it and the shell p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple, TypeAlias
 
 from sockmi.engine.base import Fidelity, Needs
+from sockmi.frozen import frozen
 from sockmi.protocol.records import (
     BatchId,
     ChunkId,
@@ -37,7 +37,7 @@ class Channel(StrEnum):
 # --- negotiation ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Request:
     """REQUEST, exporter to all (or to the target): who takes these sockets?
 
@@ -55,7 +55,7 @@ class Request:
     target_address: IPv4Address | IPv6Address | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Offer:
     """OFFER, importer to exporter: room for so many, kept for ``lease_ms``.
 
@@ -72,7 +72,7 @@ class Offer:
     lease_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Release:
     """RELEASE, exporter to all: hosts that are not in ``chosen`` drop what they keep for the
     batch, except what is already prepared. To one host, with ``chosen`` empty, at its end."""
@@ -81,7 +81,7 @@ class Release:
     chosen: tuple[HostId, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reserve:
     """RESERVE (stream), exporter to importer: one page of the batch's items."""
 
@@ -91,7 +91,7 @@ class Reserve:
     modes: tuple[Mode, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reserved:
     """RESERVED (stream), the answer: per item of the page a place or a refusal, in order."""
 
@@ -103,7 +103,7 @@ class Reserved:
 # --- two-phase commit ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ship:
     """SHIP (stream), exporter to importer: the frozen chunk, all in order of ``migrations``.
 
@@ -116,7 +116,7 @@ class Ship:
     images: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Prepared:
     """PREPARED (stream), the answer: per socket what the copy lacks, or why there is none."""
 
@@ -124,7 +124,7 @@ class Prepared:
     results: tuple[Fidelity | Refusal, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Confirm:
     """CONFIRM, exporter to importer: these positions of the chunk are committed, the others
     undone. Repeated until ACTIVE; also the answer to QUERY."""
@@ -133,7 +133,7 @@ class Confirm:
     committed: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Active:
     """ACTIVE, importer to exporter: CONFIRM has been carried out and is journalled.
 
@@ -144,21 +144,21 @@ class Active:
     refused: tuple[tuple[int, Code], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Abort:
     """ABORT, exporter to importer: the chunk was undone; also the answer to QUERY."""
 
     chunk: ChunkId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Query:
     """QUERY, importer to exporter: I am prepared; what became of the chunk?"""
 
     chunk: ChunkId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Undecided:
     """UNDECIDED, exporter to importer: ask again."""
 
@@ -192,42 +192,42 @@ class Verdict(StrEnum):
     REFUSED = "refused"  # the home cannot reach the holder: the waypoint must stay
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reroute:
     """REROUTE, former holder to home: lead these connections straight to their new holders."""
 
     moves: tuple[Move, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Rerouted:
     """REROUTED, the answer; connections without a verdict are asked again."""
 
     verdicts: tuple[tuple[Hop, Verdict], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ended:
     """ENDED, holder to home and exporter: these connections have ended here."""
 
     hops: tuple[Hop, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Collected:
     """COLLECTED, the answer: nothing leads there any more."""
 
     hops: tuple[Hop, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Audit:
     """AUDIT, a host with routes to their holder, now and then: do you still have these?"""
 
     hops: tuple[Hop, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Audited:
     """AUDITED, the answer: these I have not. Silence about a connection means it lives."""
 

@@ -8,11 +8,12 @@ in ``events.Started`` after a restart. Everything else is volatile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple, TypeAlias
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.engine.base import Kind, Needs
+from sockmi.frozen import frozen
 from sockmi.redirect.base import Mode
 
 HostId: TypeAlias = bytes
@@ -61,7 +62,7 @@ class Counts(NamedTuple):
 _KIND_INDEX = {Kind.BOUND: 0, Kind.LISTENING: 1, Kind.CONNECTED: 2}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Item:
     """One socket that is to move.
 
@@ -126,7 +127,7 @@ def contradiction(item: Item) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Place:
     """Where the importer will have the copy.
 
@@ -139,7 +140,7 @@ class Place:
     mode: Mode | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Route:
     """Durable, on each host that leads a connection's packets away.
 
@@ -167,7 +168,7 @@ class Route:
         return self.kind is not Kind.BOUND
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Notice:
     """Durable, on an exporter that is not the connection's home: the home still has to be
     told that at ``hop`` the connection went to ``holder``."""
@@ -179,7 +180,7 @@ class Notice:
     place: Place
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Decision:
     """Durable, on the exporter, from COMMIT until the importer's ACTIVE.
 
@@ -193,7 +194,7 @@ class Decision:
     committed: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Arrival:
     """One reserved socket on the importer: what RESERVE said and what we answered."""
 
@@ -201,7 +202,7 @@ class Arrival:
     place: Place
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PreparedChunk:
     """Durable, on the importer, from PREPARED until the decision is carried out.
 
@@ -215,7 +216,7 @@ class PreparedChunk:
     prepared: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Holding:
     """Durable, on the importer, from ACTIVE until the connection has ended and every host
     that might still redirect it has collected, or until it is exported further."""

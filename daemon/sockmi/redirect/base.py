@@ -9,12 +9,12 @@ host that makes the call sees them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
 
 from sockmi.addresses import Endpoint, FourTuple
+from sockmi.frozen import frozen
 
 
 class Mode(StrEnum):
@@ -26,7 +26,7 @@ class Mode(StrEnum):
     IPTABLES = "iptables"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Outbound:
     """A connection that has left this host.
 
@@ -39,7 +39,7 @@ class Outbound:
     importer: Endpoint
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Inbound:
     """A connection that has come to this host.
 

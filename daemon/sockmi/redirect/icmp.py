@@ -21,10 +21,11 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import ip_address
 
 from sockmi.addresses import Endpoint, FourTuple
+from sockmi.frozen import frozen
 from sockmi.redirect.base import Outbound, Redirect
 from sockmi.redirect.routes import Address
 from sockmi.redirect.settings import Tag
@@ -47,7 +48,7 @@ _AT_ONCE = 64
 _INDEX_AGE_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class IcmpError:
     """One ICMP or ICMPv6 error about a TCP segment.
 

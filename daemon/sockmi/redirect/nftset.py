@@ -11,9 +11,9 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from sockmi import native
+from sockmi.frozen import frozen
 
 INET = 1  # NFPROTO_INET
 NETDEV = 5  # NFPROTO_NETDEV
@@ -42,7 +42,7 @@ class _Set(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NftSet:
     """A set, or a map if ``data_bytes`` is not 0; fields of a concatenated key are padded to 4 bytes."""
 

@@ -12,11 +12,11 @@ import errno
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from sockmi.frozen import frozen
 from sockmi.redirect.netlink import IPRoute, NetlinkError
 from sockmi.redirect.settings import Settings, Tag
 
@@ -35,7 +35,7 @@ _TAG_MASK = 0xFFFF0000
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Way:
     """How packets to an address leave this host: ``kind`` is the kernel's RTN_* number."""
 
@@ -47,7 +47,7 @@ class Way:
     mtu_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Held:
     """An address of this host, as it must be put back."""
 

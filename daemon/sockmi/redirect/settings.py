@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import IntEnum
+
+from sockmi.frozen import frozen
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,30}")
 
@@ -30,7 +31,7 @@ class Tag(IntEnum):
     """An ICMP error that the daemon sends on: not caught a second time."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Settings:
     """Names and numbers; two daemons on one host need different ones of all but ``devices``.
 

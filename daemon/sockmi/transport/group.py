@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sockmi.addresses import Endpoint
+from sockmi.frozen import frozen
 from sockmi.transport.hello import Introduction
 from sockmi.transport.identity import HostId, Identity, IdentityError, check_certificate, fingerprint_of
 from sockmi.transport.keyring import Keyring
@@ -47,7 +48,7 @@ class GroupError(Exception):
     """The group's sockets cannot be set up; the text says what, where and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GroupSettings:
     """Where the group meets. Either ``multicast`` or ``members`` (of which this host may be one).
 

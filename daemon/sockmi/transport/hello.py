@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
+from sockmi.frozen import frozen
 from sockmi.transport.identity import CERTIFICATE_BYTES_MAX
 from sockmi.transport.seal import INTRODUCTION_BYTES_MAX
 
@@ -18,7 +18,7 @@ _FIELD = struct.Struct("!BH")
 _CERTIFICATE, _PORT, _ADDRESS, _HOST_NAME, _ENGINE, _REDIRECT = range(1, 7)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Introduction:
     """``certificate`` is DER. Without ``addresses`` the stream is where the datagrams come from."""
 

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import os
 import stat
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
@@ -17,6 +16,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from sockmi.frozen import frozen
 
 HostId: TypeAlias = bytes
 """16 random bytes (a version 4 UUID), made once per host; also the CN of its certificate."""
@@ -108,7 +109,7 @@ def check_certificate(certificate: bytes) -> HostId:
         raise IdentityError(f"not a certificate of this kind: {error or type(error).__name__}") from error
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Identity:
     """This host: ``path`` is the PEM file with the private key and the certificate (DER here)."""
 

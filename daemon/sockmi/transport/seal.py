@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from sockmi.frozen import frozen
 from sockmi.transport.identity import HOST_ID_BYTES, HostId
 from sockmi.transport.keyring import KEY_BYTES, KEY_ID_BYTES, Keyring
 
@@ -67,7 +68,7 @@ class Kind(IntEnum):
     LEAVE = 4  # the sender stops
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Received:
     """What a datagram meant. ``reply`` is a datagram to send back to where it came from.
 

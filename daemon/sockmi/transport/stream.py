@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from sockmi.addresses import Endpoint
+from sockmi.frozen import frozen
 from sockmi.transport.group import Member
 from sockmi.transport.identity import HostId, Identity
 from sockmi.transport.link import Frame, Link, Phase, connect
@@ -40,7 +41,7 @@ class StreamError(Exception):
     """The streams cannot be listened for; the text says what, where and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StreamSettings:
     """Limits. After ``ping_interval_s`` of silence a host is asked, after ``dead_after_s`` it is given up."""
 
