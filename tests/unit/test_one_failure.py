@@ -60,7 +60,8 @@ def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None
             raise error
         return None
 
-    shell, events = told()
+    spool, later = SimpleNamespace(provide=None), SimpleNamespace(call_later=lambda *_: None)
+    shell, events = told(loop=later, spool=spool)
     placing = Placing([Mode.NAT], lambda _: None, lambda _: False, trying)
     importing = Importing(shell, placing, Capacity(), None)  # type: ignore[arg-type]
     importing.reserve(a.Reserve(BATCH, HOME, 1, (bound(1), bound(2)), (Mode.NAT,), (None, None)))

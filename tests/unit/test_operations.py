@@ -19,6 +19,7 @@ import pytest
 from sockmi import api, operations
 from sockmi.control import Client
 from sockmi.engine.listing import Holder, ListedSocket
+from sockmi.engine.owners import Scan
 from sockmi.exporting import Selected
 from sockmi.journal import Change, Journal
 from sockmi.operations import Operations
@@ -136,6 +137,7 @@ class Setting:
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Iterator[Setting]:
+    Scan.now()  # keeps a descriptor for good
     before = list(Path("/proc/self/fd").iterdir())
     one = Setting(tmp_path)
     yield one

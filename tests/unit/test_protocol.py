@@ -49,7 +49,8 @@ T = TypeVar("T")
 PURE = {
     "__future__", "abc", "collections", "collections.abc", "copy", "dataclasses", "enum", "functools",
     "heapq", "ipaddress", "re", "struct", "typing",
-    "sockmi.addresses", "sockmi.refusal", "sockmi.policy", "sockmi.engine.base", "sockmi.redirect.base",
+    "sockmi.addresses", "sockmi.engine.base", "sockmi.frozen", "sockmi.policy", "sockmi.redirect.base",
+    "sockmi.refusal",
 }  # fmt: skip
 
 
