@@ -463,7 +463,14 @@ class Importing:
             self._keep_listed(change, copy)
             change.audit.append((copy.candidate.migration_id, "import", {"step": "committed"}))
         self._redirecting.add_holdings(holdings)
-        shell.journal.write(change)
+        try:
+            shell.journal.write(change)
+        except BaseException:
+            # The daemon ends; an application whose word is read before that must not be given life.
+            for client in (*early, *by_client):
+                if client in self._handings:
+                    self._handings[client].decided = False
+            raise
         reached("activate.journalled")
         self._count("failed", results.count(_LOST))
         if not early and not by_client:

@@ -15,21 +15,21 @@ from uuid import UUID
 import pytest
 
 from sockmi.addresses import Endpoint
-from sockmi.api import parse_request
+from sockmi.api import TakenRequest, parse_request
 from sockmi.config import Config
 from sockmi.engine.base import Kind, Needs, Placement
 from sockmi.engine.trial import obstacle
 from sockmi.exporting import Batch, Export, Exporting, Selected
 from sockmi.image import Family, ImageError
 from sockmi.import_lists import Candidate
-from sockmi.importing import Copy, Importing, Wish
+from sockmi.importing import Copy, Handing, Importing, Wish
 from sockmi.metrics import Metrics
 from sockmi.movelog import MoveLog
 from sockmi.placing import Placing
 from sockmi.protocol import actions as a
 from sockmi.protocol import events as e
 from sockmi.protocol.context import Capacity
-from sockmi.protocol.records import Arrival, ChunkId, Item, Place, Route
+from sockmi.protocol.records import Arrival, ChunkId, Holding, Item, Place, Route
 from sockmi.redirect.base import Mode
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
@@ -73,6 +73,37 @@ def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None
     again: Sequence[Place] = [placing.choose(bound(3), [Mode.NAT])]
     assert again == [Place()]
     assert not placing._ports.taken(bound(1)), "its port is not kept"
+
+
+def test_what_cannot_be_journalled_is_not_brought_to_life() -> None:
+    """The daemon ends then; but an application's word may be read before that."""
+
+    def write(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    nothing: Any = SimpleNamespace(
+        suspend=list, add_holdings=list, drop_route=None, journal=SimpleNamespace(write=write)
+    )
+    lifted: list[object] = []
+    shell, _ = told(journal=nothing.journal, engine=SimpleNamespace(renew=lambda *_: lifted.append(1) or []))
+    importing = Importing(shell, nothing, Capacity(), nothing)
+    item = bound(1)
+    ends = item.local, None, None
+    holding = Holding(item.connection, item.migration, Kind.BOUND, 1, HOME, HOME, Place(), *ends)
+    client: Any = object()
+    copy: Any = SimpleNamespace(
+        client=client, record={}, holding=None, handed=None, tuple=None, chunk="c-0", fd=-1,
+        arrival=Arrival(item, Place()), candidate=SimpleNamespace(migration_id=UUID(bytes=item.migration)),
+    )  # fmt: skip
+    importing.copies[item.migration] = copy
+    handing = Handing(Wish(SimpleNamespace(), None), [copy], lambda: None, False)  # type: ignore[arg-type]
+    importing._handings[client] = handing
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Importing, "_keep_listed", lambda *_: None)
+        with pytest.raises(OSError, match="No space"):
+            importing.activate(a.Activate(ChunkId(BATCH, 0), (holding,)))
+    importing.taken(client, TakenRequest(id=1, op="taken", migrations=[copy.candidate.migration_id]))
+    assert not handing.decided and handing.taken is not None and not lifted
 
 
 def test_nothing_is_tried_without_a_local_end() -> None:
