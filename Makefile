@@ -17,6 +17,9 @@ demo: setup ## A lab of hosts; moves live connections from a to b to c while cli
 test: setup ## Every test: style, unit, simulation, fuzz, traffic, lab, crash, the module in guests of 6.1 and 6.12
 	@scripts/test
 
+sanity: setup ## `ansible-test sanity` on the collection as its tarball installs it, without ignore files (some minutes)
+	@scripts/sanity
+
 lint: setup ## Style and types only
 	@scripts/test style
 
@@ -42,5 +45,5 @@ clean: ## Remove what the above made in this folder
 	rm -rf .venv .build
 	$(MAKE) -C daemon/libsockmi clean
 
-.PHONY: help setup demo test lint test-kmod molecule wheelhouse bench test-kernels bench-kernel clean
+.PHONY: help setup demo test sanity lint test-kmod molecule wheelhouse bench test-kernels bench-kernel clean
 .DEFAULT_GOAL := help

@@ -27,7 +27,7 @@ def run(site: Site, report: Report, *, quick: bool) -> None:
     asked: list[float] = []
     told: list[float] = []
     with site.daemons():
-        for _ in range(rounds):
+        for _turn in range(rounds):
             bare += _bare(site, moves, told)
             ours += _daemons(site, moves, still, asked)
     for name, values in (
@@ -71,7 +71,7 @@ def _bare(site: Site, moves: int, told: list[float]) -> list[float]:
         client = start(site.peer, "peer", "flow", addresses[0], BARE_PORT, INTERVAL_US)
         windows = [tuple(map(int, line.split())) for line in mover.lines(moves)]
         told += [(end - begin) / 1e6 for begin, end in windows]
-        return _gaps(client, [begin for begin, _ in windows])
+        return _gaps(client, [begin for begin, _unused in windows])
 
 
 def _daemons(site: Site, moves: int, still: list[float], asked: list[float]) -> list[float]:

@@ -31,7 +31,7 @@ def run(site: Site, report: Report, *, quick: bool) -> None:
         for count in sizes:
             repeat = 1 if quick or count > 1000 else 3
             label = f"{count:,} connections, {'empty' if content == EMPTY_BYTES else '64 KiB queued'}"
-            results = [measure(site, count, content) for _ in range(repeat)]
+            results = [measure(site, count, content) for _turn in range(repeat)]
             best = max(results, key=lambda one: one["rate_per_s"])
             rates[count, content] = best["rate_per_s"]
             _tell(report, label, best)

@@ -19,8 +19,8 @@ def run(site: Site, report: Report, *, quick: bool) -> None:
     """Start, memory at rest, memory with many redirects."""
     redirects = 1000 if quick else 10_000
     with site.daemons() as daemons:
-        starts = [_start_s(daemons["b"]) for _ in range(3 if quick else STARTS)]
-        bare = [_python_s(site) for _ in range(3 if quick else STARTS)]
+        starts = [_start_s(daemons["b"]) for _turn in range(3 if quick else STARTS)]
+        bare = [_python_s(site) for _turn in range(3 if quick else STARTS)]
         report.add("d", "start, exec to an answer on the control socket", percentile(starts, 50), "s")
         ratio = percentile(starts, 50) / percentile(bare, 50)
         report.add("d", "start, beside that of the bare interpreter", ratio, "x")
@@ -51,7 +51,7 @@ def _start_s(daemon: Daemon) -> float:
     daemon.stop()
     begun = time.monotonic()
     daemon.start()
-    [_] = ask(daemon.host, "status")
+    [_unused] = ask(daemon.host, "status")
     return time.monotonic() - begun
 
 

@@ -90,12 +90,12 @@ class Program:
             if not more:
                 raise RuntimeError(f"{self.name} ended with code {self.process.wait()}")
             self._pending += more
-        line, _, self._pending = self._pending.partition(b"\n")
+        line, _unused, self._pending = self._pending.partition(b"\n")
         return line.decode()
 
     def lines(self, count: int, timeout_s: float = 60.0) -> list[str]:
         """The next ``count`` lines."""
-        return [self.line(timeout_s) for _ in range(count)]
+        return [self.line(timeout_s) for _turn in range(count)]
 
     def ready(self) -> None:
         """Wait until it says so."""
@@ -110,7 +110,7 @@ class Program:
     def finish(self, timeout_s: float = 30.0) -> str:
         """SIGTERM, and the rest of what it wrote; RuntimeError if it failed."""
         self.process.terminate()
-        output, _ = self.process.communicate(timeout=timeout_s)
+        output, _unused = self.process.communicate(timeout=timeout_s)
         if self.process.returncode:
             raise RuntimeError(f"{self.name} ended with code {self.process.returncode}")
         return (self._pending + output).decode()

@@ -45,7 +45,7 @@ def run(site: Site, report: Report, *, quick: bool) -> None:
                 installed = max(installed, size)
                 for name in _UNITS:
                     pairs = [
-                        (_rate(direct, name, seconds), _rate(moved, name, seconds)) for _ in range(rounds)
+                        (_rate(direct, name, seconds), _rate(moved, name, seconds)) for _turn in range(rounds)
                     ]
                     _tell(report, f"{mode}, {size:,} others, {name}", _UNITS[name][0], pairs)
 

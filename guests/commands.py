@@ -146,8 +146,8 @@ def _prepare(options: argparse.Namespace) -> int:
 def _up(options: argparse.Namespace) -> int:
     wanted = []
     for number, text in enumerate(options.guest, 1):
-        name, _, rest = text.partition("=")
-        kernel, suite, quick, *_ = [*rest.split(":"), "", ""]
+        name, _unused, rest = text.partition("=")
+        kernel, suite, quick, *_unused = [*rest.split(":"), "", ""]
         if kernel not in DEBIAN_KERNELS:
             raise HarnessError(f"--guest {text}: no kernel {kernel!r}; there are {', '.join(DEBIAN_KERNELS)}")
         if quick not in ("", "quick"):

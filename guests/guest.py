@@ -82,7 +82,7 @@ class Guest:
     def __enter__(self) -> Guest:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_unused: object) -> None:
         self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:

@@ -30,7 +30,7 @@ class Initrd:
         """The files of the drivers and of what they depend on, in the order in which they must be loaded."""
         needs: dict[str, tuple[Path, list[Path]]] = {}
         for line in (self.modules / "modules.dep").read_text().splitlines():
-            name, _, rest = line.partition(":")
+            name, _unused, rest = line.partition(":")
             path = self.modules / name
             needs[path.stem.replace("-", "_")] = (path, [self.modules / other for other in rest.split()])
         built_in = {
@@ -70,6 +70,7 @@ class Initrd:
         for name in ("bin", "dev", "proc", "sys", "root", "modules", "sockmi"):
             archive.folder(name)
         archive.file("bin/busybox", BUSYBOX.read_bytes(), 0o755)
+        archive.link("bin/sh", "busybox")
         archive.file("init", carried["init"], 0o755)
         for name, data in carried.items():
             archive.file(f"sockmi/{name}", data, 0o755)
@@ -102,6 +103,10 @@ class Archive:
     def file(self, name: str, data: bytes, permissions: int = 0o644) -> None:
         """A file; its folder must have been made before."""
         self._entry(name, stat.S_IFREG | permissions, data)
+
+    def link(self, name: str, target: str) -> None:
+        """A symbolic link; its folder must have been made before."""
+        self._entry(name, stat.S_IFLNK | 0o777, target.encode())
 
     def done(self) -> bytes:
         """The whole archive."""

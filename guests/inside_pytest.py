@@ -112,7 +112,7 @@ class Repeater:
 
     def _run(self, items: Sequence[pytest.Item]) -> None:
         left = list(items)
-        kernel, _ = _batch(left[0])
+        kernel, _unused = _batch(left[0])
         while left:
             batch = Batch(kernel, left, self._config)
             try:
@@ -265,7 +265,7 @@ class Batch:
     def _complaints(self) -> Iterator[tuple[str, str]]:
         """What the kernel said of bugs, with the test in whose time it did."""
         parts = re.split(rf"^.*{MARK} (\S.*)$", self._log.replace("\r", ""), flags=re.MULTILINE)
-        first = next(iter(self._items))
+        first, *_unused = self._items
         for nodeid, text in itertools.chain([(first, parts[0])], zip(parts[1::2], parts[2::2], strict=True)):
             owner = nodeid if nodeid in self._items else first
             for report in reports(text, _complains(self._items[owner])):

@@ -138,7 +138,7 @@ def _detach(log: Path) -> None:
 
 
 def _keep(folder: Path, wanted: Sequence[Wanted], basis: Plan, ready: int, stay: Stay) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_unused: object) -> None:
         raise SystemExit
 
     signal.signal(signal.SIGTERM, stop)

@@ -63,11 +63,11 @@ class Capture:
             text=True,
         )
         assert self._process.stderr is not None
-        ready, _, _ = select.select([self._process.stderr], [], [], timeout_s)
+        ready, _unused, _unused = select.select([self._process.stderr], [], [], timeout_s)
         first = self._process.stderr.readline() if ready else ""
         if "listening on" not in first:
             self._process.kill()
-            _, rest = self._process.communicate()
+            _unused, rest = self._process.communicate()
             self._process = None
             raise LabError(f"tcpdump on {self.host.name} does not record: {first}{rest}".strip())
 
@@ -84,10 +84,10 @@ class Capture:
             time.sleep(settle_s)
         process.send_signal(signal.SIGINT)
         try:
-            _, words = process.communicate(timeout=10)
+            _unused, words = process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
             process.kill()
-            _, words = process.communicate()
+            _unused, words = process.communicate()
         dropped = re.findall(r"(\d+) packets? dropped", words)
         self.dropped = sum(int(number) for number in dropped)
 

@@ -65,7 +65,7 @@ class Programs:
 
     def wait_ready(self) -> None:
         """Every program that prints ``ready`` has done so."""
-        for name, process, _ in self._running:
+        for name, process, _unused in self._running:
             assert process.stdout is not None
             if process.stdout.readline().strip() != "ready":
                 raise LabError(f"{name} did not start; see {self.directory / name}.log")
@@ -73,15 +73,15 @@ class Programs:
     def finish(self, timeout_s: float = 120.0) -> list[str]:
         """SIGTERM to all but curl, which ends by itself; what those say that did not end well."""
         complaints = []
-        for name, process, _ in self._running:
+        for name, process, _unused in self._running:
             if process.poll() is None and name != "curl":
                 process.send_signal(signal.SIGTERM)
         for name, process, errors in self._running:
             try:
-                output, _ = process.communicate(timeout=timeout_s)
+                output, _unused = process.communicate(timeout=timeout_s)
             except subprocess.TimeoutExpired:
                 process.kill()
-                output, _ = process.communicate()
+                output, _unused = process.communicate()
                 complaints.append(f"{name} did not end")
             errors.close()
             if process.returncode:
@@ -91,7 +91,7 @@ class Programs:
 
     def kill(self) -> None:
         """End whatever still runs."""
-        for _, process, errors in self._running:
+        for _unused, process, errors in self._running:
             if process.poll() is None:
                 process.kill()
                 process.wait()

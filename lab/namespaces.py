@@ -147,6 +147,6 @@ def _wait(pidfds: list[int], timeout_s: float) -> None:
         poller.register(pidfd, select.POLLIN)
     waiting, deadline = len(pidfds), time.monotonic() + timeout_s
     while waiting and (left_s := deadline - time.monotonic()) > 0:
-        for pidfd, _ in poller.poll(left_s * 1000):
+        for pidfd, _unused in poller.poll(left_s * 1000):
             poller.unregister(pidfd)
             waiting -= 1

@@ -250,7 +250,7 @@ def page(told: Sequence[Story], title: str = "Live connections, moved") -> str:
         (_bytes(sum(story.sent + story.received for story in told)), "checked byte by byte"),
         (str(len(failed)), "clients that noticed anything"),
     ]
-    hosts = sorted({name for _, move in moves for name in (move.source, move.target)})
+    hosts = sorted({name for _unused, move in moves for name in (move.source, move.target)})
     colours = {name: f"var(--h{index % 4})" for index, name in enumerate(hosts)}
     begin = min((story.track.started_at for story in told), default=0.0)
     end = max((point[0] for story in told for point in story.track.points), default=begin)
@@ -339,8 +339,8 @@ def _picture(story: Story, begin: float, end: float, colours: Mapping[str, str])
             f'<text x="{x(begin + number * second):.1f}" y="{bottom + BAR + 24}" text-anchor="middle">'
             f"{number * second:g} s</text>"
         )
-    received = _steps(_thin([(x(when), y(count)) for when, _, count in story.track.points]))
-    sent = _steps(_thin([(x(when), y(count)) for when, count, _ in story.track.points]))
+    received = _steps(_thin([(x(when), y(count)) for when, _unused, count in story.track.points]))
+    sent = _steps(_thin([(x(when), y(count)) for when, count, _unused in story.track.points]))
     if received:
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in received)
         area = f"{received[0][0]:.1f},{bottom} {path} {received[-1][0]:.1f},{bottom}"

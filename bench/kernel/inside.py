@@ -195,7 +195,7 @@ def wired(*more: str) -> Iterator[tuple[Triangle, Mover]]:
 def goodput(quick: bool) -> dict[str, dict[str, list[float]]]:
     """Share of the goodput before, in the first second after the copy is alive; and how long moves took."""
     told: dict[str, dict[str, list[float]]] = {name: {"shares": [], "moves": []} for name in WAYS}
-    for _ in range(2 if quick else 7):
+    for _turn in range(2 if quick else 7):
         for name, way in WAYS.items():
             with wired("rate", f"{RATE_MBIT}mbit") as (of, mover), stream(of) as one:
                 move = way(of, mover)
@@ -223,10 +223,10 @@ def goodput(quick: bool) -> dict[str, dict[str, list[float]]]:
 def tail(quick: bool) -> dict[str, list[float]]:
     """Seconds from sending a segment that is lost until the peer has it."""
     told: dict[str, list[float]] = {"unmoved": [], **{name: [] for name in WAYS}}
-    for _ in range(3 if quick else 12):
+    for _turn in range(3 if quick else 12):
         for name, times in told.items():
             with wired() as (of, mover), stream(of) as one:
-                for _ in range(10):  # the RTT is known then
+                for _turn in range(10):  # the RTT is known then
                     one.server.sendall(pattern(0, 1000))
                     time.sleep(0.12)
                 move = WAYS[name](of, mover) if name in WAYS else None
@@ -262,13 +262,13 @@ def map_rules(count: int, one: Stream, to: Endpoint) -> str:
     local = one.tuple.local
     return f"""
 table ip bench {{
-	map addresses {{ type ipv4_addr . inet_service : ipv4_addr; elements = {{ {addresses} }} }}
-	map ports {{ type ipv4_addr . inet_service : inet_service; elements = {{ {ports} }} }}
-	chain in {{
-		type filter hook prerouting priority -301;
-		ip daddr {local.address} tcp dport {local.port} notrack \\
-			tcp dport set ip saddr . tcp sport map @ports ip daddr set ip saddr . tcp sport map @addresses
-	}}
+    map addresses {{ type ipv4_addr . inet_service : ipv4_addr; elements = {{ {addresses} }} }}
+    map ports {{ type ipv4_addr . inet_service : inet_service; elements = {{ {ports} }} }}
+    chain in {{
+        type filter hook prerouting priority -301;
+        ip daddr {local.address} tcp dport {local.port} notrack \\
+            tcp dport set ip saddr . tcp sport map @ports ip daddr set ip saddr . tcp sport map @addresses
+    }}
 }}
 """
 
@@ -323,7 +323,7 @@ def nat(quick: bool) -> dict[str, dict[str, list[float]]]:
                 after, end = packets(lab.a), time.monotonic()
                 told[way].setdefault(str(count), []).append((after - before) / (end - start))
 
-            for _ in range(rounds):
+            for _turn in range(rounds):
                 measure("NAT helper", 1)
                 change(helper, Action.ADD, batches)
                 measure("NAT helper", MANY)
@@ -331,7 +331,7 @@ def nat(quick: bool) -> dict[str, dict[str, list[float]]]:
             for count in (1, MANY):
                 load(lab.a, map_rules(count, one, one.here))
                 helper.remove(held(one.tuple))
-                for _ in range(rounds):
+                for _turn in range(rounds):
                     measure("nftables map", count)
                 helper.add(redirect(one.tuple, one.here))
                 lab.a.nft("delete", "table", "ip", "bench")

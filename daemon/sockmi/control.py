@@ -182,7 +182,7 @@ class Client:
     def _readable(self) -> None:
         space = socket.CMSG_SPACE(api.DESCRIPTORS_MAX * 4)
         try:
-            data, ancillary, flags, _ = self._connection.recvmsg(
+            data, ancillary, flags, _unused = self._connection.recvmsg(
                 _READ_BYTES, space, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
             )
         except BlockingIOError:
@@ -232,7 +232,7 @@ class Client:
             self.refuse(request.id, Refusal(Code.BAD_REQUEST, "Fewer descriptors came than the line says."))
             self.close()
             return
-        descriptors = [self._descriptors.popleft() for _ in range(request.fds)]
+        descriptors = [self._descriptors.popleft() for _turn in range(request.fds)]
         self._busy = True
         with self.answering(request):
             self._server.handler.request(self, request, descriptors)
@@ -247,7 +247,7 @@ class Client:
         self._server.loop.remove_writer(self._connection)
         self._connection.close()
         _close_all(self._descriptors)
-        for _, descriptors in self._unsent:
+        for _unused, descriptors in self._unsent:
             _close_all(descriptors)
         self._unsent.clear()
         self._server.forget(self)
@@ -283,7 +283,7 @@ class ControlServer:
 
     def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
+            connection, _unused = self._listener.accept()
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:  # no descriptor is left: who connects waits in the backlog

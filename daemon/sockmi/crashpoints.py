@@ -71,8 +71,8 @@ def parse(text: str) -> list[tuple[str, int, signal.Signals]]:
 
 
 def _parse(text: str) -> tuple[str, int, signal.Signals]:
-    point, _, rest = text.partition(":")
-    nth, _, name = rest.partition(":")
+    point, _unused, rest = text.partition(":")
+    nth, _unused, name = rest.partition(":")
     if point not in POINTS:
         raise ValueError(f"{VARIABLE}: no point is called {point!r}; choose of {', '.join(POINTS)}")
     if nth and (not nth.isdecimal() or int(nth) < 1):

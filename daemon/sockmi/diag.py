@@ -97,7 +97,7 @@ class SocketDiag:
         self._socket.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
         while True:
             answer = self._socket.recv(8192)
-            _, answered, _, sequence, _ = _HEADER.unpack_from(answer)
+            _unused, answered, _unused, sequence, _unused = _HEADER.unpack_from(answer)
             if sequence != self._sequence:
                 continue
             if answered != _NLMSG_ERROR:
@@ -164,13 +164,13 @@ class DestroyedSockets:
 def _ends(news: bytes) -> Iterator[tuple[Endpoint, Endpoint]]:
     offset = 0
     while offset + _HEADER.size + 4 + _SOCKET_ID.size <= len(news):
-        length, kind, *_ = _HEADER.unpack_from(news, offset)
+        length, kind, *_unused = _HEADER.unpack_from(news, offset)
         if length < _HEADER.size:
             return
         if kind == _SOCK_DIAG_BY_FAMILY:
             body = offset + _HEADER.size
             family = news[body]
-            local_port, remote_port, local, remote, _, _ = _SOCKET_ID.unpack_from(news, body + 4)
+            local_port, remote_port, local, remote, _unused, _unused = _SOCKET_ID.unpack_from(news, body + 4)
             yield (
                 Endpoint(_address(family, local), local_port),
                 Endpoint(_address(family, remote), remote_port),

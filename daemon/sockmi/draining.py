@@ -72,7 +72,7 @@ class Drain:
         self._starved_since: float | None = None
         self._news: list[dict[str, Any]] = []
         self._allowance = 0.0
-        self._descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # half of them for one drain
+        self._descriptors, _unused = resource.getrlimit(resource.RLIMIT_NOFILE)  # half of them for one drain
         self._cancelled = False
         self._finished = False
 

@@ -239,7 +239,7 @@ class Exporting:
 
     def turn_away(self, refused: Sequence[tuple[dict[str, Any], Refusal]]) -> list[dict[str, Any]]:
         """Records of sockets that are refused before they could be looked at: completed, and journalled."""
-        records = [record for record, _ in refused]
+        records = [record for record, _unused in refused]
         for record, refusal in refused:
             record.update(outcome="refused", ended_at=now_text(), refusal=why(refusal))
             self._count(record)
@@ -761,7 +761,7 @@ class Exporting:
     def _insist(self, action: Commit, index: int, export: Export, queues: dict[int, Queue]) -> Refusal | None:
         """Close a listener in whose queue something came late; what is taken out of it cannot go back."""
         descriptor, refusal = export.selected.descriptor, None
-        for _ in range(_LATE_MAX):
+        for _turn in range(_LATE_MAX):
             queue = queues.get(index)
             if queue is None:
                 try:

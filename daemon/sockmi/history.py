@@ -46,8 +46,8 @@ class History:
             ("content ->> '$.started_at' IS NOT NULL", []),  # else only the end of it is known
         ]
         chosen = [(text, values) for text, values in conditions if values is not None]
-        where = "".join(f" AND {text}" for text, _ in chosen)
-        self._values = [value for _, values in chosen for value in values]
+        where = "".join(f" AND {text}" for text, _unused in chosen)
+        self._values = [value for _unused, values in chosen for value in values]
         self._query = (
             f"SELECT sequence, content FROM migration WHERE open = 0 AND sequence < ?{where} "  # noqa: S608
             "ORDER BY sequence DESC LIMIT ?"
@@ -70,7 +70,7 @@ class History:
         rows = self._database.execute(self._query, (self._before, *self._values, most)).fetchall()
         if rows:
             self._before = rows[-1][0]
-        return [from_json(content) for _, content in rows]
+        return [from_json(content) for _unused, content in rows]
 
     def close(self) -> None:
         """Close the connection."""

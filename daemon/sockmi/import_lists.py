@@ -173,7 +173,9 @@ class ImportLists:
 
     def waiting_for(self, kind: Kind) -> int:
         """How many of those would take a socket of this kind."""
-        return sum(len(bucket) for (criteria, _), bucket in self._free.items() if kind in criteria.states)
+        return sum(
+            len(bucket) for (criteria, _unused), bucket in self._free.items() if kind in criteria.states
+        )
 
     def waits_for(self, candidate: Candidate) -> bool:
         """Whether some waiting application would take ``candidate`` now."""
@@ -214,8 +216,8 @@ class ImportLists:
     def _fitting(self, candidate: Candidate) -> Iterator[Waiting]:
         """One free request of each sort that would take the candidate."""
         for bucket in self._free.values():
-            first = next(iter(bucket))
-            if first.accepts(candidate):
+            first = next(iter(bucket), None)
+            if first is not None and first.accepts(candidate):
                 yield first
 
     def _bucket(self, waiting: Waiting) -> dict[Waiting, None]:

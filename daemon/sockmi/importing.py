@@ -259,16 +259,16 @@ class Importing:
     def _prepare(self, action: Prepare, copies: list[Copy | None], results: list[Fidelity | Refusal]) -> None:
         shell = self._shell
         chosen = [(index, copy) for index, copy in enumerate(copies) if copy is not None]
-        held = self._early.take(copy.arrival.item.migration for _, copy in chosen)
-        tuples = [copy.tuple for _, copy in chosen if copy.tuple and copy.tuple not in held]
+        held = self._early.take(copy.arrival.item.migration for _unused, copy in chosen)
+        tuples = [copy.tuple for _unused, copy in chosen if copy.tuple and copy.tuple not in held]
         if tuples:
             shell.held.want(tuples)
             shell.holds.hold(tuples, None)
-        self._redirecting.miss_listeners(_listeners_of(copy for _, copy in chosen))
+        self._redirecting.miss_listeners(_listeners_of(copy for _unused, copy in chosen))
         reached("prepare.held")
-        self._redirecting.suspend(copy.arrival.item.connection for _, copy in chosen)
+        self._redirecting.suspend(copy.arrival.item.connection for _unused, copy in chosen)
         restored = shell.engine.restore(
-            [copy.image for _, copy in chosen], [copy.placement for _, copy in chosen]
+            [copy.image for _unused, copy in chosen], [copy.placement for _unused, copy in chosen]
         )
         reached("prepare.restored")
         ready, failed = [], []
@@ -281,10 +281,10 @@ class Importing:
                 results[index] = outcome
                 failed.append((index, copy))
         if failed:
-            self._drop([copy for _, copy in failed])
-        for index, _ in failed:
+            self._drop([copy for _unused, copy in failed])
+        for index, _unused in failed:
             copies[index] = None
-        self._promise(action, [index for index, _ in ready], [copy for _, copy in ready])
+        self._promise(action, [index for index, _unused in ready], [copy for _unused, copy in ready])
 
     def _examine(self, chunk: ChunkId, exporter: bytes, arrival: Arrival, image: bytes) -> Copy | Refusal:
         item = arrival.item

@@ -277,7 +277,7 @@ def _merge(
     for kind, name in content["drop"]:
         records[kind, name] = None
     for migration, direction, news in content["audit"]:
-        _, before = audit.get((migration, direction), (0.0, {}))
+        _unused, before = audit.get((migration, direction), (0.0, {}))
         audit[migration, direction] = (content["at"], _supersede(before, news))
 
 

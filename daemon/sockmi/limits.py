@@ -14,7 +14,7 @@ def raise_limit() -> int:
 
     1024 is for programs that use select(2); this one does not.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _unused, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # above fs.nr_open: it stays as it is
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -114,7 +114,7 @@ class Members:
             keyring,
             self._identity,
             self._introduction,
-            on_message=lambda host, _, content: self._on_datagram(host, content),
+            on_message=lambda host, _unused, content: self._on_datagram(host, content),
             on_member=lambda member: self._came(name, member),
             on_leave=lambda member, reason: self._left(name, member),
         )

@@ -68,7 +68,7 @@ class Metrics:
         from prometheus_client.exposition import start_http_server
 
         try:
-            self._server, _ = start_http_server(port, address, registry=self._registry)
+            self._server, _unused = start_http_server(port, address, registry=self._registry)
         except OSError as error:
             where = f"{address} port {port}"
             message = f"metrics at {where}: {error.strerror}; choose another metrics_port, or 0 for none"

@@ -27,7 +27,7 @@ class MoveLog:
     def write(self, *, idle: bool) -> bool:
         """Write some lines: of all that wait if ``idle``, else of what is too much. True: call it again."""
         surplus = len(self._waiting) - (0 if idle else _WAITING_MAX)
-        for _ in range(min(surplus, _LINES_PER_TURN)):
+        for _turn in range(min(surplus, _LINES_PER_TURN)):
             _write(self._waiting.popleft())
         return surplus > _LINES_PER_TURN
 

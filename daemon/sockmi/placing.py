@@ -202,4 +202,4 @@ def local_addresses() -> frozenset[IPv4Address | IPv6Address]:
 
 def _ports(preferred: int) -> list[int]:
     """The exporter's own port first: it is what operators expect to see."""
-    return [preferred, *(random.randint(*_EPHEMERAL) for _ in range(_PORT_TRIES))]  # noqa: S311
+    return [preferred, *(random.randint(*_EPHEMERAL) for _turn in range(_PORT_TRIES))]  # noqa: S311

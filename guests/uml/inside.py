@@ -56,7 +56,7 @@ def end_all() -> None:
 def leaks(module: str) -> list[str]:
     """What kmemleak finds that ``module`` allocated: its name in the backtrace, or, once it is unloaded, an
     address there that belongs to nothing."""
-    for _ in range(2):  # what the first scan sees may only have been in a register
+    for _turn in range(2):  # what the first scan sees may only have been in a register
         KMEMLEAK.write_text("scan")
     objects = re.split(r"(?=^unreferenced object)", KMEMLEAK.read_text(), flags=re.MULTILINE)
     ours = re.compile(rf"\[{re.escape(module)}\]|^\s*\[<[0-9a-f]+>\] 0x[0-9a-f]+$", re.MULTILINE)

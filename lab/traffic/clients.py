@@ -120,7 +120,7 @@ class DuplexClient(_Client):
                 else:
                     time.sleep(min(0.1, wait_s))
                     ready = []
-                for _, happened in ready:
+                for _unused, happened in ready:
                     with contextlib.suppress(BlockingIOError):
                         if happened & selectors.EVENT_READ:
                             session.readable()
@@ -259,7 +259,7 @@ class CurlClient(_Client):
             written = process.stderr.read().decode(errors="replace").strip()
         if process.returncode:
             raise ValueError(f"curl ended with code {process.returncode}: {written}")
-        address, port, _ = written.splitlines()[-1].split()
+        address, port, _unused = written.splitlines()[-1].split()
         self._local = endpoint_text((address, int(port)))
         if self.received != self.length or digest.hexdigest() != self.sha256:
             raise Corruption(

@@ -39,7 +39,7 @@ class Download(Buffered):
                 self.finished = True
             self.ending = True
         elif not self.answering:
-            head, end, _ = self.incoming.partition(b"\r\n\r\n")
+            head, end, _unused = self.incoming.partition(b"\r\n\r\n")
             if end:
                 self.incoming = b""
                 self._begin(head.decode("latin-1"))
@@ -49,7 +49,7 @@ class Download(Buffered):
             self.incoming = b""
 
     def _begin(self, head: str) -> None:
-        method, _, rest = head.partition(" ")
+        method, _unused, rest = head.partition(" ")
         target = urlsplit(rest.partition(" ")[0])
         if method != "GET":
             self._answer("405 Method Not Allowed", "Allow: GET\r\n")

@@ -36,7 +36,7 @@ class Lines(Buffered):
             self.incoming, self.ending = b"", True
 
     def _answer(self, line: str) -> str:
-        word, _, rest = line.partition(" ")
+        word, _unused, rest = line.partition(" ")
         if word == "NAME" and rest:
             self.name = rest
             return f"hello {rest}"

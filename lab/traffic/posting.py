@@ -52,7 +52,7 @@ class RemoteRendezvous(Rendezvous):
 
     def _answer(self) -> None:
         while True:
-            asking, _ = self._listener.accept()
+            asking, _unused = self._listener.accept()
             threading.Thread(target=self._give, args=(asking,), daemon=True).start()
 
     def _give(self, asking: socket.socket) -> None:

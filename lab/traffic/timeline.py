@@ -106,7 +106,7 @@ class Track:
         """Begin and end of every time without a received byte."""
         growths: list[float] = []
         highest = -1
-        for when, _, received in self.points:
+        for when, _unused, received in self.points:
             if received > highest:
                 growths.append(when)
                 highest = received

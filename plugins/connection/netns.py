@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: netns
-author: SockMi contributors
+author: SockMi contributors (@sockmi)
 short_description: Run tasks in a network namespace of the controller
 version_added: "1.0.0"
 description:

@@ -60,7 +60,7 @@ attributes:
     support: full
   diff_mode:
     description: Shows what changed.
-    support: not_applicable
+    support: N/A
     details:
       - This module changes nothing.
   idempotent:

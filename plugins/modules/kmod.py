@@ -334,7 +334,7 @@ class Kmod:
     def _predicted(self, before: dict[str, Any]) -> dict[str, Any]:
         after = dict(before)
         for action in self.actions:
-            verb, _, what = action.partition(" ")
+            verb, _unused, what = action.partition(" ")
             if verb == "add":
                 after["version"] = what
             elif verb == "install":
@@ -387,11 +387,13 @@ class Kmod:
             return
         log = Path(f"/var/lib/dkms/{NAME}/{version}/build/make.log")
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        errors = [line for line in lines if "error" in line.lower()] or lines or (err or out).splitlines()
+        # The compiler's or the linker's, of which the first says most; not those of make that follow from it.
+        causes = [line for line in lines if re.search(r"\berror: ", line, re.IGNORECASE)]
+        told = causes[:3] or (lines or (err or out).splitlines())[-3:]
         raise Obstacle(
             "build-failed",
             f"dkms {verb} of sockmi {version} for Linux {self.kernel} ended with {code}: "
-            f"{' | '.join(errors[-3:]).strip()}.",
+            f"{' | '.join(told).strip()}.",
             f"See {log}; the kernel may be newer than this release of SockMi.",
         )
 

@@ -63,7 +63,7 @@ def verdict(library: ctypes.CDLL, image: bytes, limit: int = w.LIMIT_BYTES) -> t
 
 def endpoint(text: str) -> s.Place:
     """A place from ``ADDRESS PORT``."""
-    address, _, port = text.partition(" ")
+    address, _unused, port = text.partition(" ")
     return s.Place.of(Endpoint(ip_address(address), int(port)))
 
 

@@ -73,7 +73,7 @@ def test_c_codec_under_sanitizers(tmp_path: Path, corpus: Path, seed: int) -> No
         timeout=SECONDS * 3 + 30,
     )
     assert run.returncode == 0, f"seed {seed}\n{run.stdout}{run.stderr}"
-    _, runs, _, accepted = run.stdout.split()
+    _unused, runs, _unused, accepted = run.stdout.split()
     print(run.stdout)
     assert int(runs) > 1000
     assert int(accepted) > 100  # it gets beyond the checksum
@@ -147,7 +147,7 @@ def change_field(rng: random.Random, image: s.Image) -> None:
 def change_bytes(rng: random.Random, image: bytes) -> bytes:
     """Change bytes, words or the length; mostly with a header that fits."""
     changed = bytearray(image)
-    for _ in range(rng.randrange(1, 4)):
+    for _turn in range(rng.randrange(1, 4)):
         at = rng.randrange(len(changed))
         match rng.randrange(5):
             case 0:
@@ -184,7 +184,7 @@ def test_c_and_python_agree(tmp_path: Path, seed: int) -> None:
     while time.monotonic() < end:
         image = random_image(rng)
         if rng.random() < 0.6:
-            for _ in range(rng.randrange(1, 3)):
+            for _turn in range(rng.randrange(1, 3)):
                 change_field(rng, image)
             try:
                 data = codec.pack(image)

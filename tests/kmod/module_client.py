@@ -396,7 +396,7 @@ class Device:
     def __enter__(self) -> Device:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_unused: object) -> None:
         self.close()
 
     def call(self, name: str, argument: ctypes.Structure) -> ctypes.Structure:

@@ -207,7 +207,7 @@ class Nat:
         buffer = _Buffer(bytes(WHOLE.size * size))
         while True:
             back = self.call(LIST, READ_ARG.pack(buffer.address, size, WHOLE.size, after, 0, 0))
-            _, count, _, after, _, _ = READ_ARG.unpack(back)
+            _unused, count, _unused, after, _unused, _unused = READ_ARG.unpack(back)
             if count:
                 yield [Flow.unpack(part) for part in buffer.parts(WHOLE.size, count)]
             if count < size:

@@ -103,7 +103,7 @@ def read_error(packet: bytes) -> Got | None:
         errors = {1, 2, 3, 4}
     if protocol not in (ICMP, ICMP6) or body[0] not in errors:
         return None
-    kind, code, _, info = struct.unpack(">BBHI", body[:8])
+    kind, code, _unused, info = struct.unpack(">BBHI", body[:8])
     quote = body[8:]
     right = right and sum16(covered + body) == 0xFFFF
     if quote[0] >> 4 == 4:

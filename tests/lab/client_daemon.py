@@ -55,7 +55,7 @@ def connection(address: str = "127.0.0.1") -> tuple[socket.socket, socket.socket
         listener.bind((address, 0))
         listener.listen()
         peer = socket.create_connection(listener.getsockname()[:2], timeout=10)
-        here, _ = listener.accept()
+        here, _unused = listener.accept()
     here.settimeout(10)
     return here, peer
 
@@ -121,7 +121,7 @@ class FakeDaemon:
             thread.join(10)
         self._threads.clear()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_unused: object) -> None:
         self.stop()
         for one in self.listed:
             one.socket.close()
@@ -159,7 +159,7 @@ class FakeDaemon:
     def _accept(self) -> None:
         while not self._stopping:
             try:
-                one, _ = self._listener.accept()
+                one, _unused = self._listener.accept()
             except OSError:
                 return
             if self.break_at == "accept":
@@ -190,10 +190,12 @@ class FakeDaemon:
     def _lines(self, one: socket.socket) -> Iterator[tuple[bytes, list[int]]]:
         received, fds = b"", array.array("i")
         while True:
-            data, ancillary, _, _ = one.recvmsg(65536, socket.CMSG_SPACE(253 * 4), socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, _unused, _unused = one.recvmsg(
+                65536, socket.CMSG_SPACE(253 * 4), socket.MSG_CMSG_CLOEXEC
+            )
             if not data:
                 return
-            for _, _, content in ancillary:
+            for _unused, _unused, content in ancillary:
                 fds.frombytes(content)
             received += data
             while b"\n" in received:
@@ -245,7 +247,9 @@ class FakeDaemon:
     def _choose(self, wants: list[api.ImportCriteria]) -> list[tuple[int, Dormant]]:
         chosen: list[tuple[int, Dormant]] = []
         for index, want in enumerate(wants):
-            free = [d for d in self.listed if self._match(d, want) and all(d is not c for _, c in chosen)]
+            free = [
+                d for d in self.listed if self._match(d, want) and all(d is not c for _unused, c in chosen)
+            ]
             free.sort(key=lambda d: d.kind not in want.preferred)
             if free:
                 chosen.append((index, free[0]))
@@ -262,7 +266,7 @@ class FakeDaemon:
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._choose(request.requests), timeout)
             chosen = [] if self._stopping else self._choose(request.requests)
-            for _, dormant in chosen:
+            for _unused, dormant in chosen:
                 dormant.claimed = True
         if self._stopping:
             raise EOFError
@@ -289,7 +293,7 @@ class FakeDaemon:
                     ),
                 }
             )
-        handed = [dormant for _, dormant in chosen]
+        handed = [dormant for _unused, dormant in chosen]
         fds = [dormant.socket.fileno() for dormant in handed] + contexts
         again = False
         try:
@@ -311,7 +315,7 @@ class FakeDaemon:
         """Whether the import waits again."""
         self._send(one, answer, fds, api.ImportResponse)
         if handed:
-            line, _ = next(self._lines(one), (b"", []))
+            line, _unused = next(self._lines(one), (b"", []))
             if not line:
                 raise EOFError
             return self._taken(one, api.parse_request(line), handed)

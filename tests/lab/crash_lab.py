@@ -374,7 +374,7 @@ class Serving:
         for process in self.processes.values():
             process.send_signal(signal.SIGTERM)
         for name, process in self.processes.items():
-            output, _ = process.communicate(timeout=30)
+            output, _unused = process.communicate(timeout=30)
             failures = json.loads(output.splitlines()[-1])["failures"]
             wrong = [one for one in failures if not one.startswith("import: ")]
             assert not wrong, f"server on {name}: {output}"
@@ -541,7 +541,7 @@ class Sleeper:
 
     def descriptors(self) -> list[int]:
         """Read them."""
-        _, self._descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 16)
+        _unused, self._descriptors, _unused, _unused = socket.recv_fds(self._socket, 1 << 16, 16)
         assert len(self._descriptors) == 2
         return self._descriptors
 
@@ -555,7 +555,7 @@ class Sleeper:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_unused: object) -> None:
         self.close()
 
 
@@ -701,7 +701,9 @@ def journals_agree(serving: Serving, hosts: str, home: str, where: dict[str, str
     for remote, host in where.items():
         told = home
         exports = [
-            row for (_, direction), row in moved.items() if direction == "export" and row["remote"] == remote
+            row
+            for (_unused, direction), row in moved.items()
+            if direction == "export" and row["remote"] == remote
         ]
         for hop, row in enumerate(sorted(exports, key=lambda row: row["hop"] or 0), 1):
             assert (row["from"], row["hop"]) == (told, hop), (remote, row)
@@ -709,7 +711,9 @@ def journals_agree(serving: Serving, hosts: str, home: str, where: dict[str, str
             taken = moved.pop((row["migration_id"], "import"), None)
             assert taken is not None and taken["to"] == told, (row, taken)
         assert told == host, f"{remote} is on {host}, but the journals say {told}: {exports}"
-    alone = [row for (_, direction), row in moved.items() if direction == "import" and row["remote"] in where]
+    alone = [
+        row for (_unused, direction), row in moved.items() if direction == "import" and row["remote"] in where
+    ]
     assert not alone, f"imported, but nobody has exported it: {alone}"
 
 

@@ -91,10 +91,10 @@ def main() -> int:
     arguments = parser.parse_args()
     wanted: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda got, _: wanted.append(got))
+        signal.signal(number, lambda got, _unused: wanted.append(got))
     dialogue = open_dialogue(arguments)
     while not wanted:
-        readable, _, _ = select.select([dialogue.connection], [], [], 0.05)
+        readable, _unused, _unused = select.select([dialogue.connection], [], [], 0.05)
         if readable and not dialogue.turn():
             break
     if signal.SIGUSR1 in wanted and arguments.c:

@@ -288,7 +288,7 @@ class Lab:
         listener = self.listener(kind, port)
         peer, address = self.client(kind)
         peer.connect((address, port))
-        ours, _ = listener.accept()
+        ours, _unused = listener.accept()
         listener.close()
         ours.settimeout(10)
         return ours, peer

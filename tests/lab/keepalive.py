@@ -26,7 +26,7 @@ def request(sock: socket.socket, address: str) -> str:
         if not part:
             raise ConnectionError("the server has closed a connection that it was to keep")
         data += part
-    head, _, body = data.partition(b"\r\n\r\n")
+    head, _unused, body = data.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200 "):
         raise ConnectionError(f"answered {head!r}")
     fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])

@@ -166,7 +166,7 @@ class Keeper:
     def __enter__(self) -> Keeper:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_unused: object) -> None:
         self.kill()
 
 
@@ -269,7 +269,7 @@ class Bench:
         with self.listener(host, kind, port) as listener:
             peer = self.sock("peer", "v6" if kind == "v6" else "v4")
             peer.connect((self.address("v6" if kind == "v6" else "v4", host), port))
-            ours, _ = listener.accept()
+            ours, _unused = listener.accept()
         ours.settimeout(PATIENCE_S)
         case = Case("ESTABLISHED", kind, "ESTABLISHED", ours, port, peer, remote=peer.getsockname()[:2])
         self.cases.append(case)
@@ -403,7 +403,7 @@ class Bench:
         """All that was queued arrives, both directions go on as far as they may, and it ends properly."""
         copy.settimeout(PATIENCE_S)
         if case.listener is not None:
-            case.peer, _ = case.listener.accept()
+            case.peer, _unused = case.listener.accept()
             case.peer.settimeout(PATIENCE_S)
             until(lambda: state(copy) == "ESTABLISHED")
             assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
@@ -578,7 +578,7 @@ class Held:
     def __enter__(self) -> Held:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_unused: object) -> None:
         self.keeper.kill()
 
 

@@ -40,7 +40,7 @@ def move_all_states(it: Bench, directory: Path, way: str, kind: str) -> None:
     engine = status(it.host("b"))["engine"]
     with it.watched(directory):
         cases = [it.make(kind, wanted, queued) for wanted in CONNECTED for queued in (False, True)]
-        targets = [it.target() for _ in cases]
+        targets = [it.target() for _unused in cases]
         requests = [it.request(case, target) for case, target in zip(cases, targets, strict=True)]
         if way == "active":
             taking = Later(it.take, requests)

@@ -179,7 +179,7 @@ class Lab:
                 lines += [f"route add default via {gateway[0]}", f"route add ::/0 via {gateway[1]}"]
             run("ip", "-n", host.namespace, "-batch", "-", text="\n".join(lines))
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_unused: object) -> None:
         for host in self.hosts.values():
             host.close()
         for namespace in (self._switch, *(h.namespace for h in self.hosts.values())):
@@ -406,6 +406,6 @@ def connect(
             return True
 
         until(connected, "a connection")
-        accepted, _ = listener.accept()
+        accepted, _unused = listener.accept()
         accepted.setsockopt(_TCP, socket.TCP_NODELAY, 1)
         return client.dup(), accepted

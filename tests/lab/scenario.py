@@ -175,12 +175,12 @@ class Service:
             if client.poll() is None:
                 client.send_signal(signal.SIGTERM)
         for client in self.clients:
-            output, _ = client.communicate(timeout=60 * PATIENCE)
+            output, _unused = client.communicate(timeout=60 * PATIENCE)
             assert client.returncode == 0, output
             results.append(json.loads(output.splitlines()[-1]))
         for name, process in self.processes.items():
             process.send_signal(signal.SIGTERM)
-            output, _ = process.communicate(timeout=30 * PATIENCE)
+            output, _unused = process.communicate(timeout=30 * PATIENCE)
             assert process.returncode == 0, f"server on {name}: {output}"
         return results
 
@@ -192,7 +192,7 @@ class Service:
         for name, process in running:
             process.terminate()
             try:
-                output, _ = process.communicate(timeout=10)
+                output, _unused = process.communicate(timeout=10)
             except (subprocess.TimeoutExpired, ValueError) as error:  # stuck; already read to its end
                 output = repr(error)
             said.append(f"--- {name} (code {process.returncode}): {output}")

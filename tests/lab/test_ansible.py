@@ -122,7 +122,7 @@ def lines(controller: Controller, tmp_path: Path) -> Iterator[Service]:
 
 def clients(running: Service, count: int) -> None:
     """So many clients, connected."""
-    for _ in range(count):
+    for _turn in range(count):
         running.client("lines", "--interval-s", "0.05")
     running.connected(count)
 

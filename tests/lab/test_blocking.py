@@ -29,7 +29,7 @@ def test_what_the_importer_gets_is_as_it_wants_it(lab: Lab, exported_blocks: boo
         for way in ("new", "replaced, blocking", "replaced, not blocking", "asyncio"):
             with lab.host("peer").socket() as peer, lab.host("b").socket() as target:
                 peer.connect((lab.host("a").address(4), port))
-                ours, _ = listener.accept()
+                ours, _unused = listener.accept()
                 ours.setblocking(exported_blocks)
                 export_sockets([Export(ours)], "b", control=lab.host("a").control_socket)
                 ours.close()
@@ -57,7 +57,7 @@ def test_a_default_timeout_counts(lab: Lab) -> None:
         listener.bind((lab.host("a").address(4), port))
         listener.listen()
         peer.connect((lab.host("a").address(4), port))
-        ours, _ = listener.accept()
+        ours, _unused = listener.accept()
         export_sockets([Export(ours)], "b", control=lab.host("a").control_socket)
         ours.close()
         socket.setdefaulttimeout(0.2)

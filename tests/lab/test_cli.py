@@ -120,7 +120,7 @@ def test_the_command_is_told_what_it_got(scene: Scene, lab: Lab) -> None:
 
 def test_import_several(scene: Scene, lab: Lab) -> None:
     scene.server("a", 5102)
-    clients = [scene.client("a", 5102) for _ in range(3)]
+    clients = [scene.client("a", 5102) for _turn in range(3)]
     importer = scene.program("b", "import", "--port", 5102, "--count", 3, "--exec", "cat")
     scene.waiting("b")
     moved = run("drain", "--port", 5102, "--kind", "connected", "--to", "b", host=lab.host("a"))
@@ -419,7 +419,7 @@ def test_history_filters(scene: Scene, lab: Lab) -> None:
     client = scene.client("a", 5123)
     pid, fd = scene.descriptor_of(client)
     begun = time.time()
-    for _ in range(2):
+    for _turn in range(2):
         assert run("export", "--pid", pid, "--fd", fd, "--dry-run", host=a).status == OK
 
     def count(*words: object) -> int:
@@ -481,7 +481,7 @@ def test_drain_selects(scene: Scene, lab: Lab) -> None:
     """By process, port and address, as a dry run: what is counted is what would move."""
     a = lab.host("a")
     scene.server("a", 5130, name="smt-drained")
-    clients = [scene.client("a", 5130) for _ in range(4)]
+    clients = [scene.client("a", 5130) for _turn in range(4)]
     for words in (
         ("--process", "smt-drained", "--kind", "connected"),
         ("--port", 5130, "--kind", "connected"),
@@ -506,7 +506,7 @@ def test_drain_selects(scene: Scene, lab: Lab) -> None:
 
 def test_drain_at_a_rate(scene: Scene, lab: Lab) -> None:
     scene.server("a", 5131)
-    clients = [scene.client("a", 5131) for _ in range(6)]
+    clients = [scene.client("a", 5131) for _turn in range(6)]
     importer = scene.program("b", "import", "--port", 5131, "--count", 6, "--exec", "cat")
     scene.waiting("b")
     started = time.monotonic()
@@ -546,7 +546,7 @@ def test_drain_with_nobody_to_take_it(scene: Scene, lab: Lab) -> None:
 
 def test_drain_shows_its_progress_on_a_terminal(scene: Scene, lab: Lab) -> None:
     scene.server("a", 5134)
-    for _ in range(4):
+    for _turn in range(4):
         scene.client("a", 5134)
     master, slave = pty.openpty()
     words = ("drain", "--port", 5134, "--kind", "connected", "--dry-run", "--rate", 8)
@@ -804,7 +804,7 @@ def test_a_reader_that_has_seen_enough(lab: Lab, running: Daemons, scene: Scene)
     os.close(reader)
     process = scene.program("a", "status", stdout=writer)
     os.close(writer)
-    _, err = process.communicate(timeout=20)
+    _unused, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (OK, "")
 
 
@@ -883,7 +883,7 @@ WRONG: list[tuple[str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("line", "why"), WRONG, ids=[line or "nothing" for line, _ in WRONG])
+@pytest.mark.parametrize(("line", "why"), WRONG, ids=[line or "nothing" for line, _unused in WRONG])
 def test_wrong_arguments(line: str, why: str) -> None:
     """Refused before any daemon is asked: there is none here."""
     result = run(*line.split())

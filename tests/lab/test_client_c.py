@@ -225,7 +225,7 @@ def test_the_example_hands_over(daemon: FakeDaemon, installed: Path, tmp_path: P
         dormant.peer.sendall(b"world")
         assert dormant.peer.recv(9) == b"world"
         dormant.peer.close()
-        out, _ = resumed.communicate(timeout=10)
+        out, _unused = resumed.communicate(timeout=10)
     assert out == "10 bytes echoed, here and before\n"
 
 
@@ -233,7 +233,7 @@ def exercise(daemon: FakeDaemon, command: list[str], imports: int, threads: int,
     total = imports * threads
 
     def feed() -> None:
-        for _ in range(total):
+        for _turn in range(total):
             daemon.put(context=b"context")
 
     feeder = threading.Thread(target=feed)
@@ -295,7 +295,7 @@ def test_a_waiting_caller_is_stopped_and_goes_on(daemon: FakeDaemon) -> None:
     child = os.fork()
     if child == 0:
         try:
-            signal.signal(signal.SIGUSR1, lambda *_: None)
+            signal.signal(signal.SIGUSR1, lambda *_unused: None)
             signal.siginterrupt(signal.SIGUSR1, True)
             irq = ImportReq(fd=socket.socket().detach(), states=4)
             os.write(ready_write, b"x")
@@ -310,7 +310,7 @@ def test_a_waiting_caller_is_stopped_and_goes_on(daemon: FakeDaemon) -> None:
             time.sleep(0.01)
         libc = ctypes.CDLL(None, use_errno=True)
         seize, interrupt, detach = 0x4206, 0x4207, 17
-        for _ in range(5):
+        for _turn in range(5):
             assert libc.ptrace(seize, child, None, None) == 0
             assert libc.ptrace(interrupt, child, None, None) == 0
             os.waitpid(child, 0)
@@ -354,7 +354,7 @@ def test_a_full_backlog_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with socket.socket(socket.AF_UNIX) as listener, socket.socket() as target:
         listener.bind(str(tmp_path / "busy"))
         listener.listen(0)
-        fillers = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+        fillers = [socket.socket(socket.AF_UNIX) for _turn in range(2)]
         for one in fillers:
             one.setblocking(False)
             one.connect_ex(str(tmp_path / "busy"))

@@ -245,8 +245,8 @@ def test_no_privilege_to_trace(
 
 
 def test_batches_and_records(daemon: FakeDaemon) -> None:
-    pairs = [connection() for _ in range(100)]
-    exports = [sockmi.Export(one, context=str(i).encode()) for i, (one, _) in enumerate(pairs)]
+    pairs = [connection() for _turn in range(100)]
+    exports = [sockmi.Export(one, context=str(i).encode()) for i, (one, _unused) in enumerate(pairs)]
     records = sockmi.export_sockets(exports, "b")
     assert [one.migration_id for one in records] == [one.migration_id for one in exports]
     assert daemon.contexts == [str(i).encode() for i in range(100)]

@@ -124,7 +124,7 @@ def test_timeouts(daemon: FakeDaemon, caller: Caller, target: socket.socket) -> 
 
 def test_best_effort_over_many_requests(daemon: FakeDaemon, caller: Caller) -> None:
     listener = uuid4()
-    targets = [socket.socket() for _ in range(5)]
+    targets = [socket.socket() for _turn in range(5)]
     first, second = daemon.put(), daemon.put("127.0.0.2", listener=listener)
     daemon.put(kind="bound")
     listening = daemon.put("127.0.0.3", kind="listening")
@@ -248,21 +248,21 @@ def wait_until(condition: Any, seconds: float = 5) -> bool:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda answer, _: answer.pop("imported"), "SockMi daemon"),
-        (lambda answer, _: answer["imported"][0].update(request=7), "SockMi daemon"),
-        (lambda answer, _: answer["imported"][0].update(request=-1), "SockMi daemon"),
-        (lambda answer, _: answer["imported"][0].update(local="nonsense"), "SockMi daemon"),
-        (lambda answer, _: answer["imported"][0].update(local="1.2.3.4:99999"), "SockMi daemon"),
-        (lambda answer, _: answer["imported"][0].update(remote="[::1:1"), "SockMi daemon"),
-        (lambda answer, _: answer["imported"][0]["record"].update(migration_id="7"), "SockMi daemon"),
-        (lambda answer, _: answer["imported"][0]["record"].update(kind="bound"), "SockMi daemon"),
-        (lambda answer, _: answer["imported"].append(answer["imported"][0]), "SockMi daemon"),
-        (lambda answer, _: answer.update(fds=9), "SockMi daemon"),
-        (lambda answer, _: answer.update(fds=0), "SockMi daemon"),
+        (lambda answer, _unused: answer.pop("imported"), "SockMi daemon"),
+        (lambda answer, _unused: answer["imported"][0].update(request=7), "SockMi daemon"),
+        (lambda answer, _unused: answer["imported"][0].update(request=-1), "SockMi daemon"),
+        (lambda answer, _unused: answer["imported"][0].update(local="nonsense"), "SockMi daemon"),
+        (lambda answer, _unused: answer["imported"][0].update(local="1.2.3.4:99999"), "SockMi daemon"),
+        (lambda answer, _unused: answer["imported"][0].update(remote="[::1:1"), "SockMi daemon"),
+        (lambda answer, _unused: answer["imported"][0]["record"].update(migration_id="7"), "SockMi daemon"),
+        (lambda answer, _unused: answer["imported"][0]["record"].update(kind="bound"), "SockMi daemon"),
+        (lambda answer, _unused: answer["imported"].append(answer["imported"][0]), "SockMi daemon"),
+        (lambda answer, _unused: answer.update(fds=9), "SockMi daemon"),
+        (lambda answer, _unused: answer.update(fds=0), "SockMi daemon"),
         (lambda answer, fds: (answer.update(fds=0), fds.clear()), "SockMi daemon"),
-        (lambda answer, _: answer["imported"][0].update(context=False), "SockMi daemon"),
-        (lambda answer, _: answer.update(ok=False), "neither ok nor an error"),
-        (lambda answer, _: answer.update(pad="x" * (1 << 20)), "longer"),
+        (lambda answer, _unused: answer["imported"][0].update(context=False), "SockMi daemon"),
+        (lambda answer, _unused: answer.update(ok=False), "neither ok nor an error"),
+        (lambda answer, _unused: answer.update(pad="x" * (1 << 20)), "longer"),
     ],
 )
 def test_strange_answers(
@@ -381,15 +381,15 @@ def test_many_threads_at_once(daemon: FakeDaemon, caller: Caller) -> None:
     taken: list[Any] = []
 
     def run() -> None:
-        for _ in range(5):
+        for _turn in range(5):
             with socket.socket() as mine:
                 [got] = caller.take([want(mine)])
                 taken.append(got.migration_id)
 
-    threads = [threading.Thread(target=run) for _ in range(8)]
+    threads = [threading.Thread(target=run) for _turn in range(8)]
     for thread in threads:
         thread.start()
-    for _ in range(40):
+    for _turn in range(40):
         daemon.put(context=b"c")
     for thread in threads:
         thread.join(20)

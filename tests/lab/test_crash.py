@@ -137,9 +137,11 @@ def pause(seconds: float) -> None:
 
 def test_every_point_has_its_test() -> None:
     """None is forgotten."""
-    crashes = [at for ats, _ in UNDOING for at in ats.values()] + [at for _, at, _ in FURTHER_HOP + END]
+    crashes = [at for ats, _unused in UNDOING for at in ats.values()] + [
+        at for _unused, at, _unused in FURTHER_HOP + END
+    ]
     crashes += [case.values[0] for case in cases(EXPORTER) + cases(IMPORTER + ENGINE)]
-    crashes += [point for point, _ in RETURN]
+    crashes += [point for point, _unused in RETURN]
     crashes += [AGAIN, *QUEUE, *UNSENT]
     assert {one.partition(":")[0] for at in crashes for one in at.split(",")} == set(POINTS)
 
@@ -328,7 +330,7 @@ def test_at_random_times(stages: Stages, tmp_path: Path, seed: int, mode: str) -
     dice = random.Random(seed)  # noqa: S311
     with stages("duplex", tmp_path, {}, mode, chunk_size=1) as (daemons, serving):
         serving.clients(2)
-        for _ in range(5):
+        for _turn in range(5):
             drains = [daemons.drain("a", "b", serving.port)]
             if dice.random() < 0.5:
                 drains.append(daemons.drain("b", "a", serving.port))

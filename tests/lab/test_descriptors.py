@@ -58,7 +58,7 @@ def test_a_drain_waits_for_descriptors(lab: Lab, scene: Scene) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with daemons(lab, "ab") as running:
         scene.server("a", 5300)
-        clients = [scene.client("a", 5300) for _ in range(SOCKETS)]
+        clients = [scene.client("a", 5300) for _turn in range(SOCKETS)]
         restart_under(running["a"], "prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")
         wait_for_members(lab, "ab")
         done = run("drain", "--port", 5300, "--kind", "connected", "--to", "b", "--json", host=lab.host("a"))

@@ -73,7 +73,7 @@ def _pump(sock: socket.socket, seed: int, stop: threading.Event | None) -> tuple
     sent_sum, got_sum = hashlib.sha256(), hashlib.sha256()
     pending, sending, receiving = b"", True, True
     while sending or receiving:
-        readable, writable, _ = select.select(
+        readable, writable, _unused = select.select(
             [sock] if receiving else [], [sock] if sending else [], [], 0.05
         )
         if readable:
@@ -216,14 +216,14 @@ def test_large_and_many(lab: el.Lab, engine: el.Pair) -> None:
     """A batch that is larger than the first buffer; images are of the sockets in order."""
     lab.switch("a")
     port = lab.port()
-    pairs = [lab.pair("v4", port) for _ in range(8)]
+    pairs = [lab.pair("v4", port) for _turn in range(8)]
     for i, (ours, peer) in enumerate(pairs):
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
         peer.settimeout(1)
         with contextlib.suppress(TimeoutError):
             peer.sendall(bytes([i]) * 400_000)
     with lab.host("a"):
-        items = engine.capture([ours.fileno() for ours, _ in pairs])
+        items = engine.capture([ours.fileno() for ours, _unused in pairs])
     for i, item in enumerate(items):
         assert isinstance(item, Captured), item
         queue = codec.decode(item.image).receive_queue
@@ -316,7 +316,7 @@ def test_release_wakes_the_owner(lab: el.Lab, engine: el.Pair, kind: str, how: s
 def test_release_wakes_each_accept(lab: el.Lab, engine: el.Pair) -> None:
     lab.switch("a")
     listener = lab.listener("v4", lab.port())
-    blocked = [_blocked(listener.accept) for _ in range(3)]
+    blocked = [_blocked(listener.accept) for _turn in range(3)]
     image = capture(lab, engine, listener)
     assert engine.release([listener.fileno()], [image]) == [None]
     for thread, outcome in blocked:
@@ -546,13 +546,13 @@ def test_hundred_in_one_call(lab: el.Lab, engine: el.Pair) -> None:
     port = lab.port()
     listener = lab.listener("v4", port)
     pairs = []
-    for _ in range(100):
+    for _turn in range(100):
         peer, address = lab.client("v4")
         peer.connect((address, port))
         pairs.append((listener.accept()[0], peer))
     lab.hold("a", port)
     lab.hold("b", port)
-    fds = [ours.fileno() for ours, _ in pairs]
+    fds = [ours.fileno() for ours, _unused in pairs]
     with lab.host("a"):
         images = [item.image for item in engine.capture(fds) if isinstance(item, Captured)]
     assert len(images) == len(fds)
@@ -567,7 +567,7 @@ def test_hundred_in_one_call(lab: el.Lab, engine: el.Pair) -> None:
     with lab.host("b"):
         assert engine.activate(made, images) == [None] * len(fds)
     copies = [socket.socket(fileno=fd) for fd in made]
-    for i, (copy, (_, peer)) in enumerate(zip(copies, pairs, strict=True)):
+    for i, (copy, (_unused, peer)) in enumerate(zip(copies, pairs, strict=True)):
         copy.settimeout(5)
         peer.sendall(b"%d" % i)
         assert copy.recv(10) == b"%d" % i

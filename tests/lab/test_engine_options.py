@@ -218,7 +218,7 @@ def copy_of(lab: el.Lab, engine: el.Pair, sock: socket.socket) -> tuple[socket.s
 
 def compare(sock: socket.socket, copy: socket.socket, options: list[tuple[str, int, int, bytes]]) -> None:
     different: list[tuple[str, bytes | None, bytes | None]] = []
-    for name, level, option, _ in options:
+    for name, level, option, _unused in options:
         before, after = read(sock, level, option), read(copy, level, option)
         if before != after:
             different.append((name, before, after))
@@ -357,7 +357,7 @@ def test_a_saved_syn_is_lost_and_told(lab: el.Lab, engine: el.Pair) -> None:
         listener.setsockopt(TCP, 27, int(saved))  # TCP_SAVE_SYN
         peer, address = lab.client("v4")
         peer.connect((address, port))
-        sock, _ = listener.accept()
+        sock, _unused = listener.accept()
         with lab.host("a"):
             (item,) = engine.capture([sock.fileno()])
         assert isinstance(item, Captured), item

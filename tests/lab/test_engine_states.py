@@ -199,7 +199,7 @@ def test_state_moves(lab: el.Lab, engine: el.Pair, kind: str, state: str, queued
     if queued and state != "FIN-WAIT-2":
         assert before.sent_queue and before.receive_queue == case.to_us
         assert before.sent_queue + before.unsent_queue == case.to_peer
-    copy, _ = move(lab, engine, case.ours, case.port)
+    copy, _unused = move(lab, engine, case.ours, case.port)
     merged = state == "CLOSING" and before.unsent_queue and engine.importer.name == "repair"
     expected = "LAST-ACK" if merged else state
     assert el.state(copy) == expected
@@ -219,7 +219,7 @@ def test_zero_windows_both_ways(lab: el.Lab, engine: el.Pair, kind: str) -> None
         sock.setblocking(False)
         data = os.urandom(1 << 20)
         total = 0
-        for _ in range(200):
+        for _turn in range(200):
             try:
                 total += sock.send(data[total : total + 65536])
             except BlockingIOError:
@@ -318,7 +318,7 @@ def test_syn_sent(lab: el.Lab, engine: el.Pair, kind: str, answered: bool) -> No
         lab.unhold("peer", port, "deaf")
     facts = codec.decode(image)
     assert facts.sequence is not None and facts.sequence.iss == first[0].seq
-    peer, _ = listener.accept()
+    peer, _unused = listener.accept()
     peer.settimeout(10)
     copy.settimeout(10)
     copy.sendall(b"hello")
@@ -424,7 +424,7 @@ def test_shut_for_reading(lab: el.Lab, engine: el.Pair) -> None:
     port = lab.port()
     ours, peer = lab.pair("v4", port)
     ours.shutdown(socket.SHUT_RD)
-    copy, _ = move(lab, engine, ours, port)
+    copy, _unused = move(lab, engine, ours, port)
     assert copy.recv(1) == b""
     copy.sendall(b"still")
     assert receive(peer, 5) == b"still"
@@ -456,7 +456,7 @@ def test_listener_with_children(lab: el.Lab, engine: el.Pair, kind: str) -> None
     children = [sock for sock in kept if sock.family != socket.AF_UNIX and el.state(sock) == "ESTABLISHED"]
     assert len(children) == len(clients)
     copies = []
-    moved, _ = move(lab, engine, listener, port)
+    moved, _unused = move(lab, engine, listener, port)
     for child in children:
         lab.hold("a", port)
         copies.append(move(lab, engine, child, port)[0])
@@ -464,7 +464,7 @@ def test_listener_with_children(lab: el.Lab, engine: el.Pair, kind: str) -> None
     assert el.state(moved) == "LISTEN" and el.state(listener) == "CLOSED"
     late, address = lab.client(kind)
     late.connect((address, port))
-    accepted, _ = moved.accept()
+    accepted, _unused = moved.accept()
     late.sendall(b"late")
     assert receive(accepted, 4) == b"late"
     quiet(lab, port, 0)
@@ -514,8 +514,8 @@ def dead(sock: socket.socket) -> None:
     assert errno_of(sock.listen) == errno.EINVAL
     assert errno_of(sock.accept) == errno.EINVAL
     there = ("::1" if sock.family == socket.AF_INET6 else "127.0.0.1", 22)
-    assert [errno_of(sock.connect, there) for _ in range(2)] == [errno.EISCONN] * 2
-    assert [errno_of(sock.send, b"!") for _ in range(2)] == [errno.ECONNABORTED, errno.EPIPE]
+    assert [errno_of(sock.connect, there) for _turn in range(2)] == [errno.EISCONN] * 2
+    assert [errno_of(sock.send, b"!") for _turn in range(2)] == [errno.ECONNABORTED, errno.EPIPE]
     assert errno_of(sock.listen) == errno.EINVAL
     assert sock.getsockopt(el.TCP, el.REPAIR) == 0
 

@@ -35,7 +35,7 @@ def connected(lab: Lab, version: int) -> tuple[socket.socket, socket.socket, Fou
         listener.listen()
         client = lab.host("peer").socket(family)
         client.connect((lab.host("a").address(version), 5020))
-        server, _ = listener.accept()
+        server, _unused = listener.accept()
     host, port = server.getpeername()[:2]
     tuple_ = FourTuple(
         Endpoint.parse(f"[{lab.host('a').address(version)}]:5020".replace("[1", "1").replace("]", ""))
@@ -78,7 +78,7 @@ def test_delivered_without_a_retransmission(lab: Lab, version: int) -> None:
             tables.close()
 
     # A machine that stalls for 200 ms makes the peer repeat it after all; not three times in a row.
-    assert 0 in (lab.host("a").python(scenario) for _ in range(3))
+    assert 0 in (lab.host("a").python(scenario) for _turn in range(3))
 
 
 def test_what_is_kept_is_bounded_and_only_what_is_wanted(lab: Lab) -> None:

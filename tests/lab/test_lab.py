@@ -80,7 +80,7 @@ def test_two_labs_are_apart(lab_name: Names) -> None:
             address = (made.host("a").address(4), port)
             connection = made.host("peer").python(socket.create_connection, address, 5)
             listener.settimeout(5)
-            accepted, _ = listener.accept()
+            accepted, _unused = listener.accept()
             connection.sendall(made.name.encode())
             assert accepted.recv(100) == made.name.encode()
             for opened in (accepted, connection, listener):
@@ -164,7 +164,7 @@ def test_a_lab_of_a_running_process_is_not_taken(lab_name: Names) -> None:
 
 
 def test_failure_in_the_middle_leaves_nothing(lab_name: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_unused: object) -> None:
         raise RuntimeError("planted")
 
     name = lab_name()
@@ -277,10 +277,10 @@ def test_multicast(lab: Lab, version: int, sender: str) -> None:
         source.sendto(b"hello", (GROUPS[version], 4712))
         for name, receiver in receivers.items():
             # d is behind the router, which does not forward multicast.
-            heard, _, _ = select.select([receiver], [], [], 0.2 if name == "d" else 5)
+            heard, _unused, _unused = select.select([receiver], [], [], 0.2 if name == "d" else 5)
             assert bool(heard) == (name != "d"), name
             if heard:
-                data, (address, *_) = receiver.recvfrom(100)
+                data, (address, *_unused) = receiver.recvfrom(100)
                 assert (data, address) == (b"hello", lab.host(sender).address(version))
 
 
@@ -307,7 +307,7 @@ def test_path_mtu_to_d(lab: Lab, version: int) -> None:
 
 def test_python_runs_on_the_host(lab: Lab) -> None:
     def devices() -> set[str]:
-        return {name for _, name in socket.if_nameindex()}
+        return {name for _unused, name in socket.if_nameindex()}
 
     before = devices()
     assert lab.host("router").python(devices) == {"lo", "eth0", "eth1"}

@@ -72,7 +72,7 @@ def test_what_grows_before_the_freeze(it: Bench) -> None:
 
     A third has become too large for any: it is not frozen.
     """
-    cases = [it.pair("v4") for _ in range(3)]
+    cases = [it.pair("v4") for _turn in range(3)]
     importer = it.daemons["b"].process
     assert importer is not None
     importer.send_signal(signal.SIGSTOP)

@@ -111,7 +111,7 @@ def test_its_peer_resets_it(lab: Lab, mode: str, kind: str, data: bytes, restart
 @pytest.mark.parametrize("mode", MODES)
 def test_a_guessed_rst_is_not_the_end(lab: Lab, tmp_path: Path, mode: str) -> None:
     """One that is in the window, but not in sequence; nor is a FIN. The application gets it all."""
-    with scene(lab, mode) as (_, it):
+    with scene(lab, mode) as (_unused, it):
         case = send(it)
         assert case.peer
         local = it.host("a").address4
@@ -148,7 +148,7 @@ def test_a_guessed_rst_is_not_the_end(lab: Lab, tmp_path: Path, mode: str) -> No
 @pytest.mark.parametrize("kind", ["v4", "v6"])
 def test_nobody_takes_it(lab: Lab, tmp_path: Path, mode: str, kind: str) -> None:
     """With listed_max_s its peer gets one RST, under the name that it knows, and nothing is left."""
-    with scene(lab, mode, listed_max_s=2.0) as (_, it):
+    with scene(lab, mode, listed_max_s=2.0) as (_unused, it):
         with Capture(it.host("peer"), "tcp", tmp_path / "peer.pcap") as capture:
             case = send(it, kind)
             assert case.peer
@@ -162,7 +162,8 @@ def test_nobody_takes_it(lab: Lab, tmp_path: Path, mode: str, kind: str) -> None
 
 def test_an_application_is_in_time(lab: Lab, tmp_path: Path) -> None:
     """What is taken is not ended later; and a listener and a bound socket that nobody takes leave nothing."""
-    with scene(lab, "forward", listed_max_s=2.0) as (_, it), it.watched(tmp_path):
+    with scene(lab, "forward", listed_max_s=2.0) as pair, pair[1].watched(tmp_path):
+        it = pair[1]
         case = send(it)
         listener = it.listener("a", "v4", it.port(), "0.0.0.0")  # noqa: S104
         bound = it.sock("a", "v4")

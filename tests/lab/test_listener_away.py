@@ -68,7 +68,7 @@ def connected(sock: socket.socket) -> bool:
 
 def talk(client: socket.socket, listener: socket.socket) -> None:
     """The listener accepts the client, and they hear each other."""
-    ours, _ = listener.accept()
+    ours, _unused = listener.accept()
     with ours:
         both(client, ours)
 
@@ -130,7 +130,7 @@ def test_who_connects_waits(lab: Lab, tmp_path: Path, version: int, where: str, 
     with scene(lab, tmp_path) as daemons:
         listener = listen(lab, version, where)
         stays = connecting(lab, client_version)
-        here, _ = listener.accept()
+        here, _unused = listener.accept()
         leave(lab, listener, "a", "b")
         clients = [connecting(lab, client_version)]
         if where == "any":
@@ -157,7 +157,7 @@ def test_who_connects_waits(lab: Lab, tmp_path: Path, version: int, where: str, 
         back = take(lab, "a")
         until(lambda: all(map(connected, clients)))
         by_port = {client.getsockname()[1]: client for client in clients}
-        for _ in clients:
+        for _unused in clients:
             ours, remote = back.accept()
             with ours, by_port.pop(remote[1]) as client:
                 both(client, ours)
@@ -250,7 +250,7 @@ def test_takeover_brings_its_address(lab: Lab, tmp_path: Path, version: int) -> 
             listener.listen()
             first.settimeout(20)
             first.connect((address, PORT))
-            ours, _ = listener.accept()
+            ours, _unused = listener.accept()
             leave(lab, listener, "a", "b")
             second.setblocking(False)
             second.connect_ex((address, PORT))

@@ -105,7 +105,7 @@ def test_it_only_stops_to_listen(lab: Lab) -> None:
 def test_several_at_one_endpoint(lab: Lab) -> None:
     """With SO_REUSEPORT: as many are known as there are."""
     with daemons_of(lab, "ab") as daemons:
-        made = [listen(lab, socket.AF_INET, ANY[socket.AF_INET], shared=True) for _ in range(3)]
+        made = [listen(lab, socket.AF_INET, ANY[socket.AF_INET], shared=True) for _turn in range(3)]
         copies = [move(lab, one, "a", "b") for one in made]
         for left in (3, 2, 1):
             become(daemons, a=(left, 0), b=(0, left))

@@ -79,19 +79,19 @@ def test_without_a_connection(it: Bench, tmp_path: Path, way: str, kind: str) ->
             port = it.port()
             made[f"listening {name}"] = it.listener("a", kind, port, address, backlog=17), address, port
         made["unconnected"] = it.sock("a", kind), wildcard, 0
-        for sock, _, _ in made.values():
+        for sock, _unused, _unused in made.values():
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(TCP, socket.TCP_KEEPIDLE, 77)
-        targets = [it.target() for _ in made]
+        targets = [it.target() for _unused in made]
         requests = [
             ImportRequest(
                 [name.split()[0].replace("unconnected", "bound")], local_port=port or None, replace=target,
                 # A socket on a wildcard matches any address of its family.
                 local_address=it.address("v6" if kind == "v6" else "v4") if "specific" in name else None,
             )
-            for (name, (_, _, port)), target in zip(made.items(), targets, strict=True)
+            for (name, (_unused, _unused, port)), target in zip(made.items(), targets, strict=True)
         ]  # fmt: skip
-        sockets = [sock for sock, _, _ in made.values()]
+        sockets = [sock for sock, _unused, _unused in made.values()]
         if way == "active":
             taking = Later(it.take, requests)
             until(lambda: waiting(it, "bound") + waiting(it, "listening") == len(made))
@@ -104,7 +104,9 @@ def test_without_a_connection(it: Bench, tmp_path: Path, way: str, kind: str) ->
             moved(done)
             imported = it.take(requests)
         copies = {}
-        for (name, (_, address, port)), one, target in zip(made.items(), imported, targets, strict=True):
+        for (name, (_unused, address, port)), one, target in zip(
+            made.items(), imported, targets, strict=True
+        ):
             assert one.fd == target, name
             copy = copies[name] = copy_of(one)
             assert copy.getsockname()[:2] == (address, port), name
@@ -140,14 +142,14 @@ def use(it: Bench, kind: str, copies: dict[str, socket.socket], port: int) -> No
     for name in ("unconnected", "bound wildcard"):
         with it.listener("peer", there, it.port()) as listener:
             copies[name].connect((it.address(kind, "peer"), listener.getsockname()[1]))
-            peer, _ = listener.accept()
+            peer, _unused = listener.accept()
             peer.settimeout(10)
             with peer:
                 exchange(copies[name], peer, 10_000)
                 exchange(peer, copies[name], 10_000)
     with it.sock("peer", there) as peer:
         peer.connect((it.address(there, "b"), port))
-        ours, _ = copies["listening wildcard"].accept()
+        ours, _unused = copies["listening wildcard"].accept()
         ours.settimeout(10)
         with ours:
             exchange(ours, peer, 10_000)

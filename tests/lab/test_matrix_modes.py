@@ -23,10 +23,10 @@ def pairs(it: Bench, version: int, address: str, count: int) -> list[Case]:
     port, kind = it.port(), f"v{version}"
     cases = []
     with it.listener("a", kind, port, address) as listener:
-        for _ in range(count):
+        for _turn in range(count):
             peer = it.sock("peer", kind)
             peer.connect((address, port))
-            ours, _ = listener.accept()
+            ours, _unused = listener.accept()
             ours.settimeout(20)
             case = Case("service", kind, "ESTABLISHED", ours, port, peer, remote=peer.getsockname()[:2])
             cases.append(case)

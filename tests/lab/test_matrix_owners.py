@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,25 +111,25 @@ def test_blocked_calls_wake(it: Bench, tmp_path: Path) -> None:
                 sock = sockets[name]
                 blocked: Callable[[], Any]
                 if name == "recv":
-                    blocked = lambda: sock.recv(1)  # noqa: E731
+                    blocked = partial(sock.recv, 1)
                 elif name == "send":
-                    blocked = lambda: sock.send(bytes(1 << 20))  # noqa: E731
+                    blocked = partial(sock.send, bytes(1 << 20))
                 elif name == "accept":
                     blocked = sock.accept
                 elif name == "connect":
                     writable = select.poll()
                     writable.register(sock, select.POLLOUT)
-                    blocked = lambda: bool(writable.poll(20_000))  # noqa: E731
+                    blocked = partial(decided, writable)
                 elif name == "poll":
                     one = select.poll()
                     one.register(sock, select.POLLIN)
-                    blocked = lambda: events(one.poll(20_000))  # noqa: E731
+                    blocked = partial(polled, one, 20_000)
                 else:
                     edge = old
                     if name == "epoll":
                         edge = select.epoll()
                         edge.register(sock, select.EPOLLIN | select.EPOLLET)
-                    blocked = lambda: events(edge.poll(20))  # noqa: E731
+                    blocked = partial(polled, edge, 20)
                 met[name] = [outcome(blocked)]
                 if name == "accept":
                     met[name] += [outcome(sock.accept)]
@@ -194,9 +195,14 @@ def read_all(sock: socket.socket) -> bytes:
     return bytes(data)
 
 
-def events(found: list[tuple[int, int]]) -> list[str]:
-    """The names of what poll or epoll reports that matter here."""
-    [(_, mask)] = found
+def decided(writable: select.poll) -> bool:
+    """Whether a connection is there or has failed, within 20 s."""
+    return bool(writable.poll(20_000))
+
+
+def polled(waiting: select.poll | select.epoll, timeout: float) -> list[str]:
+    """The names of what poll (milliseconds) or epoll (seconds) reports that matter here."""
+    [(_unused, mask)] = waiting.poll(timeout)
     return [name for name, bit in (("in", 1), ("err", 8), ("hup", 16)) if mask & bit]
 
 
@@ -425,7 +431,7 @@ def test_a_hundred_aborts_under_load(it: Bench, tmp_path: Path) -> None:
         codes = []
         try:
             # Our own process is the owner: with its threads it is stopped each time.
-            for _ in range(34):
+            for _turn in range(34):
                 records = it.export_passively([(os.getpid(), case.fd) for case in cases])
                 codes += [verdict(record)[:2] for record in records]
         finally:

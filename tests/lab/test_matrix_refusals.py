@@ -235,7 +235,7 @@ def test_too_large(it: Bench) -> None:
 
 def test_owners(it: Bench) -> None:
     """io_uring, a debugger, the daemon itself: before anything is frozen or anybody asked."""
-    cases = [it.pair("v4") for _ in range(2)]
+    cases = [it.pair("v4") for _turn in range(2)]
 
     def with_ring() -> None:
         assert LIBC.syscall(IO_URING_SETUP, 4, ctypes.create_string_buffer(120)) >= 0
@@ -533,7 +533,7 @@ def test_it_changes_while_frozen(it: Bench) -> None:
             with Held(it, case) as held:
                 moving = held.move()
                 stall.wait()
-                _, [passed], _, _ = socket.recv_fds(there, 1, 1)
+                _unused, [passed], _unused, _unused = socket.recv_fds(there, 1, 1)
                 with socket.socket(fileno=passed) as stranger:
                     assert stranger.recv(10) == case.to_us[:10]
                     case.to_us = case.to_us[10:]
@@ -658,7 +658,7 @@ def test_another_user(it: Bench) -> None:
 
     with roots, as_nobody(it, "a", nobody, [shared.fd]) as child:
         found = child.result(60)
-    peer, _ = listener.accept()
+    peer, _unused = listener.accept()
     listener.close()
     no = str(Code.NO_PRIVILEGE)
     assert [found[name] for name in ("named", "drain", "reload", "leave")] == [no] * 4, found

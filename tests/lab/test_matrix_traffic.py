@@ -67,7 +67,7 @@ class End:
         sock.setblocking(False)
         sizes = random.Random(self.sent)  # noqa: S311
         while go_on(self):
-            readable, writable, _ = select.select(
+            readable, writable, _unused = select.select(
                 [sock] if self.into else [], [sock] if self.out else [], [], 0.2
             )
             if readable and self.into:
@@ -81,7 +81,7 @@ class End:
     def until_taken(self, sock: socket.socket) -> tuple[int, int]:
         """Run until the socket is gone; how far both directions have come."""
         try:
-            self.run(sock, lambda _: True)
+            self.run(sock, lambda _unused: True)
         except OSError:
             return self.sent, self.got
         raise AssertionError("unreachable")
@@ -98,7 +98,7 @@ def test_under_traffic(it: Bench, tmp_path: Path, wanted: str, kind: str) -> Non
         assert case.peer
         peer, theirs = case.peer, End(peer_out, ours_out)
         stop = threading.Event()
-        streaming = Later(theirs.run, peer, lambda _: not stop.is_set())
+        streaming = Later(theirs.run, peer, lambda _unused: not stop.is_set())
         owner = End(ours_out, peer_out)
         with Keeper([case.fd], lambda: owner.until_taken(case.ours)) as keeper:
             pairs = [(keeper.pid, case.fd)]

@@ -36,7 +36,7 @@ def test_passive_over_hops(lab: Lab, tmp_path: Path, kind: str, version: int, mo
         daemons(lab, "abc", redirect={"devices": ["eth0"], "modes": [mode]}),
         service(lab, kind, "abc", tmp_path, version=version) as serving,
     ):
-        for _ in range(2):
+        for _turn in range(2):
             serving.client(*CLIENTS[kind])
         serving.connected(2)
         for source, target in ("ab", "bc", "ca"):
@@ -57,7 +57,7 @@ def test_active_with_context(lab: Lab, tmp_path: Path, kind: str, version: int) 
         daemons(lab, "ab"),
         service(lab, kind, "ab", tmp_path, version=version, active_targets={"a": "b", "b": "a"}) as serving,
     ):
-        for _ in range(2):
+        for _turn in range(2):
             serving.client(*CLIENTS[kind])
         serving.connected(2)
         for source, target in ("ab", "ba"):
@@ -96,7 +96,7 @@ def test_both_ends_at_once(lab: Lab, tmp_path: Path) -> None:
         return process
 
     def number_of(process: subprocess.Popen[str]) -> int:
-        output, _ = process.communicate(timeout=30)
+        output, _unused = process.communicate(timeout=30)
         assert process.returncode == 0, output
         return int(output)
 

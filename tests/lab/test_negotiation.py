@@ -58,7 +58,7 @@ def test_who_is_refused_tries_another_host(it: Bench) -> None:
 
 def test_a_dry_run_asks_for_room(it: Bench) -> None:
     """It says who offers how much, and keeps nothing of it: the same room is there for the move at once."""
-    cases = [it.pair("v4") for _ in range(5)]
+    cases = [it.pair("v4") for _turn in range(5)]
     sockets = [(os.getpid(), case.fd) for case in cases]
 
     def plan(**more: Any) -> Counter[tuple[str | None, str | None]]:
@@ -93,7 +93,7 @@ def test_a_dry_run_asks_for_room(it: Bench) -> None:
 def test_a_dry_run_counts_the_queue_of_a_listener(it: Bench) -> None:
     """It goes only where there is room for what waits in its queue, too."""
     port = it.port()
-    listener, peers = it.listener("a", "v4", port), [it.sock("peer", "v4") for _ in range(4)]
+    listener, peers = it.listener("a", "v4", port), [it.sock("peer", "v4") for _turn in range(4)]
     for peer in peers:
         peer.connect((it.address("v4"), port))
     until(lambda: queue_length(listener.fileno()) == 4)
@@ -142,7 +142,7 @@ def test_who_is_refused_by_all_does_not_wait(it: Bench) -> None:
 def spread(it: Bench, count: int) -> Counter[str]:
     """Where so many connections go that are exported one after the other to any host."""
     found: Counter[str] = Counter()
-    for _ in range(count):
+    for _turn in range(count):
         [record] = it.export_passively([(os.getpid(), it.pair("v4").fd)], to=None)
         moved([record])
         found[record["to"]] += 1
@@ -161,7 +161,7 @@ def emptied(it: Bench) -> Iterator[Bench]:
 def test_the_least_loaded_gets_it(emptied: Bench, busy: str) -> None:
     """Whoever of them is faster."""
     it, idle = emptied, {"b": "c", "c": "b"}[busy]
-    moved(it.export_passively([(os.getpid(), it.pair("v4").fd) for _ in range(40)], to=busy))
+    moved(it.export_passively([(os.getpid(), it.pair("v4").fd) for _turn in range(40)], to=busy))
     with reconfigured(it, "a", policy="least-loaded"):
         assert spread(it, 8) == {idle: 8}
 
@@ -180,7 +180,7 @@ def test_weights_divide_it(emptied: Bench) -> None:
 def test_where_an_application_waits(emptied: Bench, name: str) -> None:
     """It comes there, though another host may be faster."""
     it = emptied
-    for _ in range(4):
+    for _turn in range(4):
         importing = Later(it.take, [ImportRequest(["connected"])], name)
         until(lambda: status(it.host(name))["import_lists"]["connected"]["waiting"] == 1)
         assert spread(it, 1) == {name: 1}

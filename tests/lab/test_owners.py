@@ -131,14 +131,14 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     """A connection over loopback: the end to be owned, and its peer."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         peer = socket.create_connection(listener.getsockname())
-        owned, _ = listener.accept()
+        owned, _unused = listener.accept()
     with owned, peer:
         yield owned, peer
 
 
 def stop_and_resume(sock: socket.socket, times: int = 5) -> None:
     owners = Owners()
-    for _ in range(times):
+    for _turn in range(times):
         assert owners.stop([inode(sock)], [], 2) == [None]
         owners.resume([inode(sock)])
 
@@ -263,7 +263,7 @@ def test_ignored_signals_do_not_interrupt(
     assert owner.line() == ["calling"]
     owner.wait_asleep()
     owners = Owners()
-    for _ in range(20):
+    for _turn in range(20):
         owners.find([inode(owned)])
         os.kill(owner.pid, signal.SIGUSR1)
         assert owners.stop([inode(owned)], [], 2) == [None]
@@ -283,7 +283,7 @@ def test_a_blocked_send_returns_what_it_has_sent(
     assert owner.line() == ["calling"]
     owner.wait_asleep()
     stop_and_resume(owned, 1)
-    sent, error, _ = owner.line()
+    sent, error, _unused = owner.line()
     assert 0 < int(sent) < size and error == "0"
     owner.process.wait()
     owned.close()
@@ -377,7 +377,7 @@ def test_sockets_that_share_an_owner(
 def test_forked_and_passed_descriptors_are_found(
     start: Callable[..., Owner], pair: tuple[socket.socket, socket.socket]
 ) -> None:
-    owned, _ = pair
+    owned, _unused = pair
     parent = start("child = os.fork()\nif child: say(child)\ntime.sleep(60)", owned.fileno())
     child = int(parent.line()[0])
     here, there = socket.socketpair()
@@ -441,7 +441,7 @@ def test_what_another_scan_has_found_is_not_looked_for_again(
 def test_a_descriptor_passed_after_the_scan_is_a_stranger(
     start: Callable[..., Owner], pair: tuple[socket.socket, socket.socket]
 ) -> None:
-    owned, _ = pair
+    owned, _unused = pair
     here, there = socket.socketpair()
     with here, there:
         late = start("say('up')\nm = socket.socket(fileno=FD).recvmsg(1, 64)\nsay('got')\ntime.sleep(60)",
@@ -493,13 +493,13 @@ def test_storms_come_to_rest(
     storm: str, start: Callable[..., Owner], pair: tuple[socket.socket, socket.socket]
 ) -> None:
     """After a stop no holder runs, whatever was being born."""
-    owned, _ = pair
+    owned, _unused = pair
     owner = start(8 * " " + "os.setpgid(0, 0)" + STORMS[storm], owned.fileno())
     assert owner.line() == ["ready"]
     owners, number = Owners(), inode(owned)
     rounds = 0
     try:
-        for _ in range(25):
+        for _turn in range(25):
             owners.find([number])
             time.sleep(0.002)  # let some be born between the scan and the stop
             verdict = owners.stop([number], [], 2)[0]
@@ -550,7 +550,7 @@ def test_a_process_stopped_by_a_signal_stays_stopped(
 def test_a_process_killed_while_stopped_is_reaped_by_its_parent(
     start: Callable[..., Owner], pair: tuple[socket.socket, socket.socket]
 ) -> None:
-    owned, _ = pair
+    owned, _unused = pair
     # The owner is a grandchild: what we trace and what we wait for must not be the same.
     script = "p = os.fork()\nif not p: time.sleep(60)\nsay(p)\nsay(os.waitpid(p, 0)[1])"
     parent = start(script, owned.fileno())
@@ -598,7 +598,7 @@ def test_the_kernel_lets_go_when_the_daemon_is_killed(
 
 
 def test_a_debugger_is_named(start: Callable[..., Owner], pair: tuple[socket.socket, socket.socket]) -> None:
-    owned, _ = pair
+    owned, _unused = pair
     owner = start("say('ready'); time.sleep(60)", owned.fileno())
     assert owner.line() == ["ready"]
     debugger = start(f"libc.ptrace(0x4206, {owner.pid}, None, None); say('attached'); time.sleep(60)")
@@ -635,7 +635,7 @@ def test_io_uring_is_refused(start: Callable[..., Owner], pair: tuple[socket.soc
 def test_the_daemon_itself_is_refused_and_its_duplicates_do_not_count(
     start: Callable[..., Owner], pair: tuple[socket.socket, socket.socket]
 ) -> None:
-    owned, _ = pair
+    owned, _unused = pair
     owners, number = Owners(), inode(owned)
     refusal = owners.stop([number], [os.getpid()], 1)[0]
     assert refusal and refusal.code is Code.OWNER_IS_DAEMON

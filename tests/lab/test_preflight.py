@@ -110,7 +110,7 @@ def test_a_connection(any_pair: tuple[socket.socket, socket.socket]) -> None:
 
 
 def test_the_send_queue(pair: tuple[socket.socket, socket.socket]) -> None:
-    owned, _ = pair
+    owned, _unused = pair
     owned.setblocking(False)
     sent = 0
     with pytest.raises(BlockingIOError):
@@ -179,7 +179,7 @@ def test_traffic_is_not_mistaken_for_urgent_data(pair: tuple[socket.socket, sock
             )
             stack.callback(process.kill)
         eventually(lambda: facts(owned).receive_queue_bytes, "traffic flows")
-        assert [facts(owned).refusal for _ in range(500)] == [None] * 500
+        assert [facts(owned).refusal for _turn in range(500)] == [None] * 500
 
 
 # -- refusals --
@@ -312,7 +312,7 @@ def test_no_privilege() -> None:
 
 
 def test_in_repair(pair: tuple[socket.socket, socket.socket]) -> None:
-    owned, _ = pair
+    owned, _unused = pair
     owned.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
     assert code(owned) is Code.IN_REPAIR
     owned.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_OFF)
@@ -435,7 +435,7 @@ def test_descriptors_of_others_are_as_good(pair: tuple[socket.socket, socket.soc
     here, there = socket.socketpair()
     with here, there:
         here.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pair[0].fileno()]))])
-        _, ((_, _, data),), _, _ = there.recvmsg(1, 64)
+        _unused, ((_unused, _unused, data),), _unused, _unused = there.recvmsg(1, 64)
         fd = array.array("i", data)[0]
     try:
         ours, theirs = inspect([pair[0].fileno(), fd])

@@ -94,7 +94,7 @@ def test_queues_are_what_the_image_has(lab: Lab, scene: Scene) -> None:
         client = scene.client("a", 5311)
         client.connection.setblocking(False)
         try:
-            for _ in range(400):
+            for _turn in range(400):
                 client.connection.send(bytes(65536))
                 time.sleep(0.002)
         except BlockingIOError:
@@ -123,7 +123,7 @@ def test_steps_and_metrics(lab: Lab, scene: Scene) -> None:
     a, b = lab.host("a"), lab.host("b")
     with daemons(lab, "ab"):
         scene.server("a", 5312)
-        clients = [scene.client("a", 5312) for _ in range(3)]
+        clients = [scene.client("a", 5312) for _turn in range(3)]
         urgent = scene.client("a", 5312)
         urgent.connection.send(b"!", socket.MSG_OOB)
         steps = []
@@ -197,8 +197,8 @@ def test_history_of_100000(lab: Lab) -> None:
             "local": "10.77.1.13:80", "started_at": "2026-11-23T12:00:00+00:00", "outcome": "moved",
             "fidelity": {"carried": ["receive-queue", "options"], "approximated": [], "reset": ["rtt"]},
         }  # fmt: skip
-        for _ in range(100):
-            ids = [uuid4() for _ in range(1000)]
+        for _turn in range(100):
+            ids = [uuid4() for _turn in range(1000)]
             audit = [(one, "export", {"migration_id": str(one), **content}) for one in ids]
             journal.write(Change(audit=audit))
         journal.fold()

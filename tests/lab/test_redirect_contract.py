@@ -301,12 +301,12 @@ def test_undone_before_commit(lab: Lab, mode: Mode, version: int) -> None:
         site.on(lab.b)
         lab.b.tables.hold([FourTuple(c.placed(lab.b), c.home.remote)], 10)  # as while it is PREPARED
         with lab.a.inside():
-            for _ in range(2):
+            for _turn in range(2):
                 lab.a.tables.hold([c.home], 5)
-            for _ in range(2):
+            for _turn in range(2):
                 redirect.send_away(out)
             assert redirect.outbound() == out and lab.a.tables.held() == []
-            for _ in range(2):
+            for _turn in range(2):
                 redirect.take_back([c.home])
         assert redirect.outbound() == [] and lab.a.tables.read_flows() == {}
         c.progress()
@@ -364,7 +364,7 @@ def test_iptables_after_a_flush(lab: Lab, version: int) -> None:
         assert c.peer
         for host in (lab.a, lab.b):
             with host.inside():
-                apart(lambda _: flush(version))
+                apart(lambda _unused: flush(version))
         time.sleep(0.2)
         before = c.peer.received
         time.sleep(0.5)
@@ -390,7 +390,7 @@ def test_outlives_daemons(lab: Lab, mode: Mode, version: int) -> None:
     with connection(site, version) as c:
         c.move(lab.b)
         c.progress()
-        for _ in range(4):
+        for _turn in range(4):
             for host in (lab.a, lab.b):
                 site.restart(host)
         c.progress()
@@ -418,10 +418,10 @@ def test_late_packet(lab: Lab, mode: Mode, version: int) -> None:
             c.peer_sock.close()
         if mode is Mode.TAKEOVER:  # of a peer that has not heard of the address's new host
             with lab.a.inside():
-                _, mac = lab.a.tables.routes.hardware_address("eth0")
+                _unused, mac = lab.a.tables.routes.hardware_address("eth0")
             to = (str(c.home.local.address), "lladdr", mac.hex(":"), "dev", "eth0")
             lab.peer.ip("neigh", "replace", *to, "nud", "permanent")
-            for _ in range(5):  # before expire() it is as silent
+            for _turn in range(5):  # before expire() it is as silent
                 segment(lab.peer, FourTuple(c.home.remote, c.home.local))
         lab.b.nft(
             "-f", "-", text=f"""table inet fw {{
@@ -661,7 +661,7 @@ def test_relay_leaves_others_alone(lab: Lab, version: int) -> None:
     with relaying(lab, site, lab.a, [lab.b]) as done:
         with lab.peer.inside():
             sender = _RawSender(0)
-            for _ in range(10):
+            for _turn in range(10):
                 sender.send(build(error), a.address)
             sender.close()
         with lab.b.inside():

@@ -139,11 +139,11 @@ def test_large_batch(nft: NftSocket) -> None:
     batch.remove(SET, keys[: n // 100])
     batch.add(SET, ((k, b"") for k in keys))
     nft.commit(batch)
-    assert {k for k, _ in nft.dump(SET)} == set(keys)
+    assert {k for k, _unused in nft.dump(SET)} == set(keys)
     batch = Batch()
     batch.remove(SET, keys[n // 2 :] + [i.to_bytes(40, "big") for i in range(n, n + 500)])
     nft.commit(batch)
-    assert {k for k, _ in nft.dump(SET)} == set(keys[: n // 2])
+    assert {k for k, _unused in nft.dump(SET)} == set(keys[: n // 2])
 
 
 def test_costs(nft: NftSocket, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +186,7 @@ def test_setup_keeps_live_entries(host: Host) -> None:
         with tables.transaction() as batch:
             batch.put(tables.flows[4], [key_of(t)], [tables.moved(Mode.FORWARD)])
         rules = host.nft("-s", "list", "table", "inet", "again").count("\n")
-        for _ in range(3):
+        for _turn in range(3):
             tables.setup()
         assert host.nft("-s", "list", "table", "inet", "again").count("\n") == rules
         assert tables.held() == [t] and tables.read_flows() == {t: (Tag.MOVED, 1)}

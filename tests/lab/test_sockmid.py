@@ -115,7 +115,7 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 @pytest.mark.parametrize(
     ("changes", "words"),
     BAD_VALUES,
-    ids=[re.sub(r"\W+", "-", str(changes))[:40] for changes, _ in BAD_VALUES],
+    ids=[re.sub(r"\W+", "-", str(changes))[:40] for changes, _unused in BAD_VALUES],
 )
 def test_bad_values(tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]) -> None:
     """In this process: what `Config.load` says is what `sockmid` prints (see the tests below)."""
@@ -466,7 +466,7 @@ def test_metrics(lab: Lab) -> None:
         with daemons(lab, "ab"):
             assert _metrics(a)[("sockmi_group_members", "lab")] == 1
             scene.server("a", 5200)
-            clients = [scene.client("a", 5200) for _ in range(2)]
+            clients = [scene.client("a", 5200) for _turn in range(2)]
             importer = scene.program("b", "import", "--port", 5200, "--count", 2, "--exec", "cat")
             scene.waiting("b")
             assert run("drain", "--port", 5200, "--kind", "connected", "--to", "b", host=a).status == 0

@@ -243,7 +243,7 @@ class TestAttack:
             a.do("send", text=f"move {number}")
             b.wait("datagram", text=f"move {number}")
         recording = attacker.record(10)
-        for _ in range(3):
+        for _turn in range(3):
             for datagram in recording:
                 attacker.say(datagram)
                 attacker.say(datagram, (net.address("b"), 7780))
@@ -257,7 +257,7 @@ class TestAttack:
         a.start()
         a.knows(b)
         before = b.status()["seal"]
-        for _ in range(3):
+        for _turn in range(3):
             for datagram in recording:
                 attacker.say(datagram)
         b.until(lambda status: sum(status["seal"].values()) >= sum(before.values()) + 10)

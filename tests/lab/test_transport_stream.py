@@ -60,7 +60,7 @@ class Host:
 
     def start(self, listen: Endpoint) -> None:
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, context: self.errors.append(context))
+        loop.set_exception_handler(lambda _unused, context: self.errors.append(context))
         self.pool = StreamPool(
             loop,
             self.identity,
@@ -139,7 +139,7 @@ def test_open_send_both_ways_and_sizes(tmp_path: Path) -> None:
                 third = len(message) // 3
                 assert high.pool.send(low.id, [message[:third], b"", bytearray(message[third:])])
             await until(lambda: len(low.messages) == len(high.messages) == len(sizes))
-            assert [message for _, message in high.messages] == sent
+            assert [message for _unused, message in high.messages] == sent
             assert low.messages == [(high.id, message) for message in sent]
             assert low.pool.hosts() == [high.id] and low.pool.queued_bytes(high.id) == 0
         assert low.events == [("open", high.id)] and high.events == [("open", low.id)]
@@ -188,7 +188,7 @@ def test_simultaneous_connects_become_one(tmp_path: Path, seed: int) -> None:
                 link.fail("the test breaks it")
                 await until(lambda: not high.pool.is_open(low.id))
             for one in (low, high):
-                kinds = [kind for kind, _ in one.events]
+                kinds = [kind for kind, _unused in one.events]
                 assert kinds == ["open", "lost"] * 15, kinds
 
     run(scenario)
@@ -200,7 +200,7 @@ def test_one_sided_reachability_still_gives_a_stream(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with pair(tmp_path) as (low, high):
             stuck = socket.create_server(("127.0.0.1", 0), backlog=0)
-            fill = [socket.socket() for _ in range(4)]
+            fill = [socket.socket() for _turn in range(4)]
             for one in fill:  # a full backlog: SYNs are dropped
                 one.setblocking(False)
                 one.connect_ex(stuck.getsockname())
@@ -260,7 +260,7 @@ def test_restarted_host_replaces_its_stream_at_once(tmp_path: Path) -> None:
             low.knows(high)
             low.pool.open(high.id)
             await until(lambda: low.pool.is_open(high.id) and high.events[-1:] == [("open", low.id)])
-            assert [kind for kind, _ in high.events] == ["open", "lost", "open"]
+            assert [kind for kind, _unused in high.events] == ["open", "lost", "open"]
             low.pool.send(high.id, b"again")
             await until(lambda: high.messages)
 
@@ -286,7 +286,7 @@ def test_a_second_stream_of_a_living_one_is_refused_and_of_a_dead_one_taken(tmp_
             asyncio.get_running_loop().remove_reader(old._fd)  # deaf, but the kernel acknowledges
             twin.pool.open(high.id)
             await until(lambda: twin.pool.is_open(high.id))
-            assert [kind for kind, _ in high.events] == ["open", "lost", "open"]
+            assert [kind for kind, _unused in high.events] == ["open", "lost", "open"]
             twin.pool.close()
 
     run(scenario)
@@ -327,7 +327,7 @@ def test_back_pressure_and_drain(tmp_path: Path) -> None:
             await until(lambda: ("drain", high.id) in low.events)
             assert low.pool.send(high.id, b"goes on")
             await until(lambda: len(high.messages) == sent + 1)
-            assert all(message == payload for _, message in high.messages[:-1])
+            assert all(message == payload for _unused, message in high.messages[:-1])
 
     run(scenario)
 
@@ -364,11 +364,11 @@ class TestMembership:
                 high.pool.forget(low.id)
                 assert high.reasons == ["no longer a member"]
                 await until(lambda: low.reasons)
-                for _ in range(3):
+                for _turn in range(3):
                     low.pool.open(high.id)
                     lost = len(low.reasons)
                     await until_lost(low, lost + 1)
-                assert not high.pool.hosts() and "open" not in [kind for kind, _ in high.events[2:]]
+                assert not high.pool.hosts() and "open" not in [kind for kind, _unused in high.events[2:]]
                 high.knows(low)
                 low.pool.open(high.id)
                 await until(lambda: low.pool.is_open(high.id))
@@ -441,7 +441,7 @@ class TestHostile:
                 rng = random.Random(1)  # noqa: S311  # noqa: S311
                 for turn in range(100):
                     mutated = bytearray(hello[: rng.randrange(1, len(hello) + 1)])
-                    for _ in range(rng.randrange(4)):
+                    for _turn in range(rng.randrange(4)):
                         mutated[rng.randrange(len(mutated))] = rng.randrange(256)
                     attacker = socket.create_connection(("127.0.0.1", low.endpoint.port))
                     attacker.sendall(bytes(mutated))
@@ -566,7 +566,7 @@ class TestHostile:
                         ("127.0.0.1", low.endpoint.port), source_address=(f"127.0.0.{host}", 0)
                     )
                     for host in range(2, 12)
-                    for _ in range(8)
+                    for _turn in range(8)
                 ]
                 await until(lambda: low.pool.counters["refused_unproven"] > 0)
                 await until(lambda: len(low.pool._unproven) == QUICK.unproven_max // 2)
@@ -583,7 +583,7 @@ class TestHostile:
     def test_one_address_gets_only_its_share(self, tmp_path: Path) -> None:
         async def scenario() -> None:
             async with pair(tmp_path) as (low, _high):
-                held = [socket.create_connection(("127.0.0.1", low.endpoint.port)) for _ in range(40)]
+                held = [socket.create_connection(("127.0.0.1", low.endpoint.port)) for _turn in range(40)]
                 await until(lambda: low.pool.counters["refused_unproven"] == 24)
                 assert len(low.pool._unproven) == QUICK.unproven_per_address_max
                 for one in held:
@@ -706,7 +706,7 @@ def test_frames_survive_any_cutting(frames: list[tuple[int, int]], pieces: list[
 @settings(max_examples=100, deadline=None)
 def test_garbage_frames_are_bounded(garbage: bytes, pieces: list[int]) -> None:
     ear = hear(garbage, pieces)
-    assert sum(len(payload) + 5 for _, payload in ear.frames) <= len(garbage)
+    assert sum(len(payload) + 5 for _unused, payload in ear.frames) <= len(garbage)
     if len(garbage) >= 5 and int.from_bytes(garbage[:4], "big") > 100_000:
         assert "frame of" in ear.reason and not ear.frames
 
@@ -718,7 +718,7 @@ def test_large_messages_arrive_whole_in_linear_time(
         async with pair(tmp_path, StreamSettings()) as (low, high):
             low.pool.open(high.id)
             await until(lambda: low.pool.is_open(high.id) and high.pool.is_open(low.id))
-            images = [os.urandom(1 << 20) for _ in range(32)]
+            images = [os.urandom(1 << 20) for _turn in range(32)]
             started = time.perf_counter()
             low.pool.send(
                 high.id, [part for image in images for part in (len(image).to_bytes(4, "big"), image)]

@@ -60,7 +60,7 @@ def going_home(
         # Servers do not like it that their daemon dies.
         [client] = serving.clients
         client.terminate()
-        output, _ = client.communicate(timeout=30)
+        output, _unused = client.communicate(timeout=30)
         assert client.returncode == 0, output
 
 

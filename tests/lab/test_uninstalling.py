@@ -60,7 +60,7 @@ def test_nothing_is_left(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with cluster(lab, "ab", redirect=redirect) as daemons:
         until(lambda: len(left(a)) >= 5)
         before = left(a)
-        status, _, why = remove(a)
+        status, _unused, why = remove(a)
         assert status == 1 and "another daemon uses this state; stop it" in why
         assert left(a) == before
         stop(daemons, "a")
@@ -90,7 +90,7 @@ def test_what_is_needed_stays(lab: Lab, tmp_path: Path, journal: bool) -> None:
             for path in lab.host("a").state_dir.glob("journal.db*"):
                 path.rename(tmp_path / path.name)
         before = left(lab.host("a"))
-        status, _, why = remove(lab.host("a"))
+        status, _unused, why = remove(lab.host("a"))
         assert status == 1
         assert f"1 moved connections depend on this host's redirects: {lab.host('a').address4}:7000" in why
         assert "--force" in why and "(left)" in why
@@ -102,12 +102,12 @@ def test_what_is_needed_stays(lab: Lab, tmp_path: Path, journal: bool) -> None:
         daemons.start("a")
         [client] = serving.clients  # servers do not like it that their daemon stops
         client.terminate()
-        output, _ = client.communicate(timeout=30)
+        output, _unused = client.communicate(timeout=30)
         assert client.returncode == 0, output
         stop(daemons, "b")
         stop(daemons, "a")
         # The connection has just ended: its entries linger.
-        status, said, _ = remove(lab.host("a"), "--force")
+        status, said, _unused = remove(lab.host("a"), "--force")
         assert status == 0 and said.startswith("removed")
         assert left(lab.host("a")) == []
 

@@ -133,7 +133,7 @@ class Daemon:
         chunk = os.urandom(chunk_kib << 10)
         host = bytes.fromhex(to)
         self.run_sent_at = time.perf_counter()
-        for _ in range((mib << 10) // chunk_kib):
+        for _turn in range((mib << 10) // chunk_kib):
             self.pool.send(host, [b"B", chunk])
         self.pool.send(host, b"F")
 
@@ -254,7 +254,7 @@ class Node:
     def __enter__(self) -> Node:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_unused: object) -> None:
         self.kill()
 
     def kill(self) -> None:
@@ -438,7 +438,7 @@ class Attacker:
     def record(self, count: int, timeout_s: float = 10.0) -> list[bytes]:
         """The next datagrams to the group."""
         self.ears.settimeout(timeout_s)
-        return [self.ears.recv(65535) for _ in range(count)]
+        return [self.ears.recv(65535) for _turn in range(count)]
 
     def say(self, datagram: bytes, to: tuple[str, int] | None = None) -> None:
         with suppress(OSError):  # full, or too long for the path: nothing to attack with

@@ -90,7 +90,7 @@ def test_calm_runs_end_where_they_should(scenario: str) -> None:
 def test_a_dry_run_leaves_nothing(targeted: bool) -> None:
     """Everything is planned, nothing has moved, and no importer keeps room for it."""
     world = World(3, connections=3)
-    a, b, _ = world.hosts
+    a, b, _unused = world.hosts
     for connection, home in world.home.items():
         a.live[connection] = home.live.pop(connection)
         world.home[connection] = a
@@ -178,7 +178,7 @@ def ignore_hop_fencing(patch: pytest.MonkeyPatch) -> None:
         return Verdict.DONE
 
     def done(self: Routes, event: events.RerouteDone) -> None:
-        for connection, _, refusal in event.results:
+        for connection, _unused, refusal in event.results:
             new = self._moving.pop(connection, None)
             if new is not None and refusal is None and connection in self._routes:
                 self._put(new)
@@ -192,7 +192,7 @@ def audit_forgets_what_is_prepared(patch: pytest.MonkeyPatch) -> None:
     original = Routes.on_audit
 
     def on_audit(self: Routes, source: bytes, message: messages.Audit, channel: Any) -> None:
-        arriving, self.arriving = self.arriving, lambda _: False
+        arriving, self.arriving = self.arriving, lambda _unused: False
         original(self, source, message, channel)
         self.arriving = arriving
 

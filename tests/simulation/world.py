@@ -287,10 +287,10 @@ class Host:
         self.world.open_batches.discard(action.batch)
         yield from ()
 
-    def on_ignored(self, _: actions.Ignored) -> Iterator[None]:
+    def on_ignored(self, _unused: actions.Ignored) -> Iterator[None]:
         yield from ()
 
-    def on_quiet(self, _: actions.Quiet) -> Iterator[None]:
+    def on_quiet(self, _unused: actions.Quiet) -> Iterator[None]:
         self.quiet = True
         self.crash()
         yield from ()
@@ -432,7 +432,7 @@ class Host:
             if image is not None:
                 del self.dormant[key]
                 self.guarded.pop(image[:16], None)
-        if not any(chunk == action.chunk for chunk, _ in self.journal.spool):
+        if not any(chunk == action.chunk for chunk, _unused in self.journal.spool):
             del self.journal.prepared[action.chunk]
         yield
 
@@ -572,7 +572,7 @@ class World:
     def run(self, until: float) -> None:
         """Let the world go on."""
         while self._heap and self._heap[0][0] <= until:
-            when, _, what = heapq.heappop(self._heap)
+            when, _unused, what = heapq.heappop(self._heap)
             self.time = max(self.time, when)
             what()
             self.check()
@@ -608,7 +608,7 @@ class World:
         if channel is Channel.STREAM:
             self.send_stream(source, to, message)
             return
-        for _ in range(1 + (self.random.random() < self.chaos.repeat)):
+        for _turn in range(1 + (self.random.random() < self.chaos.repeat)):
             if self.random.random() >= self.chaos.loss:
                 self.deliver(source, to, message, channel, self.delay())
 
@@ -725,7 +725,7 @@ class World:
         found = {host.id for host in self.hosts if host is self.batch_hosts.get(chunk.batch, (None, 0))[0]}
         found |= {
             to.id
-            for _, to, message, _ in self.sent
+            for _unused, to, message, _unused in self.sent
             if isinstance(message, messages.Ship) and message.chunk == chunk
         }
         return found
@@ -805,9 +805,9 @@ class World:
         if pick.random() < self.chaos.stop:
             host.do(events.Stop(0.3))
         if pick.random() < 0.05:
-            for batch, (owner, _) in list(self.batch_hosts.items())[-1:]:
+            for batch, (owner, _unused) in list(self.batch_hosts.items())[-1:]:
                 owner.do(events.CancelExport(batch))
-        for _ in range(3):
+        for _turn in range(3):
             if pick.random() < self.chaos.forge:
                 self.forge()
 
@@ -888,7 +888,7 @@ class World:
     def follow(self, connection: bytes) -> tuple[Host, Place | None]:
         """Where the peer's packets go, and the place they are sent to there."""
         host, place = self.home[connection], None
-        for _ in range(50):
+        for _turn in range(50):
             route = host.away.get(connection)
             if route is None or connection in host.guarded:  # a prepared copy's hold goes first
                 return host, place
@@ -947,14 +947,14 @@ class World:
             places = [host for host in self.hosts if connection in host.live]
             if len(places) != 1 or not places[0].may_send(connection):
                 return f"{connection[0]:x} lives on {[host.number for host in places]}"
-            end, _ = self.follow(connection)
+            end, _unused = self.follow(connection)
             if end is not places[0]:
                 return f"packets of {connection[0]:x} go to {end.number}, it lives on {places[0].number}"
             holding = end.journal.holdings.get(connection)
             if end.live[connection].hop and (holding is None or holding.hop != end.live[connection].hop):
                 return f"the journal of {end.number} does not name {connection[0]:x}"
             waypoints = [host for host in self.hosts if connection in host.away and host is not home]
-            if any(not self.pinned(connection) for _ in waypoints):
+            if any(not self.pinned(connection) for _unused in waypoints):
                 return f"{connection[0]:x} still goes over {[host.number for host in waypoints]}"
         return ""
 
@@ -984,7 +984,7 @@ def random_run(seed: int) -> World:
         unwritable=0.1 if seed % 5 == 1 else 0.0, grace_s=0.05 if seed % 3 == 1 else 0.0,
     )  # fmt: skip
     world = World(seed, hosts=draw.randint(2, 4), connections=draw.randint(1, 5), chaos=chaos)
-    for _ in range(draw.randint(5, 20)):
+    for _turn in range(draw.randint(5, 20)):
         world.operate()
         world.run(world.time + draw.random() * 0.4)
     world.heal()
@@ -994,7 +994,7 @@ def random_run(seed: int) -> World:
 
 def first_hop(world: World) -> None:
     """a -> b, then the connections end."""
-    a, b, _ = world.hosts
+    a, b, _unused = world.hosts
     world.export(a, sorted(a.live), b)
     world.run(1.0)
     for connection in sorted(b.live)[:1]:
@@ -1012,7 +1012,7 @@ def two_hops(world: World) -> None:
 
 def home_again(world: World) -> None:
     """a -> b -> a."""
-    a, b, _ = world.hosts
+    a, b, _unused = world.hosts
     world.export(a, sorted(a.live), b)
     world.run(1.0)
     world.export(b, sorted(b.live), a)

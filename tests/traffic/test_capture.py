@@ -221,10 +221,10 @@ def test_nothing_is_a_finding() -> None:
 
 def test_random_traffic_with_one_segment_lost() -> None:
     chance = random.Random(7)  # noqa: S311
-    for _ in range(20):
+    for _turn in range(20):
         trace = Trace(chance.getrandbits(32), chance.getrandbits(32))
         trace.open()
-        for _ in range(50):
+        for _turn in range(50):
             trace.send(chance.choice([PEER, SERVER]), chance.choice([0, 1, 1448, 65000]))
         trace.send(PEER)
         trace.send(SERVER)
@@ -272,7 +272,7 @@ def test_real_reset_is_found(lab: Lab, version: int) -> None:
         listener.listen()
         with Capture(peer, "tcp port 5010") as capture:
             client.connect((a.address(version), 5010))
-            accepted, _ = listener.accept()
+            accepted, _unused = listener.accept()
             accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             accepted.close()
             with pytest.raises(ConnectionResetError):

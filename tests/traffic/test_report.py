@@ -62,7 +62,7 @@ class Checker(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag not in ("script", "link", "img", "iframe")
-        assert not {name for name, _ in attrs} & {"src", "href", "srcset", "onload", "onclick"}
+        assert not {name for name, _unused in attrs} & {"src", "href", "srcset", "onload", "onclick"}
         if tag not in VOID:
             self.open.append(tag)
 

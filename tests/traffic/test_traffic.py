@@ -83,8 +83,8 @@ def test_pattern_is_the_same_however_it_is_read() -> None:
     pattern = Pattern(1, "x")
     whole = pattern.read(0, 3 * BLOCK_BYTES)
     chance = random.Random(1)  # noqa: S311
-    for _ in range(200):
-        begin, end = sorted(chance.randrange(len(whole)) for _ in range(2))
+    for _turn in range(200):
+        begin, end = sorted(chance.randrange(len(whole)) for _turn in range(2))
         assert pattern.read(begin, end - begin) == whole[begin:end]
         pattern.check(begin, whole[begin:end])
     assert Pattern(2, "x").read(0, 64) != Pattern(1, "x").read(0, 64) != Pattern(1, "y").read(0, 64)
@@ -161,7 +161,7 @@ def test_many_at_once(tmp_path: Path) -> None:
 
 FAULTS: dict[str, Callable[[bytes], bytes]] = {
     "flip": lambda byte: bytes([byte[0] ^ 0x10]),
-    "drop": lambda _: b"",
+    "drop": lambda _unused: b"",
     "double": lambda byte: byte * 2,
 }
 
@@ -176,7 +176,7 @@ class Relay:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        client, _ = self.listener.accept()
+        client, _unused = self.listener.accept()
         self.listener.close()
         server = socket.create_connection(self.target)
         with client, server:
@@ -458,11 +458,11 @@ def test_programs(tmp_path: Path) -> None:
                 until(lambda: (tmp_path / "timeline").exists() and (tmp_path / "timeline").stat().st_size > 0)
                 time.sleep(0.3)
                 client.send_signal(signal.SIGTERM)
-                out, _ = client.communicate(timeout=20)
+                out, _unused = client.communicate(timeout=20)
             assert client.returncode == 0, out
             assert json.loads(out)["received"] > 0
             server.send_signal(signal.SIGTERM)
-            out, _ = server.communicate(timeout=20)
+            out, _unused = server.communicate(timeout=20)
             assert server.returncode == 0
             assert json.loads(out)["finished"] == 1
         finally:
@@ -512,7 +512,7 @@ def test_adopted_descriptor(tmp_path: Path) -> None:
 )
 def test_bad_usage(words: list[str], code: int, message: str, tmp_path: Path) -> None:
     program = traffic(*(str(tmp_path) if word == "DIR" else word for word in words))
-    _, errors = program.communicate(timeout=20)
+    _unused, errors = program.communicate(timeout=20)
     assert program.returncode == code, errors
     assert message in errors
     assert "Traceback" not in errors

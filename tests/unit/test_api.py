@@ -23,7 +23,7 @@ def _lines(what: str) -> list[tuple[str, str]]:
     return [(op, line) for kind, op, body in EXAMPLES if kind == what for line in body.splitlines()]
 
 
-@pytest.mark.parametrize("line", [line for _, line in _lines("request")])
+@pytest.mark.parametrize("line", [line for _unused, line in _lines("request")])
 def test_request_examples_validate(line: str) -> None:
     request = api.parse_request(line.encode())
     again = api.parse_request(api.line_of(request))
@@ -39,16 +39,16 @@ def test_response_examples_validate(op: str, line: str) -> None:
 
 
 def test_every_op_has_examples_and_a_section() -> None:
-    asked = {json.loads(line)["op"] for _, line in _lines("request")}
+    asked = {json.loads(line)["op"] for _unused, line in _lines("request")}
     assert asked == set(api.RESPONSES)
-    assert {op for op, _ in _lines("response")} == asked | {"error"}
+    assert {op for op, _unused in _lines("response")} == asked | {"error"}
     for op in set(api.RESPONSES) - {"taken"}:
         assert f"\n### {op}\n" in SPEC
 
 
 def test_every_field_is_documented() -> None:
     models: list[type[BaseModel]] = [
-        *(type(api.parse_request(line.encode())) for _, line in _lines("request")),
+        *(type(api.parse_request(line.encode())) for _unused, line in _lines("request")),
         *api.RESPONSES.values(),
         api.MigrationRecord,
         api.ImportCriteria,

@@ -30,7 +30,7 @@ class Recorder:
 
     def request(self, client: Client, request: Any, descriptors: list[int]) -> None:
         self.requests.append((request, [os.fstat(one).st_ino for one in descriptors]))
-        if self.fail:
+        if self.fail is not None:
             for one in descriptors:
                 os.close(one)
             raise self.fail
@@ -58,7 +58,7 @@ class Setting:
         return client
 
     def turn(self, times: int = 8) -> None:
-        for _ in range(times):
+        for _turn in range(times):
             self.loop.run_until_complete(asyncio.sleep(0))
 
 
@@ -85,9 +85,9 @@ def test_lines_and_descriptors_belong_together(setting: Setting) -> None:
         line = b'{"op":"info","id":1}\n{"op":"info","id":2,"fds":1}\n'
         client.sendmsg([line], [rights])
         setting.turn()
-        assert [len(fds) for _, fds in setting.handler.requests] == [0, 1]
+        assert [len(fds) for _unused, fds in setting.handler.requests] == [0, 1]
         assert setting.handler.requests[1][1] == [os.fstat(reader).st_ino]
-        data, ancillary, _, _ = client.recvmsg(65536, 1024)
+        data, ancillary, _unused, _unused = client.recvmsg(65536, 1024)
         assert [json.loads(one)["id"] for one in data.splitlines()] == [1, 2]
         received = array.array("i", ancillary[0][2])
         assert os.fstat(received[0]).st_ino == os.fstat(reader).st_ino
@@ -154,7 +154,7 @@ def test_an_endless_line_is_cut_off(setting: Setting) -> None:
 
 def test_a_client_that_does_not_read_is_disconnected(setting: Setting) -> None:
     with setting.connect() as client:
-        for _ in range(2000):
+        for _turn in range(2000):
             with_id = b'{"op":"info","id":"' + b"x" * 60000 + b'"}\n'
             client.setblocking(False)
             while with_id:

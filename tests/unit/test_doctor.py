@@ -68,7 +68,7 @@ def test_each_capability(proc: Path, bit: int, name: str) -> None:
 def test_they_are_those_of_the_unit() -> None:
     unit = (Path(__file__).resolve().parents[2] / "daemon/systemd/sockmid.service").read_text()
     [granted] = [line for line in unit.splitlines() if line.startswith("CapabilityBoundingSet=")]
-    assert {name for name, _ in doctor._CAPABILITIES.values()} == set(granted.split("=")[1].split())
+    assert {name for name, _unused in doctor._CAPABILITIES.values()} == set(granted.split("=")[1].split())
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_reverse_path(proc: Path, everywhere: dict[str, int], here: dict[str, in
 
 def test_iptables(monkeypatch: pytest.MonkeyPatch) -> None:
     said = SimpleNamespace(stdout="iptables v1.8.9 (nf_tables)\n")
-    monkeypatch.setattr(iptables.subprocess, "run", lambda *_, **__: said)
+    monkeypatch.setattr(iptables.subprocess, "run", lambda *_words, **_options: said)
     assert doctor._iptables([Mode.NAT]) == []
     [check] = doctor._iptables([Mode.NAT, Mode.IPTABLES])
     bad(check, CheckStatus.ERROR, "nf_tables", "iptables-legacy", "redirect.modes")
@@ -102,7 +102,7 @@ def test_iptables(monkeypatch: pytest.MonkeyPatch) -> None:
     [check] = doctor._iptables([Mode.IPTABLES])
     assert check.status is CheckStatus.OK
 
-    def missing(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
+    def missing(*_words: Any, **_options: Any) -> subprocess.CompletedProcess[str]:
         raise FileNotFoundError
 
     monkeypatch.setattr(iptables.subprocess, "run", missing)

@@ -43,8 +43,8 @@ class Exporting:
         self.moved: list[Selected] = []
         self.fail: Exception | None = None
 
-    def export(self, selection: list[Selected], *, done: Any, progress: Any, **_: Any) -> bytes:
-        if self.fail:
+    def export(self, selection: list[Selected], *, done: Any, progress: Any, **_unused: Any) -> bytes:
+        if self.fail is not None:
             raise self.fail
         self.held += len(selection)
 

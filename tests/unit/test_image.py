@@ -204,12 +204,14 @@ def test_places() -> None:
 def test_options_of_c_and_python_and_the_document_agree() -> None:
     header = (ENGINE / "image_options.h").read_text()
     rows = re.findall(r"X\((\w+), (\d+), (INT|BYTES), (\w+), (\w+), (\d+)\)", header)
-    assert {name: int(number) for name, number, *_ in rows} == {option.name: int(option) for option in Option}
-    assert {name for name, _, kind, *_ in rows if kind == "BYTES"} == {
+    assert {name: int(number) for name, number, *_unused in rows} == {
+        option.name: int(option) for option in Option
+    }
+    assert {name for name, _unused, kind, *_unused in rows if kind == "BYTES"} == {
         option.name for option in BYTES_OPTIONS
     }
     document = DOCUMENT.read_text()
-    for name, number, kind, *_ in rows:
+    for name, number, kind, *_unused in rows:
         assert re.search(rf"^\| {number} \| `{name}` \| {kind} ", document, re.MULTILINE), name
 
 

@@ -24,7 +24,7 @@ def audit(outcome: str | None = None, **news: object) -> tuple[UUID, str, dict[s
 def test_what_was_written_comes_back_after_reopening(tmp_path: Path) -> None:
     path = tmp_path / "state" / "journal.db"
     journal = Journal(path)
-    migration, _, _ = first = audit(local="192.0.2.1:80")
+    migration, _unused, _unused = first = audit(local="192.0.2.1:80")
     journal.write(Change(keep=[(Record.ROUTE, "r1", {"hop": 1}), (Record.ROUTE, "r2", [2])], audit=[first]))
     journal.write(Change(keep=[(Record.ROUTE, "r2", [3])], drop=[(Record.ROUTE, "r1"), (Record.ROUTE, "r9")]))
     journal.write(Change(audit=[(migration, "export", {"outcome": "moved", "blackout_us": 900})]))
@@ -52,7 +52,7 @@ def test_a_failing_write_leaves_nothing(tmp_path: Path) -> None:
 
 def test_prune_keeps_what_is_open_and_the_latest(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
-    journal.write(Change(audit=[audit() for _ in range(5)]))
+    journal.write(Change(audit=[audit() for _turn in range(5)]))
     journal.write(Change(audit=[audit("moved", n=n) for n in range(20)]))
     assert journal.prune(keep=3) == 17
     assert [one["n"] for one in journal.history()] == [19, 18, 17]
@@ -62,7 +62,7 @@ def test_prune_keeps_what_is_open_and_the_latest(tmp_path: Path) -> None:
 def test_prune_goes_bit_by_bit(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
     journal.write(Change(audit=[audit("moved", n=n) for n in range(20)]))
-    assert [journal.prune(3, 10) for _ in range(3)] == [10, 7, 0]
+    assert [journal.prune(3, 10) for _turn in range(3)] == [10, 7, 0]
     assert [one["n"] for one in journal.history()] == [19, 18, 17]
 
 
@@ -132,13 +132,13 @@ def test_damaged_and_newer_journals_are_refused(tmp_path: Path) -> None:
 def test_what_has_moved_stays_moved(tmp_path: Path, folded: bool) -> None:
     """A second try under the same id, which finds nothing left to move, does not change the record."""
     journal = Journal(tmp_path / "journal.db")
-    migration, _, _ = first = audit("moved", to="b")
+    migration, _unused, _unused = first = audit("moved", to="b")
     journal.write(Change(audit=[first]))
     if folded:
         journal.fold()
     journal.write(Change(audit=[(migration, "export", {"pid": 9, "outcome": "refused", "to": None})]))
     assert journal.migration(migration, "export") == {"pid": 7, "outcome": "moved", "to": "b"}
-    refused, _, _ = second = audit("refused")
+    refused, _unused, _unused = second = audit("refused")
     journal.write(Change(audit=[second, (refused, "export", {"outcome": "moved"})]))
     assert journal.migration(refused, "export") == {"pid": 7, "outcome": "moved"}
 

@@ -248,9 +248,9 @@ def test_sockmid_tells_its_options() -> None:
 def test_every_refusal_is_explained() -> None:
     text = (DOCS / "operations.md").read_text()
     rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
-    codes = [code for code, _, _ in rows]
+    codes = [code for code, _unused, _unused in rows]
     assert codes == [code.value for code in Code]
-    assert all(len(why) > 10 and len(mend) > 10 for _, why, mend in rows)
+    assert all(len(why) > 10 and len(mend) > 10 for _unused, why, mend in rows)
 
 
 def test_every_metric_is_explained() -> None:
@@ -319,7 +319,7 @@ def test_one_version() -> None:
 def test_changelog_fragments() -> None:
     """As antsibull-changelog wants them: known sections, lists of sentences."""
     config = yaml.safe_load((PROJECT / "changelogs/config.yaml").read_text())
-    sections = {name for name, _ in config["sections"]} | {"release_summary", "trivial"}
+    sections = {name for name, _unused in config["sections"]} | {"release_summary", "trivial"}
     fragments = list((PROJECT / config["notesdir"].join(["changelogs/", ""])).glob("*.yml"))
     assert fragments
     for fragment in fragments:

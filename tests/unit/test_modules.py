@@ -86,7 +86,7 @@ class OddDaemon:
     def _serve(self) -> None:
         with contextlib.suppress(OSError, StopIteration):
             while True:
-                connection, _ = self._listener.accept()
+                connection, _unused = self._listener.accept()
                 with connection, connection.makefile("rb") as lines:
                     for line in lines:
                         self.requests.append(json.loads(line))

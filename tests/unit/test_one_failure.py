@@ -54,7 +54,7 @@ def told(**parts: Any) -> tuple[Any, list[e.Event]]:
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None:
-    def trying(_: Needs, __: str, placement: Placement, ___: Endpoint | None) -> Refusal | None:
+    def trying(_needs: Needs, _by: str, placement: Placement, _other: Endpoint | None) -> Refusal | None:
         assert placement.local
         if placement.local.port == 8001:
             raise error
@@ -113,18 +113,20 @@ def test_nothing_is_tried_without_a_local_end() -> None:
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_a_reroute_that_fails_is_refused(error: Exception) -> None:
-    def reachable(_: object) -> str | None:
+    def reachable(_unused: object) -> str | None:
         raise error
 
     ends = Endpoint(IPv4Address("192.0.2.1"), 80), Endpoint(IPv4Address("198.51.100.1"), 4000)
     place = Place(Endpoint(IPv4Address("192.0.2.3"), 4000), Mode.NAT)
     route = Route(b"c" * 16, b"m" * 16, Kind.CONNECTED, 2, HOME, b"x" * 16, place, *ends, ends[0])
     shell, events = told(redirects={Mode.NAT: SimpleNamespace(reachable=reachable)})
-    redirecting = Redirecting(shell, {route.connection: route}, {}, lambda _: None, Counter, lambda _: False)
+    redirecting = Redirecting(
+        shell, {route.connection: route}, {}, lambda _unused: None, Counter, lambda _unused: False
+    )
     redirecting.reroute(a.Reroute((route,)))
     [done] = events
     assert isinstance(done, e.RerouteDone)
-    [(_, hop, refusal)] = done.results
+    [(_unused, hop, refusal)] = done.results
     assert hop == 2 and refusal is not None and refusal.code is Code.REDIRECT
 
 
@@ -132,10 +134,10 @@ def test_a_reroute_that_cannot_be_journalled_is_undone() -> None:
     """The kernel leads where it has led before; the waypoint is told to stay."""
     led: list[object] = []
     redirect = SimpleNamespace(
-        reachable=lambda _: None, reroute=lambda ways: led.extend(one.importer for one in ways)
+        reachable=lambda _unused: None, reroute=lambda ways: led.extend(one.importer for one in ways)
     )
 
-    def write(_: object) -> None:
+    def write(_unused: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     ends = Endpoint(IPv4Address("192.0.2.1"), 80), Endpoint(IPv4Address("198.51.100.1"), 4000)
@@ -145,11 +147,13 @@ def test_a_reroute_that_cannot_be_journalled_is_undone() -> None:
         for hop, place in enumerate(places, 1)
     )
     shell, events = told(redirects={Mode.NAT: redirect}, journal=SimpleNamespace(write=write))
-    redirecting = Redirecting(shell, {old.connection: old}, {}, lambda _: None, Counter, lambda _: False)
+    redirecting = Redirecting(
+        shell, {old.connection: old}, {}, lambda _unused: None, Counter, lambda _unused: False
+    )
     redirecting.reroute(a.Reroute((new,)))
     [done] = events
     assert isinstance(done, e.RerouteDone)
-    [(_, _, refusal)] = done.results
+    [(_unused, _unused, refusal)] = done.results
     assert refusal is not None and refusal.code is Code.INTERNAL
     assert led == [places[1].endpoint, places[0].endpoint]
     assert redirecting.routes == {old.connection: old}
@@ -161,17 +165,17 @@ def test_an_image_that_cannot_be_looked_at_is_refused(
 ) -> None:
     """Its place in the list is free again."""
 
-    def examine(*_: object) -> None:
+    def examine(*_unused: object) -> None:
         raise error
 
     monkeypatch.setattr("sockmi.importing.examine", examine)
-    loop = SimpleNamespace(call_later=lambda *_: None)
-    engine = SimpleNamespace(restore=lambda *_: [], discard=list)
+    loop = SimpleNamespace(call_later=lambda *_unused: None)
+    engine = SimpleNamespace(restore=lambda *_unused: [], discard=list)
     shell, events = told(loop=loop, engine=engine)
     redirecting: Any = SimpleNamespace(
-        suspend=list, lead_again=list, miss_listeners=list, listener_found=lambda _: None
+        suspend=list, lead_again=list, miss_listeners=list, listener_found=lambda _unused: None
     )
-    placing: Any = SimpleNamespace(forget=lambda _: None)
+    placing: Any = SimpleNamespace(forget=lambda _unused: None)
     importing = Importing(shell, placing, Capacity(), redirecting)
     room = importing.lists.room(Kind.BOUND)
     importing.prepare(a.Prepare(ChunkId(BATCH, 0), HOME, (Arrival(bound(1), Place()),), (b"image",)))
@@ -186,13 +190,15 @@ def test_owners_run_again_though_a_hold_cannot_be_lifted() -> None:
     """It ends by itself, in the kernel."""
     resumed: list[int] = []
 
-    def unhold(_: object) -> None:
+    def unhold(_unused: object) -> None:
         raise OSError(errno.ENOBUFS, "No buffer space available")
 
     facts: Any = SimpleNamespace(tuple=object(), kind=Kind.CONNECTED, inode=7)
     export = Export(Selected(-1, None, None), b"m" * 16, facts, {}, stopped=True)
-    shell, _ = told(holds=SimpleNamespace(unhold=unhold), engine=SimpleNamespace(resume=resumed.extend))
-    exporting = Exporting(shell, SimpleNamespace(holding_of=None), lambda *_: None, lambda *_: True)  # type: ignore[arg-type]
+    shell, _unused = told(holds=SimpleNamespace(unhold=unhold), engine=SimpleNamespace(resume=resumed.extend))
+    exporting = Exporting(
+        shell, SimpleNamespace(holding_of=None), lambda *_unused: None, lambda *_unused: True
+    )  # type: ignore[arg-type]
     exporting.exports[export.migration] = export
     exporting.thaw(a.Thaw(ChunkId(BATCH, 0), (export.migration,)))
     assert resumed == [7] and not export.stopped
@@ -201,11 +207,13 @@ def test_owners_run_again_though_a_hold_cannot_be_lifted() -> None:
 def test_an_outcome_that_cannot_be_told() -> None:
     """The batch is over all the same."""
 
-    def done(_: object) -> None:
+    def done(_unused: object) -> None:
         raise ValueError("not in the model")
 
-    shell, _ = told()
-    exporting = Exporting(shell, SimpleNamespace(holding_of=None), lambda *_: None, lambda *_: True)  # type: ignore[arg-type]
+    shell, _unused = told()
+    exporting = Exporting(
+        shell, SimpleNamespace(holding_of=None), lambda *_unused: None, lambda *_unused: True
+    )  # type: ignore[arg-type]
     exporting._batches[BATCH] = Batch(done, None)
     exporting.batch_done(BATCH)
     assert not exporting.is_open(BATCH)
@@ -214,9 +222,9 @@ def test_an_outcome_that_cannot_be_told() -> None:
 def prepared(shell: Any, context_bytes: int = 0) -> tuple[Importing, Copy]:
     """An importer with a dormant copy, which the shell's spool has."""
     redirecting: Any = SimpleNamespace(
-        suspend=list, lead_again=list, miss_listeners=list, listener_found=lambda _: None
+        suspend=list, lead_again=list, miss_listeners=list, listener_found=lambda _unused: None
     )
-    placing: Any = SimpleNamespace(forget=lambda _: None)
+    placing: Any = SimpleNamespace(forget=lambda _unused: None)
     importing = Importing(shell, placing, Capacity(), redirecting)
     item = bound(1)
     candidate = Candidate(UUID(bytes=item.migration), item.kind, item.local, None, 0, None)
@@ -235,11 +243,11 @@ def test_what_is_discarded_stays_in_the_spool_while_the_journal_has_it(full: boo
     """So that the next start can make it again, and ask."""
     removed: list[str] = []
 
-    def write(_: object) -> None:
+    def write(_unused: object) -> None:
         if full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    shell, _ = told(
+    shell, _unused = told(
         journal=SimpleNamespace(write=write),
         spool=SimpleNamespace(remove=removed.append),
         engine=SimpleNamespace(discard=list, name="repair"),
@@ -253,7 +261,7 @@ def test_what_is_discarded_stays_in_the_spool_while_the_journal_has_it(full: boo
 def test_who_cannot_be_given_a_context_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more descriptors: its sockets are listed as if it had gone, and the daemon goes on."""
 
-    def no_more(_: bytes) -> int:
+    def no_more(_unused: bytes) -> int:
         raise ERRORS[0]
 
     class Someone:
@@ -264,10 +272,11 @@ def test_who_cannot_be_given_a_context_is_disconnected(monkeypatch: pytest.Monke
             importing.gone(self)  # type: ignore[arg-type]
 
     monkeypatch.setattr("sockmi.importing._memfd", no_more)
-    monkeypatch.setattr("sockmi.importing.section", lambda *_: b"context")
+    monkeypatch.setattr("sockmi.importing.section", lambda *_unused: b"context")
     timer = SimpleNamespace(cancel=lambda: None)
-    shell, _ = told(
-        loop=SimpleNamespace(call_later=lambda *_: timer), engine=SimpleNamespace(discard=list, name="repair")
+    shell, _unused = told(
+        loop=SimpleNamespace(call_later=lambda *_unused: timer),
+        engine=SimpleNamespace(discard=list, name="repair"),
     )
     importing, copy = prepared(shell, context_bytes=7)
     client: Any = Someone()

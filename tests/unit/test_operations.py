@@ -60,10 +60,10 @@ class Exporting:
         self.exports: dict[bytes, Any] = {}
         self.fail: Exception | None = None
 
-    def export(self, selection: list[Selected], *, done: Any, **_: Any) -> bytes:
+    def export(self, selection: list[Selected], *, done: Any, **_unused: Any) -> bytes:
         for one in selection:
             os.close(one.descriptor)
-        if self.fail:
+        if self.fail is not None:
             raise self.fail
         self.taken += selection
         records = [record(one.migration_id, user_id=one.user_id, pid=one.pid) for one in selection]
@@ -97,7 +97,7 @@ class Setting:
         self.loop.set_default_executor(ThreadPoolExecutor(2))
         self.journal = Journal(path / "journal.db")
         self.exporting = Exporting(self.journal)
-        self.engine = SimpleNamespace(inspect=lambda fds: [SimpleNamespace(refusal=None) for _ in fds])
+        self.engine = SimpleNamespace(inspect=lambda fds: [SimpleNamespace(refusal=None) for _unused in fds])
         daemon: Any = SimpleNamespace(
             loop=self.loop,
             journal=self.journal,
@@ -243,7 +243,7 @@ def test_descriptors_that_nobody_wants_are_closed(setting: Setting) -> None:
 # -- every request is answered
 
 
-def fails(*_: Any) -> Any:
+def fails(*_unused: Any) -> Any:
     raise ZeroDivisionError("oops")
 
 
@@ -258,7 +258,7 @@ def test_a_look_through_proc_that_fails_is_an_answer(
 
 
 def test_an_inspection_that_fails_is_an_answer(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "select", lambda *_: [found(n) for n in range(500)])
+    monkeypatch.setattr(operations, "select", lambda *_unused: [found(n) for n in range(500)])
     monkeypatch.setattr(operations, "duplicate", lambda pid, fd: null())
     setting.engine.inspect = fails
     [answer] = setting.ask(api.ListRequest())
@@ -270,10 +270,10 @@ def test_a_drain_that_fails_in_the_middle_is_an_answer(
 ) -> None:
     from sockmi import draining
 
-    monkeypatch.setattr(operations, "select", lambda *_: [found(1)])
+    monkeypatch.setattr(operations, "select", lambda *_unused: [found(1)])
     monkeypatch.setattr(draining, "duplicate", lambda pid, fd, inode: null())
     setting.exporting.fail = ZeroDivisionError("oops")
-    *_, answer = setting.ask(api.DrainRequest(id=6))
+    *_unused, answer = setting.ask(api.DrainRequest(id=6))
     assert (answer["id"], answer["error"]["code"]) == (6, Code.INTERNAL)
     assert not setting.operations._drains
 
@@ -302,7 +302,7 @@ def test_owners_that_cannot_be_stopped_are_a_verdict(
         socket_of(1, Holder(me, 5, "plain")),
         socket_of(2, Holder(me, 6, "plain"), Holder(1 << 22, 7, "ring", has_ring=True)),
     ]
-    monkeypatch.setattr(operations, "select", lambda *_: rows)
+    monkeypatch.setattr(operations, "select", lambda *_unused: rows)
     monkeypatch.setattr(operations, "duplicate", lambda pid, fd: null())
     [answer] = setting.ask(api.ListRequest())
     assert [one["movable"] for one in answer["sockets"]] == [True, False]
@@ -348,8 +348,8 @@ def test_history_filters(setting: Setting) -> None:
 
 def test_history_leaves_time_for_all_else(setting: Setting) -> None:
     """100,000 records: the loop is never kept for long, whether many match or none."""
-    for _ in range(100):
-        setting.know(*(record(blackout_us=900, fidelity={"carried": ["x"] * 10}) for _ in range(1000)))
+    for _turn in range(100):
+        setting.know(*(record(blackout_us=900, fidelity={"carried": ["x"] * 10}) for _turn in range(1000)))
     turns: list[float] = []
     last = time.thread_time()  # of the processor, whoever else uses it
 

@@ -56,7 +56,7 @@ def test_least_loaded() -> None:
 def test_weights_hold_over_many_small_batches_and_in_one_large() -> None:
     offers = [candidate(A, weight=3), candidate(B, weight=1), candidate(C, weight=0)]
     policy, got = Weighted(), Counter[bytes]()
-    for _ in range(400):
+    for _turn in range(400):
         for host, counts in policy.assign(Counts(0, 0, 1), offers):
             got[host] += counts.total
     assert got == {A: 300, B: 100}

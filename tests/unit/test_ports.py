@@ -44,10 +44,10 @@ def kernel_lets_both(one: Item, other: Item) -> bool:
     return _lets_follow(one, other) and _lets_follow(other, one)
 
 
-def _lets_follow(one: Item, other: Item) -> bool:
+def _lets_follow(first: Item, second: Item) -> bool:
     port = 0
     with ExitStack() as stack:
-        for each in (one, other):
+        for each in (first, second):
             assert each.local is not None
             try:
                 sock = stack.enter_context(bound(str(each.local.address), each.needs.bind_flags, port))

@@ -195,7 +195,7 @@ class Bench:
     def reserved(self, out: list[a.Action]) -> a.Freeze:
         if any(isinstance(one, a.OpenStream) for one in out):
             out = self.do(e.StreamOpened(B))
-        ((_, reserve),) = sent(out, m.Reserve)
+        ((_unused, reserve),) = sent(out, m.Reserve)
         return only(self.stream(B, m.Reserved(BATCH, reserve.page, (PLACE,) * len(reserve.items))), a.Freeze)
 
     def to_freezing(self, *items: Item) -> a.Freeze:
@@ -204,7 +204,7 @@ class Bench:
 
     def to_shipped(self, *items: Item) -> ChunkId:
         freeze = self.to_freezing(*items)
-        self.do(e.FreezeDone(freeze.chunk, tuple(b"image" for _ in freeze.items)))
+        self.do(e.FreezeDone(freeze.chunk, tuple(b"image" for _unused in freeze.items)))
         return freeze.chunk
 
     def to_committing(self, *items: Item) -> ChunkId:
@@ -248,12 +248,12 @@ def test_a_move_step_by_step() -> None:
     out = bench.offer(B)
     assert only(out, a.OpenStream).host == B
     assert sent(out, m.Release) == [(None, m.Release(BATCH, (B,)))]
-    ((_, reserve),) = sent(bench.do(e.StreamOpened(B)), m.Reserve)
+    ((_unused, reserve),) = sent(bench.do(e.StreamOpened(B)), m.Reserve)
     out = bench.stream(B, m.Reserved(BATCH, reserve.page, (PLACE, PLACE)))
     freeze = only(out, a.Freeze)
     assert [one.migration[0] for one in freeze.items] == [1, 2]
     out = bench.do(e.FreezeDone(freeze.chunk, (b"one", b"two")))
-    ((_, ship),) = sent(out, m.Ship)
+    ((_unused, ship),) = sent(out, m.Ship)
     assert ship.images == (b"one", b"two")
     out = bench.stream(B, m.Prepared(freeze.chunk, (Fidelity(), Refusal(Code.RESTORE, "no"))))
     assert only(out, a.Thaw).migrations == (bytes([2]) * 16,)
@@ -394,7 +394,7 @@ NO_SCALE, NO_TUPLE = Refusal(Code.WINDOW_SCALE, "scale"), Refusal(Code.TUPLE_TAK
 def refuse(bench: Bench, host: bytes, *refusals: Refusal) -> list[a.Action]:
     """A host offers, and refuses all that it is asked for."""
     bench.offer(host)
-    ((_, reserve),) = sent(bench.do(e.StreamOpened(host)), m.Reserve)
+    ((_unused, reserve),) = sent(bench.do(e.StreamOpened(host)), m.Reserve)
     assert len(reserve.items) == len(refusals)
     return bench.stream(host, m.Reserved(BATCH, reserve.page, refusals))
 
@@ -416,7 +416,7 @@ def test_who_has_refused_for_good_is_not_asked_again() -> None:
     bench.capacity.members = frozenset({B, C})
     bench.export(item(1), item(2), item(3))
     refuse(bench, B, NO_SCALE, NO_SCALE, NO_SCALE)
-    for _ in range(3):
+    for _turn in range(3):
         assert sent(bench.wait(0.3), m.Request)
         assert bench.offer(B) == []
     assert only(bench.offer(C, Counts(0, 0, 1)), a.OpenStream).host == C
@@ -613,12 +613,12 @@ def test_offers_are_kept_under_a_lease() -> None:
     bench = Bench(Capacity(Counts(0, 1, 5), modes=(Mode.NAT,)), lease_s=2.0)
     ((to, offer),) = sent(bench.hear(B, request(Counts(1, 1, 3))), m.Offer)
     assert (to, offer.rooms, offer.lease_ms) == (B, Counts(0, 1, 3), 2000)
-    ((_, other),) = sent(bench.hear(C, request(Counts(0, 1, 9))), m.Offer)
+    ((_unused, other),) = sent(bench.hear(C, request(Counts(0, 1, 9))), m.Offer)
     assert other.rooms == Counts(0, 0, 2)
     assert sent(bench.hear(B, request(Counts(1, 1, 3))), m.Offer) == [(B, offer)]  # the same again
     assert sent(bench.hear(C, request(Counts(0, 0, 9), b"another batch id")), m.Offer) == []  # full: silence
     bench.hear(B, m.Release(BATCH, (C,)))
-    ((_, more),) = sent(bench.hear(C, request(Counts(0, 0, 9))), m.Offer)
+    ((_unused, more),) = sent(bench.hear(C, request(Counts(0, 0, 9))), m.Offer)
     assert more.rooms.connected == 5
     bench.wait(2.1)
     assert bench.core.importer.idle
@@ -649,7 +649,7 @@ def test_reserve_without_room() -> None:
     out = bench.stream(B, m.Reserve(BATCH, 0, (item(1), item(2)), (Mode.NAT,)))
     reserve = only(out, a.Reserve)
     assert (len(reserve.items), reserve.former) == (1, (None,))
-    ((_, reserved),) = sent(bench.do(e.ReserveDone(BATCH, B, reserve.page, (PLACE,))), m.Reserved)
+    ((_unused, reserved),) = sent(bench.do(e.ReserveDone(BATCH, B, reserve.page, (PLACE,))), m.Reserved)
     assert reserved.places[0] == PLACE
     assert isinstance(reserved.places[1], Refusal)
     assert reserved.places[1].code is Code.LIST_FULL
@@ -659,7 +659,7 @@ def test_one_that_is_too_large_is_refused_alone() -> None:
     bench = Bench(Capacity(ROOMY, modes=(Mode.NAT,), image_bytes_max=1 << 19))
     large = item(2, needs=Needs(image_bytes_max=1 << 20))
     reserve = only(bench.stream(B, m.Reserve(BATCH, 0, (item(1), large), (Mode.NAT,))), a.Reserve)
-    ((_, reserved),) = sent(bench.do(e.ReserveDone(BATCH, B, reserve.page, (PLACE,))), m.Reserved)
+    ((_unused, reserved),) = sent(bench.do(e.ReserveDone(BATCH, B, reserve.page, (PLACE,))), m.Reserved)
     assert reserved.places[0] == PLACE
     assert isinstance(reserved.places[1], Refusal) and reserved.places[1].code is Code.TOO_LARGE
 
@@ -679,7 +679,7 @@ def test_ship_of_something_else_is_refused() -> None:
     chunk, name = ChunkId(BATCH, 0), bytes([1]) * 16
     other = Place(Endpoint(IPv4Address("192.0.2.2"), 4001), Mode.NAT)
     for names, place, source in (((name,), other, B), ((b"x" * 16,), PLACE, B), ((name,), PLACE, C)):
-        ((_, answer),) = sent(bench.stream(source, m.Ship(chunk, names, (place,), (b"",))), m.Prepared)
+        ((_unused, answer),) = sent(bench.stream(source, m.Ship(chunk, names, (place,), (b"",))), m.Prepared)
         assert isinstance(answer.results[0], Refusal)
     assert only(bench.hear(B, m.Ship(chunk, (name,), (PLACE,), (b"",))), a.Ignored).why == "it needs a stream"
     only(bench.stream(B, m.Ship(chunk, (name,), (PLACE,), (b"",))), a.Prepare)
@@ -825,7 +825,7 @@ def test_an_old_hop_is_not_imported() -> None:
 def test_the_end_is_told_until_both_have_collected() -> None:
     bench = Bench(started=e.Started(holdings=(holding(2, C, B),)))
     bench.do(e.ConnectionsEnded((ONE, b"never heard of it")))
-    told = [to for to, _ in sent(bench.wait(1.0), m.Ended)]
+    told = [to for to, _unused in sent(bench.wait(1.0), m.Ended)]
     assert set(told) == {B, C}
     assert len(told) > 2
     assert bench.hear(B, m.Collected((m.Hop(ONE, 1),))) == []
@@ -879,7 +879,7 @@ def test_large_audits_and_endings_are_paged_in_turn() -> None:
         for n in range(2000)
     )
     bench = Bench(started=e.Started(routes=routes), audit_interval_s=10)
-    asked = [hop for _, audit in sent(bench.wait(35), m.Audit) for hop in audit.hops]
+    asked = [hop for _unused, audit in sent(bench.wait(35), m.Audit) for hop in audit.hops]
     assert len(set(asked)) == 2000
 
 
@@ -974,13 +974,13 @@ def test_unwritable_answers_become_refusals() -> None:
     out = bench.stream(B, m.Reserve(BATCH, 0, (item(1),), (Mode.NAT,)))
     out = bench.do(e.ReserveDone(BATCH, B, only(out, a.Reserve).page, (PLACE,)))
     out = unwritable(bench, out, m.Reserved)
-    ((_, reserved),) = sent(out, m.Reserved)
+    ((_unused, reserved),) = sent(out, m.Reserved)
     assert [one.code for one in reserved.places if isinstance(one, Refusal)] == [Code.INTERNAL]
     assert bench.do(e.SendFailed(B, reserved, "this too")) == []
     bench = Bench()
     chunk = bench.to_prepared(item(1))
     out = bench.do(e.SendFailed(B, m.Prepared(chunk, (Fidelity(["x" * 99]),)), "a long name"))
-    ((_, prepared),) = sent(out, m.Prepared)
+    ((_unused, prepared),) = sent(out, m.Prepared)
     assert [one.code for one in prepared.results if isinstance(one, Refusal)] == [Code.INTERNAL]
     assert sent(bench.wait(1.0), m.Query)
     only(bench.hear(B, m.Abort(chunk)), a.Discard)

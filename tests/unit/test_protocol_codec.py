@@ -130,7 +130,7 @@ def test_there_and_back(kind: type, data: st.DataObject) -> None:
 def test_garbled_bytes_are_refused_or_another_message(message: m.Message, data: st.DataObject) -> None:
     """Never anything but CodecError; what is accepted is written back to the same bytes."""
     octets = bytearray(encode(message))
-    for _ in range(data.draw(st.integers(1, 3))):
+    for _turn in range(data.draw(st.integers(1, 3))):
         octets[data.draw(st.integers(0, len(octets) - 1))] = data.draw(st.integers(0, 255))
     octets = octets[: data.draw(st.integers(len(octets) - 2, len(octets)))]
     try:
@@ -153,7 +153,7 @@ def test_random_bytes(octets: bytes) -> None:
 @settings(max_examples=100, deadline=None)
 def test_every_truncation_and_extension_is_refused(message: m.Message) -> None:
     octets = encode(message)
-    for end in {0, 1, 2, len(octets) // 2, len(octets) - 1}:
+    for end in (0, 1, 2, len(octets) // 2, len(octets) - 1):
         if end < len(octets):
             with pytest.raises(CodecError):
                 decode(octets[:end])

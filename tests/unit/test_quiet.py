@@ -22,7 +22,7 @@ def pair() -> Iterator[Pair]:
     """(the server's, the client's)."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())
-        server, _ = listener.accept()
+        server, _unused = listener.accept()
     with server, client:
         yield server, client
 

@@ -35,7 +35,15 @@ def _tasks(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_the_role_is_found_under_its_name() -> None:
-    assert (PROJECT / "roles/install").resolve() == ROLE
+    """`install` for users; the tasks are of the role `sockmi`, after which the variables are named."""
+    users = PROJECT / "roles/install"
+    assert (users / "meta/argument_specs.yml").resolve() == ROLE / "meta/argument_specs.yml"
+    assert (users / "meta/main.yml").read_text() == (ROLE / "meta/main.yml").read_text()
+    entries = yaml.safe_load((users / "meta/argument_specs.yml").read_text())["argument_specs"]
+    for entry in entries:
+        [task] = yaml.safe_load((users / f"tasks/{entry}.yml").read_text())
+        role = task["ansible.builtin.import_role"]
+        assert (role["name"], role.get("tasks_from", "main")) == ("sockmi.appliance.sockmi", entry)
 
 
 def test_argument_specs_equal_the_defaults() -> None:

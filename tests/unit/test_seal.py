@@ -39,7 +39,7 @@ def host(name: bytes, *keys: bytes, group: bytes = GROUP) -> Seal:
 def deliver(datagram: bytes, to: Seal, back: Seal, now: float = 0.0) -> list[Received]:
     """Give a datagram and every answer to it to whom it concerns; what each meant, in order."""
     meant: list[Received] = []
-    for _ in range(10):
+    for _turn in range(10):
         received = to.receive(datagram, "anywhere", now)
         if received is None:
             return meant
@@ -89,7 +89,7 @@ def test_any_message_arrives(message: bytes) -> None:
 
 
 def test_too_large_messages_are_refused_by_the_sender() -> None:
-    alice, _ = acquainted()
+    alice, _unused = acquainted()
     assert len(alice.message(bytes(MESSAGE_BYTES_MAX), None)) == DATAGRAM_BYTES_MAX
     with pytest.raises(ValueError, match=f"more than {MESSAGE_BYTES_MAX}"):
         alice.message(bytes(MESSAGE_BYTES_MAX + 1), None)
@@ -153,8 +153,8 @@ class TestReplay:
 
     def test_what_fell_out_of_the_window(self) -> None:
         alice, bob = acquainted()
-        late = [alice.message(b"", BOB) for _ in range(2)]
-        for _ in range(WINDOW_SEQUENCES - 2):
+        late = [alice.message(b"", BOB) for _turn in range(2)]
+        for _turn in range(WINDOW_SEQUENCES - 2):
             alice.message(b"", BOB)
         assert bob.receive(alice.message(b"", BOB), "x", 0.0) is not None
         assert bob.receive(late[0], "x", 0.0) is None
@@ -303,7 +303,7 @@ class TestFlood:
         template = host(ALICE).message(b"x" * 100, None)
 
         def flood(count: int) -> None:
-            for _ in range(count):
+            for _turn in range(count):
                 forged = template[:9] + os.urandom(24) + template[33:]
                 assert bob.receive(forged, ("192.0.2.1", 7780), 0.0) is None
 
@@ -338,7 +338,7 @@ class TestFlood:
     def test_a_flood_does_not_lock_out_members(self) -> None:
         alice, bob = acquainted()
         template = host(CAROL).message(b"", None)
-        for _ in range(1000):
+        for _turn in range(1000):
             bob.receive(template[:9] + os.urandom(24) + template[33:], "flood", 0.0)
         assert bob.receive(alice.message(b"through", BOB), "flood", 0.0)
         carol = host(CAROL)
@@ -561,7 +561,7 @@ def test_cost_of_a_datagram_is_printed(capsys: pytest.CaptureFixture[str]) -> No
     alice, bob = acquainted()
     payload, rounds = bytes(400), 2000
     start = time.perf_counter()
-    datagrams = [alice.message(payload, BOB) for _ in range(rounds)]
+    datagrams = [alice.message(payload, BOB) for _turn in range(rounds)]
     sealed = time.perf_counter()
     assert all(bob.receive(datagram, "x", 0.0) for datagram in datagrams)
     opened = time.perf_counter()

@@ -213,13 +213,13 @@ def drain(options: argparse.Namespace) -> int:
         "timeout_s": options.timeout,
         "dry_run": options.dry_run,
     }
-    bar = ProgressBar()
+    shown = ProgressBar()
     records: list[dict[str, Any]] = []
-    with _daemon(options) as control, contextlib.closing(bar):
+    with _daemon(options) as control, contextlib.closing(shown):
         for answer in control.call("drain", **request):
             progress = answer["progress"]
             records += answer["migrations"]
-            bar.show(progress)
+            shown.show(progress)
     done = progress["moved"] + progress["planned"]
     if options.json:
         print_json({"progress": progress, "migrations": records})

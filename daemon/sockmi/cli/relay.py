@@ -22,7 +22,7 @@ def relay(connection: socket.socket) -> None:
     target = sys.stdout.fileno()
     while True:
         watched: list[int | socket.socket] = [connection] if source is None else [connection, source]
-        ready, _, _ = select.select(watched, [], [])
+        ready, _unused, _unused = select.select(watched, [], [])
         if connection in ready:
             content = connection.recv(_BYTES)
             if not content:

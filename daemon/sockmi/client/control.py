@@ -41,14 +41,19 @@ class _BlockingLink(Link):
                 raise silent()
 
 
+async def _append(results: list[T], call: Coroutine[Any, Any, T]) -> None:
+    results.append(await call)
+
+
 def _finish(call: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine that blocks and never suspends."""
+    results: list[T] = []
+    running = _append(results, call)
     try:
-        call.send(None)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    call.close()
+        running.send(None)
+    except StopIteration:
+        return results.pop()
+    running.close()
     raise RuntimeError(f"{call!r} suspended: it belongs on an event loop")
 
 
@@ -67,7 +72,7 @@ class Control:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_unused: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ class Lines:
         """Read what is there; raises BlockingIOError, or SockMiError at the end."""
         space = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
         try:
-            data, ancillary, flags, _ = connection.recvmsg(1 << 16, space, socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, flags, _unused = connection.recvmsg(1 << 16, space, socket.MSG_CMSG_CLOEXEC)
         except ConnectionError:
             raise BrokenLink from None
         for level, kind, content in ancillary:
@@ -64,7 +64,7 @@ class Lines:
         count = message.get("fds", 0)
         if not isinstance(count, int) or not 0 <= count <= len(self._fds):
             raise strange(f"it says {count!r} descriptors, {len(self._fds)} came")
-        return message, [self._fds.popleft() for _ in range(count)]
+        return message, [self._fds.popleft() for _turn in range(count)]
 
     def close(self) -> None:
         """Close descriptors that nobody took."""

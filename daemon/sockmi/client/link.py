@@ -58,7 +58,7 @@ class Link(ABC):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *_unused: object) -> None:
         self.close()
 
     def close(self) -> None:

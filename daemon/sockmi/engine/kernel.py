@@ -384,11 +384,11 @@ class KernelEngine:
         if ours:
             _native().sockmi_device_discard(
                 ctypes.byref(self._device),
-                ints([fd for fd, _ in ours]),
-                _ids([one for _, one in ours]),
+                ints([fd for fd, _unused in ours]),
+                _ids([one for _unused, one in ours]),
                 len(ours),
             )
-        closed = {fd for fd, _ in ours}
+        closed = {fd for fd, _unused in ours}
         self._repair.discard([fd for fd in fds if fd not in closed])
 
     def renew(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:

@@ -124,7 +124,9 @@ def _order(listed: ListedSocket) -> tuple[bool | int, ...]:
 def listeners() -> Counter[Endpoint]:
     """How many sockets of this network namespace listen at each endpoint."""
     found = [fields for family in (socket.AF_INET, socket.AF_INET6) for fields in _dump(family, _LISTEN)]
-    return Counter(_endpoint(family, source, sport) for family, _, sport, _, source, *_ in found)
+    return Counter(
+        _endpoint(family, source, sport) for family, _unused, sport, _unused, source, *_unused in found
+    )
 
 
 def half_open(at: Collection[Endpoint]) -> dict[FourTuple, int]:
@@ -132,7 +134,7 @@ def half_open(at: Collection[Endpoint]) -> dict[FourTuple, int]:
     anywhere = {local.port for local in at if local.address.is_unspecified}
     found: dict[FourTuple, int] = {}
     for family in (socket.AF_INET, socket.AF_INET6):
-        for _, _, sport, dport, source, destination, cookie, *_ in _dump(family, _SYN_RECV):
+        for _unused, _unused, sport, dport, source, destination, cookie, *_unused in _dump(family, _SYN_RECV):
             one = FourTuple(_endpoint(family, source, sport), _endpoint(family, destination, dport))
             if one.local in at or one.local.port in anywhere:
                 found[one] = cookie
@@ -145,7 +147,7 @@ def _dump(family: int, states: int = 0xFFFFFFFF) -> list[tuple[Any, ...]]:
 
 def _dump_all(family: int, info: bool, states: int = 0xFFFFFFFF) -> list[tuple[Any, ...]]:
     """As ``_dump``, and last in each row its struct tcp_info, or nothing."""
-    for _ in range(_TRIES):
+    for _turn in range(_TRIES):
         sockets, complete = _dump_once(family, states, _INFO_EXTENSION if info else 0)
         if complete:
             break
@@ -207,7 +209,7 @@ def _dump_once(family: int, states: int, extensions: int = 0) -> tuple[list[tupl
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
     at = 0
     while at + _HEADER.size <= len(data):
-        length, kind, flags, _, _ = _HEADER.unpack_from(data, at)
+        length, kind, flags, _unused, _unused = _HEADER.unpack_from(data, at)
         yield kind, flags, data[at + _HEADER.size : at + length]
         at += (length + 3) & ~3
 

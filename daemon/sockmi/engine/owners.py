@@ -138,7 +138,7 @@ def pids_of_unit(unit: str) -> set[int]:
             continue
         with suppress(OSError):
             for line in (_PROC / entry.name / "cgroup").read_text().splitlines():
-                _, controllers, group = line.split(":", 2)
+                _unused, controllers, group = line.split(":", 2)
                 if controllers not in ("", "name=systemd"):
                     continue
                 if (path and (group + "/").startswith(path + "/")) or (not path and name in group.split("/")):
@@ -172,7 +172,7 @@ def _status(pid: int, *fields: str) -> list[str]:
     try:
         text = (_PROC / str(pid) / "status").read_text(errors="replace")
     except OSError:
-        return ["" for _ in fields]
+        return ["" for _unused in fields]
     values = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
     return [values.get(field, "") for field in fields]
 
@@ -358,7 +358,7 @@ class Owners:
 
     def strangers(self, inodes: Iterable[int]) -> dict[int, set[int]]:
         """Holders that run although the socket is stopped: a descriptor was passed on. Normally empty."""
-        holders, _ = find_holders(inodes)
+        holders, _unused = find_holders(inodes)
         running = {inode: {pid for pid in pids if not self._counts[pid]} for inode, pids in holders.items()}
         return {inode: pids for inode, pids in running.items() if pids}
 
@@ -397,7 +397,7 @@ class Owners:
         """
         if os.getpid() in pids:
             message = f"the owner (pid {os.getpid()}) is this daemon itself; name the application's process"
-            return [Refusal(Code.OWNER_IS_DAEMON, message) for _ in inodes]
+            return [Refusal(Code.OWNER_IS_DAEMON, message) for _unused in inodes]
         deadline_s = time.monotonic() + timeout_s
         wanted = set(inodes)
         unknown = wanted - self._known.keys()
@@ -471,7 +471,7 @@ class Owners:
 
     def resume_all(self) -> None:
         """Undo every stop (shutting down); never fails."""
-        self.resume([inode for inode, stops in list(self._stops.items()) for _ in stops])
+        self.resume([inode for inode, stops in list(self._stops.items()) for _unused in stops])
 
     def stopped_pids(self) -> set[int]:
         """The processes that are stopped just now."""

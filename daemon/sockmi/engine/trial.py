@@ -85,7 +85,7 @@ def _bind(needs: Needs, placement: Placement) -> Refusal | None:
 def _syn(needs: Needs, placement: Placement, remote: Endpoint) -> Refusal | None:
     """The copy has to offer what has been offered. Connecting in repair sends nothing and keeps no port."""
     with _socket(placement) as sock, contextlib.suppress(OSError):
-        scale, _ = syn_offered(sock.fileno())
+        scale, _unused = syn_offered(sock.fileno())
         if scale < needs.window_scale:
             return Refusal(
                 Code.WINDOW_SCALE,

@@ -70,7 +70,7 @@ def examine(image: bytes, limit: int = LIMIT_BYTES) -> Summary:
     result = _functions().sockmi_image_examine(image, len(image), limit, summary, message)
     if result:
         raise _error(result, message.value.decode(errors="replace"))
-    (migration, home, listener, *ends, hop, uid, family, kind, state, v6only, _,
+    (migration, home, listener, *ends, hop, uid, family, kind, state, v6only, _unused,
      received, sent, unsent, context) = _SUMMARY.unpack(summary)  # fmt: skip
     return Summary(
         migration, home, listener, _FAMILIES[family], _KINDS[kind], _STATES[state], bool(v6only),

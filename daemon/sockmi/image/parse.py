@@ -218,7 +218,7 @@ def _entries(payload: bytes, size: int) -> Iterator[bytes]:
 def _options(payload: bytes) -> list[s.OptionValue]:
     found: dict[int, s.OptionValue] = {}
     for header, data in _items(payload, "socket_options"):
-        option, kind, flags, _ = struct.unpack("<HBBI", header)
+        option, kind, flags, _unused = struct.unpack("<HBBI", header)
         what = f"socket_options: option {option}"
         known = option_type(option)
         _flags(flags, w.OptionFlag, what)
@@ -266,7 +266,7 @@ def _is_printable(text: bytes) -> bool:
 
 def _congestion(payload: bytes) -> s.CongestionPrivate:
     padded, version, reserved = struct.unpack_from("<16sII", payload)
-    text, _, rest = padded.partition(b"\0")
+    text, _unused, rest = padded.partition(b"\0")
     _reserved(not reserved, "congestion_private")
     _require(
         1 <= len(text) <= 15 and _is_printable(text) and not any(rest),
@@ -282,7 +282,7 @@ def _ktls(payload: bytes) -> list[s.Ktls]:
         half = s.Ktls.unpack(entry)
         _reserved(_pads_zero(s.Ktls.LAYOUT, entry) and not half.flags & ~1, "ktls")
         _require(half.direction in (1, 2), ErrorClass.VALUE, f"ktls: direction {half.direction} is unknown")
-        _, key, iv, salt = entry[:4]
+        _unused, key, iv, salt = entry[:4]
         _require(
             key in (16, 24, 32) and 8 <= iv <= 16 and salt <= 8,
             ErrorClass.VALUE,
@@ -340,7 +340,7 @@ def parse(payloads: Mapping[int, bytes]) -> s.Image:
         if kind is not None:
             _reserved(_pads_zero(kind.LAYOUT, payload), name(section))
             value = kind.unpack(payload)
-            _FIXED_CHECKS.get(section, lambda _: None)(value)
+            _FIXED_CHECKS.get(section, lambda _unused: None)(value)
         else:
             value = _LISTS.get(section, bytes)(payload)
         values[name(section)] = value

@@ -79,7 +79,7 @@ def _lengths(image: bytes | bytearray, start: int) -> Iterator[tuple[int, int]]:
             raise ImageError(
                 ErrorClass.LENGTH, "the bytes after the last section are less than a section header"
             )
-        kind, _, length = _SECTION.unpack_from(image, start)
+        kind, _unused, length = _SECTION.unpack_from(image, start)
         start += w.SECTION_HEADER_BYTES + (length + 7 & ~7)
         if start > end:
             raise ImageError(
@@ -90,7 +90,7 @@ def _lengths(image: bytes | bytearray, start: int) -> Iterator[tuple[int, int]]:
 
 def peek(image: bytes | bytearray, limit: int = w.LIMIT_BYTES) -> Summary:
     """Read identity and sizes; raises ImageError if header, lengths or identity cannot be read."""
-    start, _, _ = check_header(image, limit)
+    start, _unused, _unused = check_header(image, limit)
     v = _IDENTITY.unpack_from(image, _identity_at(image, start))
     lengths = dict(_lengths(image, start))
     try:
@@ -163,7 +163,7 @@ def stamp(
 
 def section(image: bytes, kind: Section) -> bytes:
     """The payload of one section; empty if it is not there."""
-    start, _, _ = check_header(image, len(image))
+    start, _unused, _unused = check_header(image, len(image))
     for raw in walk(image, start):
         if raw.type == kind:
             return bytes(image[raw.payload_slice])
@@ -179,7 +179,7 @@ def with_section(image: bytes, kind: Section, payload: bytes) -> bytes:
         raise ValueError(f"section {kind!r} cannot be replaced; change the identity with stamp()")
     if payload:
         check_length(kind, len(payload))
-    start, _, _ = check_header(image, len(image))
+    start, _unused, _unused = check_header(image, len(image))
     parts: list[bytes] = []
     new = pack_section(kind, payload) if payload else b""
     for raw in walk(image, start):

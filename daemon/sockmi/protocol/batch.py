@@ -35,7 +35,7 @@ class Leg:
     def unfrozen(self) -> list[Item]:
         """Items whose freeze has not begun."""
         reserving = [item for page in self.pages.values() for item in page]
-        return [*self.unreserved, *reserving, *(item for item, _ in self.ready)]
+        return [*self.unreserved, *reserving, *(item for item, _unused in self.ready)]
 
 
 @dataclass(slots=True)

@@ -262,7 +262,7 @@ class Chunks:
 
     # --- messages --------------------------------------------------------------------------
 
-    def on_prepared(self, source: HostId, message: messages.Prepared, _: Channel) -> None:
+    def on_prepared(self, source: HostId, message: messages.Prepared, _unused: Channel) -> None:
         """Commit what the importer has prepared, thaw what it refused."""
         chunk = self._chunks.get(message.chunk)
         if chunk is None:
@@ -305,7 +305,7 @@ class Chunks:
             self._drop(chunk)
             self._batches.left(chunk.id, chunk.host)
 
-    def on_active(self, source: HostId, message: messages.Active, _: Channel) -> None:
+    def on_active(self, source: HostId, message: messages.Active, _unused: Channel) -> None:
         """The importer carried it out: the decision may be forgotten."""
         chunk = self._chunks.get(message.chunk)
         if chunk is None:

@@ -318,7 +318,7 @@ def _many(one: Field, most: int, size: str = "") -> Field:
         if count > most or count > len(data) - at:
             raise CodecError(f"{count} entries are announced, at most {most} or what is left are allowed")
         values = []
-        for _ in range(count):
+        for _turn in range(count):
             value, at = get_one(data, at)
             values.append(value)
         return tuple(values), at
@@ -362,7 +362,7 @@ def _get_names(data: memoryview, at: int) -> tuple[list[str], int]:
     if count > _NAMES_MAX:
         raise CodecError(f"{count} names in a fidelity report")
     names = []
-    for _ in range(count):
+    for _turn in range(count):
         length = data[at]
         if length > _NAME_BYTES_MAX:
             raise CodecError(f"a name of {length} bytes")
@@ -402,14 +402,14 @@ def _get_results(data: memoryview, at: int) -> tuple[tuple[Fidelity | Refusal, .
     if kinds > count or count > CHUNK_ITEMS_MAX:
         raise CodecError(f"{count} results with {kinds} reports")
     reports = []
-    for _ in range(kinds):
+    for _turn in range(kinds):
         lists = []
-        for _ in range(3):
+        for _turn in range(3):
             names, at = _get_names(data, at)
             lists.append(names)
         reports.append(Fidelity(*lists))
     results: list[Fidelity | Refusal] = []
-    for _ in range(count):
+    for _turn in range(count):
         number, at = U16.get(data, at)
         if number == _REFUSED:
             refusal, at = _get_refusal(data, at)
@@ -606,7 +606,7 @@ def decode(data: bytes | bytearray | memoryview) -> Message:
     at = 2
     values = []
     try:
-        for _, field in LAYOUT[kind]:
+        for _unused, field in LAYOUT[kind]:
             value, at = field.get(view, at)
             values.append(value)
     except CodecError as error:

@@ -48,7 +48,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("request_interval_s", "lease_s", "stream_timeout_s", "reserve_timeout_s",
                      "freeze_deadline_s", "retry_s", "audit_interval_s"):  # fmt: skip
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) <= float("inf"):
                 raise ValueError(f"{name} must be more than 0, not {getattr(self, name)!r}")
         if self.offer_grace_s < 0 or self.retry_max_s < self.retry_s:
             raise ValueError("offer_grace_s must be at least 0, retry_max_s at least retry_s")

@@ -177,7 +177,7 @@ class ExporterCore:
 
     # --- messages --------------------------------------------------------------------------
 
-    def on_offer(self, source: HostId, message: messages.Offer, _: Channel) -> None:
+    def on_offer(self, source: HostId, message: messages.Offer, _unused: Channel) -> None:
         """Keep it, and choose unless better ones may follow."""
         context, batch = self._context, self._batches.get(message.batch)
         if batch is None or not batch.pending or batch.follows:
@@ -200,7 +200,7 @@ class ExporterCore:
         elif ("choose", batch.id) not in context.timers:
             context.timers.set(("choose", batch.id), context.now + context.settings.offer_grace_s)
 
-    def on_reserved(self, source: HostId, message: messages.Reserved, _: Channel) -> None:
+    def on_reserved(self, source: HostId, message: messages.Reserved, _unused: Channel) -> None:
         """The items of a page become ready to be frozen, or are refused."""
         batch = self._batches.get(message.batch)
         leg = batch.legs.get(source) if batch is not None else None
@@ -304,7 +304,7 @@ class ExporterCore:
         candidates = _candidates(batch)
         policy = deepcopy(context.policy) if batch.dry_run else context.policy
         shares = divide(batch.pending.values(), candidates, policy, batch.barred)
-        if not last and sum(len(items) for _, items in shares) < len(batch.pending):
+        if not last and sum(len(items) for _unused, items in shares) < len(batch.pending):
             return
         batch.offers.clear()
         context.timers.cancel(("choose", batch.id))
@@ -357,7 +357,7 @@ class ExporterCore:
         context, settings = self._context, self._context.settings
         while leg.unreserved and len(leg.pages) < settings.pages_in_flight:
             count = min(settings.page_items, len(leg.unreserved))
-            page = tuple(leg.unreserved.popleft() for _ in range(count))
+            page = tuple(leg.unreserved.popleft() for _turn in range(count))
             leg.pages[batch.next_page] = page
             context.stream(host, messages.Reserve(batch.id, batch.next_page, page, batch.modes))
             batch.next_page += 1

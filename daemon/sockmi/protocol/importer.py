@@ -211,7 +211,7 @@ class ImporterCore:
 
     # --- messages --------------------------------------------------------------------------
 
-    def on_request(self, source: HostId, message: messages.Request, _: Channel) -> None:
+    def on_request(self, source: HostId, message: messages.Request, _unused: Channel) -> None:
         """OFFER what there is room for; silence means no."""
         context, capacity = self._context, self._context.capacity
         explicit = message.target is not None or message.target_address is not None
@@ -253,13 +253,13 @@ class ImporterCore:
                 ),
             )
 
-    def on_release(self, source: HostId, message: messages.Release, _: Channel) -> None:
+    def on_release(self, source: HostId, message: messages.Release, _unused: Channel) -> None:
         """Another host was chosen, or the batch is over."""
         lease = self._leases.get((source, message.batch))
         if lease is not None and self._context.host not in message.chosen:
             self._drop(lease, "RELEASE")
 
-    def on_reserve(self, source: HostId, message: messages.Reserve, _: Channel) -> None:
+    def on_reserve(self, source: HostId, message: messages.Reserve, _unused: Channel) -> None:
         """Let the shell choose places for what can be taken; refuse the rest by name."""
         lease = self._leases.get((source, message.batch))
         if lease is None:  # a listener's children, or the lease has expired: as far as there is room
@@ -311,7 +311,7 @@ class ImporterCore:
         else:
             self.reserve_done(events.ReserveDone(message.batch, source, self._ticket, ()))
 
-    def on_ship(self, source: HostId, message: messages.Ship, _: Channel) -> None:
+    def on_ship(self, source: HostId, message: messages.Ship, _unused: Channel) -> None:
         """Prepare a chunk of reserved items."""
         context, chunk = self._context, self._chunks.get(message.chunk)
         if not len(message.images) == len(message.places) == len(message.migrations):
@@ -379,7 +379,7 @@ class ImporterCore:
         returning = self._routes.returning(chunk.holdings)
         context.out.append(actions.Activate(chunk.id, chunk.holdings, returning))
 
-    def on_abort(self, source: HostId, message: messages.Abort, _: Channel) -> None:
+    def on_abort(self, source: HostId, message: messages.Abort, _unused: Channel) -> None:
         """The decision is ABORT: no trace is left."""
         chunk = self._chunks.get(message.chunk)
         if chunk is None:
@@ -393,7 +393,7 @@ class ImporterCore:
             self._discard(chunk, chunk.prepared)
             self._forget(chunk)
 
-    def on_undecided(self, source: HostId, message: messages.Undecided, _: Channel) -> None:
+    def on_undecided(self, source: HostId, message: messages.Undecided, _unused: Channel) -> None:
         """The next QUERY is already set."""
 
     # --- leases ----------------------------------------------------------------------------

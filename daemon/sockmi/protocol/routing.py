@@ -62,7 +62,7 @@ class _Outbox(Generic[V]):
     def turn(self, host: HostId) -> None:
         """Send some pages, oldest first; come back to the rest and for the answers."""
         waiting = self.pending[host]
-        for _ in range(min(_PAGES_PER_TURN, -(-len(waiting) // self._page_max))):
+        for _turn in range(min(_PAGES_PER_TURN, -(-len(waiting) // self._page_max))):
             page = []
             for key in list(_first(waiting, self._page_max)):
                 value = waiting.pop(key)
@@ -75,7 +75,7 @@ class _Outbox(Generic[V]):
 
 
 def _first(keys: Iterable[V], count: int) -> Iterable[V]:
-    return (key for key, _ in zip(keys, range(count), strict=False))
+    return (key for key, _unused in zip(keys, range(count), strict=False))
 
 
 def _pages(hops: Sequence[V], size: int) -> Iterable[tuple[V, ...]]:
@@ -99,8 +99,8 @@ class Routes:
         self._notices: _Outbox[Move] = _Outbox(context, "reroute", MOVES_MAX, messages.Reroute)
         self._endings: _Outbox[Hop] = _Outbox(context, "ended", HOPS_MAX, messages.Ended)
         self._ended_early: set[ConnectionId] = set()  # before the ActivateDone that made them ours
-        self.arriving: Callable[[ConnectionId], bool] = lambda _: False
-        self.activating: Callable[[ConnectionId], bool] = lambda _: False
+        self.arriving: Callable[[ConnectionId], bool] = lambda _unused: False
+        self.activating: Callable[[ConnectionId], bool] = lambda _unused: False
 
     # --- the other roles -------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class Routes:
 
     # --- messages --------------------------------------------------------------------------
 
-    def on_reroute(self, source: HostId, message: messages.Reroute, _: Channel) -> None:
+    def on_reroute(self, source: HostId, message: messages.Reroute, _unused: Channel) -> None:
         """Home: lead them to their new holders."""
         verdicts: list[tuple[Hop, Verdict]] = []
         moved: list[Route] = []
@@ -300,7 +300,7 @@ class Routes:
         moved.append(new)
         return None
 
-    def on_rerouted(self, source: HostId, message: messages.Rerouted, _: Channel) -> None:
+    def on_rerouted(self, source: HostId, message: messages.Rerouted, _unused: Channel) -> None:
         """Former holder: the home leads past us; our own redirect may go, or has to stay."""
         settled: list[tuple[ConnectionId, int]] = []
         gone: list[Route] = []
@@ -323,7 +323,7 @@ class Routes:
         if settled:
             self._context.out.append(actions.ForgetNotices(tuple(settled)))
 
-    def on_ended(self, source: HostId, message: messages.Ended, _: Channel) -> None:
+    def on_ended(self, source: HostId, message: messages.Ended, _unused: Channel) -> None:
         """Collect: what has ended at some hop needs none of the redirects made up to that hop.
 
         It need not be the sender that we lead it to: a home that could not follow (its redirect is
@@ -343,13 +343,13 @@ class Routes:
         for page in _pages(done, HOPS_MAX):
             self._context.datagram(source, messages.Collected(page))
 
-    def on_collected(self, source: HostId, message: messages.Collected, _: Channel) -> None:
+    def on_collected(self, source: HostId, message: messages.Collected, _unused: Channel) -> None:
         """One host less that leads packets here."""
         for hop in message.hops:
             if self._endings.settle(source, hop) is not None:
                 self._ended_at(hop, source)
 
-    def on_audit(self, source: HostId, message: messages.Audit, _: Channel) -> None:
+    def on_audit(self, source: HostId, message: messages.Audit, _unused: Channel) -> None:
         """Say what is not here. What is on its way, either way, is here."""
         gone = tuple(
             hop for hop in message.hops
@@ -361,7 +361,7 @@ class Routes:
         for page in _pages(gone, HOPS_MAX):
             self._context.datagram(source, messages.Audited(page))
 
-    def on_audited(self, source: HostId, message: messages.Audited, _: Channel) -> None:
+    def on_audited(self, source: HostId, message: messages.Audited, _unused: Channel) -> None:
         """Collect what is gone, if it is still the sender that we lead it to."""
         gone: list[Route] = []
         for hop in message.gone:
@@ -470,7 +470,7 @@ class Routes:
     def _audit(self) -> None:
         """Ask each holder about some of the routes that lead to it, in turn."""
         for host, led in self._by_holder.items():
-            for _ in range(min(_PAGES_PER_TURN, -(-len(led) // HOPS_MAX))):
+            for _turn in range(min(_PAGES_PER_TURN, -(-len(led) // HOPS_MAX))):
                 page = []
                 for connection in list(_first(led, HOPS_MAX)):
                     del led[connection]

@@ -77,7 +77,7 @@ class Announcer:
         # one socket for both bursts: the second comes from a thread that may be in another namespace
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
         sock.bind((socket.if_indextoname(index), 0))
-        for _ in range(BURST):
+        for _turn in range(BURST):
             sock.send(message)
 
         def again() -> None:
@@ -87,7 +87,7 @@ class Announcer:
                     return
                 del self._pending[address]
             with sock:
-                for _ in range(BURST):
+                for _turn in range(BURST):
                     try:
                         sock.send(message)
                     except OSError:  # the device has gone; there is nobody left to tell

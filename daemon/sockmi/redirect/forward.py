@@ -90,7 +90,7 @@ class Forward:
         t = self._tables
         local = t.local(self.mode)
         with t.transaction() as batch:
-            for version, _, keys in by_version(connections):
+            for version, _unused, keys in by_version(connections):
                 batch.remove(t.nexts[version], keys)
                 batch.put(t.flows[version], keys, [local] * len(keys))
                 batch.remove(t.holds[version], keys)
@@ -98,7 +98,7 @@ class Forward:
     def evict(self, connections: Sequence[Inbound]) -> None:
         """See base.Redirect."""
         with self._tables.transaction() as batch:
-            for version, _, keys in by_version(connections):
+            for version, _unused, keys in by_version(connections):
                 batch.remove(self._tables.flows[version], keys)
 
     def outbound(self) -> list[Outbound]:

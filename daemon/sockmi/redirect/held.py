@@ -233,7 +233,7 @@ class HeldPackets:
         rows = [(packet, connection.local) for connection, several in packets.items() for packet in several]
         if not rows:
             return 0
-        buffers = [ctypes.create_string_buffer(packet, len(packet)) for packet, _ in rows]
+        buffers = [ctypes.create_string_buffer(packet, len(packet)) for packet, _unused in rows]
         array = (_Packet * len(rows))()
         for entry, buffer, (packet, local) in zip(array, buffers, rows, strict=True):
             entry.data = ctypes.addressof(buffer)
@@ -267,7 +267,7 @@ class HeldPackets:
         self._socket.send(header + body)
         while True:
             answer = self._socket.recv(1 << 18)
-            _, kind, *_ = _HEADER.unpack_from(answer)
+            _unused, kind, *_unused = _HEADER.unpack_from(answer)
             if kind == _NLMSG_ERROR:
                 code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
                 if code:
@@ -297,7 +297,7 @@ def unpack(content: bytes) -> dict[bytes, list[bytes]]:
         migration, count = _GROUP.unpack_from(content, at)
         at += _GROUP.size
         several = found.setdefault(migration, [])
-        for _ in range(count):
+        for _turn in range(count):
             if at + _LENGTH.size > len(content):
                 raise ValueError(f"cut off at byte {at}")
             (length,) = _LENGTH.unpack_from(content, at)
@@ -313,7 +313,7 @@ def _payloads(data: bytes) -> Iterator[bytes]:
     """The packets in netlink messages."""
     at = 0
     while at + _HEADER.size <= len(data):
-        length, kind, *_ = _HEADER.unpack_from(data, at)
+        length, kind, *_unused = _HEADER.unpack_from(data, at)
         if length < _HEADER.size:
             return
         if kind == _SUBSYS_ULOG << 8 | _MSG_PACKET:

@@ -127,7 +127,7 @@ def parse(message: bytes, reporter: Address) -> IcmpError | None:
     version = reporter.version
     if len(message) < 8 or message[0] not in _ERRORS[version]:
         return None
-    kind, code, _, info = struct.unpack_from("!BBHI", message)
+    kind, code, _unused, info = struct.unpack_from("!BBHI", message)
     quoted = message[8:]
     if version == 4:
         if len(quoted) < 20 or quoted[0] >> 4 != 4:
@@ -238,8 +238,8 @@ class IcmpListener:
         found: list[tuple[IcmpError, bool]] = []
         for sock in self._sockets:
             with contextlib.suppress(BlockingIOError):
-                for _ in range(most):
-                    packet, ancillary, _, source = sock.recvmsg(2048, 64)
+                for _turn in range(most):
+                    packet, ancillary, _unused, source = sock.recvmsg(2048, 64)
                     if sock.family == socket.AF_INET:
                         packet = packet[(packet[0] & 15) * 4 :]
                     error = parse(packet, ip_address(source[0].partition("%")[0]))

@@ -136,7 +136,7 @@ class Iptables:
         for worker in self._workers.values():
             worker.call("install")
         away = self._list(_AWAY)
-        self._expect_redirects(importer.address for _, importer in away)
+        self._expect_redirects(importer.address for _unused, importer in away)
         self._track(_AWAY, away)
         self._track(_HOME, self._list(_HOME))
 
@@ -254,7 +254,7 @@ class Iptables:
     def _forget_tracked(self, tuples: Sequence[FourTuple]) -> None:
         """Delete the conntrack entries of connections, whichever end is taken for the first."""
 
-        def work(_: Any) -> None:
+        def work(_unused: Any) -> None:
             for version in {t.version for t in tuples}:
                 with NFCTSocket(nfgen_family=_FAMILY[version]) as conntrack:
                     for t in tuples:
@@ -271,7 +271,7 @@ class Iptables:
             by_version.setdefault(row[0].version, []).append(row)
         timeout_s = read_sysctl("net/netfilter/nf_conntrack_tcp_timeout_established") or _ESTABLISHED_S
 
-        def work(_: Any) -> None:
+        def work(_unused: Any) -> None:
             for version, members in by_version.items():
                 with NFCTSocket(nfgen_family=_FAMILY[version]) as conntrack:
                     for ends, other in members:

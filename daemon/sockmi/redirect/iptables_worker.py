@@ -55,7 +55,7 @@ class Rules:
 
     def install(self) -> None:
         """Make the chains and the jumps to them; what is there stays."""
-        for role, (_, hook_name) in HOOKS.items():
+        for role, (_unused, hook_name) in HOOKS.items():
             chain = self._chain(role)
             if not chain.table.is_chain(chain.name):
                 chain.table.create_chain(chain.name)
@@ -66,7 +66,7 @@ class Rules:
 
     def uninstall(self) -> None:
         """The inverse of ``install``, with all rules."""
-        for role, (_, hook_name) in HOOKS.items():
+        for role, (_unused, hook_name) in HOOKS.items():
             chain = self._chain(role)
             if not chain.table.is_chain(chain.name):
                 continue

@@ -51,7 +51,7 @@ class PathMtu:
         if way.gateway is None:
             return
         if importer not in self._probes:
-            level, discover, probe, _ = _MTU_DISCOVER[importer.version]
+            level, discover, probe, _unused = _MTU_DISCOVER[importer.version]
             sock = socket.socket(
                 socket.AF_INET if importer.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM
             )
@@ -60,12 +60,12 @@ class PathMtu:
             sock.connect((str(importer), _DISCARD_PORT))
             self._probes[importer] = (sock, way, 0)
         sock = self._probes[importer][0]
-        for _ in range(2):  # the first call may only report the error of the last
+        for _turn in range(2):  # the first call may only report the error of the last
             with contextlib.suppress(OSError):
                 sock.send(bytes(max(0, self._mtu(importer) - _HEADERS[importer.version])))
 
     def _mtu(self, importer: Address) -> int:
-        level, _, _, mtu = _MTU_DISCOVER[importer.version]
+        level, *_unused, mtu = _MTU_DISCOVER[importer.version]
         return self._probes[importer][0].getsockopt(level, mtu)
 
     def apply(self, importer: Address) -> None:
@@ -81,7 +81,7 @@ class PathMtu:
 
     def close(self) -> None:
         """Close the probing sockets; routes go with ``Tables.teardown``."""
-        for sock, _, _ in self._probes.values():
+        for sock, *_unused in self._probes.values():
             sock.close()
         self._probes.clear()
 

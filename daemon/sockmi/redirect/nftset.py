@@ -168,7 +168,7 @@ class NftSocket:
         meets this misses elements (nft_rhash_walk()): so it is read until two walks agree.
         """
         found = dict(self._request(nftset, _NLM_F_DUMP, b""))
-        for _ in range(_WALKS_MAX):
+        for _turn in range(_WALKS_MAX):
             again = dict(self._request(nftset, _NLM_F_DUMP, b""))
             if again == found:
                 break
@@ -197,7 +197,7 @@ class NftSocket:
         while True:
             answer = memoryview(self._reader.recv(_DUMP_BYTES))
             while len(answer) >= 16:
-                length, kind, _, of, _ = struct.unpack_from("=IHHII", answer)
+                length, kind, _unused, of, _unused = struct.unpack_from("=IHHII", answer)
                 payload, answer = answer[16:length], answer[(length + 3) & ~3 :]
                 if of != seq:
                     continue  # the rest of a dump that nobody read to its end
@@ -241,7 +241,7 @@ def _elements(message: memoryview) -> Iterator[tuple[bytes, bytes]]:
     for kind, elements in _attrs(message):
         if kind != 3:  # NFTA_SET_ELEM_LIST_ELEMENTS
             continue
-        for _, element in _attrs(elements):
+        for _unused, element in _attrs(elements):
             key = data = b""
             for part, value in _attrs(element):
                 if part == 1:  # NFTA_SET_ELEM_KEY

@@ -46,7 +46,7 @@ def parse(packet: bytes) -> Segment | None:
         return None
     if len(packet) < start + _TCP.size:
         return None
-    remote_port, local_port, sequence, acknowledges, offset, flags, _ = _TCP.unpack_from(packet, start)
+    remote_port, local_port, sequence, acknowledges, offset, flags, _unused = _TCP.unpack_from(packet, start)
     # A length of 0 is of a packet that was put together of several (BIG TCP).
     data = (end if end > start else len(packet)) - start - (offset >> 4) * 4
     connection = FourTuple(Endpoint(target, local_port), Endpoint(source, remote_port))

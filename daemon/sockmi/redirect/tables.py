@@ -180,12 +180,12 @@ class Tables:
     def unsettled(self) -> list[FourTuple]:
         """What was held without a timeout and is not settled, read back from the kernel."""
         with self._lock:
-            return [tuple_of(key) for s in self._quiet.values() for key, _ in self._nft.dump(s)]
+            return [tuple_of(key) for s in self._quiet.values() for key, _unused in self._nft.dump(s)]
 
     def held(self) -> list[FourTuple]:
         """All holds, read back from the kernel."""
         with self._lock:
-            return [tuple_of(key) for s in self.holds.values() for key, _ in self._nft.dump(s)]
+            return [tuple_of(key) for s in self.holds.values() for key, _unused in self._nft.dump(s)]
 
     def hold_listeners(self, endpoints: Sequence[Endpoint], timeout_s: float | None) -> None:
         """See base.Holds; ``::`` holds IPv4 too, as a listener there accepts both."""
@@ -213,11 +213,13 @@ class Tables:
         with self._lock:
             for version, nftset in self._away.items():
                 wide = 4 if version == 4 else 16
-                for key, _ in self._nft.dump(nftset):
+                for key, _unused in self._nft.dump(nftset):
                     found.append(Endpoint(address_of(key[:wide]), *_PORT.unpack_from(key, wide)))
             for version, nftset in self._away_ports.items():
                 anywhere = IPv4Address(0) if version == 4 else IPv6Address(0)
-                found += [Endpoint(anywhere, *_PORT.unpack_from(key)) for key, _ in self._nft.dump(nftset)]
+                found += [
+                    Endpoint(anywhere, *_PORT.unpack_from(key)) for key, _unused in self._nft.dump(nftset)
+                ]
         return found
 
     # --- elements of the modes ---------------------------------------------------------------

@@ -29,7 +29,7 @@ _LISTEN, _TIME_WAIT, _CLOSE = 0x0A, 0x06, 0x07
 
 def _endpoint(text: str) -> Endpoint:
     """``0100007F:0050`` of /proc/net/tcp: each 32-bit word in host order, the port in hexadecimal."""
-    address, _, port = text.partition(":")
+    address, _unused, port = text.partition(":")
     words = bytes.fromhex(address)
     packed = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
     if len(packed) == 4:
@@ -96,7 +96,7 @@ class Takeover:
                     f"run `sysctl -w net.ipv4.conf.{held.device}.promote_secondaries=1`"
                 )
         tuples, bound = set(leaving), set(listeners)
-        gone = {t for t, (tag, _) in self._tables.read_flows().items() if tag == Tag.MOVED}
+        gone = {t for t, (tag, _unused) in self._tables.read_flows().items() if tag == Tag.MOVED}
         for local, remote, listening in users(addresses):
             if listening and local not in bound:
                 reasons.append(f"a listener on {local} is not in the batch; move or close it too")
@@ -116,7 +116,9 @@ class Takeover:
     def obstacle(self, leaving: Sequence[FourTuple]) -> str | None:
         """See base.Redirect. Listeners are no obstacle: they end, or follow in a batch of their own."""
         here = self._here(leaving)
-        listeners = {local for local, _, listening in users({t.local.address for t in here}) if listening}
+        listeners = {
+            local for local, _unused, listening in users({t.local.address for t in here}) if listening
+        }
         return "; ".join(self.conflicts(here, listeners)[:5]) or None
 
     def send_away(self, connections: Sequence[Outbound]) -> None:
@@ -158,7 +160,7 @@ class Takeover:
         t = self._tables
         local = t.local(self.mode)
         with t.transaction() as batch:
-            for version, _, keys in by_version(connections):
+            for version, _unused, keys in by_version(connections):
                 batch.remove(t.addresses[version], keys)
                 batch.put(t.flows[version], keys, [local] * len(keys))
                 batch.remove(t.holds[version], keys)

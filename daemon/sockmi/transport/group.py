@@ -320,7 +320,7 @@ class Group:
     # --- in ---
 
     def _readable(self, one: socket.socket) -> None:
-        for _ in range(_DATAGRAMS_PER_TURN):
+        for _turn in range(_DATAGRAMS_PER_TURN):
             if one.fileno() < 0:
                 return  # a callback has closed the group
             try:

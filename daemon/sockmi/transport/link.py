@@ -241,7 +241,7 @@ class Link:
 
     def _read(self) -> None:
         """Read what is there, but let others have their turn in a long transfer."""
-        for _ in range(_READS_PER_TURN):
+        for _turn in range(_READS_PER_TURN):
             if self.phase is not Phase.READY or self._tls is None:
                 return
             into = self._large[-self._missing :] if self._missing else self._scratch[self._have :]

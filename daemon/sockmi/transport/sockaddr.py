@@ -64,7 +64,7 @@ def interface_addresses(interface: str, version: int) -> list[Address]:
             link = int(scope, 16) == _LINK_SCOPE
             text = IPv6Address(bytes.fromhex(packed))
             found.append((link, IPv6Address(f"{text}%{int(index, 16)}") if link else text))
-    return [address for _, address in sorted(found, key=lambda entry: entry[0])]
+    return [address for _unused, address in sorted(found, key=lambda entry: entry[0])]
 
 
 def routed_address(target: Address) -> Address | None:

@@ -309,7 +309,7 @@ class StreamPool:
     # --- incoming ---
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(_ACCEPTS_PER_TURN):
+        for _turn in range(_ACCEPTS_PER_TURN):
             if self._closed:
                 return
             try:

@@ -46,7 +46,7 @@ def place(folder, site, name, metadata):
     data = metadata.replace(".dist-info", ".data/")
     if not name.startswith(data):
         return site / name
-    scheme, _, rest = name[len(data) :].partition("/")
+    scheme, _unused, rest = name[len(data) :].partition("/")
     roots = {"purelib": site, "platlib": site, "scripts": folder / "bin", "data": folder}
     return roots[scheme] / rest if scheme in roots else None
 
@@ -86,7 +86,7 @@ def commands(folder, text):
     points.optionxform = str
     points.read_string(text)
     for command, target in points.items("console_scripts") if points.has_section("console_scripts") else ():
-        module, _, call = target.split(" ")[0].partition(":")
+        module, _unused, call = target.split(" ")[0].partition(":")
         file = folder / "bin" / command
         first = call.split(".")[0]
         file.write_text(SCRIPT.format(python=folder / "bin/python", module=module, name=first, call=call))

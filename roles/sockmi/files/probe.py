@@ -40,7 +40,7 @@ def system():
     """Family, distribution and version, from os-release(5)."""
     fields = {}
     for line in (text("/etc/os-release") or "").splitlines():
-        name, _, value = line.partition("=")
+        name, _unused, value = line.partition("=")
         fields[name] = value.strip("\"'")
     kin = {fields.get("ID", ""), *fields.get("ID_LIKE", "").split()}
     family = "debian" if "debian" in kin else "redhat" if kin & {"rhel", "fedora", "centos"} else "other"
@@ -58,7 +58,7 @@ def packages(family):
     for name, query in QUERIES:
         if name == family:
             for line in said(*query).splitlines():
-                package, _, state = line.partition(" ")
+                package, _unused, state = line.partition(" ")
                 if state == "installed":
                     found.add(package)
     return sorted(found)

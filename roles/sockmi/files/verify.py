@@ -204,7 +204,7 @@ class Trial:
         """The next line that a program prints."""
         read: list[str] = []
 
-        def alarm(*_: object) -> None:
+        def alarm(*_unused: object) -> None:
             raise Failed(f"{what} did not happen in time")
 
         signal.signal(signal.SIGALRM, alarm)
@@ -292,7 +292,7 @@ def end(process: "subprocess.Popen[str]") -> None:
 
 def main() -> int:
     """The command."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, lambda *_unused: sys.exit(1))
     trial = Trial(float(sys.argv[1]))
     with trial.stack:
         try:

@@ -118,7 +118,7 @@ def test_between_engines(lab: Lab, tmp_path: Path) -> None:
             client = peer.socket()
             client.settimeout(60)
             client.connect(listener.getsockname())
-            ours, _ = listener.accept()
+            ours, _unused = listener.accept()
         talk = Peer(client)
         heard = 0
         for source, target, engine in (("a", "b", "kernel"), ("b", "a", "repair"), ("a", "b", "kernel")):
@@ -199,7 +199,7 @@ def hops(lab: Lab, tmp_path: Path, mode: str, kind: str, version: int) -> None:
         service(lab, kind, "abc", tmp_path, version=version) as serving,
     ):
         assert [status(lab.host(name))["engine"] for name in "abc"] == ["kernel", "kernel", "repair"]
-        for _ in range(2):
+        for _turn in range(2):
             serving.client(*(LINES if kind == "lines" else CLIENTS[kind]))
         serving.connected(2)
         for source, target in ("ab", "bc", "ca"):
@@ -246,7 +246,7 @@ def test_c_library_on_both_sides(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> N
         return process
 
     def ended(process: subprocess.Popen[str]) -> int:
-        output, _ = process.communicate(timeout=300)
+        output, _unused = process.communicate(timeout=300)
         assert process.returncode == 0, output
         return int(output)
 

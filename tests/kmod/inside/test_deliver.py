@@ -142,7 +142,7 @@ def test_the_address_of_accept_is_the_peers(device: Device) -> None:
     with taken(device, ours) as image:
         device.deliver(image)
     server.settimeout(5)
-    _, address = server.accept()
+    _unused, address = server.accept()
     assert address == peer.getsockname()
 
 
@@ -161,7 +161,7 @@ def test_queues_and_sequence_numbers_go_on_exactly(device: Device, family: str) 
             device.commit(freeze)
             device.deliver(image)
     server.settimeout(5)
-    copy, _ = server.accept()
+    copy, _unused = server.accept()
     with frozen(device, copy) as (freeze, again):
         after = images.decode(again)
         device.abort(freeze)
@@ -222,8 +222,8 @@ def test_poll_epoll_and_a_blocked_accept_wake(device: Device) -> None:
                 poller.register(server, select.EPOLLIN | (select.EPOLLET if way == "edge" else 0))
                 assert not poller.poll(0)
                 device.deliver(image)
-                assert [event & select.EPOLLIN for _, event in poller.poll(1)]
-                copy, _ = server.accept()
+                assert [event & select.EPOLLIN for _unused, event in poller.poll(1)]
+                copy, _unused = server.accept()
                 poller.close()
         peer.sendall(b"x")
         assert read_exactly(copy, 1) == b"x"
@@ -236,7 +236,7 @@ def test_what_comes_before_accept_waits(device: Device) -> None:
         device.deliver(image)
     peer.sendall(b"early")
     wait_for(lambda: tcp_info(peer)["unacked"] == 0)
-    copy, _ = server.accept()
+    copy, _unused = server.accept()
     assert read_exactly(copy, 5) == b"early"
 
 
@@ -259,7 +259,7 @@ def test_listeners_with_options(device: Device, option: str) -> None:
         peer = new_socket("ipv4")
         peer.connect(server.getsockname())
         peer.sendall(b"a")
-        ours, _ = server.accept()
+        ours, _unused = server.accept()
         read_exactly(ours, 1)
         copy = redeliver(device, server, ours)
         peer.sendall(b"b")
@@ -272,7 +272,7 @@ def test_listeners_with_options(device: Device, option: str) -> None:
 
 def test_one_of_a_reuseport_group_gets_it_and_the_group_can_grow(device: Device) -> None:
     servers = []
-    for _ in range(4):
+    for _turn in range(4):
         server = new_socket("ipv4")
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         server.bind(("127.0.0.1", servers[0].getsockname()[1] if servers else 0))
@@ -281,13 +281,13 @@ def test_one_of_a_reuseport_group_gets_it_and_the_group_can_grow(device: Device)
         servers.append(server)
     peer = new_socket("ipv4")
     peer.connect(servers[0].getsockname())
-    ready, _, _ = select.select(servers, [], [], 5)
-    ours, _ = ready[0].accept()
+    ready, _unused, _unused = select.select(servers, [], [], 5)
+    ours, _unused = ready[0].accept()
     with taken(device, ours) as image:
         device.deliver(image)
     # The same tuple: the same member as its SYN found.
     assert select.select(servers, [], [], 5)[0] == ready
-    copy, _ = ready[0].accept()
+    copy, _unused = ready[0].accept()
     another = new_socket("ipv4")
     another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     another.bind(servers[0].getsockname())
@@ -334,7 +334,7 @@ def test_a_foreign_address_with_a_wildcard_listener(device: Device) -> None:
     peer = new_socket("ipv4")
     peer.bind(("127.0.0.1", 0))
     peer.connect(("198.51.100.7", server.getsockname()[1]))
-    ours, _ = server.accept()
+    ours, _unused = server.accept()
     try:
         with taken(device, ours) as image:
             subprocess.run(["ip", "address", "del", "198.51.100.7/32", "dev", "lo"], check=True)
@@ -342,7 +342,7 @@ def test_a_foreign_address_with_a_wildcard_listener(device: Device) -> None:
                 device.deliver(image)
             assert caught.value.refusal == Refusal.ADDRESS
             device.deliver(image, restore_flags=TRANSPARENT)
-            copy, _ = server.accept()
+            copy, _unused = server.accept()
             assert copy.getsockname()[0] == "198.51.100.7"
             subprocess.run(["ip", "address", "add", "198.51.100.7/32", "dev", "lo"], check=True)
         peer.sendall(b"x")
@@ -419,7 +419,7 @@ def test_no_listener_then_one(device: Device) -> None:
         assert error.argument.listener_family == 0
         second = listener("ipv4", port=port)
         device.deliver(image)
-    copy, _ = second.accept()
+    copy, _unused = second.accept()
     peer.sendall(b"x")
     assert read_exactly(copy, 1) == b"x"
     assert not [flags for flags in wire.flags() if flags & (SYN | RST | FIN)]
@@ -429,12 +429,12 @@ def test_no_listener_then_one(device: Device) -> None:
 def test_a_full_accept_queue_then_room(device: Device) -> None:
     server = listener("ipv4", backlog=2)
     ours, peer = connected(server, "ipv4")
-    others = [socket.create_connection(server.getsockname()) for _ in range(3)]
+    others = [socket.create_connection(server.getsockname()) for _turn in range(3)]
     with taken(device, ours) as image:
         error = refused(device, image)
         assert (error.errno, error.refusal) == (errno.EAGAIN, Refusal.ACCEPT_QUEUE)
         assert (error.argument.queued, error.argument.queue_max) == (3, 2)
-        accepted = [server.accept()[0] for _ in others]
+        accepted = [server.accept()[0] for _unused in others]
         assert device.deliver(image).queued == 1
     copy, address = server.accept()
     assert address == peer.getsockname()
@@ -574,7 +574,7 @@ def test_a_closing_member_of_a_reuseport_group_hands_it_on(device: Device) -> No
     switch.write_text("1")
     try:
         servers = []
-        for _ in range(2):
+        for _turn in range(2):
             server = new_socket("ipv4")
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             server.bind(("127.0.0.1", servers[0].getsockname()[1] if servers else 0))
@@ -582,14 +582,14 @@ def test_a_closing_member_of_a_reuseport_group_hands_it_on(device: Device) -> No
             servers.append(server)
         peer = new_socket("ipv4")
         peer.connect(servers[0].getsockname())
-        ready, _, _ = select.select(servers, [], [], 5)
-        ours, _ = ready[0].accept()
+        ready, _unused, _unused = select.select(servers, [], [], 5)
+        ours, _unused = ready[0].accept()
         with taken(device, ours) as image:
             device.deliver(image)
         ready[0].close()
         other = servers[1] if servers[0] is ready[0] else servers[0]
         other.settimeout(5)
-        copy, _ = other.accept()
+        copy, _unused = other.accept()
         peer.sendall(b"x")
         assert read_exactly(copy, 1) == b"x"
     finally:
@@ -626,7 +626,7 @@ def test_accept_and_close_race_with_deliveries(device: Device) -> None:
             with contextlib.suppress(OSError):
                 server = listener("ipv4", port=port)
                 server.settimeout(0.02)
-                for _ in range(3):
+                for _turn in range(3):
                     with contextlib.suppress(TimeoutError):
                         server.accept()[0].close()
                 server.close()
@@ -643,7 +643,7 @@ def test_accept_and_close_race_with_deliveries(device: Device) -> None:
                 first.listen()
                 peer = new_socket("ipv4")
                 peer.connect(first.getsockname())
-                ours, _ = first.accept()
+                ours, _unused = first.accept()
                 first.close()
                 with held(ours), frozen(device, ours) as (freeze, image):
                     device.commit(freeze)

@@ -89,7 +89,7 @@ def clients(lab: Lab, connections: int, pause_s: float) -> subprocess.Popen[str]
 
 
 def ended(process: subprocess.Popen[str]) -> dict[str, Any]:
-    output, _ = process.communicate("", timeout=30 * PATIENCE)
+    output, _unused = process.communicate("", timeout=30 * PATIENCE)
     told: dict[str, Any] = json.loads(output)
     assert told["errors"] == []
     return told
@@ -124,7 +124,7 @@ def test_idle_connections_of_nginx_drain_to_another(lab: Lab, tmp_path: Path) ->
         until(lambda: length(b) == 0)
         time.sleep(5)
         told = ended(browsers)
-        lines, _ = curls.communicate(timeout=30 * PATIENCE)
+        lines, _unused = curls.communicate(timeout=30 * PATIENCE)
         assert outcomes["moved"] == CONNECTIONS + 1, outcomes
         assert told["last"] == {"b": CONNECTIONS}, told
         assert told["answers"]["a"] and told["answers"]["b"] >= CONNECTIONS
@@ -154,6 +154,6 @@ def test_a_busy_connection_is_not_idle(lab: Lab, tmp_path: Path) -> None:
     with daemons(lab, "ab", redirect=REDIRECT, imports={"deliver": True}), nginx(lab.host("a"), tmp_path):
         browsers = clients(lab, 2, 0.2)
         time.sleep(2)
-        for _ in range(5):
+        for _turn in range(5):
             assert not moved(lab.host("a"), 20.0)
         ended(browsers)

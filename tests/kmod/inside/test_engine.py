@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab import engine_lab as el
-from tests.lab import test_engine_contract
-from tests.lab.test_engine_contract import *  # noqa: F403
-from tests.lab.test_engine_states import *  # noqa: F403
+from tests.lab import test_engine_contract, test_engine_states
+
+for suite in (test_engine_contract, test_engine_states):
+    globals().update({name: value for name, value in vars(suite).items() if not name.startswith("_")})
 
 test_freeze_and_abort_under_load = pytest.mark.slow(test_engine_contract.test_freeze_and_abort_under_load)
 

@@ -61,7 +61,7 @@ def test_frozen_until_resumed(lab: el.Lab, engine: KernelEngine) -> None:
     port = lab.port()
     ours, peer = lab.pair("v4", port)
     before = descriptors()
-    inode, _ = freeze(engine, ours)
+    inode, _unused = freeze(engine, ours)
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(ours.recv(10)))
     reader.start()
@@ -327,7 +327,7 @@ def test_path_model_moves(lab: el.Lab, engine: KernelEngine) -> None:
     lab.switch("a")
     port = lab.port()
     ours, peer = lab.pair("v4", port)
-    for _ in range(20):
+    for _turn in range(20):
         ours.sendall(bytes(60_000))
         assert len(receive(peer, 60_000)) == 60_000
     before = ours.getsockopt(el.TCP, socket.TCP_INFO, 104)

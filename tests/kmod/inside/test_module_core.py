@@ -62,7 +62,7 @@ def pair(family: str = "ipv4") -> tuple[socket.socket, socket.socket]:
     listener.listen()
     peer = new_socket(family)
     peer.connect(listener.getsockname())
-    ours, _ = listener.accept()
+    ours, _unused = listener.accept()
     listener.close()
     return ours, peer
 
@@ -70,7 +70,10 @@ def pair(family: str = "ipv4") -> tuple[socket.socket, socket.socket]:
 def tcp_info(sock: socket.socket) -> dict[str, int]:
     """What TCP_INFO says, by its offsets."""
     raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 240)
-    word = lambda at: struct.unpack_from("=I", raw, at)[0]  # noqa: E731
+
+    def word(at: int) -> int:
+        return int(struct.unpack_from("=I", raw, at)[0])
+
     return {
         "state": raw[0],
         "ca_state": raw[1],
@@ -268,7 +271,7 @@ def test_the_owner_of_a_committed_socket_sees_it_end(device: Device) -> None:
     thread = threading.Thread(target=receive)
     thread.start()
     time.sleep(0.1)
-    with frozen(device, ours) as (freeze, _):
+    with frozen(device, ours) as (freeze, _unused):
         device.commit(freeze)
         thread.join(2)
         assert blocked == [errno.ECONNABORTED]
@@ -301,7 +304,7 @@ def test_an_established_connection_moves_with_its_queues(device: Device, family:
     copy = move(device, ours, family)
     assert (copy.getsockname()[:2], copy.getpeername()[:2]) == name
     assert read_exactly(copy, 6000) == b"unread" * 1000
-    for _ in range(3):
+    for _turn in range(3):
         copy.sendall(b"down" * 5000)
         assert read_exactly(peer, 20000) == b"down" * 5000
         peer.sendall(b"up" * 5000)
@@ -593,15 +596,15 @@ def test_sockets_without_a_connection_move(device: Device, kind: str, family: st
         assert caught.value.errno == errno.EINVAL
         client = new_socket(family)
         client.connect(name)
-        child, _ = copy.accept()
+        child, _unused = copy.accept()
         client.sendall(b"hello")
         assert read_exactly(child, 5) == b"hello"
 
 
 def test_children_nobody_accepted_are_not_reset(device: Device) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
-    clients = [socket.create_connection(listener.getsockname()) for _ in range(3)]
-    with frozen(device, listener) as (freeze, _):
+    clients = [socket.create_connection(listener.getsockname()) for _turn in range(3)]
+    with frozen(device, listener) as (freeze, _unused):
         device.commit(freeze)
     listener.close()
     time.sleep(0.05)
@@ -638,7 +641,7 @@ def test_a_connection_that_is_being_made_moves(device: Device, family: str) -> N
         assert after.timestamp.syn_first_tsval == before.timestamp.syn_first_tsval
         assert after.negotiated.rcv_wscale == before.negotiated.rcv_wscale
     wait_for(lambda: state_of(copy) == ESTABLISHED, 10)
-    child, _ = listener.accept()
+    child, _unused = listener.accept()
     copy.sendall(b"connected")
     assert read_exactly(child, 9) == b"connected"
     child.sendall(b"welcome")
@@ -739,9 +742,9 @@ def test_freezes_under_threads_that_hammer(device: Device) -> None:
     while child == 0:
         tcp_info(ours)
     try:
-        for _ in range(10):
+        for _turn in range(10):
             claim = device.claim(ours)  # anew: it does not live for ever, and this machine may be slow
-            for _ in range(10):
+            for _turn in range(10):
                 freeze: Freeze = device.freeze(claim, deadline_ms=5000)
                 image = device.image(freeze)
                 device.abort(freeze)
@@ -780,7 +783,7 @@ def test_a_live_stream_moves_many_times(device: Device, family: str) -> None:
     with Device(slot_bytes=16 << 20) as roomy:
         pause = total // moves
         while sent < total or len(got) < total:
-            readable, writable, _ = select.select([ours], [ours] if sent < total else [], [], 10)
+            readable, writable, _unused = select.select([ours], [ours] if sent < total else [], [], 10)
             assert readable or writable, "the stream stands still"
             if readable:
                 part = ours.recv(65536)

@@ -29,7 +29,9 @@ def unreclaimable() -> int:
     for switch in ("1", "2"):
         Path("/proc/sys/vm/drop_caches").write_text(switch)
     lines = Path("/proc/meminfo").read_text().splitlines()
-    said = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    said = {
+        name: int(rest.split()[0]) * 1024 for name, _unused, rest in (line.partition(":") for line in lines)
+    }
     return said["SUnreclaim"] + said["VmallocUsed"] + said["Percpu"]
 
 
@@ -75,7 +77,7 @@ def test_loaded_and_unloaded(record_property) -> None:
 def test_with_everything_open() -> None:
     """Refused while a device is open or a flow is left; a dead process's leavings do not count."""
     module = os.environ["SOCKMI_KO"]
-    for _ in range(10):
+    for _turn in range(10):
         subprocess.run(["insmod", module], check=True, timeout=60)
         child = os.fork()
         if child == 0:

@@ -127,7 +127,7 @@ def test_ecn_and_ts_recent_are_carried(device: Device) -> None:
     assert after.ecn == before.ecn
     assert after.timestamp.ts_recent == before.timestamp.ts_recent
     assert 0 <= after.timestamp.tsval - before.timestamp.tsval & 0xFFFFFFFF < 60_000
-    for _ in range(3):
+    for _turn in range(3):
         copy.sendall(b"y" * 1000)
         assert read_exactly(peer, 1000) == b"y" * 1000
 

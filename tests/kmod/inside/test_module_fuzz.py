@@ -54,7 +54,7 @@ def test_sequences_of_calls_with_live_ids(seed: str) -> None:
             spare = new_socket("ipv4")
             peer.send(b"x" * rng.randrange(1, 3000))
             memory = ctypes.create_string_buffer(1 << 16)
-            for _ in range(60):
+            for _turn in range(60):
                 name = rng.choice(names)
                 struct = ORDINALS[name][1]
                 argument = struct()
@@ -107,7 +107,7 @@ def test_mappings(seed: str) -> None:
                 count, size = rng.randrange(1, 5), rng.choice((100, page, 3 * page, 1 << 16))
                 kinds[kind] = device.call("slots", Slots(kind=kind, count=count, bytes=size))
         left = []
-        for _ in range(20):
+        for _turn in range(20):
             base = rng.choice((0, 1 << 40, 2 << 40, *[made.offset for made in kinds.values()]))
             offset = base + rng.choice((0, 0, 0, page, -page, 5 * page, 1 << 30))
             length = page * rng.choice((1, 1, 2, 3, 16, 1 << 10, 1 << 20))
@@ -163,7 +163,7 @@ def test_sysctls(seed: str) -> None:
     end = until(SECONDS)
     try:
         while time.monotonic() < end:
-            text = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 9))).encode("latin-1")
+            text = "".join(rng.choice(pieces) for _turn in range(rng.randrange(1, 9))).encode("latin-1")
             fd = os.open(SYSCTLS / rng.choice(("export", "export", *limits)), os.O_RDWR)
             try:
                 with contextlib.suppress(OSError):
@@ -195,7 +195,7 @@ def test_files_that_are_passed_and_shared(seed: str) -> None:
         socket.send_fds(left, [b"x"], [device.fd])
         child = os.fork()
         if child == 0:
-            _, fds, _, _ = socket.recv_fds(right, 1, 1)
+            _unused, fds, _unused, _unused = socket.recv_fds(right, 1, 1)
             with contextlib.suppress(OSError):
                 os.set_blocking(fds[0], False)
                 decision = rng.choice(("commit", "abort", "release"))

@@ -65,7 +65,7 @@ def sealed(image: bytearray) -> bytes:
 def mutated(image: bytes, rng: random.Random) -> bytes:
     """A few fields replaced; most are in the fixed sections, whose values reach the kernel's arithmetic."""
     new = bytearray(image)
-    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+    for _turn in range(rng.choice((1, 1, 1, 2, 4, 16))):
         at = rng.randrange(32, len(new) - 8) & ~3
         kind = rng.randrange(4)
         if kind == 0:
@@ -133,7 +133,7 @@ def test_any_ioctl_with_any_argument_is_survived() -> None:
     end = time.monotonic() + SECONDS
     calls = 0
     while time.monotonic() < end:
-        for _ in range(200):
+        for _turn in range(200):
             size = rng.choice((0, 4, 8, 16, 24, 64, 100, 136, 256))
             ordinal = rng.choice((rng.choice(numbers) & 0xFF, rng.randrange(0x64)))
             if ordinal == 0x36:
@@ -141,7 +141,7 @@ def test_any_ioctl_with_any_argument_is_survived() -> None:
             argument = bytearray(
                 b"".join(
                     struct.pack("=I", rng.choice((*ABSURD, rng.getrandbits(32), *range(8))))
-                    for _ in range(70)
+                    for _turn in range(70)
                 )
             )
             code = rng.choice((3, 3, 3, 1)) << 30 | size << 16 | MAGIC << 8 | ordinal
@@ -232,7 +232,7 @@ def test_an_import_slot_is_copied_once() -> None:
         thread = threading.Thread(target=scribble, daemon=True)
         thread.start()
         copy = new_socket("ipv4")
-        for _ in range(300):
+        for _turn in range(300):
             try:
                 device.call("restore", Restore(fd=copy.fileno(), slot=0, bytes=len(image), flags=ACTIVATE))
                 break
@@ -248,6 +248,15 @@ def test_an_import_slot_is_copied_once() -> None:
         memory.close()
 
 
+def attempt(device: Device, name: str, freeze: Freeze, outcomes: list[int]) -> None:
+    """Decide, and note the errno, or 0."""
+    try:
+        device.call(name, Decision(id=freeze.id, epoch=freeze.epoch))
+        outcomes.append(0)
+    except Refused as error:
+        outcomes.append(error.errno or 0)
+
+
 def test_two_threads_decide_at_once() -> None:
     """Commit, abort, release and the deadline race; exactly one of them decides."""
     for turn in range(60):
@@ -256,16 +265,9 @@ def test_two_threads_decide_at_once() -> None:
             claim = device.claim(ours)
             freeze = device.freeze(claim, deadline_ms=1 + turn % 5)
             outcomes: list[int] = []
-
-            def attempt(name: str, freeze: Freeze = freeze, outcomes: list[int] = outcomes) -> None:
-                try:
-                    device.call(name, Decision(id=freeze.id, epoch=freeze.epoch))
-                    outcomes.append(0)
-                except Refused as error:
-                    outcomes.append(error.errno or 0)
-
             threads = [
-                threading.Thread(target=attempt, args=(name,)) for name in ("commit", "abort", "commit")
+                threading.Thread(target=attempt, args=(device, name, freeze, outcomes))
+                for name in ("commit", "abort", "commit")
             ]
             for thread in threads:
                 thread.start()

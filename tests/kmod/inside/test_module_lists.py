@@ -144,7 +144,7 @@ def test_each_list_has_a_maximum(device: Device) -> None:
     try:
         ours, _peer = pair()
         image = captured(device, ours)
-        for _ in range(2):
+        for _turn in range(2):
             device.list_add(image)
         with pytest.raises(Refused) as caught:
             device.list_add(image)

@@ -77,7 +77,7 @@ class Injector:
             return failed
 
 
-def each_failing(call: Callable[[], object], undo: Callable[[object], object] = lambda _: None) -> int:
+def each_failing(call: Callable[[], object], undo: Callable[[object], object] = lambda _unused: None) -> int:
     """``call`` with its 1st, 2nd ... fault point failing, until none is left; ``undo`` what succeeded."""
     injector = Injector()
     for nth in range(1, 1000):
@@ -180,7 +180,7 @@ def test_lists() -> None:
                     raise Refused(-request.result, "import", request)
                 return count == 1 or None
 
-            def put_back(_: object) -> None:
+            def put_back(_unused: object) -> None:
                 with frozen(device, copy) as (again, _image):
                     device.commit(again)
                 device.list_add(image, flags=ANY_UID | PUBLISH)
@@ -206,7 +206,7 @@ def test_delivery(family: str) -> None:
         server.listen()
         peer = new_socket(family)
         peer.connect(server.getsockname())
-        ours, _ = server.accept()
+        ours, _unused = server.accept()
         peer.sendall(b"x" * 1000)
         ours.sendall(b"y" * 1000)
         time.sleep(0.05)
@@ -215,15 +215,15 @@ def test_delivery(family: str) -> None:
             with frozen(device, ours) as (freeze, image):
                 device.commit(freeze)
 
-            def again(_: object) -> None:
-                copy, _ = server.accept()
+            def again(_unused: object) -> None:
+                copy, _unused = server.accept()
                 with frozen(device, copy) as (freeze, _image):
                     device.commit(freeze)
                 copy.close()
 
             assert each_failing(lambda: device.deliver(image), again) > 5
             server.setblocking(False)
-            copy, _ = server.accept()
+            copy, _unused = server.accept()
             with pytest.raises(BlockingIOError):
                 server.accept()
         assert read_exactly(copy, 1000) == b"x" * 1000
@@ -249,7 +249,7 @@ def test_the_worker_that_makes_a_delivered_socket_has_no_memory() -> None:
         server.bind(("127.0.0.1", 0))
         server.listen()
         peer = socket.create_connection(server.getsockname())
-        ours, _ = server.accept()
+        ours, _unused = server.accept()
         with held(ours):
             with frozen(device, ours) as (freeze, image):
                 device.commit(freeze)
@@ -281,9 +281,9 @@ def test_the_worker_that_makes_a_delivered_socket_has_no_memory() -> None:
             assert failures <= set(EXPECTED)
             server.settimeout(5)
             try:
-                copy, _ = server.accept()
+                copy, _unused = server.accept()
             except TimeoutError:
                 device.deliver(image)
-                copy, _ = server.accept()
+                copy, _unused = server.accept()
         peer.sendall(b"x")
         assert read_exactly(copy, 1) == b"x"

@@ -83,7 +83,7 @@ def hog() -> int:
     kept = []
     while True:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        free = {name: int(rest.split()[0]) for name, _unused, rest in (line.partition(":") for line in lines)}
         if free["MemAvailable"] > FREE_KIB:
             block = mmap.mmap(-1, 4 << 20)
             block.write(b"x" * (4 << 20))
@@ -114,7 +114,7 @@ def test_moves_while_the_machine_has_no_memory() -> None:
     child = hog()
     try:
         time.sleep(1)
-        for _ in range(MOVES):
+        for _turn in range(MOVES):
             ours, peer, data = loaded_pair(2_000_000)
             copy = new_socket("ipv4")
             with contextlib.ExitStack() as stack:

@@ -74,7 +74,14 @@ def test_a_move_is_told_step_by_step(told: Told) -> None:
             dormant = device.restore(copy, image, flags=0)
             device.decide("activate", dormant.id)
     steps = told()
-    assert [step for step, _ in steps] == ["claim", "freeze", "commit", "restore", "activate", "unclaim"]
+    assert [step for step, _unused in steps] == [
+        "claim",
+        "freeze",
+        "commit",
+        "restore",
+        "activate",
+        "unclaim",
+    ]
     told_of = dict(steps)
     for step in ("claim", "freeze", "restore", "activate"):
         assert {name: told_of[step][name] for name in ports} == ports, step
@@ -93,7 +100,7 @@ def test_what_fails_is_told_with_its_reason(told: Told) -> None:
             device.claim(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         claim = device.claim(ours)
         freeze = device.freeze(claim, deadline_ms=50)
-        wait_for(lambda: any(step == "thaw" for step, _ in told()))
+        wait_for(lambda: any(step == "thaw" for step, _unused in told()))
         with pytest.raises(Refused):
             device.commit(freeze)
         freeze = device.freeze(claim)
@@ -112,7 +119,7 @@ def test_what_fails_is_told_with_its_reason(told: Told) -> None:
     assert ("thaw", 0, 0) in steps, "the abort"
     assert ("restore", -errno.EADDRINUSE, Refusal.TUPLE_TAKEN) in steps
     assert ("restore", -errno.EBADMSG, Refusal.IMAGE) in steps
-    assert [result for step, result, _ in steps if step == "freeze"] == [0, 0]
+    assert [result for step, result, _unused in steps if step == "freeze"] == [0, 0]
 
 
 def test_the_lists_and_the_sysctl_are_told(told: Told) -> None:
@@ -128,7 +135,7 @@ def test_the_lists_and_the_sysctl_are_told(told: Told) -> None:
         device.decide("remove", again.id)
         with pytest.raises(Refused):
             device.decide("remove", again.id)
-        with frozen(device, copy) as (freeze, _):
+        with frozen(device, copy) as (freeze, _unused):
             device.commit(freeze)
         dormant = device.restore(copy, image, flags=0)
         device.decide("discard", dormant.id)
@@ -140,5 +147,5 @@ def test_the_lists_and_the_sysctl_are_told(told: Told) -> None:
     assert ("import", added.id, 0) in steps
     assert ("remove", again.id, 0) in steps
     assert ("remove", again.id, -errno.ENOENT) in steps
-    assert [step for step, _, _ in steps].count("discard") == 1
+    assert [step for step, _unused, _unused in steps].count("discard") == 1
     assert ("sysctl", 0, -errno.EBADF) in steps

@@ -297,9 +297,9 @@ def test_odd_errors_do_no_harm(stills: Callable[[int], Still], version: int) -> 
     good = it.message((kind, 1, 0), quoted(it.home, it.peer, 60), lab.c, it.home)
     protocol = ICMP if version == 4 else ICMP6
     tap = Tap(lab.b)
-    for _ in range(600):
+    for _turn in range(600):
         message = bytearray(good[: rng.randint(8, len(good))])
-        for _ in range(rng.randint(0, 4)):
+        for _turn in range(rng.randint(0, 4)):
             message[rng.randrange(len(message))] = rng.randrange(256)
         if rng.random() < 0.1:
             message = message[:8] + message

@@ -191,7 +191,7 @@ def test_sizes_of_records(nat: Nat) -> None:
     assert change(moved(2).pack() + bytes(8), len(record) + 8) == 0  # a newer one's, with nothing new in it
     assert nat.list() == [moved(1), moved(2)]
     assert change(b"", len(record), 0) == 0
-    _, back = nat.failing_call(LIST, READ_ARG.pack(8, 1, WHOLE.size, 0, 0, 0))
+    _unused, back = nat.failing_call(LIST, READ_ARG.pack(8, 1, WHOLE.size, 0, 0, 0))
     assert nat.failing_call(LIST, READ_ARG.pack(8, 1, WHOLE.size, 0, 0, 0))[0] == errno.EFAULT
     assert READ_ARG.unpack(back)[1] == 0
     assert nat.failing_call(CHANGE, CHANGE_ARG.pack(8, 1, WHOLE.size, Action.ADD, 0))[0] == errno.EFAULT
@@ -332,7 +332,7 @@ def test_many_change_at_once() -> None:
         nat = Nat()
         try:
             while not stop.is_set():
-                chosen = [rng.randrange(200) for _ in range(20)]
+                chosen = [rng.randrange(200) for _turn in range(20)]
                 with contextlib.suppress(BatchError):
                     match rng.randrange(5):
                         case 0:
@@ -378,8 +378,8 @@ def test_random_arguments_do_no_harm() -> None:
     with opened() as nat:
         nat.add(*(moved(i) for i in range(20)))
         memory = bytearray(moved(1).pack() * 40)
-        for _ in range(3000):
-            for _ in range(rng.randrange(8)):
+        for _turn in range(3000):
+            for _turn in range(rng.randrange(8)):
                 memory[rng.randrange(len(memory))] = rng.choice([0, 0xFF, rng.randrange(256)])
             ordinal = rng.randrange(0x40, 0x46)
             argument = bytearray(rng.randbytes(rng.choice([0, 4, 8, 24, 32, 40])))

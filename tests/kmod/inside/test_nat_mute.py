@@ -162,6 +162,6 @@ def test_new_connections_to_a_held_port_wait(pair: Pair, anywhere: bool) -> None
     assert pair.server.recv(20) == b"others go on"
     pair.nat.remove(flow)
     listener.settimeout(10)
-    accepted, _ = listener.accept()  # the peer's SYN comes again by itself
+    accepted, _unused = listener.accept()  # the peer's SYN comes again by itself
     for sock in (client, accepted, listener):
         sock.close()

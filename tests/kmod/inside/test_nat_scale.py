@@ -55,7 +55,7 @@ def test_made_listed_replaced_flushed(record_property) -> None:
         seen = {(flow.remote, flow.flags) for flow in nat.list()}
         took["list"] = time.perf_counter() - started
         assert len(seen) == MANY == nat.total()
-        assert {flags for _, flags in seen} == {Flag.REDIRECT | Flag.MUTE}
+        assert {flags for _unused, flags in seen} == {Flag.REDIRECT | Flag.MUTE}
         started = time.perf_counter()
         assert nat.flush() == MANY
         took["flush"] = time.perf_counter() - started
@@ -124,7 +124,7 @@ def test_a_packet_costs_the_same_beside_many(version: int, direction: str, recor
                 sink.settimeout(10)
             nat = of.nat(lab.a if direction == "redirected" else lab.b)
             few, many = [], []
-            for _ in range(ROUNDS):
+            for _turn in range(ROUNDS):
                 few.append(rate(source, sink, 0.7))
                 change(nat, Action.ADD, batches)
                 time.sleep(0.5)
