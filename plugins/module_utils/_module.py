@@ -8,9 +8,11 @@ Options and their checks, and a failure that is always a sentence.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -50,7 +52,7 @@ class WrongValue(Exception):
 def in_range(params: dict[str, Any], name: str, least: float, most: float) -> None:
     """Raise WrongValue if the option is given and not a number from ``least`` to ``most``."""
     value = params[name]
-    if value is not None and not least <= value <= most:
+    if isinstance(value, bool) or (value is not None and not least <= value <= most):
         raise WrongValue(f"{name} is {value}; give a number from {least} to {most}.")
 
 
@@ -75,6 +77,19 @@ def socket_filter(params: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value not in (None, [])}
 
 
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Around the making of an AnsibleModule: what it stumbles over (.inf for a whole number) is a failure."""
+    try:
+        yield
+    except Exception as error:
+        message = (
+            f"The options cannot be read ({type(error).__name__}: {error}); one is no number, or no text."
+        )
+        sys.stdout.write(json.dumps({"failed": True, "msg": message}) + "\n")
+        sys.exit(1)
+
+
 def guarded(module: AnsibleModule, body: Callable[[], None]) -> None:
     """Run ``body``; whatever goes wrong becomes a failure with a sentence, never a traceback."""
     try:
@@ -87,7 +102,7 @@ def guarded(module: AnsibleModule, body: Callable[[], None]) -> None:
         module.fail_json(
             msg=f"{module._name} met something unforeseen ({type(error).__name__}: {error}). "
             "Please report it with the version of the collection, the task, "
-            "and the daemon's log (journalctl -u sockmi)."
+            "and the daemon's log (journalctl -u sockmid)."
         )
 
 
@@ -95,7 +110,7 @@ def failure(error: ControlError) -> dict[str, Any]:
     """What ``fail_json`` is told about an error of the daemon: ``msg``, and ``code`` if it gave one."""
     message = error.message
     if not error.code and message.endswith("may this user use it?"):
-        message += " Start it (systemctl start sockmi), set the option control, or use become."
+        message += " Start it (systemctl start sockmid), set the option control, or use become."
     return {"msg": message, "code": error.code} if error.code else {"msg": message}
 
 

@@ -144,7 +144,7 @@ migrations:
       type: str
       returned: always
     batch_id:
-      description: Identifies the negotiation that it was part of.
+      description: Identifies the negotiation that it was part of; null if none was begun.
       type: str
       returned: always
     direction:
@@ -156,11 +156,11 @@ migrations:
       type: str
       returned: always
     state:
-      description: TCP state when it was selected.
+      description: TCP state when it was selected; null if there was no such socket.
       type: str
       returned: always
     local:
-      description: Local address and port, as the exporter's socket had them.
+      description: Local address and port, as the exporter's socket had them; null if it had none.
       type: str
       returned: always
     remote:
@@ -176,15 +176,15 @@ migrations:
       type: str
       returned: always
     user_id:
-      description: User who asked for it.
+      description: User who asked for it; null if nobody did, as for what waits in a listener's queue.
       type: int
       returned: always
     pid:
-      description: Process that held it.
+      description: Process that held it; null if none did.
       type: int
       returned: always
     fd:
-      description: Its descriptor there.
+      description: Its descriptor there; null if it had none.
       type: int
       returned: always
     listener:
@@ -196,7 +196,7 @@ migrations:
       type: str
       returned: always
     ended_at:
-      description: When it had its outcome.
+      description: When it had its outcome; null if it is still under way.
       type: str
       returned: always
     step:
@@ -230,7 +230,9 @@ migrations:
           type: str
           returned: always
     blackout_us:
-      description: How long nobody could answer the other end, in microseconds, as the exporter measured it.
+      description:
+        - How long nobody could answer the other end, in microseconds, as the exporter measured it.
+        - Null if it was not frozen.
       type: int
       returned: always
     receive_queue_bytes:
@@ -601,12 +603,13 @@ def argument_spec() -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec=argument_spec(),
-        supports_check_mode=True,
-        required_by={"fd": ["pid"], "migration_id": ["fd"]},
-    )
-    _module.guarded(module, Export(module).run)
+    with _module.readable():
+        module = AnsibleModule(
+            argument_spec=argument_spec(),
+            supports_check_mode=True,
+            required_by={"fd": ["pid"], "migration_id": ["fd"]},
+        )
+        _module.guarded(module, Export(module).run)
 
 
 if __name__ == "__main__":

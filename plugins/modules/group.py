@@ -153,12 +153,35 @@ group:
       type: bool
       returned: always
     members:
-      description:
-        - The other daemons, each with C(host), C(host_id), C(address), C(last_heard_s) (seconds ago),
-          C(connected) (whether a stream is open) and C(load).
+      description: The other daemons.
       type: list
       elements: dict
       returned: always
+      contains:
+        host:
+          description: Name of its host.
+          type: str
+          returned: always
+        host_id:
+          description: Id of its host.
+          type: str
+          returned: always
+        address:
+          description: Address and port that it is heard from.
+          type: str
+          returned: always
+        last_heard_s:
+          description: Seconds since it was heard; null if it has not been.
+          type: float
+          returned: always
+        connected:
+          description: Whether a stream to it is open.
+          type: bool
+          returned: always
+        load:
+          description: Its load, as it says it; null if it has not.
+          type: float
+          returned: always
   sample:
     name: web
     address: 239.7.7.7
@@ -512,13 +535,14 @@ def argument_spec() -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec=argument_spec(),
-        supports_check_mode=True,
-        mutually_exclusive=[["address", "peers"]],
-        required_by={"key": ["key_file"]},
-    )
-    _module.guarded(module, Membership(module).run)
+    with _module.readable():
+        module = AnsibleModule(
+            argument_spec=argument_spec(),
+            supports_check_mode=True,
+            mutually_exclusive=[["address", "peers"]],
+            required_by={"key": ["key_file"]},
+        )
+        _module.guarded(module, Membership(module).run)
 
 
 if __name__ == "__main__":

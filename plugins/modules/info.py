@@ -221,12 +221,35 @@ groups:
       type: bool
       returned: always
     members:
-      description:
-        - The other daemons, each with C(host), C(host_id), C(address), C(last_heard_s) (seconds ago),
-          C(connected) (whether a stream is open) and C(load).
+      description: The other daemons.
       type: list
       elements: dict
       returned: always
+      contains:
+        host:
+          description: Name of its host.
+          type: str
+          returned: always
+        host_id:
+          description: Id of its host.
+          type: str
+          returned: always
+        address:
+          description: Address and port that it is heard from.
+          type: str
+          returned: always
+        last_heard_s:
+          description: Seconds since it was heard; null if it has not been.
+          type: float
+          returned: always
+        connected:
+          description: Whether a stream to it is open.
+          type: bool
+          returned: always
+        load:
+          description: Its load, as it says it; null if it has not.
+          type: float
+          returned: always
   sample:
     - name: web
       address: 239.7.7.7
@@ -280,7 +303,7 @@ sockets:
       type: str
       returned: always
     local:
-      description: Local address and port.
+      description: Local address and port; null if it has none.
       type: str
       returned: always
     remote:
@@ -300,9 +323,22 @@ sockets:
       type: bool
       returned: always
     refusal:
-      description: Why not, with C(code), C(message) and C(errno); or null.
+      description: Why not; or null.
       type: dict
       returned: always
+      contains:
+        code:
+          description: A code for programs, such as V(urgent-data).
+          type: str
+          returned: always
+        message:
+          description: A sentence for people.
+          type: str
+          returned: always
+        errno:
+          description: Name of the matching errno.
+          type: str
+          returned: always
   sample:
     - pid: 510
       fd: 5
@@ -337,7 +373,7 @@ imports:
       type: str
       returned: always
     local:
-      description: Local address and port of the socket here.
+      description: Local address and port of the socket here; null if it has none.
       type: str
       returned: always
     remote:
@@ -345,7 +381,7 @@ imports:
       type: str
       returned: always
     origin:
-      description: Local address and port as the other end knows them.
+      description: Local address and port as the other end knows them; null if it has none.
       type: str
       returned: always
     from:
@@ -387,7 +423,7 @@ redirects:
   elements: dict
   contains:
     migration_id:
-      description: The migration that made it.
+      description: The migration that made it; null if that is not known.
       type: str
       returned: always
     direction:
@@ -415,7 +451,7 @@ redirects:
       type: int
       returned: always
     since:
-      description: When it was made, if that is known.
+      description: When it was made; null if that is not known.
       type: str
       returned: always
   sample:
@@ -510,7 +546,8 @@ def argument_spec() -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
+    with _module.readable():
+        module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
 
     def body() -> None:
         _module.in_range(module.params, "history_limit", 1, 1_000_000)

@@ -97,7 +97,7 @@ EXAMPLES = r"""
 RETURN = r"""
 kernel:
   description: The kernel that was built for.
-  returned: always
+  returned: success, or when something stands in the way
   type: str
   sample: 6.1.0-40-cloud-amd64
 version:
@@ -135,10 +135,26 @@ actions:
   elements: str
   sample: [add 1.0, build 1.0, install 1.0, load]
 obstacles:
-  description: What stands in the way, each with C(code), C(message) and C(mend).
-  returned: always
+  description: What stands in the way.
+  returned: success, or when something stands in the way
   type: list
   elements: dict
+  contains:
+    code:
+      description:
+        - A code for programs, V(old-kernel), V(unknown-kernel), V(no-dkms), V(no-make), V(no-gcc),
+          V(no-headers), V(build-failed), V(modules-disabled), V(secure-boot), V(load-failed), V(in-use),
+          V(unload-failed) or V(flush-failed).
+      type: str
+      returned: always
+    message:
+      description: A sentence for people.
+      type: str
+      returned: always
+    mend:
+      description: What to do about it.
+      type: str
+      returned: always
   sample:
     - code: no-headers
       message: There are no headers of Linux 6.1.0-40-cloud-amd64 here.
@@ -663,7 +679,8 @@ def argument_spec() -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
+    with _module.readable():
+        module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
     _module.guarded(module, Kmod(module).run)
 
 

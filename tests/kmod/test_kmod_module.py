@@ -16,6 +16,7 @@ from guests.chroot import Chroot
 from guests.kernels import BUILDERS, DEBIAN_KERNELS
 from guests.paths import PROJECT
 from guests.work import alone
+from tests import returned
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -40,6 +41,7 @@ class System:
         )  # fmt: skip
         assert "Traceback" not in done.stdout + done.stderr
         result: dict[str, Any] = json.loads(done.stdout)
+        assert not returned.differences("kmod", result)
         return result
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from lab import Lab
+from tests.lab.ansible_lab import Controller, daemons
+from tests.lab.scenario import Service, service, wait_for_members
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -61,3 +63,19 @@ def ansible() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def controller(lab: Lab) -> Iterator[Controller]:
+    """Ansible, and a lab with daemons on a, b and c that know each other; none on d."""
+    assert daemons(lab, "up")["changed"] is True
+    wait_for_members(lab, "abc")
+    yield Controller(lab)
+    daemons(lab, "down")
+
+
+@pytest.fixture
+def lines(controller: Controller, tmp_path: Path) -> Iterator[Service]:
+    """The line-by-line service on a, with its importers on b and c, under a capture that must be clean."""
+    with service(controller.lab, "lines", "abc", tmp_path) as running:
+        yield running

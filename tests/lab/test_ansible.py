@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,123 +17,13 @@ import pytest
 from lab import Lab, record
 from lab.plan import DAEMON_HOSTS
 from sockmi import api
-from tests.lab.scenario import Service, ask, service, status, until, wait_for_members
+from tests.lab.ansible_lab import URGENT, Controller, changed, clients, daemons
+from tests.lab.scenario import Service, ask, status, until, wait_for_members
 
 pytest.importorskip("ansible")
 
 PROJECT = Path(__file__).resolve().parents[2]
 ID = "2b5cf3a1-50a7-4a06-8f1b-5a4f60f3c9d7"
-HEADER = re.compile(r"^(?P<host>\S+) \| (?P<status>[A-Z!]+) => (?P<json>\{.*)", re.MULTILINE | re.DOTALL)
-
-# Accepts one connection, and leaves an urgent byte pending on it: such a socket cannot be carried.
-URGENT = """
-import select, socket, sys
-listener = socket.create_server(("", int(sys.argv[1])))
-print("ready", flush=True)
-connection, _ = listener.accept()
-select.select([], [], [connection])
-print("urgent", flush=True)
-sys.stdin.read()
-"""
-
-
-class Controller:
-    """Runs Ansible on the lab, from the checkout."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-
-    def command(self, program: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run one of Ansible's programs."""
-        link = PROJECT / ".build/collections/ansible_collections/sockmi/appliance"
-        if not link.is_dir():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to("../../../..")
-        result = subprocess.run(
-            [
-                str(Path(sys.executable).with_name(program)),
-                *map(str, words),
-                "-e",
-                f"sockmi_lab_name={self.lab.name}",
-            ],
-            cwd=PROJECT,
-            env=os.environ
-            | {
-                "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
-                "ANSIBLE_NOCOLOR": "1",
-                "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
-            },
-            text=True,
-            capture_output=True,
-            timeout=110,
-            check=False,
-        )
-        assert "Traceback" not in result.stdout + result.stderr
-        return result
-
-    def module(self, host: str, module: str, *flags: str, **options: Any) -> dict[str, Any]:
-        """Run a module ad hoc; its result, with what ``--diff`` printed as ``shown``."""
-        words = [host, "-i", "inventories/lab", "-m", f"sockmi.appliance.{module}"]
-        words += ["-a", json.dumps(options)] if options else []
-        result = self.command("ansible", *words, *flags)
-        found = HEADER.search(result.stdout)
-        assert found, result.stdout + result.stderr
-        content: dict[str, Any] = json.loads(found["json"])
-        failed = "FAILED" in found["status"]
-        assert (result.returncode != 0) == failed
-        return {**content, "failed": failed, "shown": result.stdout[: found.start()].strip()}
-
-    def migrate(self, *flags: str, **variables: Any) -> subprocess.CompletedProcess[str]:
-        """Run the playbook."""
-        extra = json.dumps({f"sockmi_{name}": value for name, value in variables.items()})
-        return self.command("ansible-playbook", "-i", "inventories/lab", "migrate.yml", "-e", extra, *flags)
-
-
-def daemons(lab: Lab, action: str, *words: str) -> dict[str, Any]:
-    """``python -m lab daemons``; its JSON."""
-    result = subprocess.run(
-        [sys.executable, "-m", "lab", "daemons", action, "--lab", lab.name, "--json", *words],
-        env=os.environ | {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'daemon'}"},
-        text=True,
-        capture_output=True,
-        timeout=100,
-        check=False,
-    )
-    assert result.returncode in ((0, 3) if action == "status" else (0,)), result.stderr
-    content: dict[str, Any] = json.loads(result.stdout)
-    return content
-
-
-@pytest.fixture(scope="module")
-def controller(lab: Lab) -> Iterator[Controller]:
-    """A lab with daemons on a, b and c that know each other; none on d."""
-    assert daemons(lab, "up")["changed"] is True
-    wait_for_members(lab, "abc")
-    yield Controller(lab)
-    daemons(lab, "down")
-
-
-@pytest.fixture
-def lines(controller: Controller, tmp_path: Path) -> Iterator[Service]:
-    """The line-by-line service on a, with its importers on b and c, under a capture that must be clean."""
-    with service(controller.lab, "lines", "abc", tmp_path) as running:
-        yield running
-
-
-def clients(running: Service, count: int) -> None:
-    """So many clients, connected."""
-    for _turn in range(count):
-        running.client("lines", "--interval-s", "0.05")
-    running.connected(count)
-
-
-def changed(result: subprocess.CompletedProcess[str], host: str = "a") -> int:
-    """The host's ``changed`` in the recap."""
-    found = re.search(rf"^{host} .*changed=(\d+)", result.stdout, re.MULTILINE)
-    assert found, result.stdout + result.stderr
-    return int(found[1])
-
-
 # ---------------------------------------------------------------- daemons of the lab
 
 

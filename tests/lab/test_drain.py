@@ -7,39 +7,20 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lab import Lab
-from tests.lab.scenario import Service, ask, service, wait_for_members
-from tests.lab.test_ansible import URGENT, Controller, changed, clients, daemons
+from tests.lab.ansible_lab import URGENT, Controller, changed, clients
+from tests.lab.scenario import Service, ask
 
 pytest.importorskip("ansible")
 
 
-@pytest.fixture(scope="module")
-def controller(lab: Lab) -> Iterator[Controller]:
-    """A lab with daemons on a, b and c that know each other."""
-    assert daemons(lab, "up")["changed"] is True
-    wait_for_members(lab, "abc")
-    yield Controller(lab)
-    daemons(lab, "down")
-
-
-@pytest.fixture
-def lines(controller: Controller, tmp_path: Path) -> Iterator[Service]:
-    """The line-by-line service on a, with its importers on b and c, under a capture that must be clean."""
-    with service(controller.lab, "lines", "abc", tmp_path) as running:
-        yield running
-
-
 def drain(controller: Controller, *flags: str, **variables: Any) -> subprocess.CompletedProcess[str]:
     """Run the playbook."""
-    extra = json.dumps({f"sockmi_{name}": value for name, value in variables.items()})
-    return controller.command("ansible-playbook", "-i", "inventories/lab", "drain.yml", "-e", extra, *flags)
+    return controller.playbook("drain", *flags, **variables)
 
 
 def redirects(controller: Controller, host: str) -> int:

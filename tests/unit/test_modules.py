@@ -21,6 +21,7 @@ import yaml
 
 from sockmi import api
 from sockmi.engine.base import Kind
+from tests import returned
 
 pytest.importorskip("ansible")
 
@@ -68,7 +69,9 @@ def run(
         env=os.environ | {"PYTHONPATH": str(collections)} | (env or {}),
     )
     assert "Traceback" not in result.stdout + result.stderr
-    return {**json.loads(result.stdout), "rc": result.returncode}
+    content: dict[str, Any] = json.loads(result.stdout)
+    assert not returned.differences(module, content)
+    return {**content, "rc": result.returncode}
 
 
 class OddDaemon:
@@ -187,11 +190,34 @@ def test_returned_fields_are_those_of_the_daemon(load: Callable[[str], Any]) -> 
     def real(model: type[Any]) -> set[str]:
         return {field.alias or name for name, field in model.model_fields.items()}
 
+    def nullable(module: str, value: str) -> set[str]:
+        fields = returned.documentation(module)[value]["contains"]
+        return {name for name, entry in fields.items() if returned.may_be_null(entry)}
+
+    def optional(model: type[Any]) -> set[str]:
+        return {
+            field.alias or name
+            for name, field in model.model_fields.items()
+            if type(None) in get_args(field.annotation)
+        }
+
+    for module, value, model in (
+        ("export", "migrations", api.MigrationRecord),
+        ("info", "sockets", api.SocketRow),
+        ("info", "imports", api.ImportRow),
+        ("info", "redirects", api.RedirectRow),
+        ("info", "groups", api.GroupRow),
+        ("group", "group", api.GroupRow),
+    ):
+        assert nullable(module, value) == optional(model), value
     assert said("export", "migrations") == real(api.MigrationRecord)
     assert said("info", "daemon") == real(api.StatusResponse) - {"ok", "id", "more", "fds"}
     assert said("info", "sockets") == real(api.SocketRow)
     assert said("info", "imports") == real(api.ImportRow)
     assert said("info", "redirects") == real(api.RedirectRow)
+    members = returned.documentation("group")["group"]["contains"]["members"]["contains"]
+    assert members == returned.documentation("info")["groups"]["contains"]["members"]["contains"]
+    assert set(members) == real(api.Member)
     assert said("info", "groups") == said("group", "group") == real(api.GroupRow)
 
 
@@ -275,23 +301,6 @@ def test_ansible_doc(collections: Path) -> None:
             assert {"control", "action_group"} <= {*page["doc"]["options"], *page["doc"]["attributes"]}
         assert page["examples"]
         assert page["return"]
-
-
-def test_ansible_lint() -> None:
-    """The production profile, without exceptions."""
-    pytest.importorskip("ansiblelint")
-    program = Path(sys.executable).with_name("ansible-lint")
-    words = ["--offline", "--nocolor", "--profile", "production"]
-    result = subprocess.run(
-        [str(program), *words, "playbooks", "roles", "migrate.yml", "drain.yml", "plugins", "meta"],
-        env=os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"},
-        cwd=PROJECT,
-        text=True,
-        capture_output=True,
-        timeout=110,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 # ---------------------------------------------------------------- wrong options
@@ -502,7 +511,14 @@ WEB = {
     "configured": False,
     "members": [],
 }
-HEARD = {"host": "b", "last_heard_s": 0.1}
+HEARD = {
+    "host": "b",
+    "host_id": "6fa459eaee8a3ca4894edb77e160355e",
+    "address": "10.7.0.2:7008",
+    "last_heard_s": 0.1,
+    "connected": True,
+    "load": None,
+}
 STATUS = {"migrations_under_way": 0}
 
 
@@ -554,7 +570,7 @@ def test_group_mode_of_the_key_file(collections: Path, odd: Callable[..., OddDae
 
 
 def test_group_members(collections: Path, odd: Callable[..., OddDaemon]) -> None:
-    silent = {"host": "c", "last_heard_s": None}
+    silent = {**HEARD, "host": "c", "last_heard_s": None}
     rows = [{"groups": [{**WEB, "members": members}]} for members in ([], [silent], [HEARD])]
     daemon = odd(*rows)
     result = run(collections, "group", control=str(daemon.path), name="web", members_min=1, wait_s=20)

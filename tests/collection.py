@@ -1,0 +1,79 @@
+"""The collection as Ansible finds it: linked from the checkout, or installed from its tarball."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+LINKED = PROJECT / ".build/collections"
+
+
+def root(installed: Path | None) -> Path:
+    """The collection's own folder, in a folder of installed collections; None: the checkout."""
+    return installed / "ansible_collections/sockmi/appliance" if installed else PROJECT
+
+
+def linked() -> Path:
+    """The folder of collections that has the checkout as sockmi.appliance."""
+    link = root(LINKED)
+    if not link.is_dir():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to("../../../..")
+    return LINKED
+
+
+def install(folder: Path) -> Path:
+    """Build a tarball of the files that git knows (or would), and install it; the folder of collections."""
+    source = folder / "source"
+    source.mkdir()
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=PROJECT,
+        capture_output=True,
+        check=False,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    archive = folder / "source.tar"
+    with tarfile.open(archive, "w") as made:
+        for name in listed.stdout.decode().split("\0"):
+            if name and (PROJECT / name).exists():
+                made.add(PROJECT / name, name, recursive=False)
+    with tarfile.open(archive) as made:
+        made.extractall(source)  # noqa: S202 - made above
+    there = folder / "there"
+    there.mkdir()
+    (there / "ansible.cfg").touch()
+    done = run(there, "ansible-galaxy", "collection", "build", source, "--output-path", folder)
+    assert done.returncode == 0, done.stderr
+    [tarball] = folder.glob("sockmi-appliance-*.tar.gz")
+    words = ["collection", "install", tarball, "--collections-path", there, "--offline"]
+    done = run(there, "ansible-galaxy", *words)
+    assert done.returncode == 0, done.stderr
+    return there
+
+
+def run(installed: Path | None, program: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run one of Ansible's programs on the installed collection, far from the checkout; None: on that."""
+    folder = installed or linked()
+    settings = {
+        "ANSIBLE_COLLECTIONS_PATH": str(folder),
+        "ANSIBLE_CONFIG": str((installed or PROJECT) / "ansible.cfg"),
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
+    }
+    return subprocess.run(
+        [Path(sys.executable).with_name(program), *words],
+        cwd=installed or PROJECT,
+        env=os.environ | settings,
+        text=True,
+        capture_output=True,
+        timeout=110,
+        check=False,
+    )
