@@ -12,6 +12,7 @@ from tests.lab.ansible_lab import Controller, changed, clients
 from tests.lab.scenario import Service
 
 pytest.importorskip("ansible")
+pytestmark = pytest.mark.timeout(400)  # five runs of Ansible
 
 
 @pytest.fixture(scope="module")

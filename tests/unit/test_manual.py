@@ -246,11 +246,26 @@ def test_sockmid_tells_its_options() -> None:
 
 
 def test_every_refusal_is_explained() -> None:
-    text = (DOCS / "operations.md").read_text()
+    text = (DOCS / "operations.md").read_text().partition("\n## Why a socket")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
     codes = [code for code, _unused, _unused in rows]
     assert codes == [code.value for code in Code]
     assert all(len(why) > 10 and len(mend) > 10 for _unused, why, mend in rows)
+
+
+def test_every_obstacle_to_the_module_is_explained() -> None:
+    """In operations.md, and in what the Ansible module documents."""
+    source = (PROJECT / "plugins/modules/kmod.py").read_text()
+    codes = set(re.findall(r'Obstacle\(\s*"([a-z-]+)"', source))
+    codes |= {
+        f"no-{program}"
+        for program, package in re.findall(r'\("(\w+)", "(\w+)"\)', source)
+        if program == package
+    }
+    codes |= {f"{action}-failed" for action in re.findall(r'_modprobe\("(\w+)"', source)}
+    text = (DOCS / "operations.md").read_text().partition("## Why the kernel module")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `([a-z-]+)` \| .+ \| .+ \|$", text, re.MULTILINE)) == codes
+    assert all(f"V({code})" in source for code in codes)
 
 
 def test_every_metric_is_explained() -> None:
@@ -291,10 +306,19 @@ def test_every_path_of_the_map_exists() -> None:
         if path:
             assert (PROJECT / path).exists(), path
             named.add(path.rstrip("/"))
-    for parent in ("daemon/sockmi",):
-        for one in (PROJECT / parent).iterdir():
-            if one.is_dir() and (one / "__init__.py").exists():
-                assert str(one.relative_to(PROJECT)) in named, one
+    listed = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listed.stdout.splitlines()):
+        file = Path(name)
+        assert {str(one) for one in (file, *file.parents)} & named or file.name.startswith("."), name
+        # These folders have one line for each of their parts.
+        if file.parts[:2] == ("daemon", "sockmi") and file.parts[2].endswith(".py"):
+            assert name in named, name
+        elif file.parts[:2] == ("daemon", "sockmi"):
+            assert str(Path(*file.parts[:3])) in named, name
+        elif file.parent == Path("kmod") and file.suffix == ".c":
+            assert name in named, name
 
 
 def test_links_lead_somewhere() -> None:
@@ -333,6 +357,13 @@ def test_changelog_fragments() -> None:
 def test_licences() -> None:
     """Every source file says its licence; the texts are there; plugins are GPL, the rest is MIT."""
     texts = {path.stem for path in (PROJECT / "LICENSES").iterdir()}
+    overview = (PROJECT / "LICENSE").read_text()
+    assert all(f"LICENSES/{text}.txt" in overview for text in texts)
+    for path in PROJECT.glob("kmod/**/*.[ch]"):
+        if "build" not in path.relative_to(PROJECT).parts:
+            first = path.read_text().partition("\n")[0]
+            wanted = "GPL-2.0 WITH Linux-syscall-note" if path.parent.name == "uapi" else "GPL-2.0"
+            assert re.search(rf"SPDX-License-Identifier: {wanted}(?: \*/)?$", first), path
     found = set()
     for pattern in ("daemon/**/*.[ch]", "daemon/**/*.py", "plugins/**/*.py"):
         for path in PROJECT.glob(pattern):
