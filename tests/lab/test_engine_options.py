@@ -249,7 +249,7 @@ def test_each_option_alone(lab: el.Lab, engine: el.Pair, kind: str) -> None:
         # SO_DEBUG and the like: a value that is not the fresh one must be there to be carried.
         if name != "SO_REUSEADDR":
             assert read(sock, level, option) != fresh, name
-        copy, _, made = copy_of(lab, engine, sock)
+        copy, _unused, made = copy_of(lab, engine, sock)
         compare(sock, copy, [(name, level, option, value)])
         assert not [r for r in made.fidelity.reset if r.startswith("option")], name
         close(sock, copy)
@@ -275,7 +275,7 @@ def test_all_options_together(lab: el.Lab, engine: el.Pair, kind: str, what: str
     for name, level, option, value in options:
         with contextlib.suppress(OSError):
             set_option(sock, name, level, option, value)
-    copy, image, _ = copy_of(lab, engine, sock)
+    copy, image, _unused = copy_of(lab, engine, sock)
     assert len(codec.decode(image).socket_options) > (40 if engine.exporter.name == "repair" else 30)
     compare(sock, copy, options)
     close(sock, copy, peer)
@@ -304,7 +304,7 @@ def test_hosts_with_other_defaults(lab: el.Lab, engine: el.Pair) -> None:
         import time
 
         time.sleep(1.1)  # fresh sockets' options are remembered for a second
-        copy, _, _ = copy_of(lab, engine, sock)
+        copy, _unused, _unused = copy_of(lab, engine, sock)
         compare(sock, copy, table("v4", engine))
         copy.close()
     finally:
@@ -327,7 +327,7 @@ def test_buffers_stay_tunable(lab: el.Lab, engine: el.Pair) -> None:
             sock.setsockopt(SOL, socket.SO_SNDBUF, 300_000)
         peer.sendall(bytes(100_000))
         el.wait_for(lambda sock=sock: sock.recv(100_000, socket.MSG_PEEK | socket.MSG_WAITALL) != b"")  # type: ignore[misc]
-        copy, _, _ = copy_of(lab, engine, sock)
+        copy, _unused, _unused = copy_of(lab, engine, sock)
         assert read(copy, SOL, 72) == read(sock, SOL, 72) == number(3 if fixed else 0)  # SO_BUF_LOCK
         if fixed:
             compare(sock, copy, [("", SOL, 7, b""), ("", SOL, 8, b"")])
@@ -342,7 +342,7 @@ def test_option_that_this_host_does_not_take(lab: el.Lab, engine: el.Pair) -> No
     sock, peer = lab.pair("v4", port)
     with lab.host("a"):
         sock.setsockopt(IP, 50, struct.pack("!I", 1))  # IP_UNICAST_IF: an index means nothing elsewhere
-    copy, _, made = copy_of(lab, engine, sock)
+    copy, _unused, made = copy_of(lab, engine, sock)
     assert "option:ip_unicast_if" in made.fidelity.reset
     close(sock, copy, peer)
 

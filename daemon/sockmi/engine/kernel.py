@@ -281,7 +281,7 @@ class KernelEngine:
     def _capture_large(self, fd: int, needed: int, deadline_ms: int) -> Captured | Refusal:
         """One whose image does not fit into the slot: in a device file of its own while it is frozen."""
         captured: list[Captured | Refusal | None] = [None]
-        for _ in range(_LARGE_TRIES):
+        for _turn in range(_LARGE_TRIES):
             wanted = needed + needed // 4  # it goes on until it is frozen
             if len(self._buffer) < wanted:
                 self._buffer = bytearray(wanted)

@@ -235,7 +235,7 @@ def _bind_flags(fd: int) -> BindFlag:
 
 
 def _facts(fd: int, fields: tuple[Any, ...], carried: Finding) -> SocketFacts:
-    (inode, cookie, findings, error, receive_queue, send_queue, receive_buffer, send_buffer, family, _,
+    (inode, cookie, findings, error, receive_queue, send_queue, receive_buffer, send_buffer, family, _unused,
      local_port, remote_port, state, send_scale, receive_scale, timestamp_us, version, local, remote,
      ulp) = fields  # fmt: skip
     findings &= ~carried

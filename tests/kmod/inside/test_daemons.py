@@ -154,7 +154,7 @@ def test_urgent_data_moves_between_modules(lab: Lab) -> None:
             listener.listen()
             client = peer.socket()
             client.connect(listener.getsockname())
-            ours, _ = listener.accept()
+            ours, _unused = listener.accept()
         client.sendall(b"before")
         client.send(b"!", socket.MSG_OOB)
         client.sendall(b"after")

@@ -39,7 +39,8 @@ def running(lab: Lab) -> Iterator[Bench]:
         bench(lab, "nat", both) as made,
     ):
         assert [status(lab.host(name))["engine"] for name in "ab"] == ["kernel", "kernel"]
-        for _ in range(3):  # the first move of all imports modules, which takes an emulated processor seconds
+        # The first move of all imports modules, which takes an emulated processor seconds.
+        for _turn in range(3):
             with contextlib.suppress(AssertionError):
                 made.warm()
                 break
