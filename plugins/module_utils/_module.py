@@ -82,7 +82,7 @@ def readable() -> Iterator[None]:
     """Around the making of an AnsibleModule: what it stumbles over (.inf for a whole number) is a failure."""
     try:
         yield
-    except Exception as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         message = (
             f"The options cannot be read ({type(error).__name__}: {error}); one is no number, or no text."
         )
