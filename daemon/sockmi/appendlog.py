@@ -51,7 +51,7 @@ class AppendLog:
             else:
                 self.generation = generation
                 self._taken = taken.offset if generation == taken.generation else _HEADER.size
-                self._end = max((end for _, end in self._records()), default=self._taken)
+                self._end = max((end for _unused, end in self._records()), default=self._taken)
                 os.ftruncate(self._fd, self._end)
         except BaseException:
             os.close(self._fd)

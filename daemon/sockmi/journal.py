@@ -219,7 +219,7 @@ class Journal:
 
     def _mark(self) -> Mark:
         """How far the appended changes are folded; before the first of them: nothing of any generation."""
-        generation, _, offset = (self.state(_MARK) or "0:0").partition(":")
+        generation, _unused, offset = (self.state(_MARK) or "0:0").partition(":")
         return Mark(int(generation), int(offset))
 
     def _upgrade(self) -> None:

@@ -162,7 +162,7 @@ def test_what_another_message_follows_is_written_with_it(tmp_path: Path) -> None
             await until(lambda: len(high.messages) == 3)
             low.pool.send(high.id, b"four", more=True)
             await until(lambda: len(high.messages) == 4)
-            assert [message for _, message in high.messages] == [b"one", b"two", b"three", b"four"]
+            assert [message for _unused, message in high.messages] == [b"one", b"two", b"three", b"four"]
 
     run(scenario)
 

@@ -14,7 +14,7 @@ NOTHING = Mark(0, 0)
 
 
 def contents(log: AppendLog) -> list[bytes]:
-    return [content for content, _ in log.waiting()]
+    return [content for content, _unused in log.waiting()]
 
 
 def test_what_is_appended_waits_until_it_is_taken_in(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_what_is_appended_waits_until_it_is_taken_in(tmp_path: Path) -> None:
     for content in (b"one", b"", large, b"four"):
         log.append(content)
     assert contents(log) == [b"one", b"", large, b"four"]
-    (_, _), (_, second), *_ = log.waiting()
+    (_unused, _unused), (_unused, second), *_unused = log.waiting()
     log.take(second)
     assert log.mark == second
     assert contents(log) == [large, b"four"]
@@ -71,7 +71,7 @@ def test_it_begins_anew_when_all_is_taken_in(tmp_path: Path, monkeypatch: pytest
     log = AppendLog(path, NOTHING)
     log.append(b"a" * 60)
     log.append(b"b" * 60)
-    (_, first), (_, second) = log.waiting()
+    (_unused, first), (_unused, second) = log.waiting()
     log.take(first)
     assert log.mark.generation == first.generation
     log.take(second)

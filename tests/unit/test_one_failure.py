@@ -60,9 +60,9 @@ def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None
             raise error
         return None
 
-    spool, later = SimpleNamespace(provide=None), SimpleNamespace(call_later=lambda *_: None)
+    spool, later = SimpleNamespace(provide=None), SimpleNamespace(call_later=lambda *_unused: None)
     shell, events = told(loop=later, spool=spool)
-    placing = Placing([Mode.NAT], lambda _: None, lambda _: False, trying)
+    placing = Placing([Mode.NAT], lambda _unused: None, lambda _unused: False, trying)
     importing = Importing(shell, placing, Capacity(), None)  # type: ignore[arg-type]
     importing.reserve(a.Reserve(BATCH, HOME, 1, (bound(1), bound(2)), (Mode.NAT,), (None, None)))
     [done] = events
@@ -78,14 +78,16 @@ def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None
 def test_what_cannot_be_journalled_is_not_brought_to_life() -> None:
     """The daemon ends then; but an application's word may be read before that."""
 
-    def write(_: object) -> None:
+    def write(_unused: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     nothing: Any = SimpleNamespace(
         suspend=list, add_holdings=list, drop_route=None, journal=SimpleNamespace(write=write)
     )
     lifted: list[object] = []
-    shell, _ = told(journal=nothing.journal, engine=SimpleNamespace(renew=lambda *_: lifted.append(1) or []))
+    shell, _unused = told(
+        journal=nothing.journal, engine=SimpleNamespace(renew=lambda *_unused: lifted.append(1) or [])
+    )
     importing = Importing(shell, nothing, Capacity(), nothing)
     item = bound(1)
     ends = item.local, None, None
@@ -99,7 +101,7 @@ def test_what_cannot_be_journalled_is_not_brought_to_life() -> None:
     handing = Handing(Wish(SimpleNamespace(), None), [copy], lambda: None, False)  # type: ignore[arg-type]
     importing._handings[client] = handing
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Importing, "_keep_listed", lambda *_: None)
+        patched.setattr(Importing, "_keep_listed", lambda *_unused: None)
         with pytest.raises(OSError, match="No space"):
             importing.activate(a.Activate(ChunkId(BATCH, 0), (holding,)))
     importing.taken(client, TakenRequest(id=1, op="taken", migrations=[copy.candidate.migration_id]))

@@ -120,7 +120,7 @@ def peek(image: bytes | bytearray, limit: int = w.LIMIT_BYTES) -> Summary:
 
 def queue_bytes(image: bytes) -> tuple[int, int, int]:
     """Of what is in its queues: received, sent and unacknowledged, not sent. ImageError as `peek`."""
-    start, _, _ = check_header(image, len(image))
+    start, _unused, _unused = check_header(image, len(image))
     lengths = dict(_lengths(image, start))
     return (
         lengths.get(Section.RECEIVE_QUEUE, 0),
