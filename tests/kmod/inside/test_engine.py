@@ -22,8 +22,8 @@ test_freeze_and_abort_under_load = pytest.mark.slow(test_engine_contract.test_fr
 @pytest.fixture(
     scope="module",
     params=[
-        # Too long for make test: 400 tests with real traffic, where a processor is emulated.
-        pytest.param("kernel", marks=pytest.mark.slow),
+        "kernel",
+        # Too long for make test: 270 more tests with real traffic, where a processor is emulated.
         pytest.param("kernel-repair", marks=pytest.mark.slow),
         pytest.param("repair-kernel", marks=pytest.mark.slow),
     ],

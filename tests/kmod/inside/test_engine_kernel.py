@@ -24,7 +24,6 @@ from sockmi.refusal import Code, Refusal
 from tests.lab import engine_lab as el
 from tests.lab.test_engine_states import receive
 
-pytestmark = pytest.mark.slow
 HERE = Placement(None, False)
 PARAMETERS = Path("/sys/module/sockmi/parameters")
 

@@ -21,7 +21,7 @@ from tests.lab.test_matrix import (  # noqa: F401
     test_without_a_connection,
 )
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
