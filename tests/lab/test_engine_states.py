@@ -310,8 +310,13 @@ def test_syn_sent(lab: el.Lab, engine: el.Pair, kind: str, answered: bool) -> No
         lab.hold("peer", port, "deaf")
     ours.connect_ex((f"::ffff:{target}" if kind == "mapped" else target, port))
     assert el.state(ours) == "SYN-SENT"
-    first = [s for s in lab.recorded(port) if s.flags & SYN]
-    assert len(first) >= 1 + answered
+    first: list[el.Segment] = []
+
+    def passed() -> bool:
+        first.extend(s for s in lab.recorded(port) if s.flags & SYN)
+        return len(first) >= 1 + answered
+
+    el.wait_for(passed)
     lab.hold("a", port)
     copy, image = move(lab, engine, ours, port)
     if not answered:
