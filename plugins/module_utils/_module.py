@@ -87,7 +87,7 @@ def readable() -> Iterator[None]:
             f"The options cannot be read ({type(error).__name__}: {error}); one is no number, or no text."
         )
         sys.stdout.write(json.dumps({"failed": True, "msg": message}) + "\n")
-        sys.exit(1)
+        raise SystemExit(1) from None
 
 
 def guarded(module: AnsibleModule, body: Callable[[], None]) -> None:

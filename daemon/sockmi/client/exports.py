@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """An export: sockets, their duplicates, and the records of what became of them."""
 
+# Values that are `frozen` are dataclasses, which pylint does not know.
+# pylint: disable=invalid-field-call
 from __future__ import annotations
 
 import contextlib

@@ -7,6 +7,8 @@ the socket's lock. Each step stands beside its inverse:
 All calls are synchronous, batched, and made from one thread (ptrace belongs to a thread).
 """
 
+# Values that are `frozen` are dataclasses, which pylint does not know.
+# pylint: disable=invalid-field-call
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -6,6 +6,8 @@ the shell writes them to its journal inside the action that makes them and gives
 in ``events.Started`` after a restart. Everything else is volatile.
 """
 
+# Values that are `frozen` are dataclasses, which pylint does not know.
+# pylint: disable=invalid-field-call
 from __future__ import annotations
 
 from dataclasses import field

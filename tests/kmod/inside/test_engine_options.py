@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab import engine_lab as el
-from tests.lab.test_engine_options import (  # noqa: F401
-    lab,
-    test_a_saved_syn_is_lost_and_told,
-    test_all_options_together,
-    test_buffers_stay_tunable,
-    test_each_option_alone,
-    test_hosts_with_other_defaults,
-)
+from tests.lab import test_engine_options as suite
+
+lab = suite.lab
+test_a_saved_syn_is_lost_and_told = suite.test_a_saved_syn_is_lost_and_told
+test_all_options_together = suite.test_all_options_together
+test_buffers_stay_tunable = suite.test_buffers_stay_tunable
+test_each_option_alone = suite.test_each_option_alone
+test_hosts_with_other_defaults = suite.test_hosts_with_other_defaults
 
 pytestmark = pytest.mark.slow
 

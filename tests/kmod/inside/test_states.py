@@ -12,14 +12,14 @@ from collections.abc import Iterator
 import pytest
 
 from lab.labs import Lab
+from tests.lab import test_matrix as suite
 from tests.lab.matrix_lab import Bench, bench
 from tests.lab.scenario import daemons, status
-from tests.lab.test_matrix import (  # noqa: F401
-    it,
-    test_a_listener_with_its_queue,
-    test_connections,
-    test_without_a_connection,
-)
+
+it = suite.it
+test_a_listener_with_its_queue = suite.test_a_listener_with_its_queue
+test_connections = suite.test_connections
+test_without_a_connection = suite.test_without_a_connection
 
 pytestmark = pytest.mark.timeout(300)
 
