@@ -74,8 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     up = kinds.add_parser("up", help="start guests that stay until `down`; describes them in DIR/guests.json")
     up.add_argument("folder", type=Path, metavar="DIR")
     up.add_argument(
-        "--guest", action="append", default=[], metavar="NAME=KERNEL[:SUITE[:quick]]", required=True
-    )
+        "--guest", action="append", default=[], metavar="NAME=KERNEL[:SUITE[:KIND]]", required=True,
+        help="KIND: " + "; ".join(f"{kind}, {text}" for kind, text in keeper.KINDS.items() if kind),
+    )  # fmt: skip
     up.add_argument("--memory", type=int, default=384, metavar="MIB")
     up.add_argument("--package", action="append", default=[], metavar="NAME", help="also in their root")
     up.add_argument("--quick", action="store_true", help="the quick init instead of systemd, for all of them")
@@ -144,19 +145,25 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _up(options: argparse.Namespace) -> int:
-    wanted = []
-    for number, text in enumerate(options.guest, 1):
-        name, _unused, rest = text.partition("=")
-        kernel, suite, quick, *_unused = [*rest.split(":"), "", ""]
-        if kernel not in DEBIAN_KERNELS:
-            raise HarnessError(f"--guest {text}: no kernel {kernel!r}; there are {', '.join(DEBIAN_KERNELS)}")
-        if quick not in ("", "quick"):
-            raise HarnessError(f"--guest {text}: after the suite there is only 'quick', not {quick!r}")
-        suite = suite or DEBIAN_KERNELS[kernel].suite
-        wanted.append(keeper.Wanted(name, number, kernel, suite, bool(quick)))
+    wanted = [guest(text, number) for number, text in enumerate(options.guest, 1)]
     basis = Plan(memory=options.memory, systemd=not options.quick, packages=options.package)
     keeper.up(options.folder, wanted, basis, keeper.Stay(options.hours, options.owner))
     return 0
+
+
+def guest(text: str, number: int) -> keeper.Wanted:
+    """What ``--guest`` asks for."""
+    name, _, rest = text.partition("=")
+    kernel, suite, kind, *_ = [*rest.split(":"), "", ""]
+    if kernel not in DEBIAN_KERNELS:
+        raise HarnessError(f"--guest {text}: no kernel {kernel!r}; there are {', '.join(DEBIAN_KERNELS)}")
+    if kind not in keeper.KINDS:
+        known = ", ".join(filter(None, keeper.KINDS))
+        raise HarnessError(f"--guest {text}: no kind {kind!r}; there are {known}")
+    suite = suite or DEBIAN_KERNELS[kernel].suite
+    if kind == "dkms" and suite != DEBIAN_KERNELS[kernel].suite:
+        raise HarnessError(f"--guest {text}: {suite} has no headers of {kernel}, which dkms needs")
+    return keeper.Wanted(name, number, kernel, suite, kind)
 
 
 def _cable(options: argparse.Namespace) -> int:

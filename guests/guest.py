@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from guests.accelerator import accelerator
+from guests.accelerator import TCG, accelerator
 from guests.child import bound
 from guests.chroot import host_suite
 from guests.console import Report, reports
@@ -69,6 +69,7 @@ class Guest:
         need(("qemu-system-x86",))
         self.plan = plan
         self.ssh_port = 0
+        self.emulated = True
         self._folder = Path(tempfile.mkdtemp(prefix="sockmi-guest-"))
         self.console = _console_file(plan.name)
         self._line: Line | None = None
@@ -92,7 +93,7 @@ class Guest:
         suite = plan.suite or host_suite()
         disks = [
             ("root", Image(suite, (*PACKAGES, *plan.packages)).make(), "snapshot=on,cache=unsafe"),
-            ("modules", kernel / "modules.img", "readonly=on"),
+            ("modules", kernel / "modules.img", "snapshot=on,cache=unsafe"),
         ]
         words = [
             "console=ttyS0", "loglevel=6", "panic=-1", "oops=panic", "net.ifnames=0", "mitigations=off",
@@ -119,12 +120,14 @@ class Guest:
             if suite == host_suite() and (PROJECT / ".venv/.stamp").exists():
                 disks.append(("venv", environment_disk(), "readonly=on"))
                 words.append(f"sockmi.venv={PROJECT}/.venv")
+        accelerated = accelerator(kernel / "vmlinuz", initrd)
+        self.emulated = accelerated == TCG
         storage: list[str] = []
         for name, file, options in disks:
             storage += ["-drive", f"file={file},if=none,id={name},format=raw,{options}"]
             storage += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
         command = [
-            *bound(), "qemu-system-x86_64", *accelerator(kernel / "vmlinuz", initrd),
+            *bound(), "qemu-system-x86_64", *accelerated,
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-name", plan.name,
             "-smp", str(plan.processors), "-m", str(plan.memory),
             "-kernel", kernel / "vmlinuz", "-initrd", initrd, "-append", " ".join(words),

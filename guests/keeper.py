@@ -17,12 +17,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from guests.dkms import built
 from guests.errors import HarnessError
 from guests.guest import Guest, Plan, private_key
-from guests.kernels import DEBIAN_KERNELS
+from guests.kernels import DEBIAN_KERNELS, dkms_packages
 from guests.paths import room
 from guests.segment import Segment
 from guests.work import say
+
+KINDS = {
+    "": "a whole system",
+    "quick": "the quick init instead of systemd",
+    "module": "with the kernel module loaded",
+    "dkms": "with DKMS and the kernel's headers, and the module built, but not installed",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Wanted:
     number: int
     kernel: str
     suite: str
-    quick: bool = False  # the quick init, whatever the others have
+    kind: str = ""  # one of KINDS
 
 
 @dataclass(frozen=True)
@@ -151,10 +159,16 @@ def _keep(folder: Path, wanted: Sequence[Wanted], basis: Plan, ready: int, stay:
             kernel = DEBIAN_KERNELS[one.kernel]
             plan = replace(basis, kernel=kernel, suite=one.suite, name=one.name)
             plan = replace(plan, number=one.number, segments=[segment])
-            plan = replace(plan, systemd=basis.systemd and not one.quick)
+            plan = replace(plan, systemd=basis.systemd and one.kind != "quick")
+            if one.kind == "dkms":
+                plan = replace(plan, packages=[*basis.packages, *dkms_packages(kernel)])
             guests.append(stack.enter_context(Guest(plan)))
-        for guest in guests:
+        for guest, one in zip(guests, wanted, strict=True):
             guest.wait()
+            if one.kind == "module":
+                guest.load(guest.plan.kernel.module())
+            if one.kind == "dkms" and guest.emulated:
+                guest.run(["tar", "-C", "/", "-x"], data=built(guest.plan.kernel).read_bytes())
         described = [
             asdict(one) | {
                 "ipv4": segment.ipv4(one.number), "ipv6": segment.ipv6(one.number), "ssh_host": "127.0.0.1",

@@ -21,6 +21,7 @@ from guests.work import alone, run, say
 
 # W=1 checks the comments too, by programs in Perl (6.12) and Python (7.2).
 BUILDERS = ("gcc", "make", "libc6-dev", "perl", "python3")
+DKMS = ("dkms", "gcc", "make")
 DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "ext4")
 
 
@@ -134,6 +135,11 @@ class DebianKernel:
                         link.symlink_to(target)
                 (folder / "made").touch()
         return folder / f"usr/src/linux-headers-{self.release}"
+
+
+def dkms_packages(kernel: DebianKernel) -> tuple[str, ...]:
+    """What a guest with ``kernel`` needs to build the module by itself, through DKMS."""
+    return (*DKMS, f"linux-headers-{kernel.release}")
 
 
 def _only(folder: Path, pattern: str) -> Path:

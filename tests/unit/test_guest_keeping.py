@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from guests import keeper
+from guests import commands, keeper
 from guests.errors import HarnessError
 from guests.monitor import ask
 
@@ -45,3 +45,16 @@ def test_no_guests_is_said(tmp_path: Path) -> None:
 def test_no_machine_is_said(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="no machine answers"):
         ask(tmp_path / "monitor", "stop")
+
+
+def test_kind_of_a_guest() -> None:
+    quick, plain, builder = (
+        commands.guest(f"vm1=6.12{rest}", 1) for rest in (":bookworm:quick", "", ":trixie:dkms")
+    )
+    assert (quick.suite, quick.kind) == ("bookworm", "quick")
+    assert (plain.suite, plain.kind) == ("trixie", "")
+    assert (builder.suite, builder.kind) == ("trixie", "dkms")
+    with pytest.raises(HarnessError, match="no kind 'fast'; there are quick, module, dkms"):
+        commands.guest("vm1=6.12::fast", 1)
+    with pytest.raises(HarnessError, match=r"bookworm has no headers of 6\.12"):
+        commands.guest("vm1=6.12:bookworm:dkms", 1)
