@@ -153,8 +153,8 @@ def _up(options: argparse.Namespace) -> int:
 
 def guest(text: str, number: int) -> keeper.Wanted:
     """What ``--guest`` asks for."""
-    name, _, rest = text.partition("=")
-    kernel, suite, kind, *_ = [*rest.split(":"), "", ""]
+    name, _unused, rest = text.partition("=")
+    kernel, suite, kind, *_unused = [*rest.split(":"), "", ""]
     if kernel not in DEBIAN_KERNELS:
         raise HarnessError(f"--guest {text}: no kernel {kernel!r}; there are {', '.join(DEBIAN_KERNELS)}")
     if kind not in keeper.KINDS:

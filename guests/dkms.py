@@ -26,6 +26,8 @@ cleanup
 trap cleanup EXIT
 dkms add "/build/sockmi-$version"
 dkms build "sockmi/$version" -k "$release" || { cat "/var/lib/dkms/sockmi/$version/build/make.log"; exit 1; }
+# A guest's modules are not compressed, and its DKMS expects the same of what it has built.
+unxz -q /var/lib/dkms/sockmi/"$version"/*/*/module/*.xz 2>/dev/null || true
 tar -C / -cf /build/built.tar "usr/src/sockmi-$version" "var/lib/dkms/sockmi/$version"
 """
 
@@ -48,7 +50,7 @@ def built(kernel: DebianKernel, source: Path = PROJECT / "kmod") -> Path:
         run(["make", "-C", source, "dkms-tree", f"DKMS_TREE={tree}"], log=log)
         files = sorted(path for path in tree.rglob("*") if path.is_file())
         parts = [part for path in files for part in (str(path.relative_to(tree)), path.read_bytes())]
-        archive = work / f"{digest(*parts)}.tar"
+        archive = work / f"{digest(SCRIPT, *parts)}.tar"
         if not archive.exists():
             run(chroot.command(work, ["sh", "-c", SCRIPT, "dkms", kernel.release, found[1]]), log=log)
             for old in work.glob("*.tar"):

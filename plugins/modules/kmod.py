@@ -402,15 +402,18 @@ class Kmod:
         if code == 0:
             return
         log = Path(f"/var/lib/dkms/{NAME}/{version}/build/make.log")
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        made = log.read_text(errors="replace") if verb == "build" and log.exists() else err or out
+        lines = [line for line in made.splitlines() if line.strip()]
         # The compiler's or the linker's, of which the first says most; not those of make that follow from it.
-        causes = [line for line in lines if re.search(r"\berror: ", line, re.IGNORECASE)]
-        told = causes[:3] or (lines or (err or out).splitlines())[-3:]
+        causes = [line for line in lines if re.search(r"error: ", line, re.IGNORECASE)]
+        told = causes[:3] or lines[-3:]
         raise Obstacle(
             "build-failed",
             f"dkms {verb} of sockmi {version} for Linux {self.kernel} ended with {code}: "
-            f"{' | '.join(told).strip()}.",
-            f"See {log}; the kernel may be newer than this release of SockMi.",
+            f"{' | '.join(told).strip(' .')}.",
+            f"See {log}; the kernel may be newer than this release of SockMi."
+            if verb == "build"
+            else "See `dkms status -m sockmi`; state=absent removes what is there, and it can be built anew.",
         )
 
     def _obstacles(self) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pytest
 import yaml
@@ -650,3 +650,22 @@ def test_kmod_speaks_the_ioctls_of_the_header(load: Callable[[str], Any]) -> Non
     assert "SOCKMI_IOC_HELLO _IOWR(SOCKMI_IOC_MAGIC, 0x00," in header
     assert "SOCKMI_IOC_NAT_FLUSH _IOWR(SOCKMI_IOC_MAGIC, 0x43," in header
     assert "SOCKMI_IOC_MAGIC 0xB9" in header
+
+
+def test_kmod_tells_what_dkms_said(load: Callable[[str], Any]) -> None:
+    kmod = load("modules.kmod")
+
+    class Target:
+        params: ClassVar = {"kernel": "6.12.1", "state": "loaded"}
+        check_mode = False
+
+        def run_command(self, _words: list[str]) -> tuple[int, str, str]:
+            return 6, "", "\nError! Missing module sockmi.\n"
+
+    with pytest.raises(kmod.Obstacle) as caught:
+        kmod.Kmod(Target())._dkms("install", "1.0", "-k", "6.12.1")
+    assert str(caught.value) == (
+        "dkms install of sockmi 1.0 for Linux 6.12.1 ended with 6: Error! Missing module sockmi."
+    )
+    assert "dkms status" in caught.value.row["mend"]
+    assert "newer" not in caught.value.row["mend"]
