@@ -405,7 +405,7 @@ class Kmod:
         made = log.read_text(errors="replace") if verb == "build" and log.exists() else err or out
         lines = [line for line in made.splitlines() if line.strip()]
         # The compiler's or the linker's, of which the first says most; not those of make that follow from it.
-        causes = [line for line in lines if re.search(r"error: ", line, re.IGNORECASE)]
+        causes = [line for line in lines if re.search(r"\berror: ", line, re.IGNORECASE)]
         told = causes[:3] or lines[-3:]
         raise Obstacle(
             "build-failed",
