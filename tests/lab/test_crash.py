@@ -532,7 +532,8 @@ def test_full_disk(lab: Lab, tmp_path: Path, paused: str, point: str, home: str)
         resource.prlimit(stopped, resource.RLIMIT_FSIZE, (size, limits[1]))
         daemons.signal(paused, signal.SIGCONT)
         if home == "b":
-            assert daemons.process(paused).wait(15) == 1
+            # 120 is Python's word for a last line that could not be written: the log has the same limit.
+            assert daemons.process(paused).wait(15) in (1, 120)
         elif paused == "a":
             assert {one["refusal"]["code"] for one in moving.ended() or []} == {"internal"}
         else:
