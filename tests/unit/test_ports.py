@@ -40,8 +40,8 @@ def bound(address: str, flags: BindFlag, port: int) -> socket.socket:
 
 
 def kernel_lets_both(one: Item, other: Item) -> bool:
-    """Whether both can be, whichever comes first."""
-    return _lets_follow(one, other) and _lets_follow(other, one)
+    """Whether both can be, whichever comes first. Somebody else may have a port: three are tried."""
+    return all(any(_lets_follow(*pair) for _try in range(3)) for pair in ((one, other), (other, one)))
 
 
 def _lets_follow(first: Item, second: Item) -> bool:
