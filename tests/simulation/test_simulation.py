@@ -20,7 +20,11 @@ from sockmi.refusal import Code, Refusal
 from tests.simulation.world import SCENARIOS, SETTINGS, Host, LawBroken, World, random_run, scripted_run
 
 RUNS = int(os.environ.get("SOCKMI_SIM_RUNS", "1250"))
-FOUND = (946624783,)  # a home that could not follow a hop was never told the end
+FOUND = (
+    946624783,  # a home that could not follow a hop was never told the end
+    2012608574,  # a REROUTE that came to a waypoint moved its redirect, which nobody collected then
+    4040304233,  # a home died between its word that its redirect is pinned and its note of that
+)
 FRESH = random.SystemRandom().randrange(1 << 32)
 
 

@@ -767,8 +767,13 @@ def test_home_that_cannot_reach_the_holder_stays_pinned() -> None:
     bench.hear(B, move(2, C))
     out = bench.do(e.RerouteDone(((ONE, 2, Refusal(Code.NO_REDIRECT, "no way")),)))
     assert only(out, a.SaveRoutes).routes[0].pinned
-    assert sent(out, m.Rerouted)[0][1].verdicts[0][1] is m.Verdict.REFUSED
+    assert not sent(out, m.Rerouted), "nobody hears of it before it is journalled"
     assert sent(bench.hear(B, move(2, C)), m.Rerouted)[0][1].verdicts[0][1] is m.Verdict.REFUSED
+
+
+def test_who_is_no_home_moves_no_redirect() -> None:
+    bench = Bench(started=e.Started(routes=(route(home=C),)))
+    assert bench.hear(B, move(2, C)) == []
 
 
 @pytest.mark.parametrize("verdict", m.Verdict)

@@ -191,7 +191,7 @@ class Routes:
         return self._holdings
 
     def reroute_done(self, event: events.RerouteDone) -> None:
-        """Answer the former holders."""
+        """Answer the former holders: of a pin when they ask again, as it has been journalled by then."""
         verdicts: dict[HostId, list[tuple[Hop, Verdict]]] = {}
         pinned: list[Route] = []
         for connection, hop, refusal in event.results:
@@ -201,12 +201,11 @@ class Routes:
             del self._moving[connection]
             former = self._routes[connection]
             self._states[connection] = step(ROUTING, self._states[connection], "rerouted")
-            if refusal is None:
-                self._put(moved)
-            else:
+            if refusal is not None:
                 pinned.append(self._pin(former))
-            verdict = Verdict.DONE if refusal is None else Verdict.REFUSED
-            verdicts.setdefault(former.holder, []).append((Hop(connection, hop), verdict))
+                continue
+            self._put(moved)
+            verdicts.setdefault(former.holder, []).append((Hop(connection, hop), Verdict.DONE))
         if pinned:
             self._context.out.append(actions.SaveRoutes(tuple(pinned)))
         for host, answers in verdicts.items():
@@ -287,6 +286,8 @@ class Routes:
         route = self._routes.get(move.connection)
         if route is None or self._states[move.connection] is not Routing.ROUTED:
             return None
+        if route.home != self._context.host:
+            return None  # not for us: who is no home drops its redirect, and never moves it
         if route.pinned:
             return Verdict.REFUSED
         if route.holder != source or move.hop != route.hop + 1 or move.holder == self._context.host:
