@@ -974,7 +974,8 @@ def _merge_fidelity(record: dict[str, Any], fidelity: Any) -> None:
 @functools.lru_cache(maxsize=256)
 def _merged(
     carried: tuple[str, ...], approximated: tuple[str, ...], reset: tuple[str, ...]
-) -> tuple[list[str], list[str], list[str]]:
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """The worst that is said of each; connections of one kind have the same."""
-    worse = {*reset, *approximated}
-    return sorted({*carried} - worse), sorted({*approximated} - {*reset}), sorted({*reset})
+    parts = {*carried} - {*approximated, *reset}, {*approximated} - {*reset}, {*reset}
+    said, less, least = (tuple(sorted(one)) for one in parts)
+    return said, less, least
