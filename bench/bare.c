@@ -27,17 +27,11 @@
 #include <unistd.h>
 
 #include "common.h"
-#include "engine.h"
-#include "nft.h"
+#include "forward.h"
 #include "stop.h"
 
 #define IMAGE_BYTES (1u << 20)
 #define HOLD_MS 1500
-#define NFPROTO_INET 1
-#define NFPROTO_NETDEV 5
-#define OPS_MAX 8
-
-enum set { HOLD, FLOW, NEXT, SETS };
 
 struct host {
 	struct in_addr address;
@@ -48,14 +42,7 @@ struct host {
 	int fd;		/* number of the connection in the application */
 };
 
-struct batch {
-	struct sockmi_nft_op ops[OPS_MAX];
-	size_t n;
-};
-
-static struct sockmi_nft_set sets[SETS];
-static uint8_t key[16];
-static uint32_t mark_moved, mark_local, mark_inject;
+static uint8_t key[KEY_BYTES];
 
 static void enter(const struct host *host)
 {
@@ -150,73 +137,42 @@ static void start(struct host *host, const char *netns, const char *address)
 		err(1, "netlink");
 }
 
-static void add(struct batch *batch, enum sockmi_nft_verb verb, enum set set, const void *data, size_t bytes,
-		uint32_t timeout_ms)
-{
-	struct sockmi_nft_op *op = &batch->ops[batch->n++];
-
-	*op = (struct sockmi_nft_op){ .verb = (uint8_t)verb, .set = (uint8_t)set, .timeout_ms = timeout_ms };
-	memcpy(op->key, key, sizeof(key));
-	if (bytes)
-		memcpy(op->data, data, bytes);
-}
-
-static void removing(struct batch *batch, enum set set)
-{
-	add(batch, SOCKMI_NFT_REMOVE, set, NULL, 0, 0);
-}
-
-static void putting(struct batch *batch, enum set set, const void *data, size_t bytes, uint32_t timeout_ms)
-{
-	removing(batch, set);
-	add(batch, SOCKMI_NFT_ADD, set, data, bytes, timeout_ms);
-}
-
-static void commit(const struct host *host, const struct batch *batch)
-{
-	int result = sockmi_nft_batch(host->nft, sets, SETS, batch->ops, batch->n, NULL);
-
-	if (result)
-		errx(1, "nftables: %s", strerror(-result));
-}
-
 static void hold(const struct host *host, uint32_t timeout_ms, bool was_home)
 {
-	struct batch batch = { .n = 0 };
+	static struct batch batch;
 
-	putting(&batch, HOLD, NULL, 0, timeout_ms);
+	batch.n = 0;
+
+	putting(&batch, HOLD, key, NULL, 0, timeout_ms);
 	if (was_home) { /* the redirect that led it away from here */
-		removing(&batch, NEXT);
-		removing(&batch, FLOW);
+		removing(&batch, NEXT, key);
+		removing(&batch, FLOW, key);
 	}
-	commit(host, &batch);
+	commit(host->nft, &batch);
 }
 
 static void send_away(const struct host *host, const struct host *to)
 {
-	struct batch batch = { .n = 0 };
+	static struct batch batch;
 
-	putting(&batch, NEXT, &to->address, sizeof(to->address), 0);
-	putting(&batch, FLOW, &mark_moved, sizeof(mark_moved), 0);
-	removing(&batch, HOLD);
-	commit(host, &batch);
+	batch.n = 0;
+
+	putting(&batch, NEXT, key, &to->address, sizeof(to->address), 0);
+	putting(&batch, FLOW, key, &mark_moved, sizeof(mark_moved), 0);
+	removing(&batch, HOLD, key);
+	commit(host->nft, &batch);
 }
 
 static void admit(const struct host *host)
 {
-	struct batch batch = { .n = 0 };
+	static struct batch batch;
 
-	removing(&batch, NEXT);
-	putting(&batch, FLOW, &mark_local, sizeof(mark_local), 0);
-	removing(&batch, HOLD);
-	commit(host, &batch);
-}
+	batch.n = 0;
 
-static void must(int failed, const struct sockmi_result *result, const char *what)
-{
-	if (failed)
-		errx(1, "%s: code %d at %s: %s", what, result->code, sockmi_step_name((unsigned int)result->step),
-		     strerror(result->error));
+	removing(&batch, NEXT, key);
+	putting(&batch, FLOW, key, &mark_local, sizeof(mark_local), 0);
+	removing(&batch, HOLD, key);
+	commit(host->nft, &batch);
 }
 
 static void move(struct host *from, struct host *to, bool homewards)
@@ -278,34 +234,16 @@ static int accept_one(const struct host *host, uint16_t port, struct sockaddr_in
 	return fd;
 }
 
-static void make_sets(const char *table)
-{
-	static const struct { const char *name; uint8_t family, data_bytes; } plan[SETS] = {
-		[HOLD] = { "hold4", NFPROTO_INET, 0 },
-		[FLOW] = { "flow4", NFPROTO_INET, 4 },
-		[NEXT] = { "next4", NFPROTO_NETDEV, 4 },
-	};
-
-	for (int i = 0; i < SETS; i++) {
-		sets[i].family = plan[i].family;
-		sets[i].key_bytes = sizeof(key);
-		sets[i].data_bytes = plan[i].data_bytes;
-		snprintf(sets[i].table, sizeof(sets[i].table), "%s", table);
-		snprintf(sets[i].name, sizeof(sets[i].name), "%s", plan[i].name);
-	}
-}
-
 int main(int argc, char **argv)
 {
 	struct host hosts[2];
 	struct sockaddr_in peer;
 	unsigned long moves, pause_us;
-	uint16_t port, network_port;
+	uint16_t port;
 
 	if (argc != 12)
 		errx(2, "see the start of bare.c");
 	port = (uint16_t)number(argv[5], 65535);
-	network_port = htons(port);
 	moves = number(argv[6], 1000000);
 	pause_us = number(argv[7], 10000000);
 	mark_moved = (uint32_t)number(argv[9], UINT32_MAX);
@@ -315,10 +253,7 @@ int main(int argc, char **argv)
 	start(&hosts[0], argv[1], argv[3]);
 	start(&hosts[1], argv[2], argv[4]);
 	hand(&hosts[0], accept_one(&hosts[0], port, &peer));
-	memcpy(key, &peer.sin_addr, 4);
-	memcpy(key + 4, &peer.sin_port, 2);
-	memcpy(key + 8, &hosts[0].address, 4);
-	memcpy(key + 12, &network_port, 2);
+	make_key(key, &peer, &(struct sockaddr_in){ .sin_addr = hosts[0].address, .sin_port = htons(port) });
 	usleep((useconds_t)pause_us);
 	for (unsigned long i = 0; i < moves; i++) {
 		move(&hosts[i & 1], &hosts[~i & 1], i & 1);

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import struct
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
 
 from bench.report import Report, percentile
 from bench.site import BARE_PORT, ECHO_PORT, SINK_PORT, Program, Site, ask
-from sockmi.redirect.base import Mode
-from sockmi.redirect.tables import Tables
 
 INTERVAL_US = 200
 PAUSE_S = 0.06
@@ -56,19 +53,9 @@ def run(site: Site, report: Report, *, quick: bool) -> None:
 
 
 def _bare(site: Site, moves: int, told: list[float]) -> list[float]:
-    tables = Tables()
-    marks = [
-        struct.unpack("=I", mark)[0] for mark in (tables.moved(Mode.FORWARD), tables.local(Mode.FORWARD))
-    ]
-    tables.close()
-    netns = [f"/run/netns/{host.namespace}" for host in (site.a, site.b)]
-    addresses = [host.address(4) for host in (site.a, site.b)]
     with site.programs() as start:
-        mover = start(
-            None, "bare", *netns, *addresses, BARE_PORT, moves, round(PAUSE_S * 1e6),
-            tables.settings.table, *marks, tables.settings.inject_mark,
-        )  # fmt: skip
-        client = start(site.peer, "peer", "flow", addresses[0], BARE_PORT, INTERVAL_US)
+        mover = start(None, "bare", *site.bare_words(moves, round(PAUSE_S * 1e6)))
+        client = start(site.peer, "peer", "flow", site.a.address(4), BARE_PORT, INTERVAL_US)
         windows = [tuple(map(int, line.split())) for line in mover.lines(moves)]
         told += [(end - begin) / 1e6 for begin, end in windows]
         return _gaps(client, [begin for begin, _unused in windows])

@@ -1,4 +1,4 @@
-"""(b) Many connections: moved per second and verified by echo, and how long each was frozen.
+"""(b) Many connections: moved and verified per second, beside a bare program; how long each was frozen.
 
 The application at the exporter does not read: what the peer has sent stays queued, moves with the
 connection, and is echoed by the application at the importer. So the echo of all bytes shows that it has
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import Report, percentile
-from bench.site import CONTROL_TIMEOUT_S, ECHO_PORT, SINK_PORT, Site, ask
+from bench.site import BARE_PORT, CONTROL_TIMEOUT_S, ECHO_PORT, SINK_PORT, Site, ask
 from lab.daemons import Daemons
 from sockmi.client import Control
+from sockmi.config import Config
 
 EMPTY_BYTES = 8
 FULL_BYTES = 65536
@@ -35,6 +36,9 @@ def run(site: Site, report: Report, *, quick: bool) -> None:
             best = max(results, key=lambda one: one["rate_per_s"])
             rates[count, content] = best["rate_per_s"]
             _tell(report, label, best)
+            bare = max(measure_bare(site, count, content) for _turn in range(repeat))
+            report.add("b", f"{label}: bare program, moved and verified", bare, "1/s")
+            report.add("b", f"{label}: cost, daemons / bare", bare / rates[count, content], "x")
     for chunk, depth in [(64, 2)] if quick else [(16, 1), (32, 2), (64, 1), (64, 2), (126, 1)]:
         result = measure(site, 1000, EMPTY_BYTES, chunk_size=chunk, pipeline_depth=depth)
         _tell(report, f"1,000, empty, chunk_size {chunk}, pipeline_depth {depth}", result)
@@ -88,6 +92,16 @@ def measure(site: Site, count: int, content: int, **settings: Any) -> dict[str, 
             "freezes_ms": [record["blackout_us"] / 1e3 for record in records],
             "cpu_us": [(after[name] - before[name]) / count * 1e6 for name in "ab"],
         }
+
+
+def measure_bare(site: Site, count: int, content: int) -> float:
+    """Connections per second by the system calls alone, in chunks of the daemons' size."""
+    with site.daemons(), site.programs() as start:  # the daemons have made the tables, and rest
+        mover = start(None, "bare_bulk", *site.bare_words(count, Config.model_fields["chunk_size"].default))
+        peer = start(site.peer, "peer", "many", site.a.address(4), BARE_PORT, count, content)
+        mover.tell("")
+        begun = int(mover.line())
+        return count / ((max(map(int, peer.lines(count))) - begun) / 1e9)
 
 
 def drain(site: Site, port: int) -> list[dict[str, Any]]:

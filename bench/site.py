@@ -7,6 +7,7 @@ import itertools
 import os
 import select
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from lab.daemons import Daemons
 from lab.host import Host
 from lab.labs import Lab
 from sockmi.client import Control
+from sockmi.redirect.base import Mode
+from sockmi.redirect.tables import Tables
 
 PROJECT = Path(__file__).resolve().parent.parent
 _LIBRARY = PROJECT / "daemon" / "libsockmi"
@@ -32,15 +35,16 @@ def build() -> None:
     """Compile the programs that are older than their sources."""
     _BUILD.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).resolve().parent
-    libraries = {"bare": "libsockmi-engine.so", "server": "libsockmi.so", "peer": ""}
+    engine = "libsockmi-engine.so"
+    libraries = {"bare": engine, "bare_bulk": engine, "server": "libsockmi.so", "peer": ""}
     for name, library in libraries.items():
-        made, used = _BUILD / name, [here / f"{name}.c", here / "common.h"]
+        made, used = _BUILD / name, [here / f"{name}.c", here / "common.h", here / "forward.h"]
         link = [str(_LIBRARY / "build" / library), f"-Wl,-rpath,{_LIBRARY / 'build'}"] if library else []
         if library:
             used.append(_LIBRARY / "build" / library)
         if made.exists() and made.stat().st_mtime > max(one.stat().st_mtime for one in used):
             continue
-        include = [f"-I{_LIBRARY / 'engine'}"] if name == "bare" else [f"-I{_LIBRARY / 'include'}"]
+        include = [f"-I{_LIBRARY / ('engine' if library == engine else 'include')}"]
         command = ["gcc", *_FLAGS, *include, "-o", made, here / f"{name}.c", *link, "-lpthread"]
         subprocess.run([str(word) for word in command], check=True, timeout=60)
 
@@ -170,6 +174,21 @@ class Site:
         finally:
             for program in reversed(running):
                 program.kill()
+
+    def bare_words(self, *words: object) -> list[object]:
+        """The arguments of a bare program that moves from a to b, in the daemons' tables there."""
+        tables = Tables()
+        marks = [tables.moved(Mode.FORWARD), tables.local(Mode.FORWARD)]
+        tables.close()
+        return [
+            *(f"/run/netns/{host.namespace}" for host in (self.a, self.b)),
+            *(host.address(4) for host in (self.a, self.b)),
+            BARE_PORT,
+            *words,
+            tables.settings.table,
+            *(struct.unpack("=I", mark)[0] for mark in marks),
+            tables.settings.inject_mark,
+        ]
 
     def wait_for_importers(self, *hosts: Host, count: int = 1) -> None:
         """Applications wait for imports on each of the hosts."""
