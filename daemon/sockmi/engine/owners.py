@@ -259,12 +259,24 @@ class Scan:
         return cls(time.monotonic(), first, seen)
 
 
-@dataclass(slots=True)
-class _Known:
-    """The holders of one socket, as of a scan."""
+@dataclass(slots=True, eq=False)
+class _Cohort:
+    """Sockets that were looked for together: their scan moves on for all of them at once."""
 
     scan: Scan
+
+
+@dataclass(slots=True)
+class _Known:
+    """The holders of one socket, as of its cohort's scan."""
+
+    cohort: _Cohort
     pids: set[int]
+
+    @property
+    def scan(self) -> Scan:
+        """When it was last looked for."""
+        return self.cohort.scan
 
 
 class Owners:
@@ -287,8 +299,9 @@ class Owners:
 
         Spares the next ``find`` of each a scan, within seconds. ``rings``: those that have an io_uring.
         """
+        cohort = _Cohort(scan)
         known = {
-            inode: _Known(scan, set(pids)) for inode, pids in holders.items() if inode not in self._stops
+            inode: _Known(cohort, set(pids)) for inode, pids in holders.items() if inode not in self._stops
         }
         self._rings = (self._rings - {pid for one in known.values() for pid in one.pids}) | rings
         self._known.update(known)
@@ -314,7 +327,8 @@ class Owners:
                 self._known.pop(inode, None)
                 self._remembered.discard(inode)
         self._note_rings(holders, rings)
-        self._known.update({inode: _Known(scan, set(holders.get(inode, ()))) for inode in wanted})
+        cohort = _Cohort(scan)
+        self._known.update({inode: _Known(cohort, set(holders.get(inode, ()))) for inode in wanted})
         return {inode: holders.get(inode, {}) for inode in wanted}
 
     def _note_rings(self, holders: Holders, rings: set[int]) -> None:
@@ -341,19 +355,28 @@ class Owners:
         have left (of a higher id) has been visible since.
         """
         last_pid = _last_pid()
-        born, looking = self._born(inodes, last_pid), {inode: self._known[inode] for inode in inodes}
+        born = self._born(inodes, last_pid)
+        holders: Holders = {}
+        rings: set[int] = set()
         if len(born) > _MANY_PIDS:
-            # Look for all sockets at once, so that the next look need not go back as far.
-            oldest_s = min(known.scan.time_s for known in looking.values())
+            # Look for all that was looked for with these, so that nobody's next look need go back as far.
+            cohorts = {self._known[inode].cohort for inode in inodes}
             reached, last_pid = Scan.now(), _last_pid()
             born = self._born(inodes, last_pid)
-            looking = {i: known for i, known in list(self._known.items()) if known.scan.time_s >= oldest_s}
-            for known in looking.values():
-                known.scan = replace(reached, time_s=known.scan.time_s)
-        holders, rings = find_holders(looking, born) if born else ({}, set())
+            # Whatever they hold, as they are few: else thousands of sockets would have to be named.
+            found, rings = find_holders(None, born) if born else ({}, set())
+            holders = {
+                inode: by_pid
+                for inode, by_pid in found.items()
+                if (known := self._known.get(inode)) is not None and known.cohort in cohorts
+            }
+            for cohort in cohorts:
+                cohort.scan = replace(reached, time_s=cohort.scan.time_s)
+        elif born:
+            holders, rings = find_holders(inodes, born)
         self._note_rings(holders, rings)
         for inode, by_pid in holders.items():
-            looking[inode].pids.update(by_pid)
+            self._known[inode].pids.update(by_pid)
         return not inodes.isdisjoint(holders) or _last_pid() != last_pid
 
     def strangers(self, inodes: Iterable[int]) -> dict[int, set[int]]:
