@@ -18,6 +18,7 @@ from lab import Lab, record
 from lab.plan import DAEMON_HOSTS
 from sockmi import api
 from tests.lab.ansible_lab import URGENT, Controller, changed, clients, daemons
+from tests.lab.cgroup import unit
 from tests.lab.scenario import Service, ask, status, until, wait_for_members
 
 pytest.importorskip("ansible")
@@ -153,6 +154,23 @@ def test_export_by_filter(controller: Controller, lines: Service) -> None:
         (False, 0),
     ]
     assert {row["to"] for row in one["migrations"] + rest["migrations"]} == {"b"}
+    lines.finish()
+
+
+def test_export_by_unit_and_state(controller: Controller, lines: Service) -> None:
+    """A filter that fits nothing moves nothing, and one that fits some leaves the others."""
+    clients(lines, 2)
+    with unit() as group:
+        (group / "cgroup.procs").write_text(str(lines.processes["a"].pid))
+        results = [
+            controller.module("a", "export", to="b", unit=name, states=[state])
+            for name, state in (
+                ("smt-other.service", "ESTABLISHED"),
+                (group.name, "CLOSE-WAIT"),
+                ("smt-*.service", "ESTABLISHED"),
+            )
+        ]
+    assert [(one["changed"], one["moved"]) for one in results] == [(False, 0), (False, 0), (True, 2)]
     lines.finish()
 
 

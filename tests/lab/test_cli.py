@@ -24,6 +24,7 @@ from lab.labs import Lab
 from sockmi import api
 from sockmi.cli.arguments import EPILOG, build_parser
 from sockmi.version import VERSION
+from tests.lab.cgroup import unit
 from tests.lab.scenario import daemons, until
 from tests.lab.terminal import Result, Scene, elapsed, ended, listener, run, run_as
 
@@ -370,8 +371,7 @@ def test_list_filters(scene: Scene, lab: Lab) -> None:
 
 def test_by_unit(scene: Scene, lab: Lab) -> None:
     """A process is in the unit that its cgroup path names, as under systemd."""
-    group = _cgroup()
-    try:
+    with unit() as group:
         owner = scene.server("a", 5122)
         (group / "cgroup.procs").write_text(str(owner.pid))
         client = scene.client("a", 5122)
@@ -382,24 +382,6 @@ def test_by_unit(scene: Scene, lab: Lab) -> None:
         plan = run("drain", "--unit", group.name, "--dry-run", "--json", host=lab.host("a"))
         assert (plan.status, plan.json["progress"]["planned"]) == (OK, 2)
         assert client.say("on") == "on"
-    finally:
-        scene.close()
-        until(lambda: not (group / "cgroup.procs").read_text())
-        group.rmdir()
-
-
-def _cgroup() -> Path:
-    """A new cgroup that looks like a unit's."""
-    for root in ("", "unified", "systemd", "pids"):
-        path = Path("/sys/fs/cgroup", root, f"smt-{os.getpid()}.service")
-        try:
-            path.mkdir()
-        except OSError:
-            continue
-        if (path / "cgroup.procs").exists():
-            return path
-        path.rmdir()
-    pytest.skip("no cgroup can be made here, so no process can be put into a unit")
 
 
 def test_status(lab: Lab, running: Daemons) -> None:

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: MIT
+"""A cgroup that looks like a systemd unit's, on a machine that need not run systemd."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@contextlib.contextmanager
+def unit() -> Iterator[Path]:
+    """Its directory: who is written to ``cgroup.procs`` is in it until the end. Skips if none can be made."""
+    group = _made()
+    try:
+        yield group
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                (group.parent / "cgroup.procs").write_text(pid)
+        group.rmdir()
+
+
+def _made() -> Path:
+    for root in ("", "unified", "systemd", "pids"):
+        path = Path("/sys/fs/cgroup", root, f"smt-{os.getpid()}.service")
+        try:
+            path.mkdir()
+        except OSError:
+            continue
+        if (path / "cgroup.procs").exists():
+            return path
+        path.rmdir()
+    pytest.skip("no cgroup can be made here, so no process can be put into a unit")
