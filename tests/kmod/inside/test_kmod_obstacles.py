@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""The Ansible module `kmod` with a real kernel: what keeps it from loading and from unloading."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sockmi.addresses import Endpoint, FourTuple
+from tests import collection, returned
+from tests.kmod import nat_client
+
+# What the last two tests switch on, no kernel switches off again.
+pytestmark = [pytest.mark.no_module, pytest.mark.alone]
+
+LOADED = Path("/sys/module/sockmi")
+SIGNED_ONLY = Path("/sys/module/module/parameters/sig_enforce")
+FLOW = FourTuple(Endpoint(IPv4Address("192.0.2.1"), 80), Endpoint(IPv4Address("192.0.2.2"), 1024))
+# It is asked only what is installed: nothing is built here.
+DKMS = """#!/bin/sh
+echo "sockmi/1.0, $(uname -r), $(uname -m): installed"
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> Iterator[None]:
+    """The module where modprobe finds it, as DKMS puts it there."""
+    folder = Path("/lib/modules", os.uname().release, "updates/dkms")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(os.environ["SOCKMI_KO"], folder / "sockmi.ko")
+    subprocess.run(["depmod"], check=True, timeout=60)
+    yield
+    if LOADED.is_dir():
+        subprocess.run(["rmmod", "sockmi"], check=True, timeout=60)
+
+
+@pytest.fixture
+def kmod(tmp_path: Path) -> Any:
+    """Runs the module as a target does; its result."""
+    dkms = tmp_path / "dkms"
+    dkms.write_text(DKMS)
+    dkms.chmod(0o755)
+    link = tmp_path / "ansible_collections/sockmi/appliance"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(collection.root(None))
+
+    def run(state: str, **options: Any) -> dict[str, Any]:
+        flags = {"_ansible_check_mode": options.pop("check", False), "at_boot": False}
+        done = subprocess.run(
+            [sys.executable, "-m", "ansible_collections.sockmi.appliance.plugins.modules.kmod"],
+            input=json.dumps({"ANSIBLE_MODULE_ARGS": {"state": state, **options, **flags}}),
+            env=os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stdout + done.stderr
+        result: dict[str, Any] = json.loads(done.stdout)
+        assert not returned.differences("kmod", result)
+        return result
+
+    return run
+
+
+def obstacle(result: dict[str, Any]) -> str:
+    """The code of the one obstacle, whose words are the message."""
+    assert result["failed"] is True
+    [row] = result["obstacles"]
+    assert row["mend"] in result["msg"]
+    return str(row["code"])
+
+
+def test_loaded_once(kmod: Any) -> None:
+    assert kmod("loaded", check=True)["actions"] == ["load"]
+    assert not LOADED.is_dir()
+    assert (kmod("loaded")["actions"], LOADED.is_dir()) == (["load"], True)
+    assert kmod("loaded")["changed"] is False
+
+
+def test_in_use(kmod: Any) -> None:
+    """An open device keeps it, and its process is named; a redirect keeps it when all have closed it."""
+    with contextlib.closing(nat_client.Nat()) as nat:
+        for check in (False, True):
+            refused = kmod("unloaded", check=check)
+            assert obstacle(refused) == "in-use"
+            name = Path("/proc/self/comm").read_text().strip()
+            assert f"{name} ({os.getpid()})" in refused["msg"]
+        nat.add(nat_client.held(FLOW, nat_client.Flag.MUTE))
+    assert obstacle(kmod("unloaded")) == "in-use"
+    assert obstacle(kmod("absent")) == "in-use"
+    assert LOADED.is_dir()
+    forced = kmod("unloaded", force=True)
+    assert (forced["actions"], LOADED.is_dir()) == (["drop redirects", "unload"], False)
+    assert kmod("unloaded")["changed"] is False
+
+
+def test_other_parameters_wait_for_the_next_load(kmod: Any) -> None:
+    """Those that only loading sets: said, and not done, while something depends on the module."""
+    kmod("loaded", parameters={"list_max": "100,100,100"})
+    with nat_client.opened():
+        waits = kmod("loaded", parameters={"list_max": "200,200,200"})
+    assert waits["reload_needed"] is True
+    assert "in use" in str(waits["warnings"])
+    assert (LOADED / "parameters/list_max").read_text().strip() == "100,100,100"
+    kmod("loaded", parameters={"list_max": "200,200,200"})
+    assert (LOADED / "parameters/list_max").read_text().strip() == "200,200,200"
+    assert kmod("unloaded")["changed"] is True
+
+
+@pytest.mark.kernels("6.*", "7.*")  # a User-Mode-Linux kernel checks no signatures
+def test_secure_boot(kmod: Any) -> None:
+    """With signatures enforced, as Secure Boot has it, it tries nothing, and says how to enroll the key."""
+    SIGNED_ONLY.write_text("1")
+    refused = kmod("loaded")
+    assert obstacle(refused) == "secure-boot"
+    assert "mokutil --import" in refused["msg"]
+    assert not LOADED.is_dir()
+    assert subprocess.run(["modprobe", "sockmi"], check=False, capture_output=True, timeout=60).returncode
+
+
+def test_modules_disabled(kmod: Any) -> None:
+    Path("/proc/sys/kernel/modules_disabled").write_text("1")
+    refused = kmod("loaded")
+    assert obstacle(refused) == "modules-disabled"
+    assert "reboot" in refused["msg"]
