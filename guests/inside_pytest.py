@@ -151,10 +151,13 @@ class Batch:
         self._load = not any(item.get_closest_marker("no_module") for item in items)
 
     @property
-    def _limit(self) -> float:
-        """Seconds for all of them; a test with a time limit of its own may take it."""
-        own = (item.get_closest_marker("timeout") for item in self._items.values())
-        return START + sum(max([PER_TEST, *mark.args[:1]]) if mark else PER_TEST for mark in own)
+    def limit_s(self) -> float:
+        """For all of them; a test with a time limit of its own may take it."""
+        return START + sum(
+            # Behind the marker of ours is the test's own, if it has one.
+            max([PER_TEST, *(mark.args[0] for mark in item.iter_markers("timeout"))])
+            for item in self._items.values()
+        )
 
     def _command(self) -> list[str]:
         names = [re.sub(r"^.*?(?=tests/)", "", nodeid) for nodeid in self._items]
@@ -173,7 +176,7 @@ class Batch:
         outcome = run_inside(
             Inside(
                 self._command(), kernel=UML_KERNELS[self._kernel], module=self._source, insmod=self._load,
-                limit=self._limit, cwd=PROJECT,
+                limit=self.limit_s, cwd=PROJECT,
                 allowed=self._allowed(), collect=("reports",), parameters=list(dict.fromkeys(parameters)),
                 environment=_handed(),
             )
@@ -207,7 +210,7 @@ class Batch:
             guest.run(["mkdir", "-p", "/run/out"])
             told = b""
             try:
-                done = guest.run(self._command(), cwd=PROJECT, env=where, check=False, limit=self._limit)
+                done = guest.run(self._command(), cwd=PROJECT, env=where, check=False, limit=self.limit_s)
                 if done.code not in (0, 1):
                     self._troubles.append(
                         f"pytest ended with {done.code}:\n{done.stdout[-3000:]}{done.stderr[-2000:]}"
