@@ -143,7 +143,7 @@ class Exporting:
         self._batches: dict[BatchId, Batch] = {}
         self.queues = Queues(shell, self._follow)
         self._following: dict[BatchId, Queue] = {}
-        self._inodes: set[int] = set()
+        self._by_inode: dict[int, Export] = {}
         self._to_resume: list[Export] = []
         self._outcomes: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
@@ -187,7 +187,7 @@ class Exporting:
             if refusal is not None:
                 self._end(export, batch, "refused", refusal)
             else:
-                self._inodes.add(fact.inode)
+                self._by_inode[fact.inode] = export
                 going.append(export)
         try:
             self._journal_start(begun)
@@ -250,7 +250,7 @@ class Exporting:
     def _obstacle(self, export: Export) -> Refusal | None:
         """What stands against a migration besides the socket itself."""
         facts, known = export.facts, self.exports.get(export.migration)
-        if facts.inode in self._inodes or known is not export:
+        if facts.inode in self._by_inode or known is not export:
             return Refusal(
                 Code.ALREADY_MIGRATING,
                 "This socket, or this migration id, is being migrated; wait for it (sockmi info), or name "
@@ -796,7 +796,7 @@ class Exporting:
             child = self._register(Selected(descriptor, None, None), facts, batch_id)
             child.listener = queue.listener
             child.record["listener"] = str(UUID(bytes=queue.listener))
-            self._inodes.add(facts.inode)
+            self._by_inode[facts.inode] = child
             items.append(self._item(child))
             if parent:
                 parent.records.append(child.record)
@@ -873,7 +873,8 @@ class Exporting:
         migration = export.migration
         if self.exports.get(migration) is export:
             del self.exports[migration]
-            self._inodes.discard(export.facts.inode)
+            if self._by_inode.get(export.facts.inode) is export:  # else another one's is under way
+                del self._by_inode[export.facts.inode]
         os.close(export.selected.descriptor)
         export.image = b""
         if batch is not None and batch.progress is not None:

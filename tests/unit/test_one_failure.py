@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -204,6 +205,27 @@ def test_owners_run_again_though_a_hold_cannot_be_lifted() -> None:
     exporting.exports[export.migration] = export
     exporting.thaw(a.Thaw(ChunkId(BATCH, 0), (export.migration,)))
     assert resumed == [7] and not export.stopped
+
+
+def test_a_socket_under_way_is_refused_however_often_it_is_asked_for() -> None:
+    """A second request, which is refused, does not free it for a third."""
+    facts: Any = SimpleNamespace(
+        refusal=None, inode=7, kind=Kind.CONNECTED, state="ESTABLISHED", local=None, remote=None, tuple=None,
+        receive_queue_bytes=0, send_queue_bytes=0,
+    )  # fmt: skip
+    ended: list[dict[str, Any]] = []
+    shell, _unused = told(
+        engine=SimpleNamespace(inspect=lambda fds: [facts] * len(fds), name="repair"), host_name="a",
+        journal=SimpleNamespace(write=lambda _unused: None), note=lambda _unused: None,
+    )  # fmt: skip
+    exporting = Exporting(
+        shell, SimpleNamespace(holding_of=None), lambda *_unused: None, lambda *_unused: True
+    )  # type: ignore[arg-type]
+    for _turn in range(3):
+        selected = Selected(os.open(os.devnull, os.O_RDONLY), 1, 3)
+        exporting.export([selected], target=(None, None), timeout_s=1.0, dry_run=False, done=ended.extend)
+    assert [one["refusal"]["code"] for one in ended] == [Code.ALREADY_MIGRATING] * 2
+    assert len(exporting.exports) == 1
 
 
 def test_an_outcome_that_cannot_be_told() -> None:
