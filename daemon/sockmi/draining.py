@@ -148,7 +148,7 @@ class Drain:
             return
         self._starved_since = None
         self._under_way += len(selection)
-        self._daemon.exporting.export(
+        self._daemon.exporting.admission.export(
             selection,
             target=self._target,
             timeout_s=self._request.timeout_s or _TIMEOUT_S,
@@ -171,7 +171,7 @@ class Drain:
         if not records:
             return
         self._under_way += len(records)
-        for record in self._daemon.exporting.turn_away(records):
+        for record in self._daemon.exporting.exports.turn_away(records):
             self._ended(record)
 
     def _record(self, row: Found) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Operations:
         if (drain := self._drains.pop(client, None)) is not None:
             drain.cancel()
         if (batch := self._exports.pop(client, None)) is not None:
-            self._daemon.exporting.cancel(batch)
+            self._daemon.exporting.admission.cancel(batch)
 
     # -- export
 
@@ -97,14 +97,14 @@ class Operations:
                 ]
                 _respond_records(client, request.id, api.ExportResponse, asked)
 
-        batch = self._daemon.exporting.export(
+        batch = self._daemon.exporting.admission.export(
             [one for one in selection if isinstance(one, Selected)],
             target=target,
             timeout_s=request.timeout_s or _EXPORT_TIMEOUT_S,
             dry_run=request.dry_run,
             done=done,
         )
-        if self._daemon.exporting.is_open(batch):
+        if batch in self._daemon.exporting.batches:
             self._exports[client] = batch
 
     def _settled(
@@ -385,7 +385,7 @@ class Operations:
     def _known(self, ids: list[UUID]) -> list[dict[str, Any]]:
         exports = self._daemon.exporting.exports
         if not ids:
-            return [export.record for export in exports.values()]
+            return exports.records()
         records = []
         for migration in ids:
             if (export := exports.get(migration.bytes)) is not None:

@@ -16,7 +16,7 @@ from sockmi.protocol.actions import Collect, ForgetHoldings, ForgetNotices, Rero
 from sockmi.protocol.events import CollectDone, ConnectionsEnded, RerouteDone
 from sockmi.protocol.records import Holding, Route
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, by_mode, inbound, living, outbound
+from sockmi.shell import Shell, by_mode, inbound, living, outbound, unwritable
 
 _log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class Redirecting:
         except Exception as error:  # a full disk: as before, and whoever asked keeps its own redirect
             _log.exception("the journal cannot be written; %d redirects are led back", len(former))
             self._lead_back(former.values())
-            why_not = Refusal(Code.INTERNAL, f"The journal cannot be written ({error}); see sockmi doctor.")
+            why_not = unwritable(error)
             results = [(connection, hop, refusal or why_not) for connection, hop, refusal in results]
         reached("reroute.journalled")
         self._shell.dispatch(RerouteDone(tuple(results)))

@@ -198,14 +198,9 @@ class Daemon:
         self._carry_out: dict[type, Callable[[Any], None]] = {
             actions.Send: self._send,
             actions.OpenStream: lambda action: self.members.open(action.host),
-            actions.Report: self.exporting.report,
-            actions.BatchDone: lambda action: self.exporting.batch_done(action.batch),
             actions.Ignored: self._ignored,
             actions.Quiet: lambda action: self.loop.stop(),
-            actions.Freeze: self.exporting.freeze,
-            actions.Thaw: self.exporting.thaw,
-            actions.Commit: self.exporting.commit,
-            actions.ForgetDecision: lambda action: self.exporting.forget_decision(action.chunk),
+            **self.exporting.carry_out(),
             actions.Reserve: self.importing.reserve,
             actions.Unreserve: self.importing.unreserve,
             actions.Prepare: self.importing.prepare,
@@ -247,13 +242,13 @@ class Daemon:
         self._learn_addresses()
         self._look_at_listeners()
         self._look_at_ages()
-        self.exporting.queues.resume()
+        self.exporting.listeners.queues.resume()
         _log.info("host %s (%s) is ready", self.host_name, self.identity.host_id.hex())
 
     def _recover(self) -> events.Started:
         """Settle what an earlier run left; what is to be resumed."""
         recovery = Recovery(
-            self.shell, self.diag.find, self.diag.destroy, self._duplicates, self.exporting.queues
+            self.shell, self.diag.find, self.diag.destroy, self._duplicates, self.exporting.listeners.queues
         )
         recovery.exports()
         started = durable.started(self.journal)

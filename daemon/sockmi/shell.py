@@ -25,7 +25,7 @@ from sockmi.protocol.events import Event
 from sockmi.protocol.records import Holding, HostId, Route
 from sockmi.redirect.base import Holds, Inbound, Mode, Outbound, Redirect
 from sockmi.redirect.held import HeldPackets
-from sockmi.refusal import Refusal
+from sockmi.refusal import Code, Refusal
 from sockmi.spool import Spool
 
 T = TypeVar("T")
@@ -165,6 +165,11 @@ def close_all(descriptors: Sequence[int]) -> None:
     """Close descriptors that are ours."""
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+def unwritable(error: Exception) -> Refusal:
+    """What is not done because it cannot be journalled."""
+    return Refusal(Code.INTERNAL, f"The journal cannot be written ({error}); see sockmi doctor.")
 
 
 def unknown(actions: Action) -> AssertionError:

@@ -800,8 +800,8 @@ def test_an_image_that_lies(lab: Lab, tmp_path: Path, monkeypatch: pytest.Monkey
         """
 import sys
 if "sockmi.service" in " ".join(sys.orig_argv):
-    from sockmi import exporting
-    stamp, count = exporting.stamp, 0
+    from sockmi.exporting import freezer
+    stamp, count = freezer.stamp, 0
     def lie(image, **fields):
         global count
         count += 1
@@ -810,7 +810,7 @@ if "sockmi.service" in " ".join(sys.orig_argv):
         stamp(image, **fields)
         if count == 1:
             image[-1] ^= 1
-    exporting.stamp = lie
+    freezer.stamp = lie
 """
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")

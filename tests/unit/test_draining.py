@@ -84,7 +84,7 @@ class Setting:
         """Run it to its end; the progress at the end."""
         daemon: Any = SimpleNamespace(
             loop=self.loop,
-            exporting=self.exporting,
+            exporting=SimpleNamespace(admission=self.exporting, exports=self.exporting),
             host_name="a",
             shell=SimpleNamespace(engine=SimpleNamespace(owners=self.owners)),
         )

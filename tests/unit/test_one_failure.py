@@ -20,7 +20,10 @@ from sockmi.api import TakenRequest, parse_request
 from sockmi.config import Config
 from sockmi.engine.base import Kind, Needs, Placement
 from sockmi.engine.trial import obstacle
-from sockmi.exporting import Batch, Export, Exporting, Selected
+from sockmi.exporting import Exporting, Selected
+from sockmi.exporting.batches import Batch, Batches
+from sockmi.exporting.exports import Exports
+from sockmi.exporting.freezer import Freezer
 from sockmi.image import Family, ImageError
 from sockmi.import_lists import Candidate
 from sockmi.importing import Copy, Handing, Importing, Wish
@@ -196,14 +199,15 @@ def test_owners_run_again_though_a_hold_cannot_be_lifted() -> None:
     def unhold(_unused: object) -> None:
         raise OSError(errno.ENOBUFS, "No buffer space available")
 
-    facts: Any = SimpleNamespace(tuple=object(), kind=Kind.CONNECTED, inode=7)
-    export = Export(Selected(-1, None, None), b"m" * 16, facts, {}, stopped=True)
-    shell, _unused = told(holds=SimpleNamespace(unhold=unhold), engine=SimpleNamespace(resume=resumed.extend))
-    exporting = Exporting(
-        shell, SimpleNamespace(holding_of=None), lambda *_unused: None, lambda *_unused: True
-    )  # type: ignore[arg-type]
-    exporting.exports[export.migration] = export
-    exporting.thaw(a.Thaw(ChunkId(BATCH, 0), (export.migration,)))
+    facts: Any = SimpleNamespace(
+        tuple=object(), kind=Kind.CONNECTED, inode=7, state="ESTABLISHED", local=None, remote=None
+    )
+    engine = SimpleNamespace(resume=resumed.extend, name="repair")
+    shell, _unused = told(holds=SimpleNamespace(unhold=unhold), engine=engine, host_name="a")
+    exports = Exports(shell, Batches())
+    export = exports.register(Selected(-1, None, None), facts, BATCH)
+    export.stopped = True
+    Freezer(shell, exports).thaw(a.Thaw(ChunkId(BATCH, 0), (export.migration,)))
     assert resumed == [7] and not export.stopped
 
 
@@ -223,7 +227,9 @@ def test_a_socket_under_way_is_refused_however_often_it_is_asked_for() -> None:
     )  # type: ignore[arg-type]
     for _turn in range(3):
         selected = Selected(os.open(os.devnull, os.O_RDONLY), 1, 3)
-        exporting.export([selected], target=(None, None), timeout_s=1.0, dry_run=False, done=ended.extend)
+        exporting.admission.export(
+            [selected], target=(None, None), timeout_s=1.0, dry_run=False, done=ended.extend
+        )
     assert [one["refusal"]["code"] for one in ended] == [Code.ALREADY_MIGRATING] * 2
     assert len(exporting.exports) == 1
 
@@ -234,13 +240,10 @@ def test_an_outcome_that_cannot_be_told() -> None:
     def done(_unused: object) -> None:
         raise ValueError("not in the model")
 
-    shell, _unused = told()
-    exporting = Exporting(
-        shell, SimpleNamespace(holding_of=None), lambda *_unused: None, lambda *_unused: True
-    )  # type: ignore[arg-type]
-    exporting._batches[BATCH] = Batch(done, None)
-    exporting.batch_done(BATCH)
-    assert not exporting.is_open(BATCH)
+    batches = Batches()
+    batches.open(BATCH, Batch(done, None))
+    batches.close(BATCH)
+    assert BATCH not in batches
 
 
 def prepared(shell: Any, context_bytes: int = 0) -> tuple[Importing, Copy]:

@@ -57,7 +57,6 @@ class Exporting:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.taken: list[Selected] = []
-        self.exports: dict[bytes, Any] = {}
         self.fail: Exception | None = None
 
     def export(self, selection: list[Selected], *, done: Any, **_unused: Any) -> bytes:
@@ -69,9 +68,6 @@ class Exporting:
         records = [record(one.migration_id, user_id=one.user_id, pid=one.pid) for one in selection]
         done(records)
         return b""
-
-    def is_open(self, batch: bytes) -> bool:
-        return False
 
 
 def record(migration: UUID | None = None, **news: Any) -> dict[str, Any]:
@@ -101,7 +97,7 @@ class Setting:
         daemon: Any = SimpleNamespace(
             loop=self.loop,
             journal=self.journal,
-            exporting=self.exporting,
+            exporting=SimpleNamespace(admission=self.exporting, exports={}, batches=()),
             members=SimpleNamespace(target=lambda to: (None, None)),
             shell=SimpleNamespace(engine=self.engine),
             stopping=False,

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""The exporter's half of the shell: sockets that leave this host. Each step stands beside its inverse.
+
+- `admission`: what is asked for is looked at, and put to the core or refused; cancel.
+- `freezer`: owners stop and packets are held, or all goes on as before. It owns the holds of exports.
+- `committer`: a chunk is given away, or taken back; `decisions` are what the journal has of that.
+- `listeners`: who connects to a listener that leaves, and what waits in its queue.
+- `exports`: all that is under way, and how it ended; `batches`: who waits to be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sockmi.addresses import FourTuple
+from sockmi.exporting.admission import Admission, FindHolders
+from sockmi.exporting.batches import Batches
+from sockmi.exporting.committer import Committer
+from sockmi.exporting.decisions import Decisions
+from sockmi.exporting.export import Export, Selected
+from sockmi.exporting.exports import Exports
+from sockmi.exporting.freezer import Freezer
+from sockmi.exporting.listeners import Listeners
+from sockmi.protocol import actions
+from sockmi.redirecting import Redirecting
+from sockmi.shell import Shell
+
+__all__ = ["Export", "Exporting", "Selected"]
+
+
+class Exporting:
+    """The parts of this half, put together; see the package's docstring."""
+
+    def __init__(
+        self,
+        shell: Shell,
+        redirecting: Redirecting,
+        find_holders: FindHolders,
+        destroy: Callable[[FourTuple, int], bool],
+    ) -> None:
+        """``find_holders`` finds the processes of sockets, and what is against stopping them; later.
+
+        ``destroy`` ends a socket of this kernel, whoever has it; False if this kernel cannot.
+        """
+        self.batches = Batches()
+        self.exports = Exports(shell, self.batches)
+        self.admission = Admission(shell, redirecting, self.exports, self.batches, find_holders)
+        self.freezer = Freezer(shell, self.exports)
+        self.listeners = Listeners(shell, redirecting, self.exports, self.batches, destroy)
+        self.decisions = Decisions(shell, redirecting, self.listeners.queues)
+        self.committer = Committer(
+            shell,
+            redirecting,
+            exports=self.exports,
+            freezer=self.freezer,
+            listeners=self.listeners,
+            decisions=self.decisions,
+        )
+
+    def carry_out(self) -> dict[type, Callable[[Any], None]]:
+        """Which part carries out which action of the core."""
+        return {
+            actions.Freeze: self.freezer.freeze,
+            actions.Thaw: self.freezer.thaw,
+            actions.Commit: self.committer.commit,
+            actions.ForgetDecision: self.decisions.forget,
+            actions.Report: self.exports.report,
+            actions.BatchDone: self._batch_done,
+        }
+
+    def _batch_done(self, action: actions.BatchDone) -> None:
+        """Every migration of the batch has its outcome."""
+        self.listeners.batch_done(action.batch)
+        self.batches.close(action.batch)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""What is asked to be moved: looked at, refused if something is against it, else put to the core."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+from uuid import uuid4
+
+from sockmi.exporting.batches import Batch, Batches
+from sockmi.exporting.export import Export, Selected
+from sockmi.exporting.exports import Exports
+from sockmi.exporting.items import item_of
+from sockmi.protocol.events import CancelExport, StartExport
+from sockmi.protocol.records import BatchId, HostId, Item
+from sockmi.redirecting import Redirecting
+from sockmi.refusal import Code, Refusal
+from sockmi.shell import Shell, close_all, unwritable
+
+_log = logging.getLogger(__name__)
+
+FindHolders = Callable[[set[int], Callable[[dict[int, list[int]], dict[int, Refusal]], None]], None]
+
+
+class Admission:
+    """``export`` stands beside its inverse, ``cancel``."""
+
+    def __init__(
+        self,
+        shell: Shell,
+        redirecting: Redirecting,
+        exports: Exports,
+        batches: Batches,
+        find_holders: FindHolders,
+    ) -> None:
+        """``find_holders`` finds the processes of sockets, and what is against stopping them; later."""
+        self._shell = shell
+        self._redirecting = redirecting
+        self._exports = exports
+        self._batches = batches
+        self._find_holders = find_holders
+
+    def export(
+        self,
+        selection: Sequence[Selected],
+        *,
+        target: tuple[HostId | None, IPv4Address | IPv6Address | None],
+        timeout_s: float,
+        dry_run: bool,
+        done: Callable[[list[dict[str, Any]]], None],
+        progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> BatchId:
+        """Move sockets; ``done`` gets one record for each, in order, and ``progress`` each as it ends.
+
+        A descriptor whose socket is already migrating, or cannot move, is refused at once. The descriptors
+        are this method's, also if it raises. Returns the batch id, for ``cancel``.
+        """
+        batch_id = uuid4().bytes
+        batch = Batch(done, progress)
+        try:
+            facts = self._shell.engine.inspect([one.descriptor for one in selection])
+        except BaseException:
+            close_all([one.descriptor for one in selection])
+            raise
+        going: list[Export] = []
+        begun: list[dict[str, Any]] = []
+        for one, fact in zip(selection, facts, strict=True):
+            export = self._exports.register(one, fact, batch_id)
+            batch.records.append(export.record)
+            if self._exports.is_registered(export):
+                begun.append(export.record)
+            refusal = fact.refusal or self._obstacle(export)
+            if refusal is not None:
+                self._exports.end(export, batch, "refused", refusal)
+            else:
+                self._exports.claim(export)
+                going.append(export)
+        try:
+            self._exports.journal_start(begun)
+        except Exception as error:  # a full disk
+            _log.exception("journalling the start of %d migrations", len(begun))
+            for export in going:
+                self._exports.end(export, batch, "refused", unwritable(error))
+            going = []
+        if not going:
+            self._exports.tell()
+            done(batch.records)
+            return batch_id
+        self._batches.open(batch_id, batch)
+        batch.waiting = going
+
+        def found(holders: dict[int, list[int]], verdicts: dict[int, Refusal]) -> None:
+            if not batch.waiting:
+                return  # cancelled meanwhile
+            batch.waiting = []
+            for export in going:
+                export.holders = holders.get(export.facts.inode, [])
+            items = self._items(batch, going, verdicts, dry_run=dry_run)
+            if not items:
+                self._batches.close(batch_id)
+                return
+            modes = self._shell.config.redirect.modes
+            self._shell.dispatch(
+                StartExport(batch_id, tuple(items), modes, timeout_s, *target, dry_run=dry_run)
+            )
+
+        self._find_holders({export.facts.inode for export in going}, found)
+        return batch_id
+
+    def _obstacle(self, export: Export) -> Refusal | None:
+        """What stands against a migration besides the socket itself."""
+        if self._exports.is_claimed(export) or not self._exports.is_registered(export):
+            return Refusal(
+                Code.ALREADY_MIGRATING,
+                "This socket, or this migration id, is being migrated; wait for it (sockmi info), or name "
+                "it once.",
+            )
+        size_bytes, most = export.size_bytes, self._shell.config.image_bytes_max
+        if size_bytes > most:
+            return Refusal(
+                Code.TOO_LARGE,
+                f"Its queues and context make an image of about {size_bytes} bytes, and image_bytes_max is "
+                f"{most}; raise it on both hosts, or try again when less is queued.",
+            )
+        return None
+
+    def _items(
+        self, batch: Batch, going: Sequence[Export], verdicts: dict[int, Refusal], *, dry_run: bool
+    ) -> list[Item]:
+        """Those that may go, now that their holders are known; the others have ended."""
+        items, ended = [], []
+        for export in going:
+            caller = export.selected.caller
+            refusal = (caller.obstacle(export.holders) if caller else None) or verdicts.get(
+                export.facts.inode
+            )
+            try:
+                item = None if refusal else item_of(export, self._shell, self._redirecting, planned=dry_run)
+            except Exception as error:
+                _log.exception("looking at %s", export.facts.tuple or export.facts.local)
+                message = f"The daemon failed ({error}); its log has the details."
+                refusal, item = Refusal(Code.INTERNAL, message), None
+            if item is None:
+                self._exports.end(export, batch, "refused", refusal)
+                ended.append(export.record)
+            else:
+                export.record["step"] = "requested"
+                items.append(item)
+        if ended:
+            self._exports.note_start(ended)
+        return items
+
+    def cancel(self, batch_id: BatchId) -> None:
+        """Undo what of the batch is not yet committed."""
+        batch = self._batches.get(batch_id)
+        if batch is None:
+            return
+        refusal = Refusal(Code.TIMEOUT, "Whoever asked for this migration has gone; ask again.")
+        waiting, batch.waiting = batch.waiting, []
+        for export in waiting:
+            self._exports.end(export, batch, "refused", refusal)
+        if waiting:
+            self._exports.note_start([export.record for export in waiting])
+            self._batches.close(batch_id)
+        else:
+            self._shell.dispatch(CancelExport(batch_id))

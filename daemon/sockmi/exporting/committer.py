@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""Gives a prepared chunk away, or takes back what cannot go.
+
+Order matters: redirect, last comparison, journal, close. From the journal on there is only forward,
+but for a socket that has changed meanwhile: it goes on here, and nobody has been told of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from sockmi.crashpoints import reached
+from sockmi.engine.base import Kind
+from sockmi.exporting.decisions import Decisions
+from sockmi.exporting.export import Export
+from sockmi.exporting.exports import Exports
+from sockmi.exporting.freezer import Freezer
+from sockmi.exporting.listeners import Listeners
+from sockmi.protocol.actions import Commit
+from sockmi.protocol.events import CommitDone
+from sockmi.protocol.records import HostId, Route
+from sockmi.redirect.held import pack
+from sockmi.redirecting import Redirecting
+from sockmi.refusal import Code, Refusal
+from sockmi.shell import Shell, by_mode, outbound, unwritable
+
+_log = logging.getLogger(__name__)
+
+_TOO_LATE = Refusal(
+    Code.FREEZE_DEADLINE,
+    "The freeze took longer than timing.freeze_deadline_s; the connection goes on here.",
+)
+
+
+class Committer:
+    """See the module docstring; it owns nothing."""
+
+    def __init__(
+        self,
+        shell: Shell,
+        redirecting: Redirecting,
+        *,
+        exports: Exports,
+        freezer: Freezer,
+        listeners: Listeners,
+        decisions: Decisions,
+    ) -> None:
+        self._shell = shell
+        self._redirecting = redirecting
+        self._exports = exports
+        self._freezer = freezer
+        self._listeners = listeners
+        self._decisions = decisions
+
+    def commit(self, action: Commit) -> None:
+        """Redirect, compare, journal, close; what fails is undone and goes on where it was."""
+        shell, importer = self._shell, action.decision.importer
+        exports = [self._exports[route.migration] for route in action.routes]
+        for export in exports:
+            export.record["step"] = "prepared"
+        results: list[Refusal | None] = [None] * len(exports)
+        self._send_away(action.routes, exports, results)
+        reached("commit.led-away")
+        earliest = self._freezer.earliest_safe()
+        for index, export in enumerate(exports):
+            if results[index] is None and export.frozen_at < earliest:
+                results[index] = _TOO_LATE
+        queues = self._listeners.open_queues(importer, exports, results)
+        self._take_back(action.routes, exports, results, _refused(results))
+        going = [index for index, result in enumerate(results) if result is None]
+        try:
+            self._decisions.write(action, exports, going, queues.values())
+        except Exception as error:  # a full disk must not cost a connection
+            self._listeners.end_queues(queues)
+            for index in going:
+                results[index] = unwritable(error)
+            self._take_back(action.routes, exports, results, going)
+            going = []
+        reached("commit.journalled")
+        self._listeners.take_queues(queues)
+        reached("commit.accepted")
+        refusals = shell.engine.release(
+            [exports[index].selected.descriptor for index in going],
+            [exports[index].image for index in going],
+        )
+        for position, index in enumerate(going):
+            if exports[index].facts.kind is Kind.LISTENING and refusals[position] is not None:
+                refusals[position] = self._listeners.insist(importer, index, exports[index], queues)
+        self._listeners.end_half_open(
+            exports[index] for index, refusal in zip(going, refusals, strict=True) if refusal is None
+        )
+        reached("commit.released")
+        changed = [index for index, refusal in zip(going, refusals, strict=True) if refusal is not None]
+        if changed:
+            for index, outcome in zip(going, refusals, strict=True):
+                results[index] = outcome
+            going = [index for index in going if index not in changed]
+            self._decisions.undo(action, exports, going, changed)
+            self._take_back(action.routes, exports, results, changed)
+        self._settle([(action.routes[index], exports[index]) for index in going], importer)
+        reached("commit.done")
+        shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))
+        for index, queue in queues.items():
+            self._listeners.begin_to_follow(queue, exports[index], moved=index in going)
+
+    def _settle(self, gone: Sequence[tuple[Route, Export]], importer: HostId) -> None:
+        """They are the importer's: their redirects are kept, and what their peers have sent goes after them.
+
+        What had been imported here and left again is held here no more. Its translation needs no removing:
+        the redirect that leads it away has replaced it.
+        """
+        for route, _unused in gone:
+            self._redirecting.drop_holding(route.connection)
+        self._redirecting.add_routes(route for route, _unused in gone if route.durable)
+        self._freezer.resume_soon([export for _unused, export in gone])
+        self._ship_held(importer, gone)
+
+    def _ship_held(self, importer: HostId, gone: Iterable[tuple[Route, Export]]) -> None:
+        """What the peer has sent meanwhile goes to the copy, on the stream and so before CONFIRM."""
+        migrations = {export.facts.tuple: route.migration for route, export in gone if export.facts.tuple}
+        kept = self._shell.held.take(list(migrations))
+        if kept:
+            self._shell.send_held(importer, pack({migrations[one]: packets for one, packets in kept.items()}))
+
+    # -- redirects
+
+    def _send_away(
+        self, routes: Sequence[Route], exports: Sequence[Export], results: list[Refusal | None]
+    ) -> None:
+        pairs = [(route.place.mode, index) for index, route in enumerate(routes) if outbound(route)]
+        for mode, indices in by_mode(pairs).items():
+            connections = [one for index in indices if (one := outbound(routes[index]))]
+            try:
+                self._shell.redirects[mode].send_away(connections)
+            except Exception as error:
+                refusal = Refusal(Code.REDIRECT, f"The {mode} redirect could not be set up: {error}.")
+                for index in indices:
+                    results[index] = refusal
+        self._listeners.hold_new(routes, exports, results)
+
+    def _take_back(
+        self,
+        routes: Sequence[Route],
+        exports: Sequence[Export],
+        results: Sequence[Refusal | None],
+        failed: Sequence[int],
+    ) -> None:
+        """The inverse of ``_send_away``, and of the freeze, for some of them: those that have ``failed``."""
+        if not failed:
+            return
+        self._listeners.let_new_come(routes[index] for index in failed)
+        pairs = [(routes[index].place.mode, index) for index in failed]
+        for mode, indices in by_mode(pairs).items():
+            tuples = [one.tuple for index in indices if (one := outbound(routes[index]))]
+            facts = [exports[index].facts for index in indices]
+            holdings = [held for one in facts if (held := self._redirecting.holding_of(one))]
+            try:
+                # What had been imported needs its own translation again: nothing passes before.
+                self._freezer.hold_again([exports[index] for index in indices])
+                self._shell.redirects[mode].take_back(tuples)
+                self._redirecting.admit(holdings)
+            except Exception:
+                # What could not be led away (all or nothing) is not led away: it just goes on here.
+                if any(why_not.code is not Code.REDIRECT for index in indices if (why_not := results[index])):
+                    raise
+                _log.exception("the redirect %s is broken; restart this daemon to renew its rules", mode)
+        self._freezer.undo([exports[index] for index in failed])
+
+
+def _refused(results: Sequence[Refusal | None]) -> list[int]:
+    return [index for index, refusal in enumerate(results) if refusal is not None]

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""One socket on its way out of this host, from selection to the outcome of its migration."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import sys
+import termios
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from sockmi.addresses import FourTuple
+from sockmi.engine.base import Kind, SocketFacts
+from sockmi.image import Section, peek, section
+from sockmi.image.sections import Counters
+from sockmi.permission import Caller
+from sockmi.protocol.records import MigrationId
+
+_IMAGE_OVERHEAD_BYTES = 2048
+
+
+@dataclass(slots=True)
+class Selected:
+    """One socket that somebody wants moved; the shell owns ``descriptor`` (a duplicate).
+
+    ``caller``: None for those who may move any socket; others only what is theirs. ``user_id``: who asked.
+    ``received``: how many bytes had come when it was quiet; it is not moved if its owner has read more since.
+    """
+
+    descriptor: int
+    pid: int | None
+    fd: int | None
+    caller: Caller | None = None
+    context: bytes | None = None
+    migration_id: UUID | None = None
+    user_id: int | None = None
+    received: int | None = None
+
+
+@dataclass(slots=True)
+class Export:
+    """One migration under way.
+
+    ``holders``: the processes that have the socket. ``listener``: in whose queue it waited. ``frozen_at``:
+    time.monotonic(), 0 until then. ``stopped``: its owners are. ``half_open``: handshakes with it that
+    are not completed, and the kernel's cookies of these.
+    """
+
+    selected: Selected
+    migration: MigrationId
+    facts: SocketFacts
+    record: dict[str, Any]
+    holders: list[int] = field(default_factory=list)
+    listener: MigrationId | None = None
+    image: bytes = b""
+    frozen_at: float = 0.0
+    stopped: bool = False
+    half_open: dict[FourTuple, int] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """About how long the image will be, as the socket was when it was selected."""
+        return self._size_with(self.facts.receive_queue_bytes + self.facts.send_queue_bytes)
+
+    @property
+    def size_now_bytes(self) -> int:
+        """The same, of a connection that has been queueing since."""
+        if self.facts.kind is not Kind.CONNECTED:
+            return self.size_bytes
+        queued = 0
+        for queue in (termios.FIONREAD, termios.TIOCOUTQ):  # SIOCINQ and SIOCOUTQ, by their other names
+            with contextlib.suppress(OSError):  # it has ended meanwhile: the capture will say so
+                content = fcntl.ioctl(self.selected.descriptor, queue, bytes(4))
+                queued += int.from_bytes(content, sys.byteorder)
+        return self._size_with(queued)
+
+    def _size_with(self, queued_bytes: int) -> int:
+        return queued_bytes + len(self.selected.context or b"") + _IMAGE_OVERHEAD_BYTES
+
+    def woke(self, image: bytes) -> bool:
+        """Whether its owner has read something since it was quiet: a request, which it may be answering."""
+        if self.selected.received is None:
+            return False
+        counters = section(image, Section.COUNTERS)
+        if len(counters) != Counters.size():
+            return True
+        return Counters.unpack(counters).bytes_received - peek(image).receive_bytes != self.selected.received

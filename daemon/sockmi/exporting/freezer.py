@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: MIT
+"""Freezes the sockets of a chunk, or lets them go on as if nothing had happened.
+
+Order matters: owners stop before packets are held, both before anything is read; and the other way
+round, holds are lifted first, as a resumed owner's packets must not be dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address
+
+from sockmi.addresses import Endpoint
+from sockmi.crashpoints import reached
+from sockmi.engine.base import Captured, Kind
+from sockmi.exporting.export import Export
+from sockmi.exporting.exports import Exports
+from sockmi.image import Section
+from sockmi.image.native import stamp, with_section
+from sockmi.image.sections import Place as ImagePlace
+from sockmi.protocol.actions import Freeze, Thaw
+from sockmi.protocol.events import FreezeDone
+from sockmi.protocol.records import IMAGE_BYTES_MAX, Item, Place
+from sockmi.redirect.base import Mode
+from sockmi.refusal import Code, Refusal
+from sockmi.shell import Shell, by_mode
+
+_log = logging.getLogger(__name__)
+
+_STOP_TIMEOUT_MAX_S = 0.5
+# The kernel's hold outlasts the freeze by this much; a commit that comes later than half of it is undone.
+_HOLD_MARGIN_S = 1.0
+_REACHABILITY_TTL_S = 2.0
+_AWAKE = Refusal(Code.CHANGED, "A request has come since it was quiet; it stays, try again when it is idle.")
+
+
+class Freezer:
+    """Owns the holds of exports, and which of their owners are stopped."""
+
+    def __init__(self, shell: Shell, exports: Exports) -> None:
+        self._shell = shell
+        self._exports = exports
+        self._to_resume: list[Export] = []
+        self._reachability: dict[tuple[Mode, IPv4Address | IPv6Address], tuple[float, str | None]] = {}
+
+    def freeze(self, action: Freeze) -> None:
+        """Stop the owners, hold the packets, capture; whatever goes wrong is undone and answered."""
+        self._resume_released()
+        exports = [self._exports[item.migration] for item in action.items]
+        try:
+            results = self._freeze(action, exports)
+        except Exception as error:
+            _log.exception("freezing %s", action.chunk)
+            self.undo(exports)
+            refusal = Refusal(
+                Code.INTERNAL, f"The freeze failed ({error}); the daemon's log has the details."
+            )
+            results = [refusal] * len(exports)
+        self._shell.dispatch(FreezeDone(action.chunk, tuple(results)))
+
+    def thaw(self, action: Thaw) -> None:
+        """The inverse of ``freeze``."""
+        self.undo([self._exports[migration] for migration in action.migrations])
+
+    def undo(self, exports: Sequence[Export]) -> None:
+        """Lift the holds, let the owners run."""
+        try:
+            self._unhold(exports)
+        except Exception:  # then the kernel lifts them, when their time is over
+            _log.exception("holds could not be lifted; they end by themselves")
+        reached("thaw.unheld")
+        self._resume(exports)
+
+    def _freeze(self, action: Freeze, exports: list[Export]) -> list[bytes | Refusal]:
+        results = self._look(action, exports)
+        frozen_at = time.monotonic()
+        for export, result in zip(exports, results, strict=True):
+            if isinstance(result, bytes):
+                export.frozen_at = frozen_at
+                export.record["step"] = "frozen"
+        # A busy host takes its time to have a thread stop; the other half is for the rest of the freeze.
+        self._stop(exports, results, min(action.deadline_s / 2, _STOP_TIMEOUT_MAX_S))
+        reached("freeze.stopped")
+        frozen = [index for index, result in enumerate(results) if isinstance(result, bytes)]
+        self._hold([exports[index] for index in frozen], action.deadline_s + _HOLD_MARGIN_S)
+        reached("freeze.held")
+        captured = self._shell.engine.capture(
+            [exports[index].selected.descriptor for index in frozen], action.deadline_s + _HOLD_MARGIN_S
+        )
+        reached("freeze.captured")
+        shipped = 0
+        for index, one in zip(frozen, captured, strict=True):
+            if isinstance(one, Captured) and exports[index].woke(one.image):
+                outcome: bytes | Refusal = _AWAKE
+            elif isinstance(one, Captured):
+                image = _finish_image(exports[index], action.items[index], one)
+                outcome = self._too_much(len(image), shipped) or image
+            else:
+                outcome = one
+            results[index] = outcome
+            if isinstance(outcome, Refusal):
+                self.undo([exports[index]])
+            else:
+                shipped += len(outcome)
+        return results
+
+    # -- before anything is stopped
+
+    def _look(self, action: Freeze, exports: list[Export]) -> list[bytes | Refusal]:
+        """What has come against it since it was asked for; empty bytes: nothing."""
+        results: list[bytes | Refusal] = [b""] * len(exports)
+        for index, place in enumerate(action.places):
+            if obstacle := self._unreachable(place):
+                results[index] = Refusal(Code.NO_REDIRECT, obstacle)
+            elif too_much := self._too_much(exports[index].size_now_bytes, 0):
+                results[index] = too_much
+        for mode, indices in by_mode(
+            (place.mode, index) for index, place in enumerate(action.places)
+        ).items():
+            leaving = [connection for index in indices if (connection := exports[index].facts.tuple)]
+            if obstacle := self._shell.redirects[mode].obstacle(leaving):
+                refusal = Refusal(Code.REDIRECT, f"The {mode} redirect cannot be set up: {obstacle}.")
+                results = [refusal if index in indices else result for index, result in enumerate(results)]
+        return results
+
+    def _too_much(self, size: int, before: int) -> Refusal | None:
+        """Why an image cannot be shipped after ``before`` bytes of its chunk: queues grow."""
+        most = self._shell.config.image_bytes_max
+        if size > most:
+            return Refusal(
+                Code.TOO_LARGE,
+                f"Its queues have grown: the image has {size} bytes, and image_bytes_max is {most}; "
+                "try again when less is queued.",
+            )
+        if before + size > IMAGE_BYTES_MAX:
+            return Refusal(Code.CHANGED, "So much is queued that it did not fit into its chunk; try again.")
+        return None
+
+    def _unreachable(self, place: Place) -> str | None:
+        """Why packets cannot be led to a place; the routing tables are asked now and then, not each time."""
+        if place.mode is None or place.endpoint is None:
+            return None
+        key, now = (place.mode, place.endpoint.address), time.monotonic()
+        known = self._reachability.get(key)
+        if known is None or known[0] < now:
+            obstacle = self._shell.redirects[place.mode].reachable(place.endpoint.address)
+            known = self._reachability[key] = (time.monotonic() + _REACHABILITY_TTL_S, obstacle)
+        return known[1]
+
+    # -- owners
+
+    def _stop(self, exports: list[Export], results: list[bytes | Refusal], timeout_s: float) -> None:
+        going = [index for index, result in enumerate(results) if isinstance(result, bytes)]
+        pids = sorted({pid for index in going for pid in exports[index].holders})
+        inodes = [exports[index].facts.inode for index in going]
+        for index, refusal in zip(going, self._shell.engine.stop(inodes, pids, timeout_s), strict=True):
+            if refusal is None:
+                exports[index].stopped = True
+            else:
+                results[index] = refusal
+
+    def _resume(self, exports: Sequence[Export]) -> None:
+        stopped = [export for export in exports if export.stopped]
+        self._shell.engine.resume([export.facts.inode for export in stopped])
+        for export in stopped:
+            export.stopped = False
+
+    def resume_soon(self, exports: Sequence[Export]) -> None:
+        """Their sockets are closed; the importer need not wait until the owners run, the next freeze does."""
+        self._to_resume += exports
+        self._shell.loop.call_later(0, self._resume_released)
+
+    def _resume_released(self) -> None:
+        exports, self._to_resume = self._to_resume, []
+        self._resume(exports)
+
+    # -- packets
+
+    def _hold(self, exports: Sequence[Export], timeout_s: float) -> None:
+        tuples = [export.facts.tuple for export in exports if export.facts.tuple]
+        if tuples:
+            self._shell.held.want(tuples)
+            self._shell.holds.hold(tuples, timeout_s)
+        if listeners := _listening_at(exports):
+            self._shell.holds.hold_listeners(listeners, timeout_s)
+
+    def _unhold(self, exports: Sequence[Export]) -> None:
+        tuples = [export.facts.tuple for export in exports if export.facts.tuple]
+        if tuples:
+            self._shell.holds.unhold(tuples)
+            self._shell.held.deliver(self._shell.held.take(tuples))
+        if listeners := _listening_at(exports):
+            self._shell.holds.unhold_listeners(listeners)
+            self._shell.holds.unhold([one for export in exports for one in export.half_open])
+
+    def hold_again(self, exports: Sequence[Export]) -> None:
+        """While redirects are taken back; ``undo`` lifts it."""
+        self._hold(exports, _HOLD_MARGIN_S)
+
+    def earliest_safe(self) -> float:
+        """What was frozen before this (time.monotonic()) is not committed: its hold may end meanwhile."""
+        return time.monotonic() - self._shell.config.timing.freeze_deadline_s - _HOLD_MARGIN_S / 2
+
+
+def _listening_at(exports: Sequence[Export]) -> list[Endpoint]:
+    return [one.facts.local for one in exports if one.facts.kind is Kind.LISTENING and one.facts.local]
+
+
+def _finish_image(export: Export, item: Item, captured: Captured) -> bytes:
+    stamped = bytearray(captured.image)
+    stamp(
+        stamped,
+        migration_id=item.migration,
+        home_id=item.home,
+        listener_id=item.listener,
+        origin=ImagePlace.of(item.origin) if item.origin else None,
+        hop=item.hop,
+    )
+    image = bytes(stamped)
+    if export.selected.context:
+        image = with_section(image, Section.CONTEXT, export.selected.context)
+    export.image = image
+    export.record["image_bytes"] = len(image)
+    export.record["fidelity"] = {
+        "carried": captured.fidelity.carried,
+        "approximated": captured.fidelity.approximated,
+        "reset": captured.fidelity.reset,
+    }
+    if item.kind is Kind.LISTENING:
+        # The copy hears who connects to the importer, or to an address that takeover brings there.
+        export.record["fidelity"]["approximated"] = [*captured.fidelity.approximated, "new-connections"]
+    return image
