@@ -257,6 +257,9 @@ int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const 
 void sockmi_activate_sock(struct sock *sk);
 /* The same for a socket of any kind. 0 or -errno; of a connection it cannot fail. */
 int sockmi_activate(struct socket *sock, const struct sockmi_image *image);
+
+/* ---- close.c ---- */
+
 /* Closes it without a packet. The lock is held before and after; @error is what its user gets. */
 void sockmi_close_silently(struct sock *sk, int error);
 
