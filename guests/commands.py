@@ -10,6 +10,7 @@ from pathlib import Path
 
 from guests import keeper
 from guests.chroot import host_suite
+from guests.dkms import built
 from guests.errors import HarnessError
 from guests.guest import Plan
 from guests.image import Image
@@ -64,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     module.add_argument("--strict", action="store_true", help="anew, and with W=1 a warning is an error")
     module.add_argument("--to", type=Path, metavar="DIR", help="copy it there")
     module.set_defaults(do=_module)
+
+    dkms = kinds.add_parser(
+        "dkms", help="build it as a guest's DKMS would; prints the path of an archive for the guest's root"
+    )
+    dkms.add_argument("--kernel", choices=DEBIAN_KERNELS, required=True)
+    dkms.add_argument("--module", type=Path, metavar="DIR", default=PROJECT / "kmod")
+    dkms.set_defaults(do=_dkms)
 
     prepare = kinds.add_parser(
         "prepare", help="fetch and build what the tests need, so that they start at once"
@@ -130,6 +138,11 @@ def _module(options: argparse.Namespace) -> int:
     if options.to:
         made = Path(shutil.copy(made, options.to))
     print(made)
+    return 0
+
+
+def _dkms(options: argparse.Namespace) -> int:
+    print(built(DEBIAN_KERNELS[options.kernel], options.module.resolve()))
     return 0
 
 

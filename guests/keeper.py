@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from guests.dkms import built
 from guests.errors import HarnessError
@@ -107,10 +108,10 @@ def down(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def machines(folder: Path) -> list[dict[str, str]]:
+def machines(folder: Path) -> list[dict[str, Any]]:
     """What ``guests.json`` says of the guests of ``folder``; raises HarnessError if there are none."""
     try:
-        found: list[dict[str, str]] = json.loads((folder / "guests.json").read_text())
+        found: list[dict[str, Any]] = json.loads((folder / "guests.json").read_text())
     except FileNotFoundError:
         raise HarnessError(
             f"{folder} has no guests: start some with `python3 -m guests up {folder}`"
@@ -173,7 +174,7 @@ def _keep(folder: Path, wanted: Sequence[Wanted], basis: Plan, ready: int, stay:
             asdict(one) | {
                 "ipv4": segment.ipv4(one.number), "ipv6": segment.ipv6(one.number), "ssh_host": "127.0.0.1",
                 "ssh_port": guest.ssh_port, "ssh_user": "root", "ssh_key": str(private_key()),
-                "console": str(guest.console), "monitor": str(guest.monitor),
+                "console": str(guest.console), "monitor": str(guest.monitor), "emulated": guest.emulated,
             }
             for one, guest in zip(wanted, guests, strict=True)
         ]  # fmt: skip

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 NEVER = float("inf")
+SEGMENT_BYTES = 1400
 
 MOVED = frozenset({errno.ECONNABORTED, errno.ENOTCONN})
 """What calls on a descriptor fail with when its connection was taken to another host.
@@ -18,8 +19,8 @@ A peer that resets the connection gives ECONNRESET or EPIPE instead.
 
 
 def piece_bytes(largest: int, pace: int) -> int:
-    """How much to write at once: at a pace in bytes a second, no more than for 5 ms."""
-    return min(largest, max(1, pace // 200)) if pace else largest
+    """How much to write at once: at a pace in bytes a second, for 5 ms, or a segment if that is more."""
+    return min(largest, max(SEGMENT_BYTES, pace // 200)) if pace else largest
 
 
 class Session(ABC):

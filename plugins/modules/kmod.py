@@ -529,18 +529,22 @@ class Kmod:
             if _users():
                 self.reload_needed = True
                 return
-            self._modprobe("unload", "-r")
+            self._change("unload")
             self.reload_needed = False
         self._may_load()
-        self._modprobe("load")
+        self._change("load")
 
     def _stale(self) -> bool:
         """Whether what is loaded is another build than what is, or will be, installed."""
         if any(action.startswith("install ") for action in self.actions) and self.module.check_mode:
             return True
-        _code, out, _err = self.module.run_command(["modinfo", "-k", self.kernel, "-F", "srcversion", NAME])
-        file = LOADED / "srcversion"
-        return bool(out.strip()) and file.exists() and file.read_text().strip() != out.strip()
+        installed, file = self._srcversion(), LOADED / "srcversion"
+        return bool(installed) and file.exists() and file.read_text().strip() != installed
+
+    def _srcversion(self) -> str:
+        """What tells the build installed for the running kernel from others; empty if there is none."""
+        _code, out, _err = self.module.run_command(["modinfo", "-k", self.running, "-F", "srcversion", NAME])
+        return out.strip()
 
     def _may_load(self) -> None:
         if _text("/proc/sys/kernel/modules_disabled") == "1":
@@ -571,15 +575,19 @@ class Kmod:
         _code, out, _err = self.module.run_command([tool, "--test-key", str(MOK)])
         return "already enrolled" in out
 
-    def _modprobe(self, action: str, *flags: str) -> None:
+    def _change(self, action: str) -> None:
+        """``load`` or ``unload``."""
         self.actions.append(action)
         if self.module.check_mode:
             return
-        code, out, err = self.module.run_command(["modprobe", *flags, NAME])
+        words = ["modprobe", NAME] if action == "load" else ["modprobe", "-r", NAME]
+        if action == "unload" and not self._srcversion():
+            words = ["rmmod", NAME]  # loaded by hand (insmod): modprobe knows installed modules only
+        code, out, err = self.module.run_command(words)
         if code:
             raise Obstacle(
                 f"{action}-failed",
-                f"modprobe {' '.join([*flags, NAME])} ended with {code}: {(err or out).strip()}.",
+                f"{' '.join(words)} ended with {code}: {(err or out).strip()}.",
                 "See the kernel's log (journalctl -k).",
             )
 
@@ -596,7 +604,7 @@ class Kmod:
                 "device open (systemctl stop sockmid); force drops redirects, which cuts their "
                 "connections off.",
             )
-        self._modprobe("unload", "-r")
+        self._change("unload")
 
     def _flush(self) -> None:
         """Have the module forget its redirects, of this network namespace."""

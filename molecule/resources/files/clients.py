@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 FOLDER = Path("/run/clients")
-PACE = 20_000  # bytes a second, each way
+PACE = 2_000  # bytes a second, each way: an emulated machine has other things to do
 MORE = 2 * PACE  # bytes
 SILENCE = "120"  # seconds: an emulated machine on a busy one
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Makes a later release of SockMi of this checkout's sources, in the folder FOLDER, and its wheelhouse in it.
 
-There has been one release so far, so the next one differs in nothing but its number, which is VERSION.
+There has been one release so far, so the next one differs in nothing but its number and its module's,
+which are VERSION.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[3]
 NEEDED = ("daemon", "kmod", "docs", "completions", "scripts")
-NUMBERED = {"daemon/pyproject.toml": "version", "daemon/sockmi/version.py": "VERSION"}
+NUMBERED = {
+    "daemon/pyproject.toml": 'version = "',
+    "daemon/sockmi/version.py": 'VERSION = "',
+    "kmod/dkms.conf": 'PACKAGE_VERSION="',
+    "kmod/main.c": 'MODULE_VERSION("',
+}
+"""Files that name the release, and what stands before its number there."""
 
 
 def main(folder: Path, version: str) -> None:
@@ -23,13 +30,12 @@ def main(folder: Path, version: str) -> None:
     skipped = shutil.ignore_patterns("__pycache__", "build", "*.egg-info", "*.so", "*.o", "*.ko", ".*")
     for name in NEEDED:
         shutil.copytree(PROJECT / name, folder / name, ignore=skipped)
-    for name, word in NUMBERED.items():
+    for name, before in NUMBERED.items():
         file = folder / name
-        text, count = re.subn(
-            rf'^{word} = "[^"]+"', f'{word} = "{version}"', file.read_text(), flags=re.MULTILINE
-        )
+        pattern = rf'^({re.escape(before)})[^"]+'
+        text, count = re.subn(pattern, rf"\g<1>{version}", file.read_text(), flags=re.MULTILINE)
         if count != 1:
-            sys.exit(f"{name} has {count} lines {word} = ..., not one")
+            sys.exit(f"{name} has {count} lines that begin with {before}, not one")
         file.write_text(text)
     subprocess.run([sys.executable, folder / "scripts/wheelhouse", folder / "wheelhouse"], check=True)
 
