@@ -115,6 +115,20 @@ def test_other_parameters_wait_for_the_next_load(kmod: Any) -> None:
     assert kmod("unloaded")["changed"] is True
 
 
+def test_loaded_by_hand(kmod: Any) -> None:
+    """What was loaded from elsewhere, so that modprobe does not know it, is unloaded all the same."""
+    file = Path("/lib/modules", os.uname().release, "updates/dkms/sockmi.ko")
+    subprocess.run(["insmod", file], check=True, timeout=60)
+    file.unlink()
+    subprocess.run(["depmod"], check=True, timeout=60)
+    try:
+        unloaded = kmod("unloaded")
+        assert (unloaded["actions"], LOADED.is_dir()) == (["unload"], False)
+    finally:
+        shutil.copy(os.environ["SOCKMI_KO"], file)
+        subprocess.run(["depmod"], check=True, timeout=60)
+
+
 @pytest.mark.kernels("6.*", "7.*")  # a User-Mode-Linux kernel checks no signatures
 def test_secure_boot(kmod: Any) -> None:
     """With signatures enforced, as Secure Boot has it, it tries nothing, and says how to enroll the key."""
