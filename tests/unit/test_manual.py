@@ -262,7 +262,7 @@ def test_every_obstacle_to_the_module_is_explained() -> None:
         for program, package in re.findall(r'\("(\w+)", "(\w+)"\)', source)
         if program == package
     }
-    codes |= {f"{action}-failed" for action in re.findall(r'_modprobe\("(\w+)"', source)}
+    codes |= {f"{action}-failed" for action in re.findall(r'_change\("(\w+)"', source)}
     text = (DOCS / "operations.md").read_text().partition("## Why the kernel module")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \| .+ \| .+ \|$", text, re.MULTILINE)) == codes
     assert all(f"V({code})" in source for code in codes)

@@ -37,7 +37,10 @@ def main(folder: Path, version: str) -> None:
         if count != 1:
             sys.exit(f"{name} has {count} lines that begin with {before}, not one")
         file.write_text(text)
-    subprocess.run([sys.executable, folder / "scripts/wheelhouse", folder / "wheelhouse"], check=True)
+    pythons = [f"--python={one}" for one in ("3.11", "3.13")]  # of Debian 12 and 13
+    subprocess.run(
+        [sys.executable, folder / "scripts/wheelhouse", folder / "wheelhouse", *pythons], check=True
+    )
 
 
 main(Path(sys.argv[1]), sys.argv[2])
