@@ -279,7 +279,8 @@ def _unreachable(endpoints: Sequence[Endpoint]) -> str | None:
 
 
 def _import_lists(daemon: Parts) -> Check:
-    full = [kind for kind in daemon.importing.lists.maxima if daemon.importing.lists.room(kind) == 0]
+    lists = daemon.importing.stock.lists
+    full = [kind for kind in lists.maxima if lists.room(kind) == 0]
     if full:
         return _bad(
             "import lists",

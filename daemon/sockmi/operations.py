@@ -67,7 +67,7 @@ class Operations:
 
     def gone(self, client: Client) -> None:
         """See control.Handler."""
-        self._daemon.importing.gone(client)
+        self._daemon.importing.handover.gone(client)
         if (drain := self._drains.pop(client, None)) is not None:
             drain.cancel()
         if (batch := self._exports.pop(client, None)) is not None:
@@ -208,10 +208,10 @@ class Operations:
     # -- import
 
     def _import(self, client: Client, request: api.ImportRequest, descriptors: list[int]) -> None:
-        self._daemon.importing.wait(client, request)
+        self._daemon.importing.handover.wait(client, request)
 
     def _taken(self, client: Client, request: api.TakenRequest, descriptors: list[int]) -> None:
-        self._daemon.importing.taken(client, request)
+        self._daemon.importing.handover.taken(client, request)
 
     # -- reading
 
@@ -279,8 +279,9 @@ class Operations:
 
     def _import_rows(self) -> list[api.ImportRow]:
         rows = []
-        for candidate in self._daemon.importing.lists.listed():
-            copy = self._daemon.importing.copies[candidate.migration_id.bytes]
+        stock = self._daemon.importing.stock
+        for candidate in stock.lists.listed():
+            copy = stock.copies[candidate.migration_id.bytes]
             rows.append(
                 api.ImportRow(
                     migration_id=candidate.migration_id,
@@ -332,7 +333,7 @@ class Operations:
 
     def _status(self, client: Client, request: api.StatusRequest, descriptors: list[int]) -> None:
         daemon = self._daemon
-        lists = daemon.importing.lists
+        lists = daemon.importing.stock.lists
         counts = lists.counts()
         outcomes: dict[api.Outcome, int] = {}
         for metric in daemon.metrics.migrations.collect():

@@ -201,11 +201,7 @@ class Daemon:
             actions.Ignored: self._ignored,
             actions.Quiet: lambda action: self.loop.stop(),
             **self.exporting.carry_out(),
-            actions.Reserve: self.importing.reserve,
-            actions.Unreserve: self.importing.unreserve,
-            actions.Prepare: self.importing.prepare,
-            actions.Activate: self.importing.activate,
-            actions.Discard: self.importing.discard,
+            **self.importing.carry_out(),
             actions.Reroute: self.redirecting.reroute,
             actions.SaveRoutes: self.redirecting.save_routes,
             actions.Collect: self.redirecting.collect,
@@ -255,11 +251,11 @@ class Daemon:
         self.redirecting.add_routes(started.routes)
         self.redirecting.add_holdings(started.holdings)
         held = frozenset(self.tables.held())
-        self.importing.resume(
+        self.importing.resumption.resume(
             started.prepared, lambda one: recovery.came_to_life(one, held), recovery.unconnected_lives
         )
         self.redirecting.look_for_listeners(self.tables.missed_listeners())
-        copies = self.importing.copies.values()
+        copies = self.importing.stock.copies
         recovery.kernel(
             self.redirecting.routes,
             self.redirecting.holdings,
@@ -368,7 +364,7 @@ class Daemon:
             self.core.settings = core_settings(self.config)
             self.core.policy = POLICIES[self.config.policy]()
             self.capacity.weight = offered_weight(self.config.weight)
-            self.importing.set_maxima(self.config.imports)
+            self.importing.stock.room.set_maxima(self.config.imports)
             logs.set_level(self.config)
         finally:
             notify.ready()
@@ -387,7 +383,7 @@ class Daemon:
 
     def _look_at_ages(self) -> None:
         """Of what waits in the import lists."""
-        self.importing.look_at_ages()
+        self.importing.ages.look()
         self.loop.call_later(_AGES_INTERVAL_S, self._look_at_ages)
 
     def _look_at_listeners(self) -> None:
@@ -496,7 +492,7 @@ class Daemon:
             self._received(source, content, messages.Channel.STREAM)
         elif kind == _FRAME_HELD:
             try:
-                self.importing.held_arrived(bytes(content))
+                self.importing.stock.copies.held_arrived(bytes(content))
             except ValueError as error:
                 _log.warning("%s sent malformed held packets: %s", self.members.name_of(source), error)
         elif kind == _FRAME_ICMP:
@@ -571,7 +567,7 @@ class Daemon:
         return found
 
     def _waits_for_application(self, holding: Holding) -> bool:
-        return holding.migration in self.importing.copies
+        return holding.migration in self.importing.stock.copies
 
 
 def _lock(path: Path) -> int:

@@ -26,7 +26,9 @@ from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
 from sockmi.image import Family, ImageError
 from sockmi.import_lists import Candidate
-from sockmi.importing import Copy, Handing, Importing, Wish
+from sockmi.importing import Importing
+from sockmi.importing.copies import Copy
+from sockmi.importing.handover import Handing, Wish
 from sockmi.metrics import Metrics
 from sockmi.movelog import MoveLog
 from sockmi.placing import Placing
@@ -68,7 +70,7 @@ def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None
     shell, events = told(loop=later, spool=spool)
     placing = Placing([Mode.NAT], lambda _unused: None, lambda _unused: False, trying)
     importing = Importing(shell, placing, Capacity(), None)  # type: ignore[arg-type]
-    importing.reserve(a.Reserve(BATCH, HOME, 1, (bound(1), bound(2)), (Mode.NAT,), (None, None)))
+    importing.reservations.reserve(a.Reserve(BATCH, HOME, 1, (bound(1), bound(2)), (Mode.NAT,), (None, None)))
     [done] = events
     assert isinstance(done, e.ReserveDone)
     refused, good = done.places
@@ -99,16 +101,17 @@ def test_what_cannot_be_journalled_is_not_brought_to_life() -> None:
     client: Any = object()
     copy: Any = SimpleNamespace(
         client=client, record={}, holding=None, handed=None, tuple=None, chunk="c-0", fd=-1,
-        arrival=Arrival(item, Place()), candidate=SimpleNamespace(migration_id=UUID(bytes=item.migration)),
+        migration=item.migration, arrival=Arrival(item, Place()),
+        candidate=SimpleNamespace(migration_id=UUID(bytes=item.migration)),
     )  # fmt: skip
-    importing.copies[item.migration] = copy
+    importing.stock.copies.add(copy)
     handing = Handing(Wish(SimpleNamespace(), None), [copy], lambda: None, False)  # type: ignore[arg-type]
-    importing._handings[client] = handing
+    importing.handover._handings[client] = handing
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Importing, "_keep_listed", lambda *_unused: None)
+        patched.setattr("sockmi.importing.activation.keep_listed", lambda *_unused: None)
         with pytest.raises(OSError, match="No space"):
-            importing.activate(a.Activate(ChunkId(BATCH, 0), (holding,)))
-    importing.taken(client, TakenRequest(id=1, op="taken", migrations=[copy.candidate.migration_id]))
+            importing.activation.activate(a.Activate(ChunkId(BATCH, 0), (holding,)))
+    importing.handover.taken(client, TakenRequest(id=1, op="taken", migrations=[copy.candidate.migration_id]))
     assert not handing.decided and handing.taken is not None and not lifted
 
 
@@ -174,7 +177,7 @@ def test_an_image_that_cannot_be_looked_at_is_refused(
     def examine(*_unused: object) -> None:
         raise error
 
-    monkeypatch.setattr("sockmi.importing.examine", examine)
+    monkeypatch.setattr("sockmi.importing.preparer.examine", examine)
     loop = SimpleNamespace(call_later=lambda *_unused: None)
     engine = SimpleNamespace(restore=lambda *_unused: [], discard=list)
     shell, events = told(loop=loop, engine=engine)
@@ -183,13 +186,13 @@ def test_an_image_that_cannot_be_looked_at_is_refused(
     )
     placing: Any = SimpleNamespace(forget=lambda _unused: None)
     importing = Importing(shell, placing, Capacity(), redirecting)
-    room = importing.lists.room(Kind.BOUND)
-    importing.prepare(a.Prepare(ChunkId(BATCH, 0), HOME, (Arrival(bound(1), Place()),), (b"image",)))
+    room = importing.stock.lists.room(Kind.BOUND)
+    importing.preparer.prepare(a.Prepare(ChunkId(BATCH, 0), HOME, (Arrival(bound(1), Place()),), (b"image",)))
     [done] = events
     assert isinstance(done, e.PrepareDone)
     [refusal] = done.results
     assert isinstance(refusal, Refusal)
-    assert importing.lists.room(Kind.BOUND) == room
+    assert importing.stock.lists.room(Kind.BOUND) == room
 
 
 def test_owners_run_again_though_a_hold_cannot_be_lifted() -> None:
@@ -260,8 +263,8 @@ def prepared(shell: Any, context_bytes: int = 0) -> tuple[Importing, Copy]:
         Arrival(item, Place()), f"{BATCH.hex()}-0", candidate, Placement(item.local, False), facts, {},
         datetime.now(UTC), fd=-1, image=b"image",
     )  # fmt: skip
-    importing.copies[item.migration] = copy
-    importing._spooled[copy.chunk] = {item.migration}
+    importing.stock.copies.add(copy)
+    importing.stock.images.remember(copy)
     return importing, copy
 
 
@@ -280,8 +283,8 @@ def test_what_is_discarded_stays_in_the_spool_while_the_journal_has_it(full: boo
         engine=SimpleNamespace(discard=list, name="repair"),
     )
     importing, copy = prepared(shell)
-    importing.discard(a.Discard(ChunkId(BATCH, 0), (copy.arrival.item.migration,)))
-    assert not importing.copies
+    importing.preparer.discard(a.Discard(ChunkId(BATCH, 0), (copy.arrival.item.migration,)))
+    assert not importing.stock.copies
     assert removed == ([] if full else [copy.chunk])
 
 
@@ -296,10 +299,10 @@ def test_who_cannot_be_given_a_context_is_disconnected(monkeypatch: pytest.Monke
 
         def close(self) -> None:
             self.closed = True
-            importing.gone(self)  # type: ignore[arg-type]
+            importing.handover.gone(self)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("sockmi.importing._memfd", no_more)
-    monkeypatch.setattr("sockmi.importing.section", lambda *_unused: b"context")
+    monkeypatch.setattr("sockmi.importing.handover.context_file", no_more)
+    monkeypatch.setattr("sockmi.importing.handover.section", lambda *_unused: b"context")
     timer = SimpleNamespace(cancel=lambda: None)
     shell, _unused = told(
         loop=SimpleNamespace(call_later=lambda *_unused: timer),
@@ -308,8 +311,8 @@ def test_who_cannot_be_given_a_context_is_disconnected(monkeypatch: pytest.Monke
     importing, copy = prepared(shell, context_bytes=7)
     client: Any = Someone()
     wish: Any = parse_request(b'{"op": "import", "requests": [{"states": ["bound"]}]}')
-    importing._wishes[client] = Wish(wish, None)
+    importing.handover._wishes[client] = Wish(wish, None)
     ended: list[bool] = []
-    importing._hand(client, [copy], lambda: ended.append(True))
+    importing.handover.hand(client, [copy], lambda: ended.append(True))
     assert client.closed and ended == [True] and copy.client is None
-    assert importing.lists.is_listed(copy.candidate.migration_id)
+    assert importing.stock.lists.is_listed(copy.candidate.migration_id)

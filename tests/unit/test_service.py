@@ -50,8 +50,8 @@ def test_a_host_that_is_overfull_offers_its_load() -> None:
     shell: Any = SimpleNamespace(config=Config(imports=limits), metrics=Metrics())
     importing = Importing(shell, None, capacity, None)  # type: ignore[arg-type]
     for _turn in range(70):
-        importing.lists.put(Candidate(uuid4(), Kind.CONNECTED, None, None, 0, None))
-    importing.set_maxima(ImportConfig(max_bound=0, max_listening=0, max_connected=1))
+        importing.stock.lists.put(Candidate(uuid4(), Kind.CONNECTED, None, None, 0, None))
+    importing.stock.room.set_maxima(ImportConfig(max_bound=0, max_listening=0, max_connected=1))
     assert capacity.load == 1000
 
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""Places for sockets that are announced: chosen and kept, or given up."""
+
+from __future__ import annotations
+
+import logging
+
+from sockmi.early_holds import EarlyHolds
+from sockmi.importing.copies import importer_failed
+from sockmi.placing import Placing
+from sockmi.protocol.actions import Reserve, Unreserve
+from sockmi.protocol.events import ReserveDone
+from sockmi.protocol.records import Place
+from sockmi.refusal import Refusal
+from sockmi.shell import Shell
+
+_log = logging.getLogger(__name__)
+
+
+class Reservations:
+    """``reserve`` stands beside its inverse, ``unreserve``; the places themselves are `Placing`'s."""
+
+    def __init__(self, shell: Shell, placing: Placing, early: EarlyHolds) -> None:
+        self._shell = shell
+        self._placing = placing
+        self._early = early
+
+    def reserve(self, action: Reserve) -> None:
+        """Choose the place of each copy, and keep it."""
+        places: list[Place | Refusal] = []
+        for item, former in zip(action.items, action.former, strict=True):
+            try:
+                places.append(self._placing.choose(item, action.modes, former))
+            except Refusal as refusal:
+                places.append(refusal)
+            except Exception as error:  # no more descriptors, say: the others go on
+                _log.exception("a place for %s", item)
+                self._placing.forget(item.migration)
+                places.append(importer_failed(error))
+        self._shell.dispatch(ReserveDone(action.batch, action.exporter, action.page, tuple(places)))
+        self._shell.loop.call_later(0, self._shell.spool.provide)  # when RESERVED is on its way
+        self._early.promise(
+            {
+                item.migration: stranger
+                for item, former in zip(action.items, action.former, strict=True)
+                if former is None and (stranger := self._placing.stranger(item.migration))
+            }
+        )
+
+    def unreserve(self, action: Unreserve) -> None:
+        """They will not come."""
+        self._early.drop(action.migrations)
+        for migration in action.migrations:
+            self._placing.forget(migration)
