@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from sockmi import durable
 from sockmi.addresses import Endpoint, FourTuple
@@ -175,6 +176,16 @@ class Redirecting:
         self._shell.metrics.redirects.labels(direction="import").set(len(self.holdings))
 
     # -- the core's actions
+
+    def carry_out(self) -> dict[type, Callable[[Any], None]]:
+        """What carries out which action of the core."""
+        return {
+            Reroute: self.reroute,
+            SaveRoutes: self.save_routes,
+            Collect: self.collect,
+            ForgetNotices: self.forget_notices,
+            ForgetHoldings: self.forget_holdings,
+        }
 
     def reroute(self, action: Reroute) -> None:
         """Lead connections straight to their new holders."""

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import fcntl
 import gc
 import logging
 import os
@@ -20,48 +18,44 @@ import socket
 import sqlite3
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
-from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any
 
 from sockmi import durable, logs, notify
+from sockmi.chores import Chores
 from sockmi.config import Config, ConfigError
 from sockmi.control import ControlServer
+from sockmi.core_settings import core_settings, offered_weight
 from sockmi.crashpoints import arm
 from sockmi.diag import DestroyedSockets, SocketDiag
+from sockmi.driver import Driver
 from sockmi.engine.choice import choose
-from sockmi.engine.duplicate import duplicate
 from sockmi.engine.kernel import ModuleMissing
 from sockmi.engine.listing import listeners
-from sockmi.engine.owners import find_holders
 from sockmi.engine.trial import obstacle
 from sockmi.exporting import Exporting
+from sockmi.holders import Holders, duplicates
 from sockmi.importing import Importing
 from sockmi.journal import Journal, JournalError
 from sockmi.limits import raise_limit
 from sockmi.members import Members
+from sockmi.messenger import Messenger
 from sockmi.metrics import Metrics
 from sockmi.native import library, trim
 from sockmi.operations import Operations
-from sockmi.placing import Placing, local_addresses
+from sockmi.placing import Placing
 from sockmi.policy import POLICIES
-from sockmi.protocol import actions, events, messages
-from sockmi.protocol.codec import CodecError, decode, encode
+from sockmi.protocol import actions, events
 from sockmi.protocol.context import Capacity
-from sockmi.protocol.context import Settings as CoreSettings
 from sockmi.protocol.core import Core
 from sockmi.protocol.records import Holding, HostId, Route
 from sockmi.recovery import Recovery
-from sockmi.redirect.base import Outbound
 from sockmi.redirect.factory import make_redirects
 from sockmi.redirect.held import HeldPackets
-from sockmi.redirect.icmp import IcmpError, IcmpInjector, IcmpRelay
+from sockmi.redirect.icmp import IcmpInjector, IcmpRelay
 from sockmi.redirecting import Redirecting
-from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, unknown
+from sockmi.shell import Shell
 from sockmi.spool import Spool, SpoolError
+from sockmi.starting import StartError, lock_state
 from sockmi.transport.group import GroupError
 from sockmi.transport.identity import Identity, IdentityError
 from sockmi.transport.keyring import KeyFileError
@@ -70,25 +64,7 @@ from sockmi.version import VERSION
 
 _log = logging.getLogger(__name__)
 
-_FRAME_PROTOCOL = 0
-_FRAME_ICMP = 1
-_FRAME_HELD = 2
-_FOLD_INTERVAL_S = 1.0
-_TRIM_AFTER_ROWS = 100
-_ADDRESSES_INTERVAL_S = 10.0
-_AGES_INTERVAL_S = 1.0
-_KEEP_HISTORY = 100_000
-_PRUNE_INTERVAL_S = 60.0
-_PRUNE_ROWS = 1000  # at once
 _STOP_GRACE_S = 5.0
-# Halves, thirds, quarters and fifths are whole, and 1000 fits in 16 bits.
-_WEIGHT_UNITS = 60
-# What is in doubt is silent until the other host is heard again: ask often.
-_RETRY_MAX_S = 3.0
-
-
-class StartError(Exception):
-    """The daemon cannot start; the text says what, where and what to do."""
 
 
 class DaemonFailed(Exception):
@@ -118,13 +94,7 @@ class Daemon:
         self.started_at = time.monotonic()
         self.stopping = False
         self.metrics = Metrics()
-        self._events: deque[events.Event] = deque()
-        self._draining = False
-        self._failure: Exception | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._untrimmed = 0  # rows folded since memory was given back
-        config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = _lock(config.state_dir / "lock")
+        self._lock = lock_state(config.state_dir)
         self.journal = Journal(config.journal_path)
         self.identity = Identity.load_or_create(config.state_dir)
         self.host_name = config.host_name or socket.gethostname()
@@ -138,6 +108,7 @@ class Daemon:
         self.core = Core(
             self.identity.host_id, core_settings(config), self.capacity, POLICIES[config.policy]()
         )
+        self.driver = Driver(self.loop, self.core)
         arm(library())
         try:
             self.engine, self.why_engine = choose(config.engine, self.tables.settings.inject_mark)
@@ -151,8 +122,8 @@ class Daemon:
             self.host_name,
             on_datagram=self._datagram,
             on_frame=self._frame,
-            on_opened=lambda host: self.dispatch(events.StreamOpened(host)),
-            on_lost=lambda host, reason: self.dispatch(events.StreamLost(host, reason)),
+            on_opened=lambda host: self.driver.dispatch(events.StreamOpened(host)),
+            on_lost=lambda host, reason: self.driver.dispatch(events.StreamLost(host, reason)),
             on_count=self._members_changed,
             engine=self.engine.name,
         )
@@ -169,8 +140,8 @@ class Daemon:
             journal=self.journal,
             spool=Spool(config.spool_dir),
             metrics=self.metrics,
-            dispatch=self.dispatch,
-            send_held=lambda host, content: self.members.send_frame(host, _FRAME_HELD, content, more=True),
+            dispatch=self.driver.dispatch,
+            send_held=self._send_held,
             name_of=self.members.name_of,
         )
         routes: dict[bytes, Route] = {}
@@ -178,7 +149,8 @@ class Daemon:
         self.redirecting = Redirecting(
             self.shell, routes, holdings, self.diag.state, listeners, self._waits_for_application
         )
-        self.exporting = Exporting(self.shell, self.redirecting, self._find_holders, self.diag.destroy)
+        holders = Holders(self.loop, self.engine)
+        self.exporting = Exporting(self.shell, self.redirecting, holders.find, self.diag.destroy)
         self.importing = Importing(
             self.shell,
             Placing(
@@ -191,22 +163,33 @@ class Daemon:
             self.redirecting,
         )
         self.operations = Operations(self)
-        self._icmp_relay = IcmpRelay(self.tables, list(self.redirects.values()), self._ship_icmp)
         self._icmp_injector = IcmpInjector(self.tables)
+        self.messenger = Messenger(
+            self.members,
+            self.driver.dispatch,
+            route_of=self.redirecting.route_of,
+            held_arrived=self.importing.stock.copies.held_arrived,
+            inject=self._icmp_injector.inject,
+        )
+        self._icmp_relay = IcmpRelay(self.tables, list(self.redirects.values()), self.messenger.send_icmp)
+        self._chores = Chores(
+            self.loop,
+            self.shell,
+            self.capacity,
+            is_idle=lambda: self.core.idle,
+            look_at_listeners=self.redirecting.look_at_listeners,
+            look_at_ages=self.importing.ages.look,
+        )
         self._destroyed: DestroyedSockets | None = None
         self._control: ControlServer | None = None
-        self._carry_out: dict[type, Callable[[Any], None]] = {
-            actions.Send: self._send,
+        self.driver.carry_out = {
+            actions.Send: self.messenger.send,
+            actions.Ignored: self.messenger.ignored,
             actions.OpenStream: lambda action: self.members.open(action.host),
-            actions.Ignored: self._ignored,
             actions.Quiet: lambda action: self.loop.stop(),
             **self.exporting.carry_out(),
             **self.importing.carry_out(),
-            actions.Reroute: self.redirecting.reroute,
-            actions.SaveRoutes: self.redirecting.save_routes,
-            actions.Collect: self.redirecting.collect,
-            actions.ForgetNotices: self.redirecting.forget_notices,
-            actions.ForgetHoldings: self.redirecting.forget_holdings,
+            **self.redirecting.carry_out(),
         }
 
     # -- life
@@ -218,7 +201,7 @@ class Daemon:
         self.loop.add_signal_handler(signal.SIGHUP, self._hangup)
         for redirect in self.redirects.values():
             redirect.setup()
-        self.dispatch(self._recover())
+        self.driver.dispatch(self._recover())
         self._destroyed = DestroyedSockets(
             self.redirecting.destroyed, self.redirecting.listener_destroyed, self.redirecting.look_at_all
         )
@@ -233,18 +216,14 @@ class Daemon:
         self._control = ControlServer(
             self.loop, self.config.control_path, self.config.control_mode, self.operations
         )
-        self._fold()
-        self._prune()
-        self._learn_addresses()
-        self._look_at_listeners()
-        self._look_at_ages()
+        self._chores.start()
         self.exporting.listeners.queues.resume()
         _log.info("host %s (%s) is ready", self.host_name, self.identity.host_id.hex())
 
     def _recover(self) -> events.Started:
         """Settle what an earlier run left; what is to be resumed."""
         recovery = Recovery(
-            self.shell, self.diag.find, self.diag.destroy, self._duplicates, self.exporting.listeners.queues
+            self.shell, self.diag.find, self.diag.destroy, duplicates, self.exporting.listeners.queues
         )
         recovery.exports()
         started = durable.started(self.journal)
@@ -287,13 +266,13 @@ class Daemon:
         notify.ready()
         watchdog_s = notify.watchdog_interval_s()
         if watchdog_s:
-            self._watchdog(watchdog_s)
+            self._chores.watch(watchdog_s)
         try:
             self.loop.run_forever()
         finally:
             self.close()
-        if self._failure is not None:
-            raise DaemonFailed(str(self._failure)) from self._failure
+        if (failure := self.driver.failure) is not None:
+            raise DaemonFailed(str(failure)) from failure
 
     def stop(self) -> None:
         """Finish what is committed, undo what is not, then end."""
@@ -301,7 +280,7 @@ class Daemon:
             return
         self.stopping = True
         notify.stopping()
-        self.dispatch(events.Stop(_STOP_GRACE_S))
+        self.driver.dispatch(events.Stop(_STOP_GRACE_S))
 
     def close(self) -> None:
         """Close everything; redirects, holds, journal and spool stay for the next run."""
@@ -319,18 +298,9 @@ class Daemon:
             self._destroyed.close()
         self.metrics.close()
         self.diag.close()
-        while self.shell.moves.write(idle=True):
-            pass
-        try:
-            self.journal.prune(_KEEP_HISTORY)
-        except Exception:  # a full disk is no reason not to stop
-            _log.exception("pruning the journal")
+        self._chores.finish()
         self.journal.close()
         self.loop.close()
-
-    def _watchdog(self, interval_s: float) -> None:
-        notify.alive()
-        self.loop.call_later(interval_s, self._watchdog, interval_s)
 
     def _hangup(self) -> None:
         try:
@@ -370,230 +340,30 @@ class Daemon:
             notify.ready()
         return changed, [name for name in differing if name not in live]
 
-    def _learn_addresses(self) -> None:
-        """An exporter may name its target by any address of that host."""
-        future = self.loop.run_in_executor(None, local_addresses)
-
-        def learnt(one: asyncio.Future[frozenset[IPv4Address | IPv6Address]]) -> None:
-            if not one.cancelled() and one.exception() is None:
-                self.capacity.addresses = one.result()
-
-        future.add_done_callback(learnt)
-        self.loop.call_later(_ADDRESSES_INTERVAL_S, self._learn_addresses)
-
-    def _look_at_ages(self) -> None:
-        """Of what waits in the import lists."""
-        self.importing.ages.look()
-        self.loop.call_later(_AGES_INTERVAL_S, self._look_at_ages)
-
-    def _look_at_listeners(self) -> None:
-        """The kernel has no news of a socket that only stops listening."""
-        self.redirecting.look_at_listeners()
-        self.loop.call_later(self.config.timing.audit_interval_s, self._look_at_listeners)
-
     def _members_changed(self, group: str, count: int) -> None:
         self.metrics.members.labels(group=group).set(count)
         self.capacity.members = self.members.hosts()
 
-    def _fold(self) -> None:
-        """Off the freeze: index what the journal has appended, and give back memory after much work."""
-        if self.core.idle:
-            with contextlib.suppress(sqlite3.Error, OSError):  # a full disk: next time
-                self.shell.catch_up()
-                self._untrimmed += self.journal.fold()
-            if self._untrimmed >= _TRIM_AFTER_ROWS:
-                self._untrimmed = 0
-                gc.collect()
-                trim()
-        self._tell_moves()
-        self.loop.call_later(_FOLD_INTERVAL_S, self._fold)
-
-    def _prune(self) -> None:
-        """Now and then, a little at a time: the history does not grow without end between two stops."""
-        pruned = 0
-        if self.core.idle:
-            with contextlib.suppress(sqlite3.Error):
-                pruned = self.journal.prune(_KEEP_HISTORY, _PRUNE_ROWS)
-        more = pruned == _PRUNE_ROWS or not self.core.idle
-        self.loop.call_later(_FOLD_INTERVAL_S if more else _PRUNE_INTERVAL_S, self._prune)
-
-    def _tell_moves(self) -> None:
-        if self.shell.moves.write(idle=self.core.idle):
-            self.loop.call_later(0, self._tell_moves)
-
-    # -- events and actions
-
-    def dispatch(self, event: events.Event) -> None:
-        """Feed an event to the core and carry out what it answers, in order."""
-        self._events.append(event)
-        if not self._draining:
-            self._drain(list)
-
-    def _drain(self, begin: Callable[[], list[actions.Action]]) -> None:
-        """Carry out actions, then handle what events there are, and their actions, until nothing is left."""
-        if self._failure is not None:
-            return
-        self._draining = True
-        try:
-            self._perform(begin())
-            while self._events:
-                self._perform(self.core.handle(self._events.popleft(), time.monotonic()))
-        except Exception as error:
-            _log.critical("this was not to be expected; the daemon ends, to begin anew", exc_info=True)
-            self._failure = error
-            self.loop.stop()
-        finally:
-            self._draining = False
-        self._set_timer()
-
-    def _perform(self, todo: list[actions.Action]) -> None:
-        for action in todo:
-            carry_out = self._carry_out.get(type(action))
-            if carry_out is None:
-                raise unknown(action)
-            carry_out(action)
-
-    def _set_timer(self) -> None:
-        deadline = self.core.next_deadline()
-        if self._timer is not None:
-            if deadline is not None and abs(self._timer.when() - deadline) < 1e-6:
-                return
-            self._timer.cancel()
-            self._timer = None
-        if deadline is not None:
-            # asyncio's clock is time.monotonic too.
-            self._timer = self.loop.call_at(deadline, self._ring)
-
-    def _ring(self) -> None:
-        self._timer = None
-        self._drain(lambda: self.core.handle_timer(time.monotonic()))
-
-    # -- messages
-
-    def _send(self, action: actions.Send) -> None:
-        try:
-            encoded = encode(action.message)
-        except CodecError as error:
-            _log.error("a message cannot be sent: %s", error)
-            if action.to is not None:
-                self._events.append(events.SendFailed(action.to, action.message, str(error)))
-            return
-        if action.channel is messages.Channel.STREAM and action.to is not None:
-            if not self.members.send_frame(action.to, _FRAME_PROTOCOL, encoded):
-                self._events.append(events.StreamLost(action.to, "no stream"))
-        else:
-            self.members.send_datagram(encoded, action.to)
+    # -- for parts that are made before those who answer them
 
     def _datagram(self, source: HostId, content: bytes) -> None:
-        self._received(source, content, messages.Channel.DATAGRAM)
+        self.messenger.datagram(source, content)
 
     def _frame(self, source: HostId, kind: int, content: memoryview) -> None:
-        if kind == _FRAME_PROTOCOL:
-            self._received(source, content, messages.Channel.STREAM)
-        elif kind == _FRAME_HELD:
-            try:
-                self.importing.stock.copies.held_arrived(bytes(content))
-            except ValueError as error:
-                _log.warning("%s sent malformed held packets: %s", self.members.name_of(source), error)
-        elif kind == _FRAME_ICMP:
-            self._received_icmp(source, bytes(content))
-        else:
-            _log.warning("%s sent a frame of unknown kind %d", self.members.name_of(source), kind)
+        self.messenger.frame(source, kind, content)
 
-    def _received(self, source: HostId, content: bytes | memoryview, channel: messages.Channel) -> None:
-        try:
-            message = decode(content)
-        except CodecError as error:
-            _log.warning("%s sent a malformed message: %s", self.members.name_of(source), error)
-            return
-        self.dispatch(events.Received(source, message, channel))
-
-    def _ignored(self, action: actions.Ignored) -> None:
-        name = type(action.message).__name__
-        _log.debug("ignored %s of %s: %s", name, self.members.name_of(action.source), action.why)
-
-    # -- ICMP errors about connections that have left
-
-    def _ship_icmp(self, away: Outbound, error: IcmpError) -> None:
-        route = self.redirecting.route_of(away.tuple)
-        if route is not None:
-            self.members.send_frame(route.holder, _FRAME_ICMP, error.to_bytes())
-
-    def _received_icmp(self, source: HostId, content: bytes) -> None:
-        try:
-            error = IcmpError.from_bytes(content)
-        except ValueError as malformed:
-            _log.warning("%s sent a malformed ICMP error: %s", self.members.name_of(source), malformed)
-            return
-        self._icmp_injector.inject(error)
-
-    # -- helpers of the halves
-
-    def _find_holders(
-        self, inodes: set[int], found: Callable[[dict[int, list[int]], dict[int, Refusal]], None]
-    ) -> None:
-        """Look through /proc in a thread: it takes milliseconds, and nothing is frozen yet."""
-        owners = self.engine.owners
-
-        def finish(one: asyncio.Future[dict[int, dict[int, list[int]]]]) -> None:
-            try:
-                holders = one.result()
-                verdicts = dict(zip(holders, self.engine.obstacles(list(holders)), strict=True))
-            except Exception as error:
-                if not isinstance(error, OSError):
-                    _log.exception("looking for the owners of %d sockets", len(inodes))
-                message = f"The owners of this socket cannot be found ({error}); try again."
-                found({}, dict.fromkeys(inodes, Refusal(Code.OWNER_UNSTOPPABLE, message)))
-                return
-            found(
-                {inode: sorted(by_pid) for inode, by_pid in holders.items()},
-                {inode: refusal for inode, refusal in verdicts.items() if refusal is not None},
-            )
-
-        self.loop.run_in_executor(None, owners.find, inodes).add_done_callback(finish)
-
-    def _duplicates(self, inodes: set[int]) -> dict[int, int]:
-        """A descriptor of ours for each of the sockets that some process still holds."""
-        found: dict[int, int] = {}
-        for inode, holders in find_holders(inodes)[0].items():
-            for pid, descriptors in holders.items():
-                try:
-                    found[inode] = duplicate(pid, descriptors[0], inode)
-                    break
-                except Refusal as refusal:
-                    # What cannot be looked at for want of a descriptor must not pass for gone.
-                    if refusal.code is Code.NO_DESCRIPTORS:
-                        raise StartError(refusal.message) from None
-        return found
+    def _send_held(self, importer: HostId, content: bytes) -> bool:
+        return self.messenger.send_held(importer, content)
 
     def _waits_for_application(self, holding: Holding) -> bool:
         return holding.migration in self.importing.stock.copies
-
-
-def _lock(path: Path) -> int:
-    """Keep other daemons from this state: they would settle what we have under way. Goes with the process."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StartError(
-            f"{path}: another daemon uses this state; stop it, or choose another state_dir"
-        ) from None
-    return descriptor
-
-
-def offered_weight(weight: float) -> int:
-    """What OFFER says of ``weight`` (more than 0 to 1000), in sixtieths; never 0: that has a meaning."""
-    return max(1, round(weight * _WEIGHT_UNITS))
 
 
 def _uninstall(config: Config, force: bool) -> int:
     """``--remove-redirects``; 0, or 1 if connections depend on them."""
     from sockmi.uninstalling import Needed, remove_redirects
 
-    config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = _lock(config.state_dir / "lock")
+    lock = lock_state(config.state_dir)
     try:
         cut_off = remove_redirects(config, force=force)
     except Needed as needed:
@@ -603,22 +373,6 @@ def _uninstall(config: Config, force: bool) -> int:
         os.close(lock)
     print(f"removed; {cut_off} connections were cut off" if cut_off else "removed")
     return 0
-
-
-def core_settings(config: Config) -> CoreSettings:
-    """The protocol core's settings from the configuration."""
-    timing = config.timing
-    grace_s = timing.offer_grace_s
-    return CoreSettings(
-        request_interval_s=timing.request_interval_s,
-        offer_grace_s=POLICIES[config.policy].grace_s if grace_s is None else grace_s,
-        lease_s=timing.lease_s,
-        freeze_deadline_s=timing.freeze_deadline_s,
-        audit_interval_s=timing.audit_interval_s,
-        retry_max_s=_RETRY_MAX_S,
-        chunk_items=config.chunk_size,
-        pipeline_depth=config.pipeline_depth,
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,10 +13,12 @@ import pytest
 from pydantic import ValidationError
 
 from sockmi.config import Config, ImportConfig
+from sockmi.core_settings import core_settings, offered_weight
 from sockmi.engine.base import Kind
 from sockmi.image import LIMIT_BYTES
 from sockmi.import_lists import Candidate
 from sockmi.importing import Importing
+from sockmi.messenger import Messenger
 from sockmi.metrics import Metrics
 from sockmi.policy import POLICIES
 from sockmi.protocol import actions, events
@@ -25,7 +27,6 @@ from sockmi.protocol.codec import STREAM_BYTES_MAX, CodecError, decode, encode
 from sockmi.protocol.context import Capacity
 from sockmi.protocol.records import CHUNK_ITEMS_MAX, IMAGE_BYTES_MAX, ChunkId, Counts, Place
 from sockmi.redirect.base import Mode
-from sockmi.service import Daemon, core_settings, offered_weight
 
 HEADER = Path(__file__).parents[2] / "daemon/libsockmi/engine/image.h"
 
@@ -80,9 +81,10 @@ def test_the_largest_chunk_can_be_shipped() -> None:
 def test_a_message_that_cannot_be_written_is_told_to_the_core() -> None:
     """The daemon goes on."""
     waiting: list[events.Event] = []
-    daemon: Any = SimpleNamespace(_events=waiting)
+    nothing: Any = None
+    messenger = Messenger(nothing, waiting.append, route_of=nothing, held_arrived=nothing, inject=nothing)
     ship = m.Ship(ChunkId(ID, 0), (ID,), (Place(),), (bytes(IMAGE_BYTES_MAX + 1),))
-    Daemon._send(daemon, actions.Send(HOST, ship, m.Channel.STREAM))
+    messenger.send(actions.Send(HOST, ship, m.Channel.STREAM))
     [failed] = waiting
     assert isinstance(failed, events.SendFailed)
     assert (failed.to, failed.message) == (HOST, ship) and "67108865" in failed.why

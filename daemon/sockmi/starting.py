@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""Why a daemon cannot start, and the lock that keeps a second one from the same state."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+
+class StartError(Exception):
+    """The daemon cannot start; the text says what, where and what to do."""
+
+
+def lock_state(state_dir: Path) -> int:
+    """Keep other daemons from this state: they would settle what we have under way.
+
+    Makes the directory if it is missing. The lock goes with the process, or when the descriptor is closed.
+    """
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = state_dir / "lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StartError(
+            f"{path}: another daemon uses this state; stop it, or choose another state_dir"
+        ) from None
+    return descriptor
