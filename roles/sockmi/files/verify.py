@@ -5,9 +5,9 @@
     a    ---+--- a bridge, in a namespace of its own
     b    ---+
 
-Runs with the Python of the release, as root; the argument is how many seconds it may take. Prints what
-happened as JSON; ends with 1, and why on standard error, if anything was not as it must be. Leaves nothing
-behind.
+Runs with the Python of the release, as root; the arguments are how many seconds it may take, and the host's
+``timing`` as JSON, for what is too short on a slow host is so here, too. Prints what happened as JSON; ends with
+1, and why on standard error, if anything was not as it must be. Leaves nothing behind.
 """
 
 import contextlib
@@ -80,8 +80,9 @@ class Failed(Exception):
 class Trial:
     """The namespaces, the processes and their ends."""
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, timing: "dict[str, object]") -> None:
         self.deadline = time.monotonic() + limit
+        self.timing = timing
         self.mark = f"sockmi-{secrets.token_hex(3)}"
         self.folder = Path(tempfile.mkdtemp(prefix="sockmi-verify-"))
         self.stack = contextlib.ExitStack()
@@ -161,6 +162,7 @@ class Trial:
             "state_dir": str(folder / "state"),
             "run_dir": str(folder / "run"),
             "host_name": f"verify-{host}",
+            "timing": self.timing,
             "groups": [
                 {
                     "name": "verify",
@@ -293,7 +295,7 @@ def end(process: "subprocess.Popen[str]") -> None:
 def main() -> int:
     """The command."""
     signal.signal(signal.SIGTERM, lambda *_unused: sys.exit(1))
-    trial = Trial(float(sys.argv[1]))
+    trial = Trial(float(sys.argv[1]), json.loads(sys.argv[2]))
     with trial.stack:
         try:
             print(json.dumps(trial.run()))
