@@ -6,8 +6,8 @@
     b    ---+
 
 Runs with the Python of the release, as root; the arguments are how many seconds it may take, and the host's
-``timing`` as JSON, for what is too short on a slow host is so here, too. Prints what happened as JSON; ends with
-1, and why on standard error, if anything was not as it must be. Leaves nothing behind.
+``timing`` as JSON, for what is too short on a slow host is so here, too. Prints what happened as JSON; ends
+with 1, and why on standard error, if anything was not as it must be. Leaves nothing behind.
 """
 
 import contextlib
