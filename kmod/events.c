@@ -17,7 +17,7 @@ static unsigned int room_for(u32 type)
 	return type == SOCKMI_EVENT_TAKEN || type == SOCKMI_EVENT_WAITING ? SOCKMI_EVENTS_MAX / 2 : SOCKMI_EVENTS_MAX;
 }
 
-void sockmi_event(struct sockmi_file *file, const struct sockmi_event *content)
+bool sockmi_event(struct sockmi_file *file, const struct sockmi_event *content)
 {
 	struct event *event = kmalloc(sizeof(*event), GFP_ATOMIC | __GFP_NOWARN);
 
@@ -26,7 +26,7 @@ void sockmi_event(struct sockmi_file *file, const struct sockmi_event *content)
 		file->events_lost++;
 		spin_unlock_bh(&file->events_lock);
 		kfree(event);
-		return;
+		return false;
 	}
 	event->content = *content;
 	event->content.lost = file->events_lost;
@@ -36,6 +36,7 @@ void sockmi_event(struct sockmi_file *file, const struct sockmi_event *content)
 	spin_unlock_bh(&file->events_lock);
 	wake_up_interruptible(&file->events_wait);
 	kill_fasync(&file->fasync, SIGIO, POLL_IN);
+	return true;
 }
 
 void sockmi_event_serving(struct sockmi_net *sn, const struct sockmi_event *content)

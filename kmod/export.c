@@ -253,6 +253,27 @@ int sockmi_unclaim(struct sockmi_file *owner, u64 id)
 	return 0;
 }
 
+int sockmi_withdraw(struct sockmi_file *owner, u64 id)
+{
+	struct sockmi_export *export = export_get(owner, id);
+	int result = -EBUSY;
+
+	if (!export)
+		return -ENOENT;
+	mutex_lock(&export->lock);
+	if (export->state == SOCKMI_EXPORT_CLAIMED)
+		result = xa_cmpxchg(&owner->exports, id, export, NULL, GFP_KERNEL) == export ? 0 : -ENOENT;
+	mutex_unlock(&export->lock);
+	/* A freeze that waited for the lock is undone here; its commit finds no export. */
+	if (!result) {
+		forget(export);
+		clear_deadline(export);
+		export_put(export);
+	}
+	export_put(export);
+	return result;
+}
+
 void sockmi_exports_end(struct sockmi_file *file)
 {
 	struct sockmi_export *export;

@@ -63,6 +63,7 @@ struct sockmi_nat_net; /* nat.c's own */
  * @wait: they sleep here, and so do writers of the sysctl
  * @serving: the daemon's file, or NULL
  * @requests: sysctl exports that wait for their answer
+ * @requests_count: how many
  * @last_result: what reading the sysctl shows
  * @ctl_header: of the sysctl tables
  * @ctl_table: this namespace's copy
@@ -78,7 +79,8 @@ struct sockmi_net {
 	wait_queue_head_t wait;
 	struct sockmi_file *serving;
 	struct list_head requests;
-	char last_result[160];
+	unsigned int requests_count;
+	char last_result[192];
 	struct ctl_table_header *ctl_header;
 	struct ctl_table *ctl_table;
 	struct sockmi_nat_net *nat;
@@ -183,9 +185,9 @@ void sockmi_blob_put(struct sockmi_blob *blob);
 
 /*
  * Queues an event for @file's readers; any context. @event->lost is filled in here. If there is no room or
- * no memory the event is dropped and counted.
+ * no memory the event is dropped and counted: false.
  */
-void sockmi_event(struct sockmi_file *file, const struct sockmi_event *event);
+bool sockmi_event(struct sockmi_file *file, const struct sockmi_event *event);
 /* The same for the namespace's serving file, if there is one. */
 void sockmi_event_serving(struct sockmi_net *sn, const struct sockmi_event *event);
 ssize_t sockmi_events_read(struct file *file, char __user *buffer, size_t bytes, loff_t *position);
@@ -288,6 +290,8 @@ void sockmi_serve_end(struct sockmi_file *file);
 s64 sockmi_claim(struct sockmi_file *owner, struct file *socket_file, unsigned int lifetime_ms, u32 *refusal);
 /* Forgets it again. */
 int sockmi_unclaim(struct sockmi_file *owner, u64 id);
+/* The same, if nothing has been done with it yet. -EBUSY: something has; -ENOENT: there is none. */
+int sockmi_withdraw(struct sockmi_file *owner, u64 id);
 
 void sockmi_lists_init(struct sockmi_net *sn);
 void sockmi_lists_exit(struct sockmi_net *sn);

@@ -6,7 +6,7 @@
  *	sysctl -w sockmi.export="pid=510 fd=5 to=192.0.2.7"
  *
  * The write claims the socket, hands it to the namespace's daemon and waits for its answer, which becomes the
- * write's result; a read shows the last one.
+ * write's result; a read shows the last one. A writer that does not get one knows what that means: see uapi/sockmi.h.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -23,6 +23,8 @@
 
 #define COMMAND_MAX 128
 
+#define REQUESTS_MAX 1024 /* of one network namespace */
+
 /**
  * struct request - a write that waits for the daemon
  * @node: in sockmi_net.requests
@@ -30,14 +32,16 @@
  * @file: of the daemon, only to be compared
  * @text: what was written
  * @answered: @error is valid
+ * @left: the writer has gone, though the daemon is at it: who answers frees this
  * @error: positive errno, or 0
  */
 struct request {
 	struct list_head node;
 	u64 id;
 	struct sockmi_file *file;
-	const char *text;
+	char text[COMMAND_MAX];
 	bool answered;
+	bool left;
 	u32 error;
 };
 
@@ -47,11 +51,10 @@ struct command {
 	struct sockmi_dev_endpoint to;
 };
 
+/* sockmi_net.lists_lock is held. */
 static void remember(struct sockmi_net *sn, const char *command, int error, const char *text)
 {
-	spin_lock_bh(&sn->lists_lock);
-	snprintf(sn->last_result, sizeof(sn->last_result), "%.60s: %s%.80s", command, error ? "" : "ok ", text);
-	spin_unlock_bh(&sn->lists_lock);
+	snprintf(sn->last_result, sizeof(sn->last_result), "%.72s: %s%.95s", command, error ? "" : "ok ", text);
 }
 
 /* ---- The command ---- */
@@ -96,10 +99,29 @@ static bool parse(char *text, struct command *command)
 
 /* ---- Asking the daemon ---- */
 
-/* The event, and the request that its answer will find; under one lock, so that the answer cannot be too early. */
-static int ask(struct sockmi_net *sn, struct request *request, const struct command *command, struct sock *sk)
+/* A process's id in another pid namespace; 0: it is not in it. */
+static pid_t pid_in(int pid, struct pid_namespace *ns)
 {
-	struct sockmi_event event = { .type = SOCKMI_EVENT_EXPORT_REQUEST, .id = request->id, .to = command->to };
+	pid_t result;
+
+	rcu_read_lock();
+	result = pid_nr_ns(find_vpid(pid), ns);
+	rcu_read_unlock();
+	return result;
+}
+
+/* The event, and the request that its answer will find; under one lock, so that the answer cannot be too early. */
+static int ask(struct sockmi_net *sn, struct request *request, const struct command *command, struct sock *sk,
+	       struct file *socket_file)
+{
+	struct sockmi_event event = {
+		.type = SOCKMI_EVENT_EXPORT_REQUEST,
+		.id = request->id,
+		.to = command->to,
+		.owner_fd = command->fd,
+		.inode = file_inode(socket_file)->i_ino,
+		.wait_ms = READ_ONCE(sockmi_sysctl_wait_ms),
+	};
 	struct sockmi_identity identity;
 	int result = -ENOTCONN;
 
@@ -113,26 +135,51 @@ static int ask(struct sockmi_net *sn, struct request *request, const struct comm
 	if (sn->serving == request->file) {
 		event.pid = task_tgid_nr_ns(current, sn->serving->pid_ns);
 		event.uid = from_kuid_munged(sn->serving->user_ns, current_euid());
-		list_add_tail(&request->node, &sn->requests);
-		sockmi_event(sn->serving, &event);
-		result = 0;
+		event.owner_pid = pid_in(command->pid, sn->serving->pid_ns);
+		result = -EBUSY;
+		if (sn->requests_count < REQUESTS_MAX && sockmi_event(sn->serving, &event)) {
+			list_add_tail(&request->node, &sn->requests);
+			sn->requests_count++;
+			result = 0;
+		}
 	}
 	spin_unlock_bh(&sn->lists_lock);
 	return result;
 }
 
+/* sockmi_net.lists_lock is held. */
+static void done_with(struct sockmi_net *sn, struct request *request)
+{
+	list_del(&request->node);
+	sn->requests_count--;
+	kfree(request);
+}
+
+/*
+ * The result is the daemon's, or tells that there will be none (-ETIMEDOUT, -EINTR; -EINPROGRESS: not yet).
+ * @request is freed, or left to who answers.
+ */
 static int await(struct sockmi_net *sn, struct request *request)
 {
 	long left = wait_event_interruptible_timeout(sn->wait, READ_ONCE(request->answered),
 						     msecs_to_jiffies(READ_ONCE(sockmi_sysctl_wait_ms)));
+	bool withdrawn = !READ_ONCE(request->answered) && !sockmi_withdraw(request->file, request->id);
 	int result;
 
 	spin_lock_bh(&sn->lists_lock);
-	list_del(&request->node);
-	if (request->answered)
+	if (request->answered) {
 		result = -(int)request->error;
-	else
+		done_with(sn, request);
+	} else if (withdrawn) {
 		result = left < 0 ? -EINTR : -ETIMEDOUT;
+		remember(sn, request->text, 1, left < 0 ? "interrupted before the daemon began: nothing was done" :
+							  "the daemon did not begin: nothing was done");
+		done_with(sn, request);
+	} else {
+		result = left < 0 ? -EINTR : -EINPROGRESS;
+		remember(sn, request->text, 1, "under way; read this again");
+		request->left = true;
+	}
 	spin_unlock_bh(&sn->lists_lock);
 	return result;
 }
@@ -150,56 +197,97 @@ static struct sockmi_file *serving(struct sockmi_net *sn)
 	return file;
 }
 
-static int run(struct sockmi_net *sn, const struct command *command, const char *text)
+/* Hands the socket to @file, the daemon's, and waits. @asked: the daemon tells what came of it. */
+static int export(struct sockmi_net *sn, struct sockmi_file *file, const struct command *command, const char *text,
+		  struct sock *sk, struct file *socket_file, u32 *refusal, bool *asked)
 {
-	struct request request = { .text = text };
-	struct file *socket_file;
-	u32 refusal = 0;
-	struct sock *sk;
-	char what[64];
+	struct request *request = kzalloc(sizeof(*request), GFP_KERNEL_ACCOUNT);
 	int result;
 	s64 id;
 
-	if (!capable(CAP_NET_ADMIN) || !capable(CAP_SYS_PTRACE))
-		return -EPERM;
-	socket_file = sockmi_file_of(command->pid, command->fd);
-	if (IS_ERR(socket_file)) {
-		trace_sockmi_sysctl(NULL, 0, 0, PTR_ERR(socket_file), 0);
-		remember(sn, text, 1, PTR_ERR(socket_file) == -ESRCH ? "no such process" : "no such descriptor");
-		return PTR_ERR(socket_file);
+	if (!request)
+		return -ENOMEM;
+	id = sockmi_claim(file, socket_file, sockmi_claim_max_ms, refusal);
+	if (id < 0) {
+		kfree(request);
+		return id;
 	}
-	sk = sockmi_tcp_sock(socket_file, &refusal);
-	result = sk ? 0 : sockmi_refusal_errno(refusal);
+	request->id = id;
+	request->file = file;
+	strscpy(request->text, text, sizeof(request->text));
+	result = ask(sn, request, command, sk, socket_file);
+	if (result) {
+		sockmi_unclaim(file, id);
+		kfree(request);
+		return result;
+	}
+	*asked = true;
+	result = await(sn, request);
+	trace_sockmi_sysctl(sk, id, 0, result, 0);
+	return result;
+}
+
+/* What became of a command that the daemon has not heard of: for the log, and for who reads the sysctl. */
+static void refuse(struct sockmi_net *sn, const char *text, int error, u32 refusal)
+{
+	char what[64];
+
+	if (refusal)
+		snprintf(what, sizeof(what), "refused, reason %u", refusal);
+	else
+		snprintf(what, sizeof(what),
+			 error == -EPERM    ? "CAP_NET_ADMIN and CAP_SYS_PTRACE are needed" :
+			 error == -ESRCH    ? "no such process" :
+			 error == -EBADF    ? "no such descriptor" :
+			 error == -ENOTCONN ? "no daemon serves this network namespace" :
+			 error == -EBUSY    ? "too many commands wait for the daemon" :
+					      "failed, error %d",
+			 -error);
+	spin_lock_bh(&sn->lists_lock);
+	remember(sn, text, 1, what);
+	spin_unlock_bh(&sn->lists_lock);
+	pr_notice_ratelimited("sockmi.export: \"%*pE\": %s\n", (int)strlen(text), text, what);
+}
+
+static int run(struct sockmi_net *sn, const struct command *command, const char *text)
+{
+	struct file *socket_file = NULL;
+	struct sockmi_file *file = NULL;
+	struct sock *sk = NULL;
+	bool asked = false;
+	u32 refusal = 0;
+	int result = 0;
+
+	if (!capable(CAP_NET_ADMIN) || !capable(CAP_SYS_PTRACE))
+		result = -EPERM;
+	if (!result) {
+		socket_file = sockmi_file_of(command->pid, command->fd);
+		if (IS_ERR(socket_file)) {
+			result = PTR_ERR(socket_file);
+			socket_file = NULL;
+		}
+	}
+	if (!result) {
+		sk = sockmi_tcp_sock(socket_file, &refusal);
+		if (!sk)
+			result = sockmi_refusal_errno(refusal);
+	}
 	if (sk && sockmi_net(sock_net(sk)) != sn) {
 		refusal = SOCKMI_REFUSAL_NAMESPACE;
 		result = -EXDEV;
 	}
-	request.file = result ? NULL : serving(sn);
-	if (!result && !request.file)
-		result = -ENOTCONN;
 	if (!result) {
-		id = sockmi_claim(request.file, socket_file, sockmi_claim_max_ms, &refusal);
-		result = id > 0 ? 0 : id;
-		request.id = id;
+		file = serving(sn);
+		result = file ? export(sn, file, command, text, sk, socket_file, &refusal, &asked) : -ENOTCONN;
 	}
-	if (!result) {
-		result = ask(sn, &request, command, sk);
-		if (result)
-			sockmi_unclaim(request.file, request.id);
-		else
-			result = await(sn, &request);
+	if (!asked) {
+		trace_sockmi_sysctl(sk, 0, 0, result, refusal);
+		refuse(sn, text, result, refusal);
 	}
-	trace_sockmi_sysctl(sk, request.id, 0, result, refusal);
-	if (request.file)
-		sockmi_file_put(request.file);
-	fput(socket_file);
-	if (result && !request.answered) {
-		snprintf(what, sizeof(what), refusal ? "refused, reason %u" :
-			 result == -ENOTCONN ? "no daemon serves this network namespace" :
-			 result == -ETIMEDOUT ? "no answer from the daemon" : "failed, error %d",
-			 refusal ?: -result);
-		remember(sn, text, 1, what);
-	}
+	if (file)
+		sockmi_file_put(file);
+	if (socket_file)
+		fput(socket_file);
 	return result;
 }
 
@@ -257,19 +345,27 @@ long sockmi_ioctl_serve(struct sockmi_file *file, void __user *arg, size_t size)
 	return result;
 }
 
+/* sockmi_net.lists_lock is held. The writer, if it is still there, frees the request. */
+static void answer(struct sockmi_net *sn, struct request *request, u32 error, const char *text)
+{
+	remember(sn, request->text, error, text);
+	request->error = error;
+	WRITE_ONCE(request->answered, true);
+	if (request->left)
+		done_with(sn, request);
+}
+
 void sockmi_serve_end(struct sockmi_file *file)
 {
 	struct sockmi_net *sn = sockmi_net(file->net);
-	struct request *request;
+	struct request *request, *next;
 
 	spin_lock_bh(&sn->lists_lock);
 	if (sn->serving == file)
 		sn->serving = NULL;
-	list_for_each_entry(request, &sn->requests, node)
-		if (request->file == file && !request->answered) {
-			request->error = ECONNRESET;
-			WRITE_ONCE(request->answered, true);
-		}
+	list_for_each_entry_safe(request, next, &sn->requests, node)
+		if (request->file == file && !request->answered)
+			answer(sn, request, ECONNRESET, "the daemon ended; its history tells what came of it");
 	spin_unlock_bh(&sn->lists_lock);
 	wake_up_all(&sn->wait);
 }
@@ -277,9 +373,8 @@ void sockmi_serve_end(struct sockmi_file *file)
 long sockmi_ioctl_answer(struct sockmi_file *file, void __user *arg, size_t size)
 {
 	struct sockmi_net *sn = sockmi_net(file->net);
+	struct request *request, *next;
 	struct sockmi_ioc_answer a;
-	struct request *request;
-	char command[COMMAND_MAX];
 	int result = sockmi_arg_in(&a, sizeof(a), arg, size);
 
 	if (result)
@@ -288,24 +383,17 @@ long sockmi_ioctl_answer(struct sockmi_file *file, void __user *arg, size_t size
 		return -EINVAL;
 	if (!sockmi_net_admin(file->net))
 		return -EPERM;
-	snprintf(command, sizeof(command), "claim %llu", a.id);
 	result = -ENOENT;
 	spin_lock_bh(&sn->lists_lock);
-	/* The writer may have gone; the result is worth reading all the same. */
-	if (sn->serving == file)
-		result = 0;
-	list_for_each_entry(request, &sn->requests, node)
+	list_for_each_entry_safe(request, next, &sn->requests, node)
 		if (request->file == file && request->id == a.id && !request->answered) {
-			strscpy(command, request->text, sizeof(command));
-			request->error = a.error;
-			WRITE_ONCE(request->answered, true);
+			answer(sn, request, a.error, a.text);
+			result = 0;
 		}
 	spin_unlock_bh(&sn->lists_lock);
-	if (result)
-		return result;
-	remember(sn, command, a.error, a.text);
-	wake_up_all(&sn->wait);
-	return 0;
+	if (!result)
+		wake_up_all(&sn->wait);
+	return result;
 }
 
 /* ---- Tables ---- */

@@ -56,6 +56,7 @@ from sockmi.redirecting import Redirecting
 from sockmi.shell import Shell
 from sockmi.spool import Spool, SpoolError
 from sockmi.starting import StartError, lock_state
+from sockmi.sysctl_exports import SysctlExports
 from sockmi.transport.group import GroupError
 from sockmi.transport.identity import Identity, IdentityError
 from sockmi.transport.keyring import KeyFileError
@@ -163,6 +164,7 @@ class Daemon:
             self.redirecting,
         )
         self.operations = Operations(self)
+        self._sysctl = SysctlExports(self)
         self._icmp_injector = IcmpInjector(self.tables)
         self.messenger = Messenger(
             self.members,
@@ -216,6 +218,7 @@ class Daemon:
         self._control = ControlServer(
             self.loop, self.config.control_path, self.config.control_mode, self.operations
         )
+        self._sysctl.start()
         self._chores.start()
         self.exporting.listeners.queues.resume()
         _log.info("host %s (%s) is ready", self.host_name, self.identity.host_id.hex())
@@ -280,12 +283,14 @@ class Daemon:
             return
         self.stopping = True
         notify.stopping()
+        self.exporting.admission.stop()
         self.driver.dispatch(events.Stop(_STOP_GRACE_S))
 
     def close(self) -> None:
         """Close everything; redirects, holds, journal and spool stay for the next run."""
         if self._control is not None:
             self._control.close()
+        self._sysctl.close()
         self.members.close()
         for descriptor in self._icmp_relay.filenos():
             self.loop.remove_reader(descriptor)

@@ -102,7 +102,7 @@
 
 #define SOCKMI_DEV_PATH "/dev/sockmi"
 #define SOCKMI_DEV_ABI_MAJOR 1
-#define SOCKMI_DEV_ABI_MINOR 1
+#define SOCKMI_DEV_ABI_MINOR 2 /* 2: who owns the socket of an EXPORT_REQUEST; ANSWER says if nobody asks */
 
 /* An end of a connection; IPv4 addresses are v4-mapped (::ffff:a.b.c.d); all zero: none. */
 struct sockmi_dev_endpoint {
@@ -633,6 +633,9 @@ struct sockmi_ioc_serve {
  * @error: in: 0 or a positive errno, which the writer of the sysctl gets
  * @reserved: 0
  * @text: in: one line for the sysctl's reader, ended by a zero
+ *
+ * An answer is due for each request, also if its writer has gone meanwhile: then it is for the readers alone.
+ * -ENOENT: there is no such request (any more).
  */
 struct sockmi_ioc_answer {
 	__aligned_u64 id;
@@ -641,10 +644,24 @@ struct sockmi_ioc_answer {
 	char text[SOCKMI_ANSWER_TEXT];
 };
 
+/*
+ * An export by the sysctl
+ * -----------------------
+ * A write to sockmi.export claims the socket for the serving file and waits for `wait_ms`. Whoever serves duplicates
+ * descriptor `owner_fd` of process `owner_pid` (pidfd_getfd(2)), checks that it is `inode`, RELEASEs the claim, moves
+ * the socket like any other, and ANSWERs. (Or it freezes and commits the claim itself.)
+ *
+ * RELEASE decides between the two sides. The writer that gives up takes the claim back if nothing has been done with it
+ * (-ETIMEDOUT, or -EINTR after a signal): RELEASE is then -ENOENT, and nothing may be moved. If the claim has been
+ * released or frozen by then, the move goes on: the writer gets -EINPROGRESS (-EINTR), and readers of the sysctl learn
+ * from the answer what came of it. So who serves ends or undoes the move before `wait_ms` have passed if it can.
+ */
+
 /**
  * enum sockmi_event_type - what read() tells
- * @SOCKMI_EVENT_EXPORT_REQUEST: somebody wrote to the sysctl sockmi.export; `id` is a claim that now belongs to this
- *	file; `remote`, `local` and `state` are the socket's, `to` the wanted target or all zero
+ * @SOCKMI_EVENT_EXPORT_REQUEST: somebody wrote to the sysctl sockmi.export: process `pid` of user `uid`; `id` is a claim
+ *	that now belongs to this file; `remote`, `local` and `state` are the socket's, `to` the wanted target or all zero;
+ *	`owner_pid`, `owner_fd` and `inode` say which socket, `wait_ms` how long the writer waits from now on
  * @SOCKMI_EVENT_THAWED: the deadline of export `id` has thawed it
  * @SOCKMI_EVENT_CLAIM_ENDED: the lifetime of claim `id` is over, it is forgotten
  * @SOCKMI_EVENT_TAKEN: entry `id` was imported by `pid`, `uid`; this event goes to the serving file
@@ -672,12 +689,14 @@ enum sockmi_event_type {
  * @list: enum sockmi_list
  * @state: as in an image
  * @kind: as in an image
- * @reserved: 0
+ * @wait_ms: see the type
  * @local: see the type
  * @remote: see the type
  * @to: see the type
  * @bytes: of the image
- * @reserved2: 0
+ * @owner_pid: in the reader's pid namespace at open; 0: the process is not in it
+ * @owner_fd: see the type
+ * @inode: of the socket, as fstat(2) tells it
  */
 struct sockmi_event {
 	__u32 type;
@@ -688,12 +707,14 @@ struct sockmi_event {
 	__u16 list;
 	__u8 state;
 	__u8 kind;
-	__u32 reserved;
+	__u32 wait_ms;
 	struct sockmi_dev_endpoint local;
 	struct sockmi_dev_endpoint remote;
 	struct sockmi_dev_endpoint to;
 	__aligned_u64 bytes;
-	__aligned_u64 reserved2[2];
+	__s32 owner_pid;
+	__s32 owner_fd;
+	__aligned_u64 inode;
 };
 
 /* ---- Ordinals ---- */

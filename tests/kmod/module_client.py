@@ -323,12 +323,14 @@ class Event(ctypes.Structure):
         ("list", U16),
         ("state", U8),
         ("kind", U8),
-        ("reserved", U32),
+        ("wait_ms", U32),
         ("local", End),
         ("remote", End),
         ("to", End),
         ("bytes", U64),
-        ("reserved2", U64 * 2),
+        ("owner_pid", S32),
+        ("owner_fd", S32),
+        ("inode", U64),
     )
 
 

@@ -51,7 +51,21 @@ def test_every_tracepoint_is_in_the_manual() -> None:
     assert set(re.findall(r"\bsockmi_\w+", section("TRACEPOINTS"))) - {"sockmi_refusal"} == there
 
 
-@pytest.mark.parametrize("name", ["EINVAL", "ENOTCONN", "ESRCH", "EBADF", "EPERM", "ETIMEDOUT", "EXDEV"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "EINVAL",
+        "ENOTCONN",
+        "ESRCH",
+        "EBADF",
+        "EBUSY",
+        "EPERM",
+        "ETIMEDOUT",
+        "EINPROGRESS",
+        "EXDEV",
+        "EOPNOTSUPP",
+    ],
+)
 def test_the_errors_are_those_of_the_sysctl(name: str) -> None:
     assert f"-{name}" in "".join(
         (PROJECT / "kmod" / file).read_text() for file in ("sysctl.c", "preflight.c")

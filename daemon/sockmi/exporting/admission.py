@@ -158,11 +158,21 @@ class Admission:
         if batch is None:
             return
         refusal = Refusal(Code.TIMEOUT, "Whoever asked for this migration has gone; ask again.")
+        if not self._refuse_waiting(batch_id, batch, refusal):
+            self._shell.dispatch(CancelExport(batch_id))
+
+    def stop(self) -> None:
+        """Refuse what the core has not heard of yet; the rest it undoes itself."""
+        refusal = Refusal(Code.SHUTTING_DOWN, "This daemon is stopping; try again when it runs.")
+        for batch_id, batch in self._batches.all():
+            self._refuse_waiting(batch_id, batch, refusal)
+
+    def _refuse_waiting(self, batch_id: BatchId, batch: Batch, refusal: Refusal) -> bool:
+        """End a batch whose holders are still being looked for; False if it is further than that."""
         waiting, batch.waiting = batch.waiting, []
         for export in waiting:
             self._exports.end(export, batch, "refused", refusal)
         if waiting:
             self._exports.note_start([export.record for export in waiting])
             self._batches.close(batch_id)
-        else:
-            self._shell.dispatch(CancelExport(batch_id))
+        return bool(waiting)

@@ -52,6 +52,10 @@ class Batches:
         """None: it is over, or an earlier daemon's."""
         return self._open.get(batch_id)
 
+    def all(self) -> list[tuple[BatchId, Batch]]:
+        """Each id with its batch."""
+        return list(self._open.items())
+
     def open(self, batch_id: BatchId, batch: Batch) -> None:
         """Have it known by one more id."""
         batch.open_ids += 1

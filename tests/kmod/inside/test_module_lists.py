@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Import lists, the sysctl, events: what applications and daemons use beside single moves."""
+"""Import lists, events: what applications and daemons use beside single moves."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from sockmi import image as images
 from tests.kmod.inside.test_module_core import new_socket, pair, read_exactly, wait_for
 from tests.kmod.module_client import (
     ANY_UID,
     PUBLISH,
     Device,
     EventType,
-    Freeze,
     ListName,
     ListNext,
     Match,
@@ -245,99 +243,6 @@ def test_the_unprivileged_may_do_nothing_else() -> None:
 
     for action in (claim, slots, serve, other_process, add):
         assert as_nobody(action) == errno.EPERM, action.__name__
-
-
-# ---- sysctl ----
-
-
-def write_sysctl(text: str) -> int:
-    """errno, or 0."""
-    fd = os.open(SYSCTL / "export", os.O_WRONLY)
-    try:
-        os.write(fd, text.encode())
-    except OSError as error:
-        return error.errno or 0
-    finally:
-        os.close(fd)
-    return 0
-
-
-@pytest.mark.complains("sockmi.export:")
-@pytest.mark.parametrize(
-    "text",
-    [
-        " ",
-        "x",
-        "pid=1",
-        "fd=1",
-        "pid=0 fd=1",
-        "pid=-1 fd=1",
-        "pid=1 fd=-1",
-        "pid=1 fd=1 fd=2",
-        "pid=1 fd=1 to=",
-        "pid=1 fd=1 to=1.2.3",
-        "pid=1 fd=1 to=::g",
-        "pid=99999999999 fd=1",
-        "pid=1 fd=1 what",
-        "pid=1\0fd=1",
-        "pid=1 fd=1 " + "x" * 200,
-    ],
-)
-def test_malformed_commands_are_refused(text: str) -> None:
-    assert write_sysctl(text) == errno.EINVAL
-
-
-def test_without_a_daemon_the_sysctl_says_so() -> None:
-    ours, _peer = pair()
-    assert write_sysctl(f"pid={os.getpid()} fd={ours.fileno()}") == errno.ENOTCONN
-    assert "no daemon" in (SYSCTL / "export").read_text()
-    assert write_sysctl("pid=4194000 fd=1") == errno.ESRCH
-    assert "no such process" in (SYSCTL / "export").read_text()
-    assert write_sysctl(f"pid={os.getpid()} fd=999") == errno.EBADF
-
-
-@pytest.mark.parametrize("error", [0, errno.EHOSTUNREACH])
-def test_the_sysctl_exports_through_the_daemon(device: Device, error: int) -> None:
-    ours, peer = pair()
-    device.serve()
-    with Device(slots=0) as other, pytest.raises(Refused) as caught:
-        other.serve()
-    assert caught.value.errno == errno.EBUSY
-    results: list[int] = []
-    command = f"pid={os.getpid()} fd={ours.fileno()} to=192.0.2.7"
-    thread = threading.Thread(target=lambda: results.append(write_sysctl(command)))
-    thread.start()
-    (event,) = device.events()
-    assert event.type == EventType.EXPORT_REQUEST
-    assert event.pid == os.getpid()
-    assert event.to.name[0] == "192.0.2.7"
-    assert event.local.name == ours.getsockname()
-    assert event.remote.name == peer.getsockname()
-    freeze = device.call("freeze", Freeze(id=event.id))
-    assert images.decode(device.image(freeze)).identity.remote.port == peer.getsockname()[1]
-    device.abort(freeze)
-    device.answer(event.id, error, "moved to 192.0.2.7" if not error else "nobody answers")
-    thread.join(5)
-    assert results == [error]
-    text = (SYSCTL / "export").read_text()
-    assert text.startswith(command)
-    assert text.rstrip().endswith("ok moved to 192.0.2.7" if not error else "nobody answers")
-    device.decide("release", event.id)
-
-
-def test_a_daemon_that_dies_answers_with_an_error() -> None:
-    ours, peer = pair()
-    results: list[int] = []
-    with Device() as device:
-        device.serve()
-        command = f"pid={os.getpid()} fd={ours.fileno()}"
-        thread = threading.Thread(target=lambda: results.append(write_sysctl(command)))
-        thread.start()
-        device.events()
-    thread.join(5)
-    assert results == [errno.ECONNRESET]
-    peer.sendall(b"alive")
-    assert read_exactly(ours, 5) == b"alive"
 
 
 # ---- Events ----
