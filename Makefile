@@ -14,7 +14,7 @@ setup: ## Packages, Python environment, C libraries
 demo: setup ## A lab of hosts; moves live connections from a to b to c while clients use them
 	@scripts/demo
 
-test: setup ## Style, unit, sanity, simulation, fuzz, traffic, lab; the kernel module in guests of 6.1 and 6.12
+test: setup ## Style, unit, sanity, simulation, fuzz, traffic, lab; in guests of 6.1 and 6.12: the module, Molecule
 	@scripts/test
 
 sanity: setup ## `ansible-test sanity` on the collection as its tarball installs it, without ignore files (some minutes)
