@@ -9,8 +9,9 @@ from collections.abc import Callable
 from sockmi.addresses import FourTuple
 from sockmi.members import Members
 from sockmi.protocol.actions import Ignored, Send
-from sockmi.protocol.codec import CodecError, decode, encode
+from sockmi.protocol.codec import decode, encode
 from sockmi.protocol.events import Event, Received, SendFailed, StreamLost
+from sockmi.protocol.fields import CodecError
 from sockmi.protocol.messages import Channel
 from sockmi.protocol.records import HostId, Route
 from sockmi.redirect.base import Outbound

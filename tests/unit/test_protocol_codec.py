@@ -16,13 +16,12 @@ from sockmi.protocol import messages as m
 from sockmi.protocol.codec import (
     DATAGRAM_BYTES_MAX,
     LAYOUT,
-    TEXT_BYTES_MAX,
     TYPES,
     VERSION,
-    CodecError,
     decode,
     encode,
 )
+from sockmi.protocol.fields import TEXT_BYTES_MAX, CodecError
 from sockmi.protocol.messages import STREAM_ONLY
 from sockmi.protocol.records import ChunkId, Counts, Item, Place
 from sockmi.redirect.base import Mode

@@ -23,8 +23,9 @@ from sockmi.metrics import Metrics
 from sockmi.policy import POLICIES
 from sockmi.protocol import actions, events
 from sockmi.protocol import messages as m
-from sockmi.protocol.codec import STREAM_BYTES_MAX, CodecError, decode, encode
+from sockmi.protocol.codec import STREAM_BYTES_MAX, decode, encode
 from sockmi.protocol.context import Capacity
+from sockmi.protocol.fields import CodecError
 from sockmi.protocol.records import CHUNK_ITEMS_MAX, IMAGE_BYTES_MAX, ChunkId, Counts, Place
 from sockmi.redirect.base import Mode
 
