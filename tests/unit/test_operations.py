@@ -16,13 +16,15 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from sockmi import api, operations
+from sockmi import api
 from sockmi.control import Client
 from sockmi.engine.listing import Holder, ListedSocket
 from sockmi.engine.owners import Scan
 from sockmi.exporting import Selected
 from sockmi.journal import Change, Journal
 from sockmi.operations import Operations
+from sockmi.operations import records as records_operations
+from sockmi.operations import sockets as sockets_operations
 from sockmi.refusal import Code, Refusal
 from sockmi.selection import Found
 from tests.unit.test_draining import found
@@ -247,15 +249,15 @@ def fails(*_unused: Any) -> Any:
 def test_a_look_through_proc_that_fails_is_an_answer(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, request_: Any
 ) -> None:
-    monkeypatch.setattr(operations, "select", fails)
+    monkeypatch.setattr(sockets_operations, "select", fails)
     [answer] = setting.ask(request_)
     assert (answer["id"], answer["error"]["code"]) == (5, Code.INTERNAL)
-    assert not setting.operations._drains
+    assert not setting.operations.drains.going
 
 
 def test_an_inspection_that_fails_is_an_answer(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "select", lambda *_unused: [found(n) for n in range(500)])
-    monkeypatch.setattr(operations, "duplicate", lambda pid, fd: null())
+    monkeypatch.setattr(sockets_operations, "select", lambda *_unused: [found(n) for n in range(500)])
+    monkeypatch.setattr(sockets_operations, "duplicate", lambda pid, fd: null())
     setting.engine.inspect = fails
     [answer] = setting.ask(api.ListRequest())
     assert answer["error"]["code"] == Code.INTERNAL
@@ -266,18 +268,18 @@ def test_a_drain_that_fails_in_the_middle_is_an_answer(
 ) -> None:
     from sockmi import draining
 
-    monkeypatch.setattr(operations, "select", lambda *_unused: [found(1)])
+    monkeypatch.setattr(sockets_operations, "select", lambda *_unused: [found(1)])
     monkeypatch.setattr(draining, "duplicate", lambda pid, fd, inode: null())
     setting.exporting.fail = ZeroDivisionError("oops")
     *_unused, answer = setting.ask(api.DrainRequest(id=6))
     assert (answer["id"], answer["error"]["code"]) == (6, Code.INTERNAL)
-    assert not setting.operations._drains
+    assert not setting.operations.drains.going
 
 
 def test_a_history_that_cannot_be_read_is_an_answer(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operations.History, "page", fails)
+    monkeypatch.setattr(records_operations.History, "page", fails)
     [answer] = setting.ask(api.HistoryRequest())
     assert answer["error"]["code"] == Code.INTERNAL
 
@@ -298,8 +300,8 @@ def test_owners_that_cannot_be_stopped_are_a_verdict(
         socket_of(1, Holder(me, 5, "plain")),
         socket_of(2, Holder(me, 6, "plain"), Holder(1 << 22, 7, "ring", has_ring=True)),
     ]
-    monkeypatch.setattr(operations, "select", lambda *_unused: rows)
-    monkeypatch.setattr(operations, "duplicate", lambda pid, fd: null())
+    monkeypatch.setattr(sockets_operations, "select", lambda *_unused: rows)
+    monkeypatch.setattr(sockets_operations, "duplicate", lambda pid, fd: null())
     [answer] = setting.ask(api.ListRequest())
     assert [one["movable"] for one in answer["sockets"]] == [True, False]
     assert answer["sockets"][1]["refusal"]["code"] == Code.OWNER_IO_URING

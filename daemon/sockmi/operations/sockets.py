@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""This host's sockets, as `list` and `drain` see them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+from sockmi import api
+from sockmi.control import Client
+from sockmi.engine.duplicate import duplicate
+from sockmi.engine.listing import Holder
+from sockmi.engine.owners import obstacle_of
+from sockmi.operations.answers import pages
+from sockmi.parts import Parts
+from sockmi.refusal import Refusal
+from sockmi.selection import Found, check_filter, kind_of, select
+from sockmi.shell import close_all
+
+
+class Sockets:
+    """Looks for sockets, and says of each whether it could move."""
+
+    def __init__(self, daemon: Parts) -> None:
+        self._daemon = daemon
+
+    def find(
+        self,
+        client: Client,
+        request: api.ListRequest | api.DrainRequest,
+        found: Callable[[list[Found]], None],
+        *,
+        only_uid: int | None = None,
+        failed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Look for this host's sockets, in a thread: it looks through /proc."""
+        check_filter(request.filter)
+
+        def finish(future: asyncio.Future[list[Found]]) -> None:
+            with client.answering(request):
+                try:
+                    found(future.result())
+                except BaseException:
+                    failed()
+                    raise
+
+        self._daemon.loop.run_in_executor(None, select, request.filter, only_uid).add_done_callback(finish)
+
+    def rows(self, found: list[Found]) -> Iterator[list[api.SocketRow]]:
+        owners: dict[int, Refusal | None] = {}
+        for some in pages(found):
+            verdicts = self._verdicts([one.holder for one in some])
+            yield [
+                _row(one, verdict or _owners_verdict(one, owners))
+                for one, verdict in zip(some, verdicts, strict=True)
+            ]
+
+    def _verdicts(self, holders: list[Holder]) -> list[Refusal | None]:
+        """What stands against moving the sockets of these descriptors."""
+        verdicts: list[Refusal | None] = [None] * len(holders)
+        duplicates: dict[int, int] = {}
+        try:
+            for index, holder in enumerate(holders):
+                try:
+                    duplicates[index] = duplicate(holder.pid, holder.fd)
+                except Refusal as refusal:
+                    verdicts[index] = refusal
+            for index, facts in zip(
+                duplicates, self._daemon.shell.engine.inspect(list(duplicates.values())), strict=True
+            ):
+                verdicts[index] = facts.refusal
+        finally:
+            close_all(list(duplicates.values()))
+        return verdicts
+
+
+def _owners_verdict(found: Found, known: dict[int, Refusal | None]) -> Refusal | None:
+    """What would keep the owners of a socket from being stopped; ``known``: of each process."""
+    for holder in found.socket.holders:
+        if holder.pid not in known:
+            known[holder.pid] = obstacle_of(holder.pid, has_ring=holder.has_ring)
+        if (refusal := known[holder.pid]) is not None:
+            return refusal
+    return None
+
+
+def _row(found: Found, refusal: Refusal | None) -> api.SocketRow:
+    listed, holder = found.socket, found.holder
+    listening = listed.state == "LISTEN"
+    return api.SocketRow(
+        pid=holder.pid,
+        fd=holder.fd,
+        process=holder.name,
+        unit=found.unit,
+        user_id=listed.uid,
+        inode=listed.inode,
+        kind=kind_of(listed),
+        state=listed.state,
+        local=str(listed.local),
+        remote=str(listed.remote) if listed.remote else None,
+        receive_queue_bytes=0 if listening else listed.receive_queue,
+        send_queue_bytes=0 if listening else listed.send_queue,
+        movable=refusal is None,
+        refusal=api.Why.of(refusal) if refusal else None,
+    )
