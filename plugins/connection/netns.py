@@ -9,7 +9,7 @@ DOCUMENTATION = r"""
 name: netns
 author: SockMi contributors (@sockmi)
 short_description: Run tasks in a network namespace of the controller
-version_added: "1.0.0"
+version_added: "0.1.0"
 description:
   - Runs commands on the controller, but inside a named network namespace, by C(nsenter).
   - Only the network differs; files, users and processes are the controller's.

@@ -11,12 +11,14 @@ from typing import Any
 
 
 def own_inodes() -> set[int]:
-    """Inodes of all sockets of this process and its ancestors, up to the server of the login (sshd)."""
+    """Inodes of all sockets of this process, its ancestors (up to sshd) and its login session.
+
+    An async task has lost its ancestors, and with sudo the environment that names the connection, but
+    not its session.
+    """
     inodes = set()
-    pid = os.getpid()
-    while pid > 1:
+    for pid in _ancestors() | _session():
         inodes |= _inodes_of(pid)
-        pid = _parent_of(pid)
     return inodes
 
 
@@ -33,6 +35,36 @@ def carries_login(row: dict[str, Any]) -> bool:
 
 def _endpoint(address: str, port: str) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _ancestors() -> set[int]:
+    found = set()
+    pid = os.getpid()
+    while pid > 1:
+        found.add(pid)
+        pid = _parent_of(pid)
+    return found
+
+
+def _session() -> set[int]:
+    """The processes of this one's login session (systemd-logind: the scope session-N.scope)."""
+    found = set()
+    try:
+        groups = Path("/proc/self/cgroup").read_text(errors="replace").splitlines()
+    except OSError:
+        return found
+    for line in groups:
+        path = line.split(":", 2)[-1]
+        name = path.rpartition("/")[2]
+        if not (name.startswith("session-") and name.endswith(".scope")):
+            continue
+        for root in ("", "/unified", "/systemd"):  # cgroup v2; with v1 beside it; v1
+            try:
+                members = Path(f"/sys/fs/cgroup{root}{path}/cgroup.procs").read_text()
+            except OSError:
+                continue
+            found.update(int(pid) for pid in members.split())
+    return found
 
 
 def _inodes_of(pid: int) -> set[int]:

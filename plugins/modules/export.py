@@ -10,7 +10,7 @@ DOCUMENTATION = r"""
 ---
 module: export
 short_description: Move live TCP sockets to another host
-version_added: "1.0.0"
+version_added: "0.1.0"
 author: SockMi contributors (@sockmi)
 description:
   - Moves TCP sockets of processes on the managed host to another host that runs the SockMi daemon.

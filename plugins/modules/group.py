@@ -10,7 +10,7 @@ DOCUMENTATION = r"""
 ---
 module: group
 short_description: Have the SockMi daemon join or leave a group
-version_added: "1.0.0"
+version_added: "0.1.0"
 author: SockMi contributors (@sockmi)
 description:
   - Makes the daemon of the managed host a member of a group of daemons, or ends that.
@@ -368,8 +368,10 @@ class Membership:
             configured = bool(row and row["configured"])
             return dict(wanted, name=self.name, configured=configured, members=[])
         if row is not None and join:
+            self._leavable(client)
+        key.write()  # first: the group is not left for a key that cannot be written
+        if row is not None and join:
             self._leave(client, row)
-        key.write()
         if join:
             self._join(client, wanted, row)
             row = self._row(client)
@@ -380,15 +382,18 @@ class Membership:
     def _absent(self, client: ControlClient, row: dict[str, Any] | None) -> None:
         if row is None or self.module.check_mode:
             return
+        self._leavable(client)
         self._leave(client, row)
 
-    def _leave(self, client: ControlClient, row: dict[str, Any]) -> None:
+    def _leavable(self, client: ControlClient) -> None:
         under_way = client.status()["migrations_under_way"]
         if under_way:
             raise _module.WrongValue(
                 f"{under_way} migrations are under way on this host, and group {self.name!r} must be left; "
                 "try again when they have ended (sockmi status)."
             )
+
+    def _leave(self, client: ControlClient, row: dict[str, Any]) -> None:
         if row["configured"]:
             self.module.warn(
                 f"Group {self.name!r} stands in the daemon's configuration; "

@@ -10,7 +10,7 @@ DOCUMENTATION = r"""
 ---
 module: info
 short_description: Gather what the SockMi daemon of a host knows
-version_added: "1.0.0"
+version_added: "0.1.0"
 author: SockMi contributors (@sockmi)
 description:
   - Gathers facts about the SockMi daemon of the managed host, the sockets that it could move, those that

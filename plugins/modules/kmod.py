@@ -10,7 +10,7 @@ DOCUMENTATION = r"""
 ---
 module: kmod
 short_description: Build, load and unload the SockMi kernel module
-version_added: "1.0.0"
+version_added: "0.1.0"
 author: SockMi contributors (@sockmi)
 description:
   - Builds the SockMi kernel module for a kernel through DKMS, so that it is built again with each kernel to

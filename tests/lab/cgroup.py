@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A cgroup that looks like a systemd unit's, on a machine that need not run systemd."""
+"""A cgroup that looks like one of systemd's, on a machine that need not run systemd."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import pytest
 
 
 @contextlib.contextmanager
-def unit() -> Iterator[Path]:
-    """Its directory: who is written to ``cgroup.procs`` is in it until the end. Skips if none can be made."""
-    group = _made()
+def unit(kind: str = "smt-{}.service") -> Iterator[Path]:
+    """Its directory: who is written to ``cgroup.procs`` is in it until the end. Skips if none can be made.
+
+    ``kind``: its name, with the process id of the test in place of ``{}``.
+    """
+    group = _made(kind.format(os.getpid()))
     try:
         yield group
     finally:
@@ -24,9 +27,9 @@ def unit() -> Iterator[Path]:
         group.rmdir()
 
 
-def _made() -> Path:
+def _made(name: str) -> Path:
     for root in ("", "unified", "systemd", "pids"):
-        path = Path("/sys/fs/cgroup", root, f"smt-{os.getpid()}.service")
+        path = Path("/sys/fs/cgroup", root, name)
         try:
             path.mkdir()
         except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -19,6 +20,7 @@ pytest.importorskip("ansible")
 
 PROJECT = Path(__file__).resolve().parents[2]
 ROLE = PROJECT / "roles/sockmi"
+KEY = "f00d" * 16
 
 
 def _yaml(name: str) -> Any:
@@ -51,6 +53,9 @@ def test_argument_specs_equal_the_defaults() -> None:
     specs = _yaml("meta/argument_specs.yml")["argument_specs"]
     options = specs["main"]["options"]
     assert {name for name, option in options.items() if not option.get("required")} == set(defaults)
+    # Ansible prints the whole specification, defaults filled in, when a value is wrong: no key may be in it.
+    for group in defaults["sockmi_groups"]:
+        assert group.pop("key") == "{{ sockmi_group_key }}"
     for name, value in defaults.items():
         assert options[name]["default"] == value, name
     for name, option in specs["uninstall"]["options"].items():
@@ -77,13 +82,40 @@ def test_tasks_that_see_a_key_are_not_logged() -> None:
     for file in ROLE.glob("tasks/*.yml"):
         for task in _tasks(yaml.safe_load(file.read_text())):
             plain = {name: value for name, value in task.items() if name not in ("block", "rescue", "always")}
-            if "item.key | trim" in json.dumps(plain) or "sockmi_group_key" in json.dumps(plain):
+            if any(
+                word in json.dumps(plain)
+                for word in ("item.key | trim", "group.key | trim", "sockmi_group_key")
+            ):
                 assert task.get("no_log") is True, (file.name, task["name"])
                 seen += 1
     assert seen >= 2
     options = _yaml("meta/argument_specs.yml")["argument_specs"]["main"]["options"]
     assert options["sockmi_group_key"]["no_log"] is True
     assert options["sockmi_groups"]["options"]["key"]["no_log"] is True
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sockmi_firewall": "iptables"}, {"sockmi_groups": [{"name": "x", "key": KEY, "port": "many"}]}]
+)
+def test_a_wrong_value_does_not_show_the_key(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    (tmp_path / "install.yml").write_text(
+        "- hosts: localhost\n  gather_facts: false\n  roles: [{role: "
+        + str(PROJECT / "roles/install")
+        + "}]\n"
+    )
+    command = [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", "-c", "local", "-vvv"]
+    values = json.dumps({"sockmi_group_key": KEY, **wrong})
+    done = subprocess.run(
+        [*command, "-e", values, tmp_path / "install.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=PROJECT,
+        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and "Validation of arguments failed" in said
+    assert KEY not in said
 
 
 @pytest.mark.parametrize("name", ["probe.py", "links.py", "install_release.py"])

@@ -45,7 +45,7 @@ class Keyring:
         if any(len(key) != KEY_BYTES for key in self.keys):
             raise ValueError(f"every key must have {KEY_BYTES} bytes")
         if any(len(set(key)) < 8 for key in self.keys):
-            raise ValueError("a key is not random; make one with keyring.generate")
+            raise ValueError("a key is not random; make one: `sockmi key FILE`")
         if len(self.by_id()) != len(self.keys):
             raise ValueError("the same key twice")
 

@@ -7,9 +7,11 @@ Python 3.8 and later.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 TAG = "import sys; print('cp%d%d' % sys.version_info[:2])"
@@ -92,6 +94,31 @@ def free_mib(folder):
     return shutil.disk_usage(folder).free >> 20
 
 
+def process(unit, prefix):
+    """Of a unit's main process: when it was started (seconds since 1970), and which release it runs."""
+    pid = said("systemctl", "show", "--property=MainPID", "--value", unit)
+    try:
+        ticks = int(text(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+        uptime_s = float(text("/proc/uptime").split()[0])
+    except (AttributeError, IndexError, ValueError):
+        return {"started": None, "release": None}
+    # Of its libraries: the kernel names them as they are, without the link.
+    maps = text(f"/proc/{pid}/maps") or ""
+    mapped = re.search(re.escape(str(prefix.resolve())) + r"/releases/([^/\s]+)/", maps)
+    return {
+        "started": time.time() - uptime_s + ticks / os.sysconf("SC_CLK_TCK"),
+        "release": mapped.group(1) if mapped else None,
+    }
+
+
+def written(path):
+    """When a file was changed, seconds since 1970; None if there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
 def main():
     """Print it."""
     asked = json.loads(sys.argv[1])
@@ -121,11 +148,13 @@ def main():
                     "active": said("systemctl", "is-active", name) == "active",
                     "enabled": said("systemctl", "is-enabled", name) == "enabled",
                     "there": Path("/etc/systemd/system", name).exists(),
+                    "written": written(Path("/etc/systemd/system", name)),
+                    "process": process(name, prefix),
                 }
                 for name in asked["units"]
             },
             "configured": Path("/etc/sockmi/sockmi.yml").exists(),
-            "firewalld": shutil.which("firewall-cmd") is not None,
+            "firewalld": said("firewall-cmd", "--state") == "running",
             "ufw": "ENABLED=yes" in (text("/etc/ufw/ufw.conf") or ""),
             "before": json.loads(text("/etc/sockmi/before-install.json") or "null"),
         }

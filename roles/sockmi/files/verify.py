@@ -5,9 +5,10 @@
     a    ---+--- a bridge, in a namespace of its own
     b    ---+
 
-Runs with the Python of the release, as root; the arguments are how many seconds it may take, and the host's
-``timing`` as JSON, for what is too short on a slow host is so here, too. Prints what happened as JSON; ends
-with 1, and why on standard error, if anything was not as it must be. Leaves nothing behind.
+Runs with the Python of the release, as root; the arguments are how many seconds it may take, and those of
+the host's settings, as JSON, on which it depends whether it works: ``engine``, ``redirect``, ``timing``.
+Prints what happened as JSON; ends with 1, and why on standard error, if anything was not as it must be.
+Leaves nothing behind.
 """
 
 import contextlib
@@ -80,9 +81,9 @@ class Failed(Exception):
 class Trial:
     """The namespaces, the processes and their ends."""
 
-    def __init__(self, limit: float, timing: "dict[str, object]") -> None:
+    def __init__(self, limit: float, settings: "dict[str, object]") -> None:
         self.deadline = time.monotonic() + limit
-        self.timing = timing
+        self.settings = settings
         self.mark = f"sockmi-{secrets.token_hex(3)}"
         self.folder = Path(tempfile.mkdtemp(prefix="sockmi-verify-"))
         self.stack = contextlib.ExitStack()
@@ -159,10 +160,10 @@ class Trial:
         (folder / "key").write_text(f"{self.key}\n")
         (folder / "key").chmod(0o600)
         config = {
+            **self.settings,
             "state_dir": str(folder / "state"),
             "run_dir": str(folder / "run"),
             "host_name": f"verify-{host}",
-            "timing": self.timing,
             "groups": [
                 {
                     "name": "verify",
@@ -294,7 +295,8 @@ def end(process: "subprocess.Popen[str]") -> None:
 
 def main() -> int:
     """The command."""
-    signal.signal(signal.SIGTERM, lambda *_unused: sys.exit(1))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the latter: Ansible's own end
+        signal.signal(number, lambda *_unused: sys.exit(1))
     trial = Trial(float(sys.argv[1]), json.loads(sys.argv[2]))
     with trial.stack:
         try:
