@@ -177,7 +177,7 @@ def _history(host: Host) -> list[dict[str, Any]]:
 
 def main(words: list[str] | None = None) -> int:
     """``python3 -m lab.demo``; its exit code."""
-    parser = argparse.ArgumentParser(prog="python3 -m lab.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python3 -m lab.demo", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--page", type=Path, default=Path("demo.html"), help="where the page goes (default: demo.html)"
     )

@@ -40,6 +40,8 @@ def select(wanted: api.SocketFilter, only_uid: int | None = None) -> list[Found]
 
 
 def check_filter(wanted: api.SocketFilter) -> None:
+    if wanted.fd is not None and wanted.pid is None:
+        raise Refusal(Code.BAD_REQUEST, "A filter's fd needs its pid: processes number their own.")
     for text in (wanted.local_address, wanted.remote_address):
         try:
             _network(text or "0.0.0.0/0")

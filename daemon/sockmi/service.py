@@ -382,7 +382,9 @@ def _uninstall(config: Config, force: bool) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """``sockmid``: 0 after a clean stop, 1 if it cannot start, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(prog="sockmid", description="Moves live TCP sockets between hosts.")
+    parser = argparse.ArgumentParser(
+        prog="sockmid", description="Moves live TCP sockets between hosts.", allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, default=Path("/etc/sockmi/sockmi.yml"), metavar="FILE")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
     parser.add_argument(

@@ -813,8 +813,11 @@ WRONG: list[tuple[str, str]] = [
     ("export --pid 1 --fd 1 --timeout nan", "'nan' is not a number of seconds"),
     ("export --pid 1 --fd 1 --timeout inf", "'inf' is not a number of seconds"),
     ("export --pid 1 --fd 1 --timeout soon", "'soon' is not a number of seconds"),
+    ("export --pid 1 --fd 1 --pid 2", "--pid: given twice"),
+    ("export --pid 1 --fd 1 --timeout 1 --timeout 1", "--timeout: given twice"),
     ("import --kind sleeping", "invalid choice: 'sleeping'"),
     ("import --count 0", "'0' is not a count"),
+    ("import --count 1000001", "'1000001' is not a count"),
     ("import --count 2", "--count needs --exec"),
     ("import --kind listening", "without --exec only connected"),
     ("import --exec", "--exec needs a command"),
@@ -831,6 +834,8 @@ WRONG: list[tuple[str, str]] = [
     ("list --state UP", "'UP' is no TCP state; choose among ESTABLISHED"),
     ("list --kind any", "invalid choice: 'any'"),
     ("list --pid x", "'x' is not a process id"),
+    ("list --fd 5", "--fd needs --pid"),
+    ("list --port 5 --local-port 6", "given twice"),
     ("list imports --port 80", "not for imports"),
     ("list redirects --pid 80", "not for redirects"),
     ("history --limit 0", "'0' is not a count"),
@@ -838,6 +843,9 @@ WRONG: list[tuple[str, str]] = [
     ("history --outcome won", "invalid choice: 'won'"),
     ("history --since yesterday", "'yesterday' is no time"),
     ("history --since 2026-01-02 --until 2026-01-01", "--since is not before --until"),
+    ("history --until now", "'now' is no time"),
+    ("history --direction both", "invalid choice: 'both'"),
+    ("history --limit 5 --limit 5", "--limit: given twice"),
     ("groups merge", "invalid choice: 'merge'"),
     ("groups list web", "takes no name"),
     ("groups list --port 5", "--port is for `groups join`"),
@@ -855,6 +863,9 @@ WRONG: list[tuple[str, str]] = [
     ("groups join web --key-file x --address 239.1.1.1 --port 99999", "'99999' is not a port"),
     ("drain", "say which sockets"),
     ("drain --to b", "say which sockets"),
+    ("drain --fd 5", "--fd needs --pid"),
+    ("drain --pid 5 --pid 6", "--pid: given twice"),
+    ("drain --pid 5 --idle-s -1", "'-1' is not a number of seconds"),
     ("drain --all --pid 5", "contradict"),
     ("drain --pid 5 --rate 0", "'0' is not a number of sockets a second"),
     ("drain --pid 5 --rate fast", "'fast' is not a number"),
@@ -874,7 +885,12 @@ def test_wrong_arguments(line: str, why: str) -> None:
 
 
 def test_empty_names() -> None:
-    for words in (("list", "--process", ""), ("drain", "--unit", "x" * 256), ("history", "--host", "")):
+    for words in (
+        ("list", "--process", ""),
+        ("drain", "--all", "--to", ""),
+        ("drain", "--unit", "x" * 256),
+        ("history", "--host", ""),
+    ):
         the_error(run(*words), USAGE, "1 to 255 characters")
 
 

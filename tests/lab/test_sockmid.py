@@ -163,8 +163,9 @@ def test_check_and_version(host: Host) -> None:
     example = sockmid(host, "--config", PROJECT / "daemon/sockmi.example.yml", "--check")
     assert example.status == 0, example
     assert sockmid(host, "--version").out == f"sockmid {VERSION}\n"
-    wrong = sockmid(host, "--fast")
-    assert wrong.status == 2 and "unrecognized arguments: --fast" in wrong.err
+    for word in ("--fast", "--vers"):
+        wrong = sockmid(host, word)
+        assert wrong.status == 2 and f"unrecognized arguments: {word}" in wrong.err
 
 
 # -- keys, addresses, ports

@@ -36,6 +36,7 @@ _SELECTING = (
     "pid", "fd", "process", "unit", "kinds", "states",
     "local_address", "local_port", "remote_address", "remote_port", "idle_s",
 )  # fmt: skip
+_FD_ALONE = "--fd needs --pid: the same number is another socket in another process"
 COUNT_MAX = 10**6
 
 
@@ -127,11 +128,29 @@ _FD = _whole(0, 2**30, "a descriptor")
 _SECONDS = _number(0.001, 86400, "seconds")
 
 
+class _Once(argparse.Action):
+    """An option that has one value: given twice, nobody knows which was meant."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        options: argparse.Namespace,
+        value: Any,
+        name: str | None = None,
+    ) -> None:
+        if name is not None and self.dest in (given := vars(options).setdefault("given", set())):
+            raise argparse.ArgumentError(self, "given twice")
+        if name is not None:
+            given.add(self.dest)
+        setattr(options, self.dest, value)
+
+
 class _Parser(argparse.ArgumentParser):
     """Abbreviations of options are refused: a script must not change its meaning with a release."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\nTry `{self.prog} --help`.\n")
@@ -320,6 +339,8 @@ def _check_import(options: argparse.Namespace) -> str | None:
 
 
 def _check_list(options: argparse.Namespace) -> str | None:
+    if options.fd is not None and options.pid is None:
+        return _FD_ALONE
     if options.table != "sockets" and selection(options):
         return f"filters are for `list sockets`, not for {options.table}"
     return None
@@ -338,6 +359,8 @@ def _check_history(options: argparse.Namespace) -> str | None:
 def _check_drain(options: argparse.Namespace) -> str | None:
     if not selection(options) and not options.all:
         return "say which sockets (--unit, --process, --pid, --port ...), or --all"
+    if options.fd is not None and options.pid is None:
+        return _FD_ALONE
     if selection(options) and options.all:
         return "--all and a selection contradict each other"
     return None
