@@ -13,6 +13,7 @@ import ipaddress
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -117,3 +118,11 @@ def failure(error: ControlError) -> dict[str, Any]:
 def pretty(value: Any) -> str:
     """``value`` as text for a diff."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n" if value is not None else ""
+
+
+def text_of(path: Path) -> str:
+    """The contents of a small file, stripped; "" if it cannot be read."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""

@@ -44,6 +44,12 @@ class System:
         assert not returned.differences("kmod", result)
         return result
 
+    def installed_version(self) -> str:
+        """Of the module that modprobe would load."""
+        command = self.chroot.command(self.build, ["modinfo", "-k", self.release, "-F", "version", "sockmi"])
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout.strip()
+
 
 def test_built_once_predicted_and_removed(kernel: str, tmp_path: Path) -> None:
     debian = DEBIAN_KERNELS[kernel]
@@ -84,6 +90,20 @@ def test_built_once_predicted_and_removed(kernel: str, tmp_path: Path) -> None:
         (build / "tree/uapi/note.h").write_text("/* other contents */\n")
         upgrade = system.run(state="built", source="/build/tree")
         assert upgrade["actions"] == ["remove 1.0", "add 1.0", "build 1.0", "install 1.0"], upgrade
+        for name in ("dkms.conf", "main.c"):
+            file = build / "tree" / name
+            file.write_text(
+                file.read_text()
+                .replace('VERSION="1.0"', 'VERSION="1.1"')
+                .replace('VERSION("1.0")', 'VERSION("1.1")')
+            )
+        release = system.run(state="built", source="/build/tree")
+        assert release["actions"] == ["add 1.1", "build 1.1", "install 1.1", "remove 1.0"], release
+        assert (release["version"], release["built"]) == ("1.1", True)
+        assert system.installed_version() == "1.1"
+        assert not (chroot.folder / "usr/src/sockmi-1.0").exists()
+        assert system.run(state="built", source="/build/tree")["changed"] is False
+
         (build / "tree/main.c").write_text("#error broken on purpose\n")
         broken = system.run(state="built", source="/build/tree")
         assert broken["failed"] is True

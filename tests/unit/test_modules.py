@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -640,30 +640,29 @@ def test_group_absent(collections: Path, odd: Callable[..., OddDaemon]) -> None:
 
 def test_kmod_speaks_the_ioctls_of_the_header(load: Callable[[str], Any]) -> None:
     header = (PROJECT / "kmod/uapi/sockmi.h").read_text()
-    kmod = load("modules.kmod")
+    loaded = load("module_utils._loaded")
     sizes = {"__u16": 2, "__u32": 4, "__aligned_u64": 8}
-    for name, form in (("hello", kmod.HELLO), ("nat_flush", kmod.FLUSH)):
+    for name, form in (("hello", loaded.HELLO), ("nat_flush", loaded.FLUSH)):
         body = re.search(rf"struct sockmi_ioc_{name} \{{(.*?)\}};", header, re.DOTALL)
         assert body
         assert sum(sizes[word] for word in re.findall(r"(__\w+) \w+;", body[1])) == form.size
-    assert f"SOCKMI_DEV_ABI_MAJOR {kmod.ABI[0]}" in header
+    assert f"SOCKMI_DEV_ABI_MAJOR {loaded.ABI[0]}" in header
     assert "SOCKMI_IOC_HELLO _IOWR(SOCKMI_IOC_MAGIC, 0x00," in header
     assert "SOCKMI_IOC_NAT_FLUSH _IOWR(SOCKMI_IOC_MAGIC, 0x43," in header
     assert "SOCKMI_IOC_MAGIC 0xB9" in header
 
 
 def test_kmod_tells_what_dkms_said(load: Callable[[str], Any]) -> None:
-    kmod = load("modules.kmod")
+    dkms = load("module_utils._dkms")
 
     class Target:
-        params: ClassVar = {"kernel": "6.12.1", "state": "loaded"}
         check_mode = False
 
         def run_command(self, _words: list[str]) -> tuple[int, str, str]:
             return 6, "", "\nError! Missing module sockmi.\n"
 
-    with pytest.raises(kmod.Obstacle) as caught:
-        kmod.Kmod(Target())._dkms("install", "1.0", "-k", "6.12.1")
+    with pytest.raises(dkms.Obstacle) as caught:
+        dkms.Dkms(Target(), "6.12.1", []).run("install", "1.0", "-k", "6.12.1")
     assert str(caught.value) == (
         "dkms install of sockmi 1.0 for Linux 6.12.1 ended with 6: Error! Missing module sockmi."
     )

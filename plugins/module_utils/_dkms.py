@@ -1,0 +1,136 @@
+# Copyright: SockMi contributors
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""DKMS and the SockMi kernel module in it; private to this collection."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.sockmi.appliance.plugins.module_utils._module import WrongValue
+from ansible_collections.sockmi.appliance.plugins.module_utils._obstacle import Obstacle
+from ansible_collections.sockmi.appliance.plugins.module_utils._source import Source, digest
+
+NAME = "sockmi"
+OLDEST = (6, 1)
+UNKNOWN = (8, 0)
+SOURCES = Path("/usr/src")
+
+
+class Dkms:
+    """DKMS, as to one kernel. What it does it adds to ``actions``; in check mode it does no more than that."""
+
+    def __init__(self, module: AnsibleModule, kernel: str, actions: list[str]) -> None:
+        self.module = module
+        self.kernel = kernel
+        self.actions = actions
+
+    def versions(self) -> dict[str, bool]:
+        """Versions that DKMS knows, and whether each is installed for the kernel."""
+        if not self.module.get_bin_path("dkms"):
+            return {}
+        _code, out, _err = self.module.run_command(["dkms", "status", "-m", NAME])
+        found: dict[str, bool] = {}
+        for line in out.splitlines():
+            match = re.match(r"sockmi(?:/|, )([^,:\s]+)(?:, ([^,:\s]+))?.*: *(\w+)", line)
+            if match:
+                here = match[2] == self.kernel and match[3] == "installed"
+                found[match[1]] = found.get(match[1], False) or here
+        return found
+
+    def build(self, source: Source | None) -> None:
+        """Have it built and installed from ``source``, or else from what DKMS has.
+
+        Raises Obstacle if something stands in the way, WrongValue if there is no source.
+        """
+        versions = self.versions()
+        if source is None and not versions:
+            if not self.module.get_bin_path("dkms"):
+                raise Obstacle("no-dkms", "There is no dkms here.", "Install the package dkms.")
+            raise WrongValue("DKMS has no module sockmi yet; give source, its source tree.")
+        version = source.version if source else sorted(versions)[-1]
+        folder = SOURCES / f"{NAME}-{version}"
+        fresh = source is not None and (version not in versions or digest(folder) != source.digest)
+        if not fresh and versions.get(version):
+            return
+        self._examine()
+        if fresh and version in versions:
+            self.run("remove", version, "--all")
+        if fresh:
+            if source is not None and not self.module.check_mode:
+                source.write(folder)
+            self.run("add", version)
+        self.run("build", version, "-k", self.kernel)
+        self.run("install", version, "-k", self.kernel, "--force")
+        for old in versions:
+            if old != version:
+                self.run("remove", old, "--all")
+                if not self.module.check_mode:
+                    shutil.rmtree(SOURCES / f"{NAME}-{old}", ignore_errors=True)
+
+    def remove(self) -> None:
+        """Have DKMS forget all versions, and delete their sources."""
+        for version in self.versions():
+            self.run("remove", version, "--all")
+        for folder in sorted(SOURCES.glob(f"{NAME}-*")):
+            if (folder / "dkms.conf").exists():
+                self.actions.append(f"delete {folder}")
+                if not self.module.check_mode:
+                    shutil.rmtree(folder)
+
+    def run(self, verb: str, version: str, *words: str) -> None:
+        """One command of dkms(8) for ``version``; raises Obstacle with what it said if it fails."""
+        self.actions.append(f"{verb} {version}")
+        if self.module.check_mode:
+            return
+        code, out, err = self.module.run_command(["dkms", verb, "-m", NAME, "-v", version, *words])
+        if code == 0:
+            return
+        log = Path(f"/var/lib/dkms/{NAME}/{version}/build/make.log")
+        made = log.read_text(errors="replace") if verb == "build" and log.exists() else err or out
+        lines = [line for line in made.splitlines() if line.strip()]
+        # The compiler's or the linker's, of which the first says most; not those of make that follow from it.
+        causes = [line for line in lines if re.search(r"\berror: ", line, re.IGNORECASE)]
+        told = causes[:3] or lines[-3:]
+        raise Obstacle(
+            "build-failed",
+            f"dkms {verb} of sockmi {version} for Linux {self.kernel} ended with {code}: "
+            f"{' | '.join(told).strip(' .')}.",
+            f"See {log}; the kernel may be newer than this release of SockMi."
+            if verb == "build"
+            else "See `dkms status -m sockmi`; state=absent removes what is there, and it can be built anew.",
+        )
+
+    def _examine(self) -> None:
+        """Raise Obstacle for what would make the build fail."""
+        found = re.match(r"(\d+)\.(\d+)", self.kernel)
+        number = (int(found[1]), int(found[2])) if found else (0, 0)
+        if number < OLDEST:
+            raise Obstacle(
+                "old-kernel", f"Linux {self.kernel} is too old.", "The module needs Linux 6.1 or later."
+            )
+        if number >= UNKNOWN:
+            raise Obstacle(
+                "unknown-kernel",
+                f"The module does not know Linux {self.kernel}.",
+                "Get a newer release of SockMi.",
+            )
+        for program, package in (("dkms", "dkms"), ("make", "make"), ("gcc", "gcc")):
+            if not self.module.get_bin_path(program):
+                raise Obstacle(
+                    f"no-{program}", f"There is no {program} here.", f"Install the package {package}."
+                )
+        if not Path(f"/lib/modules/{self.kernel}/build/Makefile").exists():
+            package = (
+                f"kernel-devel-{self.kernel}"
+                if self.module.get_bin_path("rpm")
+                else f"linux-headers-{self.kernel}"
+            )
+            raise Obstacle(
+                "no-headers",
+                f"There are no headers of Linux {self.kernel} here.",
+                f"Install the package {package}.",
+            )

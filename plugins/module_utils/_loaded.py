@@ -1,0 +1,172 @@
+# Copyright: SockMi contributors
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The SockMi kernel module in the running kernel; private to this collection."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.sockmi.appliance.plugins.module_utils._module import WrongValue, text_of
+from ansible_collections.sockmi.appliance.plugins.module_utils._obstacle import Obstacle
+
+NAME = "sockmi"
+LOADED = Path("/sys/module/sockmi")
+DEVICE = Path("/dev/sockmi")
+MOK = Path("/var/lib/dkms/mok.pub")
+NAMES_MAX = 5
+
+# kmod/uapi/sockmi.h; a unit test compares them.
+ABI = (1, 0)
+HELLO = struct.Struct("=HHIHHIQQIIII")
+FLUSH = struct.Struct("=II")
+IOC_HELLO = 3 << 30 | HELLO.size << 16 | 0xB9 << 8 | 0x00
+IOC_NAT_FLUSH = 3 << 30 | FLUSH.size << 16 | 0xB9 << 8 | 0x43
+
+
+class Loaded:
+    """The module as the kernel has it. What it does it adds to ``actions``; in check mode only that."""
+
+    def __init__(self, module: AnsibleModule, actions: list[str]) -> None:
+        self.module = module
+        self.actions = actions
+        self.running = os.uname().release
+
+    @property
+    def there(self) -> bool:
+        """Whether it is loaded."""
+        return LOADED.is_dir()
+
+    @property
+    def users(self) -> int:
+        """How many users it has: moved connections and open devices."""
+        return int(text_of(LOADED / "refcnt") or 0)
+
+    def stale(self) -> bool:
+        """Whether it is another build than what is, or will be, installed."""
+        if any(action.startswith("install ") for action in self.actions) and self.module.check_mode:
+            return True
+        installed, file = self._srcversion(), LOADED / "srcversion"
+        return bool(installed) and file.exists() and file.read_text().strip() != installed
+
+    def set(self, parameters: dict[str, str]) -> bool:
+        """Set those that can be changed while it is loaded; whether others differ, which needs a reload."""
+        reload_needed = False
+        for name, value in sorted(parameters.items()):
+            file = LOADED / "parameters" / name
+            if not file.exists() or file.read_text().strip() in (value, {"1": "Y", "0": "N"}.get(value)):
+                continue
+            if file.stat().st_mode & 0o200 == 0:
+                reload_needed = True
+                continue
+            self.actions.append(f"set {name}={value}")
+            if not self.module.check_mode:
+                try:
+                    file.write_text(value)
+                except OSError as error:
+                    raise WrongValue(
+                        f"parameters: {name}={value}: {error.strerror}; see `modinfo -p sockmi`."
+                    ) from None
+        return reload_needed
+
+    def load(self) -> None:
+        """Load it; raises Obstacle if that is impossible."""
+        self._may_load()
+        self._change("load")
+
+    def unload(self, *, force: bool = False) -> None:
+        """Unload it; raises Obstacle while it is in use. ``force``: have it drop its redirects before."""
+        if self.users and force and not self.module.check_mode:
+            self._flush()
+        if self.users and not (force and self.module.check_mode):
+            raise Obstacle(
+                "in-use",
+                f"The module is in use: {self.dependents()}.",
+                "Move the connections on, or let them end (sockmi list redirects), and stop what has the "
+                "device open (systemctl stop sockmid); force drops redirects, which cuts their "
+                "connections off.",
+            )
+        self._change("unload")
+
+    def dependents(self) -> str:
+        """Who uses it, in words."""
+        holders = []
+        for link in Path("/proc").glob("[0-9]*/fd/*"):
+            try:
+                if os.readlink(link) == str(DEVICE):  # noqa: PTH115 - not in Python 3.8
+                    process = link.parts[2]
+                    name = f"{text_of(Path(f'/proc/{process}/comm'))} ({process})"
+                    if name not in holders:
+                        holders.append(name)
+            except OSError:
+                continue
+        named = f", the device is open in {', '.join(holders[:NAMES_MAX])}" if holders else ""
+        return f"{self.users} users, that is connections that have moved and open devices{named}"
+
+    def _srcversion(self) -> str:
+        """What tells the build installed for the running kernel from others; empty if there is none."""
+        _code, out, _err = self.module.run_command(["modinfo", "-k", self.running, "-F", "srcversion", NAME])
+        return out.strip()
+
+    def _may_load(self) -> None:
+        if text_of(Path("/proc/sys/kernel/modules_disabled")) == "1":
+            raise Obstacle(
+                "modules-disabled",
+                "kernel.modules_disabled is 1: no module can be loaded.",
+                "It takes a reboot without it.",
+            )
+        lockdown = text_of(Path("/sys/kernel/security/lockdown"))
+        enforced = (
+            text_of(Path("/sys/module/module/parameters/sig_enforce")) == "Y"
+            or "[integrity]" in lockdown
+            or "[confidentiality]" in lockdown
+        )
+        if enforced and not self._enrolled():
+            raise Obstacle(
+                "secure-boot",
+                "Secure Boot is on, so the kernel loads only modules whose signer's key is enrolled, and "
+                "DKMS's is not.",
+                f"Run `mokutil --import {MOK}` (`dkms generate_mok` makes the key), choose a password, "
+                "reboot and enroll the key.",
+            )
+
+    def _enrolled(self) -> bool:
+        tool = self.module.get_bin_path("mokutil")
+        if not tool or not MOK.exists():
+            return False
+        _code, out, _err = self.module.run_command([tool, "--test-key", str(MOK)])
+        return "already enrolled" in out
+
+    def _change(self, action: str) -> None:
+        """``load`` or ``unload``."""
+        self.actions.append(action)
+        if self.module.check_mode:
+            return
+        words = ["modprobe", NAME] if action == "load" else ["modprobe", "-r", NAME]
+        if action == "unload" and not self._srcversion():
+            words = ["rmmod", NAME]  # loaded by hand (insmod): modprobe knows installed modules only
+        code, out, err = self.module.run_command(words)
+        if code:
+            raise Obstacle(
+                f"{action}-failed",
+                f"{' '.join(words)} ended with {code}: {(err or out).strip()}.",
+                "See the kernel's log (journalctl -k).",
+            )
+
+    def _flush(self) -> None:
+        """Have it forget its redirects, of this network namespace."""
+        self.actions.append("drop redirects")
+        try:
+            with DEVICE.open("r+b", buffering=0) as device:
+                fcntl.ioctl(device, IOC_HELLO, HELLO.pack(*ABI, *(0,) * 10))
+                fcntl.ioctl(device, IOC_NAT_FLUSH, FLUSH.pack(0, 0))
+        except OSError as error:
+            raise Obstacle(
+                "flush-failed",
+                f"The module does not drop its redirects: {error.strerror}.",
+                "Load a module of this release, or reboot.",
+            ) from None
