@@ -22,7 +22,6 @@ from sockmi.api import ADMINISTRATOR_OPS
 from sockmi.cli.arguments import EPILOG, build_parser
 from sockmi.config import Config, Strict
 from sockmi.metrics import Metrics
-from sockmi.refusal import Code
 from sockmi.version import VERSION
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -243,29 +242,6 @@ def test_sockmid_tells_its_options() -> None:
 
 
 # -- docs
-
-
-def test_every_refusal_is_explained() -> None:
-    text = (DOCS / "operations.md").read_text().partition("\n## Why a socket")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
-    codes = [code for code, _unused, _unused in rows]
-    assert codes == [code.value for code in Code]
-    assert all(len(why) > 10 and len(mend) > 10 for _unused, why, mend in rows)
-
-
-def test_every_obstacle_to_the_module_is_explained() -> None:
-    """In operations.md, and in what the Ansible module documents."""
-    source = (PROJECT / "plugins/modules/kmod.py").read_text()
-    codes = set(re.findall(r'Obstacle\(\s*"([a-z-]+)"', source))
-    codes |= {
-        f"no-{program}"
-        for program, package in re.findall(r'\("(\w+)", "(\w+)"\)', source)
-        if program == package
-    }
-    codes |= {f"{action}-failed" for action in re.findall(r'_change\("(\w+)"', source)}
-    text = (DOCS / "operations.md").read_text().partition("## Why the kernel module")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^\| `([a-z-]+)` \| .+ \| .+ \|$", text, re.MULTILINE)) == codes
-    assert all(f"V({code})" in source for code in codes)
 
 
 def test_every_metric_is_explained() -> None:
