@@ -21,7 +21,7 @@ SOURCES = Path("/usr/src")
 
 
 class Dkms:
-    """DKMS, as to one kernel. What it does it adds to ``actions``; in check mode it does no more than that."""
+    """DKMS, as to one kernel. What it does it adds to ``actions``; in check mode it does nothing else."""
 
     def __init__(self, module: AnsibleModule, kernel: str, actions: list[str]) -> None:
         self.module = module

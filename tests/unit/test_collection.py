@@ -38,6 +38,13 @@ def test_a_playbook_of_it_does_its_work(installed: Path) -> None:
     assert "sockmi_from is ''" in done.stdout + done.stderr
 
 
+def test_the_role_says_that_it_has_no_key(installed: Path) -> None:
+    words = ["sockmi.appliance.install", "-i", "web1,", "-e", "sockmi_hosts=web1"]
+    done = run(installed, "ansible-playbook", *words)
+    assert done.returncode != 0
+    assert "sockmi_group_key is not set: make one with `openssl rand -hex 32`" in done.stdout + done.stderr
+
+
 def test_the_role_is_documented_under_its_name(installed: Path) -> None:
     done = run(installed, "ansible-doc", "-t", "role", "sockmi.appliance.install")
     assert done.returncode == 0, done.stderr

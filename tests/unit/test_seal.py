@@ -360,6 +360,8 @@ class TestKeyFile:
         assert Keyring.load(path) == made
         with pytest.raises(KeyFileError, match="exists already"):
             keyrings.generate(path)
+        with pytest.raises(KeyFileError, match=r"no folder .*none; make it first"):
+            keyrings.generate(tmp_path / "none" / "group.key")
         assert made.keys[0].hex() not in repr(made)
 
     def test_hex_base64_comments_and_order(self, tmp_path: Path) -> None:

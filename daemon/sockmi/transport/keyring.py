@@ -91,6 +91,8 @@ def generate(path: Path) -> Keyring:
         write_private_file(path, key.hex().encode() + b"\n", replace=False)
     except FileExistsError as error:
         raise KeyFileError(f"{path}: exists already; remove it first, or add a line to it") from error
+    except FileNotFoundError as error:
+        raise KeyFileError(f"{path}: there is no folder {path.parent}; make it first") from error
     except OSError as error:
         raise KeyFileError(f"{path}: {error.strerror}") from error
     return Keyring((key,))
