@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,44 @@ def test_links_are_made_changed_and_removed(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         run()
     assert (tmp_path / "deep/new").read_text() == "somebody's"
+
+
+QUESTION = {"pythons": {}, "sysctls": [], "prefix": "/nowhere", "units": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged", "said"),
+    [
+        ("links.py", lambda _folder: [json.dumps({"/proc/none/link": "target"})], "/proc/none: No such file"),
+        (
+            "install_release.py",
+            lambda folder: [folder / "none.tar", folder / "new"],
+            "none.tar: No such file",
+        ),
+        ("install_release.py", lambda folder: [damage(folder), folder / "new"], "bundle.tar is damaged"),
+        ("install_release.py", lambda folder: [damage(folder), "/proc/none"], "/proc/none: No such file"),
+        (
+            "probe.py",
+            lambda folder: [json.dumps({**QUESTION, "before": str(damage(folder))})],
+            "bundle.tar is damaged",
+        ),
+    ],
+)
+def test_programs_for_the_host_fail_with_a_sentence(
+    name: str, damaged: Callable[[Path], list[str | Path]], said: str, tmp_path: Path
+) -> None:
+    program = (ROLE / "files" / name).read_text()
+    command = [sys.executable, "-I", "-c", program, *damaged(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def damage(folder: Path) -> Path:
+    """A file that is nothing."""
+    (folder / "bundle.tar").write_bytes(b"\0damaged" * 100)
+    return folder / "bundle.tar"
 
 
 class Bundle:

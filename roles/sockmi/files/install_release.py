@@ -119,4 +119,9 @@ def main():
     bundle.unlink()
 
 
-main()
+try:
+    main()
+except (tarfile.TarError, zipfile.BadZipFile) as error:
+    sys.exit(f"{sys.argv[1]} is damaged ({error}); build the wheelhouse again (scripts/wheelhouse --refresh)")
+except OSError as error:
+    sys.exit(f"{error.filename or sys.argv[2]}: {error.strerror or error}; the release was not installed")

@@ -33,4 +33,7 @@ def main():
     print(json.dumps(changed))
 
 
-main()
+try:
+    main()
+except OSError as error:
+    sys.exit(f"{error.filename}: {error.strerror}; the links of SockMi's commands and manual go there")

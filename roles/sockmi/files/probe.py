@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What the host is like, as JSON: all that the role must know before it touches anything.
 
-The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`.
+The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`, `before`
+(a file).
 Python 3.8 and later.
 """
 
@@ -87,6 +88,17 @@ def capabilities():
     return 0
 
 
+def before(path):
+    """What settings were before the installation; None if it has not been done."""
+    try:
+        return json.loads(text(path) or "null")
+    except ValueError as error:
+        sys.exit(
+            f"{path} is damaged ({error}); it has the kernel settings of before the installation: restore it, "
+            "or remove it, and they stay as they are now when SockMi is removed"
+        )
+
+
 def free_mib(folder):
     """Room where a folder is, or will be."""
     while not folder.exists():
@@ -156,7 +168,7 @@ def main():
             "configured": Path("/etc/sockmi/sockmi.yml").exists(),
             "firewalld": said("firewall-cmd", "--state") == "running",
             "ufw": "ENABLED=yes" in (text("/etc/ufw/ufw.conf") or ""),
-            "before": json.loads(text("/etc/sockmi/before-install.json") or "null"),
+            "before": before(asked["before"]),
         }
     )
     print(json.dumps(found))
