@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What the host is like, as JSON: all that the role must know before it touches anything.
 
-The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`, `before`
-(a file).
+The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`, the
+file `before`.
 Python 3.8 and later.
 """
 
@@ -94,8 +94,8 @@ def before(path):
         return json.loads(text(path) or "null")
     except ValueError as error:
         sys.exit(
-            f"{path} is damaged ({error}); it has the kernel settings of before the installation: restore it, "
-            "or remove it, and they stay as they are now when SockMi is removed"
+            f"{path} is damaged ({error}); it has the kernel settings of before the installation: restore "
+            "it, or remove it, and they stay as they are now when SockMi is removed"
         )
 
 
