@@ -33,6 +33,7 @@ enum sockmi_code {
 	SOCKMI_RESULT_NOT_DELIVERED,	/* the FIN or ACK made for the copy did not arrive: see sockmi_restore() */
 	SOCKMI_RESULT_REFUSED,		/* by the kernel module; detail: its enum sockmi_refusal */
 	SOCKMI_RESULT_TOO_LATE,		/* the kernel module has discarded the copy, which was dormant for too long */
+	SOCKMI_RESULT_LAPSED,		/* timers of the dormant copy have run out: see sockmi_lapsed() */
 };
 
 /* Where a call failed. */
@@ -155,6 +156,13 @@ SOCKMI_EXPORT int sockmi_capture_common(const int *fds, size_t n, void *buffer, 
 SOCKMI_EXPORT int sockmi_restore(const void *const *images, const size_t *lengths,
 				 const struct sockmi_placement *placements, size_t n, uint32_t inject_mark,
 				 int *out_fds, struct sockmi_result *results);
+
+/*
+ * Which dormant copies have waited for so long that a timer of theirs has run out (result LAPSED), or the kernel has given
+ * them up: they must be made anew. It takes a second until the first one can.
+ */
+SOCKMI_EXPORT int sockmi_lapsed(const int *fds, const void *const *images, const size_t *lengths, size_t n,
+				struct sockmi_result *results);
 
 /*
  * Bring dormant copies to life: sizes, repair off, which makes the kernel tell the peer, or listen(). That is

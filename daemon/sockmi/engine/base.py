@@ -189,9 +189,10 @@ class Engine(Protocol):
         """Make a dormant copy of each image."""
 
     def renew(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
-        """Before the holds of dormant copies are lifted: see that none ends by itself until it is active.
+        """Before holds of copies are lifted: those that were dormant for too long are made anew, or refused.
 
-        One that is refused is no more; its image is as good as before.
+        What is not refused has all its time before it: nothing was counted while it was dormant. One that is
+        refused may be no more; its image is as good as before.
         """
 
     def discard(self, fds: Sequence[int]) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The ``repair`` engine: TCP_REPAIR from user space, for hosts where no kernel module can be loaded.
 
-The system calls are in libsockmi-engine (``capture.c``, ``restore.c``, ``activate.c``, ``release.c``),
-one call for a whole chunk; here results become images, descriptors and refusals (``results.py``).
+The system calls are in libsockmi-engine (``capture.c``, ``restore.c``, ``lapse.c``, ``activate.c``,
+``release.c``), one call for a whole chunk; here results become images, descriptors and refusals
+(``results.py``).
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def _native() -> Any:
     for capture in (lib.sockmi_capture, lib.sockmi_capture_common):
         capture.argtypes = [ints, size, pointer, size, pointer]
     lib.sockmi_restore.argtypes = [pointer, pointer, pointer, size, ctypes.c_uint32, ints, pointer]
-    lib.sockmi_activate.argtypes = [ints, pointer, pointer, size, pointer]
-    lib.sockmi_release.argtypes = [ints, pointer, pointer, size, pointer]
+    for each in (lib.sockmi_lapsed, lib.sockmi_activate, lib.sockmi_release):
+        each.argtypes = [ints, pointer, pointer, size, pointer]
     lib.sockmi_discard.argtypes = [ints, size]
     lib.sockmi_discard.restype = None
     lib.sockmi_deaden.argtypes = [ctypes.c_int]
@@ -158,8 +159,8 @@ class RepairEngine:
             return True
 
     def renew(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
-        """Copies in repair stay so for ever."""
-        return [None] * len(fds)
+        """Refuse those of which a timer has run out: timers run in repair as well, and count."""
+        return self._with_images(_native().sockmi_lapsed, fds, images, Code.RESTORE)
 
     def activate(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Bring dormant copies to life. One that is refused has never lived."""

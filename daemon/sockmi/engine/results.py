@@ -45,6 +45,7 @@ class Result(IntEnum):
     NOT_DELIVERED = 17
     REFUSED = 18
     TOO_LATE = 19
+    LAPSED = 20
 
 
 #: What each result means to the user; {errno}, {step}, {state}, {detail} are filled in.
@@ -109,6 +110,10 @@ _WORDS: dict[Result, tuple[Code, str]] = {
     Result.TOO_LATE: (
         Code.TIMEOUT,
         "the copy had been waiting for longer than the module's parameter dormant_max_ms, and was discarded",
+    ),
+    Result.LAPSED: (
+        Code.TIMEOUT,
+        "the copy had been waiting for so long that its timers ran out; it is made anew, ask again",
     ),
 }
 

@@ -37,16 +37,22 @@ _log = logging.getLogger(__name__)
 _TAKE_TIMEOUT_S = 5.0
 # The daemon goes on when the application runs: both may have the same processor.
 _SETTLE_AFTER_S = 0.001
+# An application that runs so rarely that all it is handed lapses is told so in the end.
+_LAPSES_MAX = 5
 _UNDONE = Refusal(Code.CHANGED, "Its exporter has undone the move; ask again.")
 
 
 @dataclass(slots=True)
 class Wish:
-    """What a client waits for, and until when (time.monotonic(); None: for ever)."""
+    """What a client waits for, and until when (time.monotonic(); None: for ever).
+
+    ``lapses``: how often all that it was handed had waited for too long.
+    """
 
     request: api.ImportRequest
     until_s: float | None
     timer: Any = None
+    lapses: int = 0
 
     def cancel(self) -> None:
         """It is not waited for any more."""
@@ -231,7 +237,7 @@ class Handover:
             self._wait_again(copy.client, handing, handing.taken)
 
     def _wait_again(self, client: Client, handing: Handing, taken: api.TakenRequest) -> None:
-        """All that a client had been handed is undone: it waits as before."""
+        """All that a client had been handed is undone, or has to be made anew: it waits as before."""
         del self._handings[client]
         handing.cancel()
         client.respond(api.TakenResponse(id=taken.id, live=[], waiting=True))
@@ -285,14 +291,21 @@ class Handover:
 
     def _take(self, client: Client, handing: Handing, request: api.TakenRequest) -> None:
         """The decision is there, and so is the application's word."""
-        del self._handings[client]
         handing.cancel()
         wanted = set(request.migrations)
         taken = [copy for copy in handing.copies if copy.candidate.migration_id in wanted]
         for copy in handing.copies:
             if copy.candidate.migration_id not in wanted:
                 self._listed.put(copy)
-        failed = self._begin(taken)
+        failed = self._try(self._life.renew, taken)
+        taken = [copy for copy in taken if copy.candidate.migration_id not in failed]
+        if failed and not taken and handing.wish.lapses < _LAPSES_MAX:
+            handing.wish.lapses += 1
+            self._wait_again(client, handing, request)
+            handing.done()
+            return
+        del self._handings[client]
+        failed |= self._try(self._life.begin, taken)
         failed |= dict.fromkeys(handing.undone & wanted, _UNDONE)
         live = [copy for copy in taken if copy.candidate.migration_id not in failed]
         client.respond(taken_response(request.id, live, failed))
@@ -301,10 +314,12 @@ class Handover:
         # They are the client's, whatever happens to us: this can wait until it has had the processor.
         self._shell.loop.call_later(_SETTLE_AFTER_S, self._settle, live, handing.done)
 
-    def _begin(self, copies: list[Copy]) -> dict[UUID, Refusal]:
-        """Those that do not come to life."""
+    def _try(
+        self, step: Callable[[list[Copy]], dict[UUID, Refusal]], copies: list[Copy]
+    ) -> dict[UUID, Refusal]:
+        """A step of coming to life: those that do not."""
         try:
-            return self._life.begin(copies)
+            return step(copies)
         except Exception as error:
             _log.exception("bringing %d sockets to life", len(copies))
             # What lives has moved: the image of it is the past.

@@ -30,26 +30,28 @@ class Life:
         self._lists = stock.lists
         self._room = stock.room
 
+    def renew(self, copies: list[Copy]) -> dict[UUID, Refusal]:
+        """Those that have been dormant for too long are listed again: their images are as good as before."""
+        engine, lapsed = self._shell.engine, {}
+        outcomes = engine.renew([copy.fd for copy in copies], [copy.image for copy in copies])
+        for copy, refusal in zip(copies, outcomes, strict=True):
+            if refusal is not None:
+                lapsed[copy.candidate.migration_id] = refusal
+                self._listed.put(copy)
+        return lapsed
+
     def begin(self, copies: list[Copy]) -> dict[UUID, Refusal]:
         """Dormant copies come to life: holds are lifted, then they act. Those that fail are listed again."""
         self._note_handed(copies)
         failed: dict[UUID, Refusal] = {}
-
-        def without_refused(outcomes: Iterable[Refusal | None]) -> list[Copy]:
-            going = []
-            for copy, refusal in zip(copies, outcomes, strict=True):
-                if refusal is None:
-                    going.append(copy)
-                else:
-                    failed[copy.candidate.migration_id] = refusal
-                    self.fall_back(copy)
-            return going
-
-        engine = self._shell.engine
-        copies = without_refused(engine.renew([one.fd for one in copies], [one.image for one in copies]))
         self._redirecting.admit(copy.holding for copy in copies if copy.holding)
         reached("taken.admitted")
-        without_refused(engine.activate([one.fd for one in copies], [one.image for one in copies]))
+        engine = self._shell.engine
+        outcomes = engine.activate([copy.fd for copy in copies], [copy.image for copy in copies])
+        for copy, refusal in zip(copies, outcomes, strict=True):
+            if refusal is not None:
+                failed[copy.candidate.migration_id] = refusal
+                self.fall_back(copy)
         reached("taken.activated")
         return failed
 
