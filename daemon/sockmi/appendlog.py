@@ -91,10 +91,11 @@ class AppendLog:
             self._begin(self.generation + 1)
 
     def _begin(self, generation: int) -> None:
-        os.ftruncate(self._fd, 0)
+        """The header comes first: what is still behind it then is of an earlier generation, and no record."""
         os.pwrite(self._fd, _HEADER.pack(_MAGIC, generation), 0)
         self.generation = generation
         self._taken = self._end = _HEADER.size
+        os.ftruncate(self._fd, self._end)
 
     def _checksum(self, content: bytes) -> int:
         """Never that of another generation, nor 0 for nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,30 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert path.stat().st_size == size + 8 + 21
     log.append(b"fourth")
     assert contents(log)[2:] == [b"fourth"]
+
+
+@pytest.mark.parametrize("call", ["pwrite", "ftruncate"])
+def test_a_bad_disk_when_it_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Whatever fails, or is the last thing that this process does: the file can be read, and goes on."""
+    monkeypatch.setattr(appendlog, "_ANEW_BYTES", 100)
+    path = tmp_path / "events"
+
+    def fails(*_unused: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    def failing(step: Callable[[], object]) -> None:
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output"):
+            patched.setattr(os, call, fails)
+            step()
+
+    failing(lambda: AppendLog(path, NOTHING))
+    log = AppendLog(path, NOTHING)
+    log.append(b"a" * 200)
+    ((_unused, taken),) = log.waiting()
+    failing(lambda: log.take(taken))
+    assert contents(AppendLog(path, taken)) == []
+    log.append(b"b")
+    assert contents(log) == contents(AppendLog(path, taken)) == [b"b"]
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
