@@ -670,6 +670,23 @@ def test_a_parent_in_vfork_counts_as_stopped(
     stop_and_resume(pair[0], 1)
 
 
+def test_a_clock_that_is_set_back_keeps_nobody_stopped(tmp_path: Path) -> None:
+    """Who cannot be let go at once is let go soon; here the wall clock was an hour ahead when it was read."""
+    source, ahead = tmp_path / "ahead.c", tmp_path / "ahead.so"
+    source.write_text(
+        "#include <sys/syscall.h>\n#include <time.h>\n#include <unistd.h>\n"
+        "int clock_gettime(clockid_t id, struct timespec *now)\n"
+        "{ long result = syscall(SYS_clock_gettime, id, now);"
+        " if (id == CLOCK_REALTIME) now->tv_sec += 3600; return (int)result; }\n"
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(ahead), str(source)], check=True, timeout=30)
+    test = f"{__file__}::{test_a_parent_in_vfork_counts_as_stopped.__name__}"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    environment = os.environ | {"LD_PRELOAD": str(ahead)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="no FUSE in this kernel")
 def test_an_unstoppable_owner_is_refused_and_runs_on(
     start: Callable[..., Owner], pair: tuple[socket.socket, socket.socket], tmp_path: Path

@@ -634,11 +634,11 @@ static void *tracing_thread(void *unused)
 				pthread_cond_wait(&wake, &lock);
 				continue;
 			}
-			clock_gettime(CLOCK_REALTIME, &until);
+			clock_gettime(CLOCK_MONOTONIC, &until);
 			until.tv_nsec += STRAY_POLL_US * 1000;
 			until.tv_sec += until.tv_nsec / 1000000000;
 			until.tv_nsec %= 1000000000;
-			pthread_cond_timedwait(&wake, &lock, &until);
+			pthread_cond_clockwait(&wake, &lock, CLOCK_MONOTONIC, &until);
 			strays_poll();
 		}
 		if (command->results)
