@@ -63,6 +63,7 @@ def restored(lab: el.Lab, engine: el.Pair, image: bytes, host: str = "b") -> int
     with lab.host(host):
         (item,) = engine.restore([image], [HERE])
     assert isinstance(item, Restored), item
+    assert engine.renew([item.fd], [image]) == [None], "it is new"
     return item.fd
 
 
@@ -74,7 +75,6 @@ def move(lab: el.Lab, engine: el.Pair, sock: socket.socket, port: int) -> tuple[
     fd = restored(lab, engine, image)
     assert engine.release([sock.fileno()], [image]) == [None]
     lab.switch("b")
-    assert engine.renew([fd], [image]) == [None], "it is new"
     lab.unhold("b", port)
     with lab.host("b"):
         assert engine.activate([fd], [image]) == [None]
@@ -502,7 +502,6 @@ def test_unconnected(lab: el.Lab, engine: el.Pair, kind: str, bound: bool) -> No
         assert engine.release([sock.fileno()], [image]) == [None]
         assert engine.deaden(sock.fileno()) is None  # again, as after a crash
     dead(sock)
-    assert engine.renew([fd], [image]) == [None], "it is new"
     with lab.host("b"):
         assert engine.activate([fd], [image]) == [None]
     copy = socket.socket(fileno=fd)

@@ -683,7 +683,7 @@ def test_a_clock_that_is_set_back_keeps_nobody_stopped(tmp_path: Path) -> None:
     test = f"{__file__}::{test_a_parent_in_vfork_counts_as_stopped.__name__}"
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
     environment = os.environ | {"LD_PRELOAD": str(ahead)}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout
 
 

@@ -19,9 +19,9 @@ from tests.lab.scenario import status, until
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 PARTITION_S = 20.0  # longer than any copy here can live by its timers
-USER_TIMEOUT_MS = 4000
-KEEPALIVE = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 2}  # s, s, times
-SYN_RETRIES = 1
+USER_TIMEOUT_MS = 8000
+KEEPALIVE = {socket.TCP_KEEPIDLE: 4, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}  # s, s, times
+SYN_RETRIES = 3  # after 15 s it is given up
 
 
 def unheard(it: Bench, case: Case) -> None:
