@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -57,19 +60,43 @@ class Dkms:
         if not fresh and versions.get(version):
             return
         self._examine()
-        if fresh and version in versions:
-            self.run("remove", version, "--all")
-        if fresh:
-            if source is not None and not self.module.check_mode:
-                source.write(folder)
-            self.run("add", version)
-        self.run("build", version, "-k", self.kernel)
-        self.run("install", version, "-k", self.kernel, "--force")
+        with self._replacing(folder, version, versions) if fresh else contextlib.nullcontext():
+            if fresh:
+                if source is not None and not self.module.check_mode:
+                    source.write(folder)
+                self.run("add", version)
+            self.run("build", version, "-k", self.kernel)
+            self.run("install", version, "-k", self.kernel, "--force")
         for old in versions:
             if old != version:
                 self.run("remove", old, "--all")
                 if not self.module.check_mode:
                     shutil.rmtree(SOURCES / f"{NAME}-{old}", ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _replacing(self, folder: Path, version: str, versions: dict[str, bool]) -> Iterator[None]:
+        """Other sources of a version that is there take its place; if they cannot be built it is put back."""
+        if version not in versions:
+            yield
+            return
+        with tempfile.TemporaryDirectory() as kept:
+            former = Path(kept) / folder.name
+            if not self.module.check_mode:
+                shutil.copytree(folder, former)
+            self.run("remove", version, "--all")
+            try:
+                yield
+            except Obstacle:
+                with contextlib.suppress(Obstacle):
+                    self.run("remove", version, "--all")
+                with contextlib.suppress(Obstacle):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    shutil.copytree(former, folder)
+                    self.run("add", version)
+                    if versions[version]:
+                        self.run("build", version, "-k", self.kernel)
+                        self.run("install", version, "-k", self.kernel, "--force")
+                raise
 
     def remove(self) -> None:
         """Have DKMS forget all versions, and delete their sources."""

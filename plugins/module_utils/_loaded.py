@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -80,9 +81,10 @@ class Loaded:
 
     def unload(self, *, force: bool = False) -> None:
         """Unload it; raises Obstacle while it is in use. ``force``: have it drop its redirects before."""
-        if self.users and force and not self.module.check_mode:
+        drop = bool(self.users) and force and not self.holders()  # not if it would be in use all the same
+        if drop:
             self._flush()
-        if self.users and not (force and self.module.check_mode):
+        if self.users and not (drop and self.module.check_mode):
             raise Obstacle(
                 "in-use",
                 f"The module is in use: {self.dependents()}.",
@@ -94,18 +96,19 @@ class Loaded:
 
     def dependents(self) -> str:
         """Who uses it, in words."""
-        holders = []
-        for link in Path("/proc").glob("[0-9]*/fd/*"):
-            try:
-                if os.readlink(link) == str(DEVICE):  # noqa: PTH115 - not in Python 3.8
-                    process = link.parts[2]
-                    name = f"{text_of(Path(f'/proc/{process}/comm'))} ({process})"
-                    if name not in holders:
-                        holders.append(name)
-            except OSError:
-                continue
+        holders = self.holders()
         named = f", the device is open in {', '.join(holders[:NAMES_MAX])}" if holders else ""
         return f"{self.users} users, that is connections that have moved and open devices{named}"
+
+    def holders(self) -> list[str]:
+        """Processes that have the device open: name (pid)."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                links = (os.readlink(link) for link in (process / "fd").iterdir())  # noqa: PTH115 - Python 3.8
+                if str(DEVICE) in links:
+                    found.append(f"{text_of(process / 'comm')} ({process.name})")
+        return found
 
     def _srcversion(self) -> str:
         """What tells the build installed for the running kernel from others; empty if there is none."""
@@ -160,6 +163,8 @@ class Loaded:
     def _flush(self) -> None:
         """Have it forget its redirects, of this network namespace."""
         self.actions.append("drop redirects")
+        if self.module.check_mode:
+            return
         try:
             with DEVICE.open("r+b", buffering=0) as device:
                 fcntl.ioctl(device, IOC_HELLO, HELLO.pack(*ABI, *(0,) * 10))

@@ -198,6 +198,8 @@ class Kmod:
         if not re.fullmatch(r"[A-Za-z0-9._+~-]+", self.kernel):
             raise _module.WrongValue(f"kernel is {self.kernel!r}; give a release as `uname -r` says it.")
         wanted = self._wanted_parameters()
+        if os.geteuid() and not self.module.check_mode:
+            raise _module.WrongValue("This needs root; use become.")
         try:
             before = self._now()
             if self.state in ("loaded", "built"):

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -650,6 +651,57 @@ def test_kmod_speaks_the_ioctls_of_the_header(load: Callable[[str], Any]) -> Non
     assert "SOCKMI_IOC_HELLO _IOWR(SOCKMI_IOC_MAGIC, 0x00," in header
     assert "SOCKMI_IOC_NAT_FLUSH _IOWR(SOCKMI_IOC_MAGIC, 0x43," in header
     assert "SOCKMI_IOC_MAGIC 0xB9" in header
+
+
+def test_kmod_needs_root(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    params = {"kernel": None, "state": "unloaded", "parameters": None}
+    one = load("modules.kmod").Kmod(SimpleNamespace(params=params, check_mode=False))
+    with pytest.raises(load("module_utils._module").WrongValue, match="use become"):
+        one.run()
+
+
+@pytest.mark.parametrize("was_installed", [True, False])
+def test_kmod_puts_back_what_it_could_not_replace(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, was_installed: bool
+) -> None:
+    dkms = load("module_utils._dkms")
+    monkeypatch.setattr(dkms, "SOURCES", tmp_path / "src")
+    folder = tmp_path / "src/sockmi-1.0"
+    folder.mkdir(parents=True)
+    (folder / "main.c").write_text("good")
+
+    class Other:
+        version, digest = "1.0", "another"
+
+        def write(self, into: Path) -> None:
+            (into / "main.c").write_text("bad")
+
+    done: list[str] = []
+
+    class Target:
+        check_mode = False
+
+        def get_bin_path(self, name: str) -> str:
+            return name
+
+        def run_command(self, words: list[str]) -> tuple[int, str, str]:
+            if words[1] == "status":
+                return 0, f"sockmi/1.0, 6.12.1, x86_64: {'installed' if was_installed else 'built'}\n", ""
+            done.append(words[1])
+            bad = (folder / "main.c").read_text() == "bad"
+            return int(words[1] == "build" and bad), "", "error: bad"
+
+    one = dkms.Dkms(Target(), "6.12.1", [])
+    monkeypatch.setattr(one, "_examine", lambda: None)
+    with pytest.raises(dkms.Obstacle):
+        one.build(Other())
+    assert (folder / "main.c").read_text() == "good"
+    assert done == [
+        *("remove", "add", "build"),
+        *("remove", "add"),
+        *(("build", "install") if was_installed else ()),
+    ]
 
 
 def test_kmod_tells_what_dkms_said(load: Callable[[str], Any]) -> None:

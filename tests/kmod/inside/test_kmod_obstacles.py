@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -88,15 +89,18 @@ def test_loaded_once(kmod: Any) -> None:
 def test_in_use(kmod: Any) -> None:
     """An open device keeps it, and its process is named; a redirect keeps it when all have closed it."""
     with contextlib.closing(nat_client.Nat()) as nat:
-        for check in (False, True):
-            refused = kmod("unloaded", check=check)
+        for check, force in itertools.product((False, True), repeat=2):
+            refused = kmod("unloaded", check=check, force=force)
             assert obstacle(refused) == "in-use"
             name = Path("/proc/self/comm").read_text().strip()
             assert f"{name} ({os.getpid()})" in refused["msg"]
         nat.add(nat_client.held(FLOW, nat_client.Flag.MUTE))
+        assert obstacle(kmod("unloaded", force=True)) == "in-use"  # and the flow is still there:
     assert obstacle(kmod("unloaded")) == "in-use"
     assert obstacle(kmod("absent")) == "in-use"
     assert LOADED.is_dir()
+    predicted = kmod("unloaded", force=True, check=True)
+    assert (predicted["actions"], LOADED.is_dir()) == (["drop redirects", "unload"], True)
     forced = kmod("unloaded", force=True)
     assert (forced["actions"], LOADED.is_dir()) == (["drop redirects", "unload"], False)
     assert kmod("unloaded")["changed"] is False
