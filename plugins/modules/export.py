@@ -352,19 +352,10 @@ import uuid  # noqa: E402
 from typing import Any  # noqa: E402
 
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-from ansible_collections.sockmi.appliance.plugins.module_utils import _module  # noqa: E402
-from ansible_collections.sockmi.appliance.plugins.module_utils._client import (  # noqa: E402
-    ControlClient,
-    ControlError,
-)
-from ansible_collections.sockmi.appliance.plugins.module_utils._sessions import (  # noqa: E402
-    carries_login,
-    own_inodes,
-)
+from ansible_collections.sockmi.appliance.plugins.module_utils import _module, _moving  # noqa: E402
+from ansible_collections.sockmi.appliance.plugins.module_utils._client import ControlError  # noqa: E402
 
 BATCH = 500
-ANSWER_MARGIN_S = 15.0
-RECONNECT_S = 10.0
 SELECTION = (*_module.FILTER_SPEC, "count", "all")
 TRIES = 3
 
@@ -375,7 +366,7 @@ class Export:
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
         self.params: dict[str, Any] = module.params
-        self.dry_run: bool = module.check_mode
+        self.mover = _moving.Mover(self.params["control"], self.params["timeout"], module.check_mode)
         self.records: list[dict[str, Any]] = []
         self.spared = 0
         self.closed = 0
@@ -385,19 +376,18 @@ class Export:
         """Check the options, move, report."""
         self._check()
         wanted = _module.socket_filter(self.params)
-        with self._client() as client:
-            try:
-                if self.params["fd"] is not None:
-                    self._one(client)
-                else:
-                    self._selected(client, wanted)
-            except ControlError as error:
-                told = _module.failure(error)
-                if error.code in ("no-such-socket", "no-privilege", "not-tcp"):
-                    told["msg"] += (
-                        " sockmi.appliance.info with gather_subset=sockets lists what can be moved."
-                    )
-                self.module.fail_json(**self._result(), **told)
+        try:
+            if self.params["fd"] is not None:
+                self._one()
+            else:
+                self._selected(wanted)
+        except ControlError as error:
+            told = _module.failure(error)
+            if error.code in ("no-such-socket", "no-privilege", "not-tcp"):
+                told["msg"] += " sockmi.appliance.info with gather_subset=sockets lists what can be moved."
+            self.module.fail_json(**self._result(), **told)
+        finally:
+            self.mover.close()
         result = self._result()
         if result["refused"] and not self.params["allow_refused"]:
             self.module.fail_json(msg=self._complaint(result), **result)
@@ -431,56 +421,46 @@ class Export:
                     "\"{{ 'some name' | ansible.builtin.to_uuid }}\"."
                 ) from None
 
-    def _client(self, wait_s: float = 0.0) -> ControlClient:
-        answer_s = self.params["timeout"] + ANSWER_MARGIN_S
-        return ControlClient.when_ready(self.params["control"], answer_s, wait_s)
-
     # -- what to move
 
-    def _one(self, client: ControlClient) -> None:
+    def _one(self) -> None:
         migration_id = self.params["migration_id"]
-        known = client.migrations([migration_id]) if migration_id else []
+        known = self.mover.client.migrations([migration_id]) if migration_id else []
         for record in known:
             if record.get("direction") == "export" and record.get("outcome") == "moved":
                 self.records.append(record)
                 self.done_before.add(migration_id)
                 return
-        self._move(client, [{"pid": self.params["pid"], "fd": self.params["fd"]}], migration_id)
+        named = {"pid": self.params["pid"], "fd": self.params["fd"]}
+        self._move([{**named, "migration_id": migration_id} if migration_id else named])
 
-    def _selected(self, client: ControlClient, wanted: dict[str, Any]) -> None:
-        ours = own_inodes()
-        rows: dict[int, dict[str, Any]] = {}
-        for row in client.sockets(wanted):
-            rows.setdefault(row["inode"], row)  # one socket may have many descriptors
-        chosen = [row for row in rows.values() if row["inode"] not in ours and not carries_login(row)]
-        self.spared = len(rows) - len(chosen)
+    def _selected(self, wanted: dict[str, Any]) -> None:
+        chosen, self.spared = self.mover.listed(wanted)
         if self.params["count"] is not None:
             chosen.sort(key=lambda row: not row["movable"])
             del chosen[self.params["count"] :]
         for first in range(0, len(chosen), BATCH):
-            self._batch(client, wanted, chosen[first : first + BATCH])
+            self._batch(wanted, chosen[first : first + BATCH])
 
-    def _batch(self, client: ControlClient, wanted: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    def _batch(self, wanted: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Move ``rows``, without those that end by themselves in the meantime."""
         for tries_left in reversed(range(TRIES)):
             try:
                 before = len(self.records)
-                self._move(client, [{"pid": row["pid"], "fd": row["fd"]} for row in rows])
-                self._set_closed_apart(client, wanted, rows, before)
+                self._move([_moving.named(row) for row in rows])
+                self._set_closed_apart(wanted, rows, before)
                 return
             except ControlError as error:
                 if error.code != "no-such-socket" or not tries_left:
                     raise
-            there = {(row["pid"], row["fd"], row["inode"]) for row in client.sockets(wanted)}
+            there = {(row["pid"], row["fd"], row["inode"]) for row in self.mover.client.sockets(wanted)}
             left = [row for row in rows if (row["pid"], row["fd"], row["inode"]) in there]
             self.closed += len(rows) - len(left)
             rows = left
             if not rows:
                 return
 
-    def _set_closed_apart(
-        self, client: ControlClient, wanted: dict[str, Any], rows: list[dict[str, Any]], before: int
-    ) -> None:
+    def _set_closed_apart(self, wanted: dict[str, Any], rows: list[dict[str, Any]], before: int) -> None:
         """Of what was not found: what is nowhere had ended; the rest (passed on meanwhile) was refused.
 
         ``before``: how many records there were before those of ``rows``.
@@ -489,7 +469,7 @@ class Export:
         if not any(_not_found(record) for record in records):
             return
         inodes = {(row["pid"], row["fd"]): row["inode"] for row in rows}
-        there = {row["inode"] for row in client.sockets(wanted)}
+        there = {row["inode"] for row in self.mover.client.sockets(wanted)}
         kept = [
             record
             for record in records
@@ -498,43 +478,18 @@ class Export:
         self.closed += len(records) - len(kept)
         self.records[before:] = kept
 
-    # -- moving
-
-    def _move(
-        self, client: ControlClient, sockets: list[dict[str, Any]], migration_id: str | None = None
-    ) -> None:
-        """Move ``sockets``; if the daemon goes away, learn from the next one what became of them."""
-        for one in sockets:
-            one["migration_id"] = migration_id or str(uuid.uuid4())
-        try:
-            records = client.export(sockets, self.params["to"], self.params["timeout"], self.dry_run)
-        except ControlError as error:
-            if error.code or self.dry_run:
-                raise
-            client.close()  # if it is only slow: what is not committed is undone
-            self.records += self._outcomes([one["migration_id"] for one in sockets], error)
-        else:
-            self.records += records
-
-    def _outcomes(self, ids: list[str], error: ControlError) -> list[dict[str, Any]]:
-        try:
-            with self._client(RECONNECT_S) as client:
-                found = client.migrations(ids, self.params["timeout"])
-        except ControlError:
-            raise error from None
-        records = [record for record in found if record.get("direction") == "export"]
-        if len(records) < len(ids):  # an unknown one never began
-            self.records += records
-            raise ControlError(
-                f"{error.message} {len(ids) - len(records)} of {len(ids)} migrations were not begun; "
-                "run it again."
-            )
-        return records
+    def _move(self, sockets: list[dict[str, Any]]) -> None:
+        records = self.mover.move(sockets, self.params["to"])
+        begun = [record for record in records if record is not None]
+        self.records += begun
+        if len(begun) < len(records):
+            lost = f"{len(records) - len(begun)} of {len(records)} migrations were not begun; run it again."
+            raise ControlError(f"{self.mover.trouble} {lost}")
 
     # -- reporting
 
     def _result(self) -> dict[str, Any]:
-        good = "planned" if self.dry_run else "moved"
+        good = "planned" if self.mover.dry_run else "moved"
         fine = [one for one in self.records if one.get("outcome") in (good, "moved")]
         changed = [one for one in fine if one.get("migration_id") not in self.done_before]
         result: dict[str, Any] = {
@@ -546,35 +501,15 @@ class Export:
             "spared": self.spared,
         }
         if self.module._diff:
-            moving = {id(one) for one in changed}
             target = self.params["to"] or "any host of the group"
-            result["diff"] = {
-                "before_header": "host of each socket",
-                "after_header": "host of each socket",
-                "before": self._hosts(lambda one: one.get("from")),
-                "after": self._hosts(
-                    lambda one: (one.get("to") or target) if id(one) in moving else one.get("from")
-                ),
-            }
+            news = [one for one in self.records if one.get("migration_id") not in self.done_before]
+            result["diff"] = _moving.diff(news, changed, target)
         return result
 
-    def _hosts(self, host_of: Any) -> str:
-        news = [one for one in self.records if one.get("migration_id") not in self.done_before]
-        return "".join(
-            f"{one.get('local')} - {one.get('remote') or one.get('kind')}: {host_of(one)}\n" for one in news
-        )
-
     def _complaint(self, result: dict[str, Any]) -> str:
-        reasons: dict[str, list[str]] = {}
-        for one in self.records:
-            if one.get("outcome") not in ("planned", "moved"):
-                why = one.get("refusal") or {}
-                code = why.get("code") or one.get("outcome") or "still under way"
-                reasons.setdefault(code, []).append(why.get("message") or "See the daemon's log.")
-        texts = [f"{code} ({len(all_)}): {all_[0]}" for code, all_ in sorted(reasons.items())]
-        verb = "could not be moved" if self.dry_run else "did not move"
+        verb = "could not be moved" if self.mover.dry_run else "did not move"
         return (
-            f"{result['refused']} of {len(self.records)} sockets {verb}. {' '.join(texts)} "
+            f"{result['refused']} of {len(self.records)} sockets {verb}. {_moving.reasons(self.records)} "
             "Each record in migrations says where its socket is; mend the cause and run it again, "
             "or set allow_refused."
         )
@@ -582,7 +517,7 @@ class Export:
 
 def _not_found(record: dict[str, Any]) -> bool:
     """Whether nothing was at its pid and fd when its turn came."""
-    return (record.get("refusal") or {}).get("code") == "no-such-socket"
+    return _moving.code_of(record) == "no-such-socket"
 
 
 def argument_spec() -> dict[str, Any]:

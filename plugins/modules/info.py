@@ -318,6 +318,10 @@ sockets:
       description: Bytes written and not yet acknowledged.
       type: int
       returned: always
+    received_bytes:
+      description: Bytes that have come so far, if O(idle_s) is given; else null.
+      type: int
+      returned: always
     movable:
       description: Whether it could be moved now.
       type: bool

@@ -27,8 +27,8 @@ from tests import returned
 pytest.importorskip("ansible")
 
 PROJECT = Path(__file__).resolve().parents[2]
-MODULES = ("export", "group", "info", "kmod")
-OF_THE_DAEMON = ("export", "group", "info")  # those that speak to it, and are an action group
+MODULES = ("drain", "export", "group", "info", "kmod")
+OF_THE_DAEMON = ("drain", "export", "group", "info")  # those that speak to it, and are an action group
 TARGET_SIDE = sorted(
     [*(PROJECT / "plugins/modules").glob("*.py"), *(PROJECT / "plugins/module_utils").glob("*.py")]
 )
@@ -331,6 +331,14 @@ def test_ansible_doc(collections: Path) -> None:
         ("export", {"all": True, "timeout": 0}, "timeout is 0"),
         ("export", {"process": ""}, "process is empty"),
         ("export", {"proces": "x"}, "Unsupported parameters"),
+        ("drain", {}, "Nothing says which sockets"),
+        ("drain", {"all": True, "kinds": []}, "kinds is empty"),
+        ("drain", {"all": True, "to": []}, "to is empty"),
+        ("drain", {"all": True, "rate": 0}, "rate is 0"),
+        ("drain", {"all": True, "limit_s": -1}, "limit_s is -1"),
+        ("drain", {"all": True, "stop_after": -1}, "stop_after is -1"),
+        ("drain", {"all": True, "timeout": 0}, "timeout is 0"),
+        ("drain", {"all": True, "so_far": {"refused": ["x"]}}, "refused"),
         ("info", {"gather_subset": ["everything"]}, "value of gather_subset must be"),
         ("info", {"history_limit": 0}, "history_limit is 0"),
         ("info", {"local_address": "here"}, "give an IP address"),
@@ -361,7 +369,8 @@ def test_wrong_options(collections: Path, module: str, options: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    ("module", "options"), [("export", {"all": True}), ("info", {}), ("group", {"name": "web"})]
+    ("module", "options"),
+    [("drain", {"all": True}), ("export", {"all": True}), ("info", {}), ("group", {"name": "web"})],
 )
 def test_no_daemon(collections: Path, module: str, options: dict[str, Any]) -> None:
     result = run(collections, module, env={"SOCKMI_CONTROL": "/nowhere/control.sock"}, **options)

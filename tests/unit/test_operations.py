@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -160,6 +163,26 @@ def memfd() -> int:
 
 def null() -> int:
     return os.open(os.devnull, os.O_RDONLY)
+
+
+# -- which socket
+
+
+def test_a_number_that_is_another_socket_by_now_is_refused(setting: Setting) -> None:
+    """As ``list`` has said: the socket of this inode, and how much had come on it."""
+    with socket.socket() as held:
+        words = [sys.executable, "-c", "input()"]
+        with subprocess.Popen(words, pass_fds=[held.fileno()], stdin=subprocess.PIPE) as owner:
+            there = {"pid": owner.pid, "fd": held.fileno(), "received_bytes": 7}
+            inode = os.fstat(held.fileno()).st_ino
+            request = api.ExportRequest(
+                sockets=[api.ExportItem(**there, inode=one) for one in (inode, inode + 1)]
+            )
+            [answer] = setting.ask(request)
+            owner.kill()
+    assert [one["outcome"] for one in answer["migrations"]] == ["moved", "refused"]
+    assert answer["migrations"][1]["refusal"]["code"] == "no-such-socket"
+    assert [one.received for one in setting.exporting.taken] == [7]
 
 
 # -- migration ids

@@ -26,6 +26,8 @@ class ExportItem(Model):
     ``descriptor``: it comes with this line; ``pid`` and ``fd`` then only say whose it is.
     Without it the daemon takes it from ``pid`` and ``fd``, for administrators only.
     ``context``: a sealed memfd comes with this line. ``migration_id``: makes it idempotent.
+    ``inode``, ``received_bytes``: as ``list`` has said; it stays if it is another socket by now, or if its
+    owner has read more since.
     """
 
     pid: Annotated[int, Field(ge=1)] | None = None
@@ -33,11 +35,15 @@ class ExportItem(Model):
     descriptor: bool = False
     context: bool = False
     migration_id: UUID | None = None
+    inode: Count | None = None
+    received_bytes: Count | None = None
 
     @model_validator(mode="after")
     def _named(self) -> ExportItem:
         if not self.descriptor and (self.pid is None or self.fd is None):
             raise ValueError("a socket without a descriptor needs pid and fd")
+        if self.descriptor and self.inode is not None:
+            raise ValueError("inode is for a socket without a descriptor")
         return self
 
 

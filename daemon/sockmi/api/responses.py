@@ -94,7 +94,10 @@ class TakenResponse(_Response):
 
 
 class SocketRow(Model):
-    """A socket of this host; ``refusal`` is None if it could be moved now."""
+    """A socket of this host; ``refusal`` is None if it could be moved now.
+
+    ``received_bytes``: how many have come on a connection that is quiet; None unless the filter has ``idle_s``.
+    """
 
     pid: int
     fd: int
@@ -108,6 +111,7 @@ class SocketRow(Model):
     remote: EndpointText | None
     receive_queue_bytes: Count
     send_queue_bytes: Count
+    received_bytes: Count | None = None
     movable: bool
     refusal: Why | None = None
 

@@ -130,7 +130,7 @@ class Exports:
                 elif client.administrator and before is None:
                     assert item.pid is not None and item.fd is not None
                     try:
-                        descriptor = _taken_from(item.pid, item.fd)
+                        descriptor = _taken_from(item.pid, item.fd, item.inode)
                     except Refusal as refusal:
                         selection.append(refusal)
                         continue
@@ -151,6 +151,7 @@ class Exports:
                         caller,
                         migration_id=item.migration_id,
                         user_id=client.uid,
+                        received=item.received_bytes,
                     )
                 )
             for one, item in zip(selection, request.sockets, strict=True):
@@ -166,11 +167,11 @@ class Exports:
         return selection
 
 
-def _taken_from(pid: int, fd: int) -> int:
+def _taken_from(pid: int, fd: int, inode: int | None) -> int:
     if pid == os.getpid():
         message = "That is this daemon's own descriptor; name one of the application's."
         raise Refusal(Code.OWNER_IS_DAEMON, message)
-    return duplicate(pid, fd)
+    return duplicate(pid, fd, inode)
 
 
 def _read_memfd(descriptor: int) -> bytes:

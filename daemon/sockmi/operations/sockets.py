@@ -100,6 +100,7 @@ def _row(found: Found, refusal: Refusal | None) -> api.SocketRow:
         remote=str(listed.remote) if listed.remote else None,
         receive_queue_bytes=0 if listening else listed.receive_queue,
         send_queue_bytes=0 if listening else listed.send_queue,
+        received_bytes=listed.quiet.received if listed.quiet else None,
         movable=refusal is None,
         refusal=api.Why.of(refusal) if refusal else None,
     )

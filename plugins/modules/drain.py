@@ -1,0 +1,534 @@
+#!/usr/bin/python
+# Copyright: SockMi contributors
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Empty a host of live TCP sockets, at a rate."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: drain
+short_description: Empty a host of live TCP sockets, at a rate
+version_added: "1.0.0"
+author: SockMi contributors (@sockmi)
+description:
+  - Moves all TCP sockets that a filter selects to other hosts that run the SockMi daemon, at a rate, until
+    none is left. What comes meanwhile is moved too.
+  - It spreads them evenly over the hosts of O(to). A host that has gone, or has no room, gets nothing more,
+    and the others take its share.
+  - A socket that did not move stays live where it is, and is not tried again.
+  - With O(limit_s) it does so a step at a time. The playbook C(sockmi.appliance.drain) shows how far it has
+    come after each.
+options:
+  kinds:
+    description:
+      - Kinds of the sockets that the filter selects.
+    type: list
+    elements: str
+    choices: [bound, listening, connected]
+    default: [connected]
+  all:
+    description:
+      - Select every socket of O(kinds) on the host. Without it at least one other selection is needed,
+        so that nothing is moved for want of an option.
+    type: bool
+    default: false
+  to:
+    description:
+      - The hosts that shall import, by their daemons' names, ids or addresses.
+      - If it is not given, the daemons of the group agree on one for each half second's share.
+    type: list
+    elements: str
+  rate:
+    description:
+      - At most so many sockets a second, half a second's at once.
+      - If it is not given, as fast as they go.
+    type: float
+  limit_s:
+    description:
+      - End after so many seconds, also if there is more to move; what is being moved then is waited for.
+    type: float
+  stop_after:
+    description:
+      - Stop, and fail, when so many sockets did not move. V(0) is never.
+    type: int
+    default: 10
+  timeout:
+    description:
+      - Seconds in which an importer must be found. What has none by then is refused.
+      - If the daemon has not answered 15 seconds later it is told to undo what is not committed, and asked
+        what became of each socket.
+    type: float
+    default: 30.0
+  so_far:
+    description:
+      - What the step before has returned as RV(so_far), to go on from there.
+    type: dict
+    suboptions:
+      tried:
+        description: How many sockets were tried.
+        type: int
+        default: 0
+      moved:
+        description: How many of them moved.
+        type: int
+        default: 0
+      refused:
+        description: Inodes of those that did not.
+        type: list
+        elements: int
+        default: []
+      gone:
+        description: The hosts of O(to) that get nothing more.
+        type: list
+        elements: str
+        default: []
+      due:
+        description: When the next may go, in seconds of the host's monotonic clock.
+        type: float
+        default: 0.0
+extends_documentation_fragment:
+  - sockmi.appliance.common
+  - sockmi.appliance.common.filter
+attributes:
+  check_mode:
+    description: Can run in check mode; the daemon is asked for dry runs, and nothing moves.
+    support: full
+    details:
+      - All is asked for at once, each host of O(to) for its share.
+  diff_mode:
+    description: Shows the host of each connection before and after.
+    support: full
+  idempotent:
+    description: Running it again changes nothing.
+    support: full
+    details:
+      - A moved socket is gone from the host, so the filter selects it no more.
+notes:
+  - Run it as root (C(become)); only administrators may move sockets of other processes.
+  - It fails if it has come to an end and sockets are left, and returns the records of all that were tried.
+  - With O(idle_s) it ends when for so long none of those that are left has been quiet. One on which a request
+    came when its turn had come stays, and is tried again when it is quiet.
+  - The filter never selects the sockets that carry the Ansible session itself, those of the module's
+    process and its ancestors such as C(sshd). Their number is returned as RV(spared).
+seealso:
+  - module: sockmi.appliance.export
+  - module: sockmi.appliance.info
+"""
+
+EXAMPLES = r"""
+# ansible web1 -m sockmi.appliance.drain -a 'unit=nginx.service to=web2,web3 rate=50'
+
+- name: Empty this host of a service's connections
+  sockmi.appliance.drain:
+    unit: nginx.service
+    local_port: 443
+    to: [web2, web3]
+    rate: 50
+
+- name: For ten seconds at most
+  sockmi.appliance.drain:
+    unit: nginx.service
+    idle_s: 2
+    limit_s: 10
+  register: step
+
+- name: And ten more
+  sockmi.appliance.drain:
+    unit: nginx.service
+    idle_s: 2
+    limit_s: 10
+    so_far: "{{ step.so_far }}"
+  when: not step.done
+"""
+
+RETURN = r"""
+migrations:
+  description:
+    - A record for each socket that was tried, the same as those of M(sockmi.appliance.export).
+  returned: always, but after wrong options
+  type: list
+  elements: dict
+  sample:
+    - migration_id: 7f0c0f0e-3f0b-4d0f-9f3d-2f1f6a1b7c01
+      local: 10.7.0.1:80
+      remote: 10.7.0.9:40112
+      from: a
+      to: b
+      outcome: moved
+      refusal: null
+      blackout_us: 910
+moved:
+  description: How many of them are live at another host; in check mode, how many could be moved.
+  returned: with RV(migrations)
+  type: int
+  sample: 20
+refused:
+  description: How many of them are not.
+  returned: with RV(migrations)
+  type: int
+  sample: 0
+closed:
+  description: How many sockets had ended by themselves when their turn came.
+  returned: with RV(migrations)
+  type: int
+  sample: 0
+spared:
+  description: How many sockets that carry the Ansible session itself were left alone.
+  returned: with RV(migrations)
+  type: int
+  sample: 0
+left:
+  description:
+    - How many sockets are there at the end, also those that are not quiet (O(idle_s)), and those that did not
+      move; in check mode, how many would be. Null if the daemon could not be asked.
+  returned: with RV(migrations)
+  type: int
+  sample: 0
+done:
+  description: Whether it has come to an end, rather than to O(limit_s).
+  returned: with RV(migrations)
+  type: bool
+  sample: true
+stopped:
+  description: Whether that is because of O(stop_after).
+  returned: with RV(migrations)
+  type: bool
+  sample: false
+so_far:
+  description: This step and those before, for O(so_far) of the next.
+  returned: with RV(migrations)
+  type: dict
+  contains:
+    tried:
+      description: How many sockets were tried.
+      type: int
+      returned: always
+    moved:
+      description: How many of them moved.
+      type: int
+      returned: always
+    refused:
+      description: Inodes of those that did not.
+      type: list
+      elements: int
+      returned: always
+    gone:
+      description: The hosts of O(to) that get nothing more.
+      type: list
+      elements: str
+      returned: always
+    due:
+      description: When the next may go, in seconds of the host's monotonic clock.
+      type: float
+      returned: always
+  sample:
+    tried: 20
+    moved: 20
+    refused: []
+    gone: []
+    due: 4711.5
+code:
+  description: The daemon's refusal code, where it refused a whole request.
+  returned: on such a failure
+  type: str
+  sample: shutting-down
+"""
+
+import time  # noqa: E402
+from collections import Counter  # noqa: E402
+from typing import Any  # noqa: E402
+
+from ansible.module_utils.basic import AnsibleModule  # noqa: E402
+from ansible_collections.sockmi.appliance.plugins.module_utils import _module, _moving  # noqa: E402
+from ansible_collections.sockmi.appliance.plugins.module_utils._client import ControlError  # noqa: E402
+
+BATCH_MAX = 500
+BATCH_S = 0.5
+POLL_S = 0.25
+SELECTION = (*_module.FILTER_SPEC, "all")
+TRIES = 3
+PASSING = frozenset({"no-such-socket", "already-migrating"})
+UNHEARD = frozenset({"no-offer", "peer-lost", "shutting-down"})
+
+
+class Drain:
+    """One step. The sockets are listed, and go in this order, batch by batch; then they are listed again.
+
+    What could not be had makes no record: it is looked for again, and is listed still if it has not ended.
+    """
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.params: dict[str, Any] = module.params
+        self.dry_run: bool = module.check_mode
+        self.mover = _moving.Mover(self.params["control"], self.params["timeout"], self.dry_run)
+        self.records: list[dict[str, Any]] = []
+        self.closed = 0
+        self.spared = 0
+        self.left: int | None = None
+        self.done = False
+        before: dict[str, Any] = self.params["so_far"] or {}
+        self._tried: int = before.get("tried", 0)
+        self._moved: int = before.get("moved", 0)
+        self._refused: list[int] = list(before.get("refused", []))
+        self._gone: list[str] = list(before.get("gone", []))
+        self._due: float = before.get("due", 0.0)
+        self._deadline: float | None = None
+        self._patient_until: float | None = None
+        self._misses: Counter[int] = Counter()
+        self._missing: set[int] = set()
+
+    def run(self) -> None:
+        """Check the options, move, report."""
+        self._check()
+        wanted = _module.socket_filter(self.params)
+        told: dict[str, Any] = {}
+        try:
+            self._empty(wanted)
+        except ControlError as error:
+            self.done, self.left = True, None
+            told = _module.failure(error)
+        finally:
+            self.mover.close()
+        result = self._result()
+        if not told and (complaint := self._complaint(result)):
+            told = {"msg": complaint}
+        if told:
+            self.module.fail_json(**result, **told)
+        self.module.exit_json(**result)
+
+    def _check(self) -> None:
+        params = self.params
+        if not any(params[name] not in (None, False, []) for name in SELECTION):
+            raise _module.WrongValue(
+                "Nothing says which sockets: give a filter such as unit, process or local_port, or all: true "
+                "for every one."
+            )
+        for name in ("kinds", "to"):
+            if params[name] == []:
+                raise _module.WrongValue(f"{name} is empty; name at least one, or leave the option out.")
+        _module.in_range(params, "rate", 0.001, 1_000_000)
+        _module.in_range(params, "limit_s", 0, 86400)
+        _module.in_range(params, "stop_after", 0, 1_000_000_000)
+        _module.in_range(params, "timeout", 0.001, 86400)
+
+    # -- which, and when
+
+    def _empty(self, wanted: dict[str, Any]) -> None:
+        if self.params["limit_s"] is not None and not self.dry_run:
+            self._deadline = time.monotonic() + self.params["limit_s"]
+        everything = {name: value for name, value in wanted.items() if name != "idle_s"}
+        rows: list[dict[str, Any]] = []
+        while not self._stopped() and self._wait_until(self._due):
+            if wanted != everything:
+                rows = self._untried(self.mover.listed(wanted)[0])
+            elif not rows:
+                rows = self._untried(self._listed(everything))
+            if rows:
+                size = len(rows) if self.dry_run else self._batch_size()
+                self._batch(rows[:size])
+                del rows[:size]
+                self._patient_until = None
+            elif not self._wait_for_quiet(everything):
+                break
+            if self.dry_run:
+                break
+        untried = self._untried(self._listed(everything))
+        self.done = self.dry_run or self._stopped() or not untried or self._deadline_is_ahead()
+        if self.dry_run:
+            self.left -= sum(one.get("outcome") == "planned" for one in self.records)
+
+    def _listed(self, everything: dict[str, Any]) -> list[dict[str, Any]]:
+        """All that there are, quiet or not."""
+        listed, self.spared = self.mover.listed(everything)
+        self.left = len(listed)
+        self.closed += len(self._missing - {row["inode"] for row in listed})
+        self._missing.clear()
+        return listed
+
+    def _untried(self, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows = [row for row in listed if row["inode"] not in self._refused]
+        return sorted(rows, key=lambda row: not row["movable"])  # those that can move come first
+
+    def _batch_size(self) -> int:
+        rate = self.params["rate"]
+        return BATCH_MAX if rate is None else min(max(int(rate * BATCH_S), 1), BATCH_MAX)
+
+    def _wait_until(self, moment: float) -> bool:
+        """Sleep; False if the time of the step is up first."""
+        end = moment if self._deadline is None else min(moment, self._deadline)
+        time.sleep(max(0.0, end - time.monotonic()))
+        return self._deadline_is_ahead()
+
+    def _deadline_is_ahead(self) -> bool:
+        return self._deadline is None or time.monotonic() < self._deadline
+
+    def _wait_for_quiet(self, everything: dict[str, Any]) -> bool:
+        """Whether to look again: some of those that are left may be quiet by then."""
+        if self.params["idle_s"] is None or not self._untried(self._listed(everything)):
+            return False
+        now = time.monotonic()
+        if self._patient_until is None:
+            self._patient_until = now + self.params["idle_s"]
+        return now < self._patient_until and self._wait_until(min(now + POLL_S, self._patient_until))
+
+    def _stopped(self) -> bool:
+        limit = self.params["stop_after"]
+        return not self.dry_run and 0 < limit <= len(self._refused)
+
+    # -- moving
+
+    def _batch(self, rows: list[dict[str, Any]]) -> None:
+        """Move ``rows``, spread over the targets."""
+        rate = self.params["rate"]
+        if rate is not None:
+            self._due = max(self._due, time.monotonic()) + len(rows) / rate
+        targets = self._targets()
+        shares: dict[str | None, list[dict[str, Any]]] = {}
+        for number, row in enumerate(rows, self._tried):
+            shares.setdefault(targets[number % len(targets)], []).append(row)
+        found: dict[int, dict[str, Any]] = {}
+        try:
+            for target, share in shares.items():
+                found.update(self._share(share, target))
+        finally:
+            self._keep([(row["inode"], found[row["inode"]]) for row in rows if row["inode"] in found])
+
+    def _targets(self) -> list[str | None]:
+        if self.params["to"] is None:
+            return [None]
+        targets: list[str | None] = [one for one in self.params["to"] if one not in self._gone]
+        if not targets:
+            raise ControlError(
+                f"None of {', '.join(self.params['to'])} takes sockets (any more); see the warnings, "
+                "and sockmi.appliance.info with gather_subset=groups."
+            )
+        return targets
+
+    def _share(self, rows: list[dict[str, Any]], target: str | None) -> dict[int, dict[str, Any]]:
+        """Move ``rows`` to one target. Returns the record of each inode that has one."""
+        try:
+            records = self.mover.move([_moving.named(row) for row in rows], target)
+        except ControlError as error:
+            if error.code != "no-such-host" or target is None:
+                raise
+            self._drop(target, error.message)
+            return {}
+        refusal = self._unheard(records)
+        if refusal and target is not None and len(self._targets()) > 1:
+            self._drop(target, refusal)
+            return {}
+        found = {}
+        for row, record in zip(rows, records):  # noqa: B905 - no strict before Python 3.10
+            if record is None or _moving.code_of(record) in self._passing():
+                self._misses[row["inode"]] += 1
+                if self._misses[row["inode"]] < TRIES:
+                    self._missing.add(row["inode"])
+                    continue
+            if record is None:
+                raise ControlError(f"{self.mover.trouble} {len(rows)} migrations were not begun.")
+            found[row["inode"]] = record
+        return found
+
+    def _passing(self) -> frozenset[str]:
+        """What is said of a socket that is to be looked for again."""
+        return PASSING if self.params["idle_s"] is None else PASSING | {"changed"}
+
+    def _unheard(self, records: list[dict[str, Any] | None]) -> str:
+        """A sentence, if a target took none of its share for reasons of its own; else ""."""
+        if self.dry_run or not all(one is not None and _moving.code_of(one) in UNHEARD for one in records):
+            return ""
+        return _moving.reasons(one for one in records if one is not None)
+
+    def _drop(self, target: str, why: str) -> None:
+        self._gone.append(target)
+        self.module.warn(f"{target} gets nothing more: {why}")
+
+    def _keep(self, found: list[tuple[int, dict[str, Any]]]) -> None:
+        for inode, record in found:
+            self.records.append(record)
+            self._tried += 1
+            if record.get("outcome") in ("moved", "planned"):
+                self._moved += 1
+            else:
+                self._refused.append(inode)
+
+    # -- reporting
+
+    def _result(self) -> dict[str, Any]:
+        moving = [one for one in self.records if one.get("outcome") in ("moved", "planned")]
+        result: dict[str, Any] = {
+            "changed": bool(moving),
+            "migrations": self.records,
+            "moved": len(moving),
+            "refused": len(self.records) - len(moving),
+            "closed": self.closed,
+            "spared": self.spared,
+            "left": self.left,
+            "done": self.done,
+            "stopped": self._stopped(),
+            "so_far": {
+                "tried": self._tried,
+                "moved": self._moved,
+                "refused": self._refused,
+                "gone": self._gone,
+                "due": self._due,
+            },
+        }
+        if self.module._diff:
+            target = ", ".join(self.params["to"] or ["any host of the group"])
+            result["diff"] = _moving.diff(self.records, moving, target)
+        return result
+
+    def _complaint(self, result: dict[str, Any]) -> str:
+        """Why the host is not empty; "" if it is, or if there is more to do."""
+        why = _moving.reasons(self.records)
+        if self.dry_run:
+            failed = result["refused"]
+            return f"{failed} of {len(self.records)} sockets could not be moved. {why}" if failed else ""
+        if self._stopped():
+            return (
+                f"Stopped, as {len(self._refused)} sockets did not move (stop_after is "
+                f"{self.params['stop_after']}); {self.left} are left. {why}"
+            )
+        if not self.done or not self.left:
+            return ""
+        restless = self.left - len(self._refused)
+        quiet = f", {restless} were not quiet for {self.params['idle_s']} s" if restless > 0 else ""
+        return f"{self.left} sockets are left: {len(self._refused)} did not move{quiet}. {why}"
+
+
+def argument_spec() -> dict[str, Any]:
+    """The options."""
+    so_far = {
+        "tried": {"type": "int", "default": 0},
+        "moved": {"type": "int", "default": 0},
+        "refused": {"type": "list", "elements": "int", "default": []},
+        "gone": {"type": "list", "elements": "str", "default": []},
+        "due": {"type": "float", "default": 0.0},
+    }
+    return {
+        **_module.CONTROL_SPEC,
+        **_module.FILTER_SPEC,
+        "kinds": {"type": "list", "elements": "str", "choices": _module.KINDS, "default": ["connected"]},
+        "all": {"type": "bool", "default": False},
+        "to": {"type": "list", "elements": "str"},
+        "rate": {"type": "float"},
+        "limit_s": {"type": "float"},
+        "stop_after": {"type": "int", "default": 10},
+        "timeout": {"type": "float", "default": 30.0},
+        "so_far": {"type": "dict", "options": so_far},
+    }
+
+
+def main() -> None:
+    """Run the module."""
+    with _module.readable():
+        module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
+        _module.guarded(module, Drain(module).run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The Ansible module drain, with a daemon that has sockets, hosts that take them, and its moods."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from sockmi import api
+from tests.unit.test_modules import collections, record, row, run
+
+pytest.importorskip("ansible")
+__all__ = ["collections"]  # a fixture
+
+
+def refusal(code: str) -> dict[str, str]:
+    return {"code": code, "message": f"It said {code}.", "errno": "EIO"}
+
+
+class Daemon:
+    """Has ``count`` sockets, with the descriptors 1, 2 ...; ``moves`` tells what went where.
+
+    ``say``: (descriptor, target) -> None to move it, a refusal code, or an error for the whole request.
+    """
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.path = path
+        self.rows = {number: self._row(number) for number in range(1, count + 1)}
+        self.quiet: Callable[[int], bool] = lambda _number: True
+        self.say: Callable[[int, str | None], str | Exception | None] = lambda _number, _target: None
+        self.listed: Callable[[], None] = lambda: None
+        self.moves: list[tuple[int, str | None]] = []
+        self.requests: list[dict[str, Any]] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _row(self, number: int) -> dict[str, Any]:
+        return {
+            **row(number),
+            **{"process": "x", "unit": None, "user_id": 0, "kind": "connected", "state": "ESTABLISHED"},
+            **{"remote": f"192.0.2.9:{4000 + number}", "receive_queue_bytes": 0, "send_queue_bytes": 0},
+            **{"received_bytes": 7, "refusal": None},
+        }
+
+    def add(self, number: int) -> None:
+        self.rows[number] = self._row(number)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _unused = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as lines:
+            for line in lines:
+                api.parse_request(line)
+                request = json.loads(line)
+                self.requests.append(request)
+                answer = {"list": self._list, "export": self._export}[request["op"]](request)
+                connection.sendall(json.dumps({"ok": True, **answer}).encode() + b"\n")
+
+    def _list(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.listed()
+        idle = "idle_s" in request["filter"]
+        rows = [one for number, one in self.rows.items() if not idle or self.quiet(number)]
+        return {"sockets": rows}
+
+    def _export(self, request: dict[str, Any]) -> dict[str, Any]:
+        records = []
+        for one in request["sockets"]:
+            number = one["fd"]
+            assert one["inode"] == number
+            said = self.say(number, request.get("to"))
+            if isinstance(said, Exception):
+                return {"ok": False, "error": refusal(str(said))}
+            records.append(self._record(number, one, request, said))
+        return {"migrations": records}
+
+    def _record(
+        self, number: int, one: dict[str, Any], request: dict[str, Any], said: str | None
+    ) -> dict[str, Any]:
+        known = {
+            "migration_id": one["migration_id"],
+            "pid": one["pid"],
+            "fd": number,
+            "to": request.get("to"),
+        }
+        if said is not None:
+            return record(**known, outcome="refused", refusal=refusal(said))
+        if request["dry_run"]:
+            return record(**known, remote=self.rows[number]["remote"], outcome="planned")
+        self.moves.append((number, request.get("to")))
+        return record(**known, remote=self.rows.pop(number)["remote"])
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Callable[[int], Daemon]]:
+    """Makes a daemon with so many sockets."""
+    made: list[Daemon] = []
+
+    def make(count: int) -> Daemon:
+        made.append(Daemon(tmp_path / f"{len(made)}.sock", count))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def drain(collections: Path) -> Callable[..., dict[str, Any]]:
+    """Runs the module on a daemon."""
+
+    def go(there: Daemon, **options: Any) -> dict[str, Any]:
+        return run(collections, "drain", control=str(there.path), **{"all": True, **options})
+
+    return go
+
+
+Run = Callable[..., dict[str, Any]]
+Make = Callable[[int], Daemon]
+
+
+def test_all_are_spread_as_check_mode_has_said(daemon: Make, drain: Run) -> None:
+    there = daemon(7)
+    there.rows[1]["movable"] = False  # now; it is tried last
+    planned = drain(there, check=True, to=["b", "c"])
+    assert (planned["rc"], planned["changed"], planned["moved"], planned["left"]) == (0, True, 7, 0)
+    assert not there.moves
+    done = drain(there, to=["b", "c"])
+    assert there.moves == [(2, "b"), (4, "b"), (6, "b"), (1, "b"), (3, "c"), (5, "c"), (7, "c")]
+    assert (done["rc"], done["changed"], done["moved"], done["left"], done["done"]) == (0, True, 7, 0, True)
+    assert planned["diff"] == done["diff"]
+    assert done["diff"]["after"].count(": b\n") == 4
+    again = drain(there, to=["b", "c"])
+    assert (again["rc"], again["changed"], again["migrations"]) == (0, False, [])
+
+
+def test_steps_are_one_drain(daemon: Make, drain: Run) -> None:
+    """At a rate, each going on with the next host, and without what did not move."""
+    there = daemon(9)
+    there.say = lambda number, _target: "port-taken" if number in (1, 2) else None
+    planned = drain(daemon(9), check=True, to=["b", "c"])
+    steps: list[dict[str, Any]] = []
+    began = time.monotonic()
+    while not steps or not steps[-1]["done"]:
+        so_far = {"so_far": steps[-1]["so_far"]} if steps else {}
+        steps.append(drain(there, to=["b", "c"], rate=4, limit_s=0.9, **so_far))
+        assert steps[-1]["moved"] + steps[-1]["refused"] <= 4
+    assert time.monotonic() - began >= 7 / 4
+    assert len(steps) >= 3
+    assert [number for number, _target in there.moves] == [3, 4, 5, 6, 7, 8, 9]
+    tried = [one for request in there.requests if request["op"] == "export" for one in request["sockets"]]
+    assert len(tried) == 9  # nothing twice
+    records = [one for step in steps for one in step["migrations"]]
+    after = {one["remote"]: one["to"] for one in records if one["outcome"] == "moved"}
+    shown = [f"- {remote}: {target}" in planned["diff"]["after"] for remote, target in after.items()]
+    assert all(shown)
+    assert len(shown) == 7
+    last = steps[-1]
+    assert (last["failed"], last["left"], last["so_far"]["moved"]) == (True, 2, 7)
+    assert "2 sockets are left: 2 did not move" in last["msg"]
+
+
+def test_it_stops_at_its_threshold(daemon: Make, drain: Run) -> None:
+    there = daemon(20)
+    there.say = lambda number, _target: "port-taken" if number == 2 else None
+    stopped = drain(there, to=["b"], rate=4, stop_after=1)
+    assert (stopped["failed"], stopped["stopped"], stopped["done"]) == (True, True, True)
+    assert (stopped["moved"], stopped["refused"], stopped["left"]) == (1, 1, 19)
+    assert "Stopped, as 1 sockets did not move (stop_after is 1)" in stopped["msg"]
+    assert "port-taken (1): It said port-taken." in stopped["msg"]
+    never = drain(there, to=["b"], stop_after=0)
+    assert (never["stopped"], never["moved"], never["left"]) == (False, 18, 1)
+
+
+@pytest.mark.parametrize("said", [ValueError("no-such-host"), "no-offer"])
+def test_what_has_gone_gets_nothing_more(daemon: Make, drain: Run, said: Any) -> None:
+    there = daemon(8)
+    there.say = lambda _number, target: said if target == "c" and len(there.moves) >= 4 else None
+    result = drain(there, to=["b", "c"], rate=8, stop_after=1)
+    assert (result["rc"], result["moved"], result["refused"], result["left"]) == (0, 8, 0, 0)
+    assert (result["so_far"]["gone"], len(result["migrations"])) == (["c"], 8)
+    assert "c gets nothing more" in str(result["warnings"])
+    later = drain(daemon(2), to=["b", "c"], so_far=result["so_far"])
+    assert {one["to"] for one in later["migrations"]} == {"b"}
+
+
+def test_when_all_have_gone_what_was_done_is_told(daemon: Make, drain: Run) -> None:
+    there = daemon(8)
+    there.say = lambda _number, _target: ValueError("no-such-host") if len(there.moves) >= 4 else None
+    result = drain(there, to=["b", "c"], rate=8)
+    assert (result["failed"], result["changed"], result["moved"], result["left"]) == (True, True, 4, None)
+    assert "None of b, c takes sockets" in result["msg"]
+    nobody = drain(there, check=True, to=["x", "y"])
+    assert (nobody["failed"], nobody["changed"]) == (True, False)
+
+
+def test_the_last_one_without_room_refuses(daemon: Make, drain: Run) -> None:
+    there = daemon(2)
+    there.say = lambda _number, _target: "no-offer"
+    result = drain(there, to=["b", "c"])
+    assert (result["failed"], result["refused"], result["left"]) == (True, 2, 2)
+    assert len(result["so_far"]["gone"]) == 1
+
+
+def test_what_comes_meanwhile_is_moved_too(daemon: Make, drain: Run) -> None:
+    there = daemon(2)
+    there.listed = lambda: there.add(9) if len(there.moves) == 2 else None
+    assert drain(there)["moved"] == 3
+
+
+def test_what_still_comes_is_left(daemon: Make, drain: Run) -> None:
+    there = daemon(2)
+    there.listed = lambda: there.add(100 + len(there.requests))
+    result = drain(there, rate=4, limit_s=1)
+    assert (result["rc"], result["done"]) == (0, False)
+    assert result["left"] >= 1
+
+
+def test_only_what_is_quiet_is_moved(daemon: Make, drain: Run) -> None:
+    """It waits for the others, and tells of them; what was woken is tried again when it is quiet."""
+    there = daemon(4)
+    began = time.monotonic()
+    there.quiet = lambda number: number < 3 or (number == 3 and time.monotonic() - began > 1)
+    woken: list[int] = []
+
+    def say(number: int, _target: str | None) -> str | None:
+        if number == 1 and not woken:
+            woken.append(number)
+            return "changed"
+        return None
+
+    there.say = say
+    result = drain(there, idle_s=1.5)
+    assert sorted(number for number, _target in there.moves) == [1, 2, 3]
+    assert all(
+        one["received_bytes"] == 7
+        for request in there.requests
+        if request["op"] == "export"
+        for one in request["sockets"]
+    )
+    assert (result["failed"], result["moved"], result["refused"], result["left"]) == (True, 3, 0, 1)
+    assert "1 were not quiet for 1.5 s" in result["msg"]
+
+
+def test_what_had_ended_is_no_failure(daemon: Make, drain: Run) -> None:
+    there = daemon(3)
+
+    def say(number: int, _target: str | None) -> str | None:
+        if number == 2:
+            there.rows.pop(2, None)
+            return "no-such-socket"
+        return None
+
+    there.say = say
+    result = drain(there)
+    assert (result["rc"], result["moved"], result["refused"], result["closed"]) == (0, 2, 0, 1)
+
+
+def test_what_is_listed_but_not_found_is_refused_in_the_end(daemon: Make, drain: Run) -> None:
+    there = daemon(2)
+    there.say = lambda number, _target: "no-such-socket" if number == 2 else None
+    result = drain(there)
+    assert (result["failed"], result["moved"], result["refused"], result["left"]) == (True, 1, 1, 1)
+
+
+def test_migration_ids_are_new(daemon: Make, drain: Run) -> None:
+    there = daemon(2)
+    ids = {one["migration_id"] for one in drain(there)["migrations"]}
+    assert len(ids | {str(uuid4())}) == 3
