@@ -53,7 +53,7 @@ class Mover:
         return ControlClient.when_ready(self.control, self.timeout_s + ANSWER_MARGIN_S, wait_s)
 
     def listed(self, wanted: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-        """A row for each socket that ``wanted`` selects, but for those of this session; and how many these are."""
+        """A row for each socket that ``wanted`` selects but for this session's, and how many these are."""
         ours = own_inodes()
         rows: dict[int, dict[str, Any]] = {}
         for row in self._sockets(wanted):

@@ -277,6 +277,7 @@ class Drain:
         self._due: float = before.get("due", 0.0)
         self._deadline: float | None = None
         self._patient_until: float | None = None
+        self._settled = set(self._refused)
         self._misses: Counter[int] = Counter()
         self._missing: set[int] = set()
 
@@ -331,14 +332,12 @@ class Drain:
                 self._batch(rows[:size])
                 del rows[:size]
                 self._patient_until = None
-            elif not self._wait_for_quiet(everything):
-                break
-            if self.dry_run:
+            elif self.dry_run or not self._wait_for_quiet(everything):
                 break
         untried = self._untried(self._listed(everything))
         self.done = self.dry_run or self._stopped() or not untried or self._deadline_is_ahead()
         if self.dry_run:
-            self.left -= sum(one.get("outcome") == "planned" for one in self.records)
+            self.left = len(untried) + len(self._refused)
 
     def _listed(self, everything: dict[str, Any]) -> list[dict[str, Any]]:
         """All that there are, quiet or not."""
@@ -349,7 +348,7 @@ class Drain:
         return listed
 
     def _untried(self, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        rows = [row for row in listed if row["inode"] not in self._refused]
+        rows = [row for row in listed if row["inode"] not in self._settled]
         return sorted(rows, key=lambda row: not row["movable"])  # those that can move come first
 
     def _batch_size(self) -> int:
@@ -449,6 +448,7 @@ class Drain:
     def _keep(self, found: list[tuple[int, dict[str, Any]]]) -> None:
         for inode, record in found:
             self.records.append(record)
+            self._settled.add(inode)
             self._tried += 1
             if record.get("outcome") in ("moved", "planned"):
                 self._moved += 1
@@ -490,14 +490,15 @@ class Drain:
             return f"{failed} of {len(self.records)} sockets could not be moved. {why}" if failed else ""
         if self._stopped():
             return (
-                f"Stopped, as {len(self._refused)} sockets did not move (stop_after is "
-                f"{self.params['stop_after']}); {self.left} are left. {why}"
+                f"Stopped: {len(self._refused)} of {self._tried} sockets did not move (stop_after is "
+                f"{self.params['stop_after']}), {self.left} are left. {why}"
             )
         if not self.done or not self.left:
             return ""
         restless = self.left - len(self._refused)
-        quiet = f", {restless} were not quiet for {self.params['idle_s']} s" if restless > 0 else ""
-        return f"{self.left} sockets are left: {len(self._refused)} did not move{quiet}. {why}"
+        quiet = f"; that were not quiet for {self.params['idle_s']} s: {restless}" if restless > 0 else ""
+        failed = len(self._refused)
+        return f"Sockets that are left: {self.left}; that did not move: {failed}{quiet}. {why}".rstrip()
 
 
 def argument_spec() -> dict[str, Any]:

@@ -2,110 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
-from sockmi import api
-from tests.unit.test_modules import collections, record, row, run
+from tests.unit.moody_daemon import Daemon
+from tests.unit.test_modules import collections, run
 
 pytest.importorskip("ansible")
 __all__ = ["collections"]  # a fixture
-
-
-def refusal(code: str) -> dict[str, str]:
-    return {"code": code, "message": f"It said {code}.", "errno": "EIO"}
-
-
-class Daemon:
-    """Has ``count`` sockets, with the descriptors 1, 2 ...; ``moves`` tells what went where.
-
-    ``say``: (descriptor, target) -> None to move it, a refusal code, or an error for the whole request.
-    """
-
-    def __init__(self, path: Path, count: int) -> None:
-        self.path = path
-        self.rows = {number: self._row(number) for number in range(1, count + 1)}
-        self.quiet: Callable[[int], bool] = lambda _number: True
-        self.say: Callable[[int, str | None], str | Exception | None] = lambda _number, _target: None
-        self.listed: Callable[[], None] = lambda: None
-        self.moves: list[tuple[int, str | None]] = []
-        self.requests: list[dict[str, Any]] = []
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _row(self, number: int) -> dict[str, Any]:
-        return {
-            **row(number),
-            **{"process": "x", "unit": None, "user_id": 0, "kind": "connected", "state": "ESTABLISHED"},
-            **{"remote": f"192.0.2.9:{4000 + number}", "receive_queue_bytes": 0, "send_queue_bytes": 0},
-            **{"received_bytes": 7, "refusal": None},
-        }
-
-    def add(self, number: int) -> None:
-        self.rows[number] = self._row(number)
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _unused = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
-
-    def _answer(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rb") as lines:
-            for line in lines:
-                api.parse_request(line)
-                request = json.loads(line)
-                self.requests.append(request)
-                answer = {"list": self._list, "export": self._export}[request["op"]](request)
-                connection.sendall(json.dumps({"ok": True, **answer}).encode() + b"\n")
-
-    def _list(self, request: dict[str, Any]) -> dict[str, Any]:
-        self.listed()
-        idle = "idle_s" in request["filter"]
-        rows = [one for number, one in self.rows.items() if not idle or self.quiet(number)]
-        return {"sockets": rows}
-
-    def _export(self, request: dict[str, Any]) -> dict[str, Any]:
-        records = []
-        for one in request["sockets"]:
-            number = one["fd"]
-            assert one["inode"] == number
-            said = self.say(number, request.get("to"))
-            if isinstance(said, Exception):
-                return {"ok": False, "error": refusal(str(said))}
-            records.append(self._record(number, one, request, said))
-        return {"migrations": records}
-
-    def _record(
-        self, number: int, one: dict[str, Any], request: dict[str, Any], said: str | None
-    ) -> dict[str, Any]:
-        known = {
-            "migration_id": one["migration_id"],
-            "pid": one["pid"],
-            "fd": number,
-            "to": request.get("to"),
-        }
-        if said is not None:
-            return record(**known, outcome="refused", refusal=refusal(said))
-        if request["dry_run"]:
-            return record(**known, remote=self.rows[number]["remote"], outcome="planned")
-        self.moves.append((number, request.get("to")))
-        return record(**known, remote=self.rows.pop(number)["remote"])
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 @pytest.fixture
@@ -174,7 +82,7 @@ def test_steps_are_one_drain(daemon: Make, drain: Run) -> None:
     assert len(shown) == 7
     last = steps[-1]
     assert (last["failed"], last["left"], last["so_far"]["moved"]) == (True, 2, 7)
-    assert "2 sockets are left: 2 did not move" in last["msg"]
+    assert last["msg"] == "Sockets that are left: 2; that did not move: 2."
 
 
 def test_it_stops_at_its_threshold(daemon: Make, drain: Run) -> None:
@@ -183,7 +91,7 @@ def test_it_stops_at_its_threshold(daemon: Make, drain: Run) -> None:
     stopped = drain(there, to=["b"], rate=4, stop_after=1)
     assert (stopped["failed"], stopped["stopped"], stopped["done"]) == (True, True, True)
     assert (stopped["moved"], stopped["refused"], stopped["left"]) == (1, 1, 19)
-    assert "Stopped, as 1 sockets did not move (stop_after is 1)" in stopped["msg"]
+    assert "Stopped: 1 of 2 sockets did not move (stop_after is 1), 19 are left" in stopped["msg"]
     assert "port-taken (1): It said port-taken." in stopped["msg"]
     never = drain(there, to=["b"], stop_after=0)
     assert (never["stopped"], never["moved"], never["left"]) == (False, 18, 1)
@@ -256,7 +164,7 @@ def test_only_what_is_quiet_is_moved(daemon: Make, drain: Run) -> None:
         for one in request["sockets"]
     )
     assert (result["failed"], result["moved"], result["refused"], result["left"]) == (True, 3, 0, 1)
-    assert "1 were not quiet for 1.5 s" in result["msg"]
+    assert "that did not move: 0; that were not quiet for 1.5 s: 1." in result["msg"]
 
 
 def test_what_had_ended_is_no_failure(daemon: Make, drain: Run) -> None:
@@ -278,9 +186,3 @@ def test_what_is_listed_but_not_found_is_refused_in_the_end(daemon: Make, drain:
     there.say = lambda number, _target: "no-such-socket" if number == 2 else None
     result = drain(there)
     assert (result["failed"], result["moved"], result["refused"], result["left"]) == (True, 1, 1, 1)
-
-
-def test_migration_ids_are_new(daemon: Make, drain: Run) -> None:
-    there = daemon(2)
-    ids = {one["migration_id"] for one in drain(there)["migrations"]}
-    assert len(ids | {str(uuid4())}) == 3

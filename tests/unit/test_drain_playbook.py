@@ -1,0 +1,142 @@
+"""The playbook drain, step by step: where it stops, and what its report says then."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import collection
+from tests.unit.moody_daemon import Daemon
+
+pytest.importorskip("ansible")
+
+REPORT = "report.json"
+
+
+class Playbook:
+    """drain.yml of the host ``a``, with a daemon that has ``count`` sockets, four a second."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder = folder
+        self.daemon = Daemon(folder / "control.sock", count)
+        settings = f"ansible_connection: local, ansible_python_interpreter: {sys.executable}"
+        (folder / "hosts.yml").write_text(f"all: {{hosts: {{a: {{{settings}}}}}}}")
+
+    def begin(self, **variables: Any) -> subprocess.Popen[str]:
+        """Start it."""
+        extra = {"from": "a", "rate": 4, "step_s": 1, "report_file": REPORT, **variables}
+        environment = {
+            "SOCKMI_CONTROL": str(self.daemon.path),
+            "ANSIBLE_COLLECTIONS_PATH": str(collection.linked()),
+            "ANSIBLE_CONFIG": str(collection.PROJECT / "ansible.cfg"),
+            "ANSIBLE_NOCOLOR": "1",
+            "PWD": str(self.folder),
+        }
+        return subprocess.Popen(
+            [
+                *(Path(sys.executable).with_name("ansible-playbook"), "sockmi.appliance.drain"),
+                *("-i", self.folder / "hosts.yml"),
+                *("-e", json.dumps({f"sockmi_{name}": value for name, value in extra.items()})),
+            ],
+            cwd=self.folder,
+            env=os.environ | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, **variables: Any) -> tuple[int, str]:
+        """Code and output, as one line."""
+        with self.begin(**variables) as process:
+            output, _unused = process.communicate(timeout=100)
+        return process.returncode, " ".join(output.split())
+
+    def report(self) -> dict[str, Any]:
+        """Of the host."""
+        content: dict[str, Any] = json.loads((self.folder / REPORT).read_text())["hosts"]["a"]
+        return content
+
+
+@pytest.fixture
+def playbook(tmp_path: Path) -> Iterator[Callable[[int], Playbook]]:
+    """Makes one."""
+    made: list[Playbook] = []
+
+    def make(count: int) -> Playbook:
+        made.append(Playbook(tmp_path, count))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.daemon.close()
+
+
+def test_it_stops_at_the_threshold(playbook: Callable[[int], Playbook]) -> None:
+    made = playbook(20)
+    made.daemon.say = lambda number, _target: "port-taken" if number == 2 else None
+    code, output = made.run(stop_after=1)
+    assert code != 0
+    assert "a: 1 of 20 moved, 1 did not; stopped" in output
+    assert "Stopped: 1 of 2 sockets did not move (stop_after is 1), 19 are left. port-taken (1)" in output
+    assert len(made.daemon.rows) == 19
+    report = made.report()
+    assert (report["moved"], report["refused"], report["left"]) == (1, 1, 19)
+
+
+def test_a_service_that_goes_on_accepting_is_told(playbook: Callable[[int], Playbook]) -> None:
+    made = playbook(2)
+    made.daemon.listed = lambda: made.daemon.add(1000 + len(made.daemon.requests))
+    code, output = made.run(rate=2, to=["b"])
+    assert code != 0
+    assert "sockets are left, as more have come than were moved" in output
+    assert made.report()["left"] == len(made.daemon.rows)
+
+
+def test_a_daemon_that_is_gone_leaves_a_report(playbook: Callable[[int], Playbook]) -> None:
+    made = playbook(9)
+
+    def gone() -> None:
+        if len(made.daemon.moves) >= 4:
+            made.daemon.path.unlink(missing_ok=True)
+
+    made.daemon.listed = gone
+    code, output = made.run(to="b,c")
+    assert code != 0
+    assert "control.sock: No such file or directory" in output
+    assert "4 selected, 4 moved" in output
+    assert (made.report()["moved"], len(made.daemon.rows)) == (4, 5)
+
+
+def test_killed_and_run_again_everything_is_told_once(playbook: Callable[[int], Playbook]) -> None:
+    made = playbook(12)
+    with made.begin() as process:
+        until = time.monotonic() + 60
+        while not (made.folder / REPORT).exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+    before = made.report()
+    assert 0 < before["moved"] < 12
+    code, output = made.run()
+    assert code == 0, output
+    after = made.report()
+    ids = [one["migration_id"] for one in after["migrations"]]
+    assert len(set(ids)) == len(ids) == after["moved"]
+    assert {one["migration_id"] for one in before["migrations"]} < set(ids)
+    assert not made.daemon.rows
+    assert len(made.daemon.moves) == 12
+
+    (made.folder / REPORT).write_text("{}")
+    made.daemon.add(13)
+    code, output = made.run()
+    assert (code, len(made.daemon.rows)) == (2, 1)
+    assert "report.json is no report of an earlier run, and nothing was moved" in output
