@@ -314,35 +314,43 @@ class Drain:
         _module.in_range(params, "limit_s", 0, 86400)
         _module.in_range(params, "stop_after", 0, 1_000_000_000)
         _module.in_range(params, "timeout", 0.001, 86400)
+        for name in ("tried", "moved", "due"):
+            _module.in_range(params["so_far"] or {name: None}, name, 0, 1e12)
 
     # -- which, and when
 
     def _empty(self, wanted: dict[str, Any]) -> None:
         if self.params["limit_s"] is not None and not self.dry_run:
             self._deadline = time.monotonic() + self.params["limit_s"]
+        rate = self.params["rate"]
+        longest_s = max(BATCH_S, 1 / rate) if rate else 0.0
+        self._due = min(self._due, time.monotonic() + longest_s)
         everything = {name: value for name, value in wanted.items() if name != "idle_s"}
         rows: list[dict[str, Any]] = []
-        while not self._stopped() and self._wait_until(self._due):
+        while not self._stopped() and self._deadline_is_ahead():
             if wanted != everything:
                 rows = self._untried(self.mover.listed(wanted)[0])
             elif not rows:
                 rows = self._untried(self._listed(everything))
-            if rows:
+            if rows and self._due > time.monotonic() and not self.dry_run:
+                self._wait_until(self._due)
+            elif rows:
                 size = len(rows) if self.dry_run else self._batch_size()
                 self._batch(rows[:size])
                 del rows[:size]
                 self._patient_until = None
+            elif wanted == everything:
+                self.done = True
+                return
             elif self.dry_run or not self._wait_for_quiet(everything):
                 break
         untried = self._untried(self._listed(everything))
         self.done = self.dry_run or self._stopped() or not untried or self._deadline_is_ahead()
-        if self.dry_run:
-            self.left = len(untried) + len(self._refused)
 
     def _listed(self, everything: dict[str, Any]) -> list[dict[str, Any]]:
         """All that there are, quiet or not."""
         listed, self.spared = self.mover.listed(everything)
-        self.left = len(listed)
+        self.left = len(listed) - sum(one.get("outcome") == "planned" for one in self.records)
         self.closed += len(self._missing - {row["inode"] for row in listed})
         self._missing.clear()
         return listed

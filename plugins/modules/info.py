@@ -356,6 +356,7 @@ sockets:
       remote: 10.7.0.9:40112
       receive_queue_bytes: 0
       send_queue_bytes: 2896
+      received_bytes: null
       movable: true
       refusal: null
 imports:

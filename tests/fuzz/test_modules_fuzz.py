@@ -114,7 +114,10 @@ class Daemon:
             outcome = "planned" if request.get("dry_run") else "moved"
             return {
                 "ok": True,
-                "migrations": [{**moved, **one, "outcome": outcome} for one in request["sockets"]],
+                "migrations": [
+                    {**moved, "migration_id": one["migration_id"], "outcome": outcome}
+                    for one in request["sockets"]
+                ],
             }
         if request["op"] in ("history", "info"):
             return {"ok": True, "migrations": [moved]}
@@ -177,7 +180,7 @@ def judge(module: str, result: dict[str, Any]) -> None:
     assert "something unforeseen" not in result.get("msg", ""), result["msg"]
 
 
-@pytest.mark.parametrize("name", ["export", "info", "group"])
+@pytest.mark.parametrize("name", ["drain", "export", "info", "group"])
 def test_any_options(name: str, daemon: Daemon, load: Callable[[str], Any], tmp_path: Path) -> None:
     module = load(name)
     key_file = str(tmp_path / "key")
@@ -189,6 +192,8 @@ def test_any_options(name: str, daemon: Daemon, load: Callable[[str], Any], tmp_
     ) -> None:
         if options.get("wait_s") is not None:
             options["wait_s"] = 0
+        if name == "drain":
+            options["limit_s"] = 0.02
         options = {**options, **flags}
         options["control"] = str(daemon.path) if reachable else nowhere
         if name == "group":

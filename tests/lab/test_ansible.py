@@ -294,6 +294,7 @@ def lines_left(lab: Lab) -> int:
     [
         ({}, "sockmi_from is '', which is no host or group"),
         ({"from": "nobody"}, "sockmi_from is 'nobody', which is no host or group"),
+        ({"from": "a,b"}, "which is several hosts; set sockmi_to"),
         ({"from": "a", "timeout": "soon"}, "sockmi_timeout is 'soon'"),
         ({"from": "a", "allow_refused": "perhaps"}, "sockmi_allow_refused is 'perhaps'"),
         ({"from": "a", "local_port": 70000}, "local_port is 70000; give a number"),
