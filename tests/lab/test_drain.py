@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
+import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +20,32 @@ import pytest
 
 from lab import Lab
 from tests.lab.ansible_lab import URGENT, Controller, changed, clients
-from tests.lab.scenario import Service, ask, until
+from tests.lab.scenario import Service, ask, status, until
 from tests.lab.scenario import drain as drain_by_hand
 
 pytest.importorskip("ansible")
+
+# Answers each byte, but for a question mark; what has moved away is none of its business any more.
+ANSWERS = """
+import selectors, socket, sys
+listener = socket.create_server(("", int(sys.argv[1])))
+ready = selectors.DefaultSelector()
+ready.register(listener, selectors.EVENT_READ)
+print("ready", flush=True)
+while True:
+    for key, _ in ready.select():
+        if key.fileobj is listener:
+            ready.register(listener.accept()[0], selectors.EVENT_READ)
+            continue
+        try:
+            data = key.fileobj.recv(1)
+        except ConnectionAbortedError:
+            data = b""
+        if data == b"!":
+            key.fileobj.send(data)
+        elif not data:
+            ready.unregister(key.fileobj)
+"""
 
 
 def drain(controller: Controller, *flags: str, **variables: Any) -> subprocess.CompletedProcess[str]:
@@ -202,6 +227,36 @@ def last_port(controller: Controller) -> int:
     return int(rows[-1]["remote"].rpartition(":")[2])
 
 
+def test_only_quiet_connections(controller: Controller) -> None:
+    """The one whose request has been answered goes; the other stays, and is told."""
+    lab = controller.lab
+    program = lab.host("a").popen([sys.executable, "-c", ANSWERS, "7998"], stdout=subprocess.PIPE, text=True)
+    peer = lab.host("peer")
+    with program, contextlib.ExitStack() as stack, peer.socket() as quiet, peer.socket() as waiting:
+        stack.callback(program.kill)
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        for connection, request in ((quiet, b"!"), (waiting, b"?")):
+            connection.connect((lab.host("a").address(4), 7998))
+            time.sleep(0.1)  # TCP knows when data came and went, but no better than the clock's tick
+            connection.send(request)
+        assert quiet.recv(9) == b"!"
+        result = controller.module("a", "drain", local_port=7998, idle_s=0.5, to=["b"])
+        assert (result["failed"], result["moved"], result["refused"], result["left"]) == (True, 1, 0, 1)
+        assert "that were not quiet for 0.5 s: 1." in result["msg"]
+        [moved] = result["migrations"]
+        assert moved["remote"].endswith(f":{quiet.getsockname()[1]}")
+        for connection in (quiet, waiting):  # nobody imports it: a reset is its end
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    until(lambda: status(lab.host("b"))["import_lists"]["connected"]["length"] == 0)
+
+
+def test_drain_says_when_nobody_is_left(controller: Controller) -> None:
+    result = drain(controller, **{"from": "a,b,c", "serial": 3})
+    assert result.returncode != 0
+    assert "hears no other daemon" in result.stdout
+
+
 def test_what_leaves_in_the_middle_gets_nothing_more(controller: Controller, lines: Service) -> None:
     clients(lines, 6)
     before = redirects(controller, "a")
@@ -216,9 +271,3 @@ def test_what_leaves_in_the_middle_gets_nothing_more(controller: Controller, lin
     assert "c gets nothing more" in " ".join((done.stdout + done.stderr).split())
     assert "6 selected, 6 moved" in done.stdout
     lines.finish()
-
-
-def test_drain_says_when_nobody_is_left(controller: Controller) -> None:
-    result = drain(controller, **{"from": "a,b,c", "serial": 3})
-    assert result.returncode != 0
-    assert "hears no other daemon" in result.stdout

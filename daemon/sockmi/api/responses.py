@@ -96,7 +96,7 @@ class TakenResponse(_Response):
 class SocketRow(Model):
     """A socket of this host; ``refusal`` is None if it could be moved now.
 
-    ``received_bytes``: how many have come on a connection that is quiet; None unless the filter has ``idle_s``.
+    ``received_bytes``: how many have come on a quiet connection; None unless the filter has ``idle_s``.
     """
 
     pid: int

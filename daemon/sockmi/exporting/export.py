@@ -13,6 +13,7 @@ from uuid import UUID
 
 from sockmi.addresses import FourTuple
 from sockmi.engine.base import Kind, SocketFacts
+from sockmi.engine.listing import received_bytes
 from sockmi.image import Section, peek, section
 from sockmi.image.sections import Counters
 from sockmi.permission import Caller
@@ -84,6 +85,8 @@ class Export:
         if self.selected.received is None:
             return False
         counters = section(image, Section.COUNTERS)
-        if len(counters) != Counters.size():
-            return True
-        return Counters.unpack(counters).bytes_received - peek(image).receive_bytes != self.selected.received
+        if len(counters) == Counters.size():  # the module has locked the socket, which is not asked then
+            received = Counters.unpack(counters).bytes_received
+        else:
+            received = received_bytes(self.selected.descriptor)
+        return received - peek(image).receive_bytes != self.selected.received

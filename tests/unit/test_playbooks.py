@@ -1,4 +1,4 @@
-"""The playbook drain, step by step: where it stops, and what its report says then."""
+"""The playbooks drain and migrate: where they stop, and what their reports say then."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPORT = "report.json"
 
 
 class Playbook:
-    """drain.yml of the host ``a``, with a daemon that has ``count`` sockets, four a second."""
+    """A playbook for the host ``a``, with a daemon of ``count`` sockets; a drain takes four a second."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
@@ -30,7 +30,7 @@ class Playbook:
         settings = f"ansible_connection: local, ansible_python_interpreter: {sys.executable}"
         (folder / "hosts.yml").write_text(f"all: {{hosts: {{a: {{{settings}}}}}}}")
 
-    def begin(self, **variables: Any) -> subprocess.Popen[str]:
+    def begin(self, name: str = "drain", **variables: Any) -> subprocess.Popen[str]:
         """Start it."""
         extra = {"from": "a", "rate": 4, "step_s": 1, "report_file": REPORT, **variables}
         environment = {
@@ -42,7 +42,7 @@ class Playbook:
         }
         return subprocess.Popen(
             [
-                *(Path(sys.executable).with_name("ansible-playbook"), "sockmi.appliance.drain"),
+                *(Path(sys.executable).with_name("ansible-playbook"), f"sockmi.appliance.{name}"),
                 *("-i", self.folder / "hosts.yml"),
                 *("-e", json.dumps({f"sockmi_{name}": value for name, value in extra.items()})),
             ],
@@ -53,9 +53,9 @@ class Playbook:
             stderr=subprocess.STDOUT,
         )
 
-    def run(self, **variables: Any) -> tuple[int, str]:
+    def run(self, name: str = "drain", **variables: Any) -> tuple[int, str]:
         """Code and output, as one line."""
-        with self.begin(**variables) as process:
+        with self.begin(name, **variables) as process:
             output, _unused = process.communicate(timeout=100)
         return process.returncode, " ".join(output.split())
 
@@ -140,3 +140,13 @@ def test_killed_and_run_again_everything_is_told_once(playbook: Callable[[int], 
     code, output = made.run()
     assert (code, len(made.daemon.rows)) == (2, 1)
     assert "report.json is no report of an earlier run, and nothing was moved" in output
+
+
+def test_a_move_that_fails_in_the_middle_is_reported(playbook: Callable[[int], Playbook]) -> None:
+    made = playbook(501)  # more than go in one request
+    made.daemon.say = lambda _number, _target: ValueError("no-such-host") if made.daemon.moves[499:] else None
+    code, output = made.run("migrate", to="b", report_file=str(made.folder / REPORT))
+    assert code != 0
+    assert "It said no-such-host." in output
+    assert "500 selected, 500 moved" in output
+    assert made.report()["moved"] == 500
