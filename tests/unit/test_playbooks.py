@@ -94,7 +94,7 @@ def test_it_stops_at_the_threshold(playbook: Callable[[int], Playbook]) -> None:
 def test_a_service_that_goes_on_accepting_is_told(playbook: Callable[[int], Playbook]) -> None:
     made = playbook(2)
     made.daemon.listed = lambda: made.daemon.add(1000 + len(made.daemon.requests))
-    code, output = made.run(rate=2, to=["b"])
+    code, output = made.run(rate=10, step_s=0.5, to=["b"])
     assert code != 0
     assert "sockets are left, as more have come than were moved" in output
     assert made.report()["left"] == len(made.daemon.rows)
@@ -116,7 +116,7 @@ def test_a_daemon_that_is_gone_leaves_a_report(playbook: Callable[[int], Playboo
 
 
 def test_killed_and_run_again_everything_is_told_once(playbook: Callable[[int], Playbook]) -> None:
-    made = playbook(12)
+    made = playbook(10)
     with made.begin() as process:
         until = time.monotonic() + 60
         while not (made.folder / REPORT).exists():
@@ -125,7 +125,7 @@ def test_killed_and_run_again_everything_is_told_once(playbook: Callable[[int], 
         process.kill()
         process.communicate()
     before = made.report()
-    assert 0 < before["moved"] < 12
+    assert 0 < before["moved"] < 10
     code, output = made.run()
     assert code == 0, output
     after = made.report()
@@ -133,7 +133,7 @@ def test_killed_and_run_again_everything_is_told_once(playbook: Callable[[int], 
     assert len(set(ids)) == len(ids) == after["moved"]
     assert {one["migration_id"] for one in before["migrations"]} < set(ids)
     assert not made.daemon.rows
-    assert len(made.daemon.moves) == 12
+    assert len(made.daemon.moves) == 10
 
     (made.folder / REPORT).write_text("{}")
     made.daemon.add(13)
