@@ -18,7 +18,7 @@ description:
   - It spreads them evenly over the hosts of O(to). A host that has gone, or has no room, gets nothing more,
     and the others take its share.
   - A socket that did not move stays live where it is, and is not tried again.
-  - With O(limit_s) it does so a step at a time. The playbook C(sockmi.appliance.drain) shows how far it has
+  - With O(count) it does so a step at a time. The playbook C(sockmi.appliance.drain) shows how far it has
     come after each.
 options:
   kinds:
@@ -45,10 +45,10 @@ options:
       - At most so many sockets a second, half a second's at once.
       - If it is not given, as fast as they go.
     type: float
-  limit_s:
+  count:
     description:
-      - End after so many seconds, also if there is more to move; what is being moved then is waited for.
-    type: float
+      - End when so many sockets were tried, also if there are more.
+    type: int
   stop_after:
     description:
       - Stop, and fail, when so many sockets did not move. V(0) is never.
@@ -127,18 +127,18 @@ EXAMPLES = r"""
     to: [web2, web3]
     rate: 50
 
-- name: For ten seconds at most
+- name: A hundred of them
   sockmi.appliance.drain:
     unit: nginx.service
     idle_s: 2
-    limit_s: 10
+    count: 100
   register: step
 
-- name: And ten more
+- name: And a hundred more
   sockmi.appliance.drain:
     unit: nginx.service
     idle_s: 2
-    limit_s: 10
+    count: 100
     so_far: "{{ step.so_far }}"
   when: not step.done
 """
@@ -187,7 +187,7 @@ left:
   type: int
   sample: 0
 done:
-  description: Whether it has come to an end, rather than to O(limit_s).
+  description: Whether it has come to an end, rather than to O(count).
   returned: with RV(migrations)
   type: bool
   sample: true
@@ -275,7 +275,6 @@ class Drain:
         self._refused: list[int] = list(before.get("refused", []))
         self._gone: list[str] = list(before.get("gone", []))
         self._due: float = before.get("due", 0.0)
-        self._deadline: float | None = None
         self._patient_until: float | None = None
         self._settled = set(self._refused)
         self._misses: Counter[int] = Counter()
@@ -311,7 +310,7 @@ class Drain:
             if params[name] == []:
                 raise _module.WrongValue(f"{name} is empty; name at least one, or leave the option out.")
         _module.in_range(params, "rate", 0.001, 1_000_000)
-        _module.in_range(params, "limit_s", 0, 86400)
+        _module.in_range(params, "count", 1, 1_000_000)
         _module.in_range(params, "stop_after", 0, 1_000_000_000)
         _module.in_range(params, "timeout", 0.001, 86400)
         for name in ("tried", "moved", "due"):
@@ -320,20 +319,18 @@ class Drain:
     # -- which, and when
 
     def _empty(self, wanted: dict[str, Any]) -> None:
-        if self.params["limit_s"] is not None and not self.dry_run:
-            self._deadline = time.monotonic() + self.params["limit_s"]
         rate = self.params["rate"]
         longest_s = max(BATCH_S, 1 / rate) if rate else 0.0
         self._due = min(self._due, time.monotonic() + longest_s)
         everything = {name: value for name, value in wanted.items() if name != "idle_s"}
         rows: list[dict[str, Any]] = []
-        while not self._stopped() and self._deadline_is_ahead():
+        while not self._stopped() and not self._enough():
             if wanted != everything:
                 rows = self._untried(self.mover.listed(wanted)[0])
             elif not rows:
                 rows = self._untried(self._listed(everything))
             if rows and self._due > time.monotonic() and not self.dry_run:
-                self._wait_until(self._due)
+                time.sleep(max(0.0, self._due - time.monotonic()))
             elif rows:
                 size = len(rows) if self.dry_run else self._batch_size()
                 self._batch(rows[:size])
@@ -343,9 +340,10 @@ class Drain:
                 self.done = True
                 return
             elif self.dry_run or not self._wait_for_quiet(everything):
+                self.done = True
                 break
         untried = self._untried(self._listed(everything))
-        self.done = self.dry_run or self._stopped() or not untried or self._deadline_is_ahead()
+        self.done = self.done or self._stopped() or not untried
 
     def _listed(self, everything: dict[str, Any]) -> list[dict[str, Any]]:
         """All that there are, quiet or not."""
@@ -360,17 +358,13 @@ class Drain:
         return sorted(rows, key=lambda row: not row["movable"])  # those that can move come first
 
     def _batch_size(self) -> int:
-        rate = self.params["rate"]
-        return BATCH_MAX if rate is None else min(max(int(rate * BATCH_S), 1), BATCH_MAX)
+        rate, count = self.params["rate"], self.params["count"]
+        at_once = BATCH_MAX if rate is None else min(max(int(rate * BATCH_S), 1), BATCH_MAX)
+        return at_once if count is None else min(at_once, count - len(self.records))
 
-    def _wait_until(self, moment: float) -> bool:
-        """Sleep; False if the time of the step is up first."""
-        end = moment if self._deadline is None else min(moment, self._deadline)
-        time.sleep(max(0.0, end - time.monotonic()))
-        return self._deadline_is_ahead()
-
-    def _deadline_is_ahead(self) -> bool:
-        return self._deadline is None or time.monotonic() < self._deadline
+    def _enough(self) -> bool:
+        count = self.params["count"]
+        return not self.dry_run and count is not None and len(self.records) >= count
 
     def _wait_for_quiet(self, everything: dict[str, Any]) -> bool:
         """Whether to look again: some of those that are left may be quiet by then."""
@@ -379,7 +373,8 @@ class Drain:
         now = time.monotonic()
         if self._patient_until is None:
             self._patient_until = now + self.params["idle_s"]
-        return now < self._patient_until and self._wait_until(min(now + POLL_S, self._patient_until))
+        time.sleep(max(0.0, min(POLL_S, self._patient_until - now)))
+        return now < self._patient_until
 
     def _stopped(self) -> bool:
         limit = self.params["stop_after"]
@@ -525,7 +520,7 @@ def argument_spec() -> dict[str, Any]:
         "all": {"type": "bool", "default": False},
         "to": {"type": "list", "elements": "str"},
         "rate": {"type": "float"},
-        "limit_s": {"type": "float"},
+        "count": {"type": "int"},
         "stop_after": {"type": "int", "default": 10},
         "timeout": {"type": "float", "default": 30.0},
         "so_far": {"type": "dict", "options": so_far},

@@ -68,7 +68,7 @@ def test_steps_are_one_drain(daemon: Make, drain: Run) -> None:
     began = time.monotonic()
     while not steps or not steps[-1]["done"]:
         so_far = {"so_far": steps[-1]["so_far"]} if steps else {}
-        steps.append(drain(there, to=["b", "c"], rate=4, limit_s=0.9, **so_far))
+        steps.append(drain(there, to=["b", "c"], rate=4, count=4, **so_far))
         assert steps[-1]["moved"] + steps[-1]["refused"] <= 4
     assert time.monotonic() - began >= 7 / 4
     assert len(steps) >= 3
@@ -136,7 +136,7 @@ def test_what_comes_meanwhile_is_moved_too(daemon: Make, drain: Run) -> None:
 def test_what_still_comes_is_left(daemon: Make, drain: Run) -> None:
     there = daemon(2)
     there.listed = lambda: there.add(100 + len(there.requests))
-    result = drain(there, rate=4, limit_s=1)
+    result = drain(there, rate=4, count=4)
     assert (result["rc"], result["done"]) == (0, False)
     assert result["left"] >= 1
 

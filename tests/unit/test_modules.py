@@ -335,7 +335,7 @@ def test_ansible_doc(collections: Path) -> None:
         ("drain", {"all": True, "kinds": []}, "kinds is empty"),
         ("drain", {"all": True, "to": []}, "to is empty"),
         ("drain", {"all": True, "rate": 0}, "rate is 0"),
-        ("drain", {"all": True, "limit_s": -1}, "limit_s is -1"),
+        ("drain", {"all": True, "count": 0}, "count is 0"),
         ("drain", {"all": True, "stop_after": -1}, "stop_after is -1"),
         ("drain", {"all": True, "timeout": 0}, "timeout is 0"),
         ("drain", {"all": True, "so_far": {"refused": ["x"]}}, "refused"),

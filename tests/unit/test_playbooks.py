@@ -38,7 +38,6 @@ class Playbook:
             "ANSIBLE_COLLECTIONS_PATH": str(collection.linked()),
             "ANSIBLE_CONFIG": str(collection.PROJECT / "ansible.cfg"),
             "ANSIBLE_NOCOLOR": "1",
-            "PWD": str(self.folder),
         }
         return subprocess.Popen(
             [
