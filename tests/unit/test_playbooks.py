@@ -93,7 +93,7 @@ def test_it_stops_at_the_threshold(playbook: Callable[[int], Playbook]) -> None:
 def test_a_service_that_goes_on_accepting_is_told(playbook: Callable[[int], Playbook]) -> None:
     made = playbook(2)
     made.daemon.listed = lambda: made.daemon.add(1000 + len(made.daemon.requests))
-    code, output = made.run(rate=10, step_s=0.5, to=["b"])
+    code, output = made.run(rate=20, step_s=0.1, to=["b"])
     assert code != 0
     assert "sockets are left, as more have come than were moved" in output
     assert made.report()["left"] == len(made.daemon.rows)
