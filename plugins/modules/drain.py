@@ -10,7 +10,7 @@ DOCUMENTATION = r"""
 ---
 module: drain
 short_description: Empty a host of live TCP sockets, at a rate
-version_added: "1.0.0"
+version_added: "0.1.0"
 author: SockMi contributors (@sockmi)
 description:
   - Moves all TCP sockets that a filter selects to other hosts that run the SockMi daemon, at a rate, until
