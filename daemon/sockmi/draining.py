@@ -85,7 +85,7 @@ class Drain:
         holders = {inode: rows[0].socket.holders for inode, rows in by_inode.items()}
         self._daemon.shell.engine.owners.remember(
             self._scan,
-            {inode: {one.pid for one in held} for inode, held in holders.items()},
+            {inode: _by_process(held) for inode, held in holders.items()},
             {one.pid for held in holders.values() for one in held if one.has_ring},
         )
         self._selected = len(self._left)
@@ -154,7 +154,7 @@ class Drain:
             timeout_s=self._request.timeout_s or _TIMEOUT_S,
             dry_run=self._request.dry_run,
             done=lambda records: self._check(),
-            progress=self._ended,
+            progress=self._over,
         )
 
     def _may_wait(self, others: bool) -> bool:
@@ -190,6 +190,14 @@ class Drain:
             "started_at": now_text(),
             "step": "selected",
         }
+
+    def _over(self, record: dict[str, Any]) -> None:
+        """It has moved, or has not; or its owner has closed it before it was frozen."""
+        if record.get("listener") is None and (record.get("refusal") or {}).get("code") == Code.NO_SUCH_SOCKET:
+            self._under_way -= 1
+            self._closed += 1
+        else:
+            self._ended(record)
 
     def _ended(self, record: dict[str, Any]) -> None:
         if record.get("listener") is None:
@@ -292,6 +300,14 @@ def _take(rows: list[Found]) -> Selected | Refusal:
             if refusal.code is Code.NO_DESCRIPTORS:
                 return refusal
     return next((one for one in refusals if one.code is not Code.NO_SUCH_SOCKET), refusals[0])
+
+
+def _by_process(holders: Sequence[Holder]) -> dict[int, list[int]]:
+    """The descriptors of each process."""
+    found: dict[int, list[int]] = {}
+    for one in holders:
+        found.setdefault(one.pid, []).append(one.fd)
+    return found
 
 
 def _held_by(row: Found, holders: Holders) -> list[Found]:

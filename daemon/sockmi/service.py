@@ -151,7 +151,9 @@ class Daemon:
             self.shell, routes, holdings, self.diag.state, listeners, self._waits_for_application
         )
         holders = Holders(self.loop, self.engine)
-        self.exporting = Exporting(self.shell, self.redirecting, holders.find, self.diag.destroy)
+        self.exporting = Exporting(
+            self.shell, self.redirecting, holders.find, self.diag.find, self.diag.destroy
+        )
         self.importing = Importing(
             self.shell,
             Placing(

@@ -262,6 +262,93 @@ def taken(it: Bench, case: Case) -> socket.socket:
     return copy_of(came)
 
 
+@contextlib.contextmanager
+def slow_importer(it: Bench) -> Iterator[None]:
+    """b is heard of, and does not answer: what is asked for is not frozen while the block runs."""
+    os.kill(it.daemons["b"].pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(it.daemons["b"].pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("kind", ["v4", "v6"])
+def test_the_owner_closes_during_the_negotiation(it: Bench, tmp_path: Path, kind: str) -> None:
+    """Its FIN goes out at once, its epoll says nothing more of it, and nothing moves."""
+    with it.watched(tmp_path):
+        case = it.pair(kind)
+        assert case.peer
+        reading, writing = os.pipe()
+
+        def owner() -> int:
+            epoll = select.epoll()
+            epoll.register(case.fd, select.EPOLLIN | select.EPOLLOUT)
+            os.read(reading, 1)
+            os.close(case.fd)
+            os.read(reading, 1)
+            return len(epoll.poll(0))
+
+        with Keeper([case.fd, reading], owner) as keeper:
+            pair = (keeper.pid, case.fd)
+            case.ours.close()
+            with slow_importer(it):
+                moving = Later(it.export_passively, [pair], timeout_s=20.0)
+                until(lambda: bool(under_way(it)))
+                time.sleep(0.2)
+                os.write(writing, b"x")
+                case.peer.settimeout(0.5)
+                assert case.peer.recv(1) == b"", "the FIN does not wait for us"
+                case.peer.close()
+            os.write(writing, b"x")
+            assert keeper.result() == 0
+            [record] = moving.result()
+            assert verdict(record)[:2] == ("refused", "no-such-socket"), record
+        os.close(reading)
+        os.close(writing)
+        assert status(it.host("b"))["import_lists"]["connected"]["length"] == 0
+
+
+def under_way(it: Bench) -> list[dict[str, Any]]:
+    """Migrations that a's daemon has not ended."""
+    [answer] = ask(it.host("a"), "info")
+    return list(answer["migrations"])
+
+
+def test_a_descriptor_is_passed_on_during_the_negotiation(it: Bench, tmp_path: Path) -> None:
+    """Duplicated, then closed where it was selected; forked, then closed by the parent: it moves."""
+    with it.watched(tmp_path):
+        renumbered, forked = it.pair("v4"), it.pair("v4")
+        reading, writing = os.pipe()
+
+        def owner() -> None:
+            os.read(reading, 1)
+            os.dup(renumbered.fd)
+            os.close(renumbered.fd)
+            if os.fork() == 0:
+                time.sleep(30)
+                os._exit(0)
+            os.close(forked.fd)
+            os.read(reading, 1)
+
+        with Keeper([renumbered.fd, forked.fd, reading], owner) as keeper:
+            pairs = [(keeper.pid, case.fd) for case in (renumbered, forked)]
+            for case in (renumbered, forked):
+                case.ours.close()
+            with slow_importer(it):
+                moving = Later(it.export_passively, pairs, timeout_s=20.0)
+                until(lambda: len(under_way(it)) == 2)
+                time.sleep(0.2)
+                os.write(writing, b"x")
+                time.sleep(0.2)
+            moved(moving.result())
+        os.close(reading)
+        os.close(writing)
+        for case in (renumbered, forked):
+            copy = taken(it, case)
+            it.finish(case, copy)
+            copy.close()
+
+
 def test_the_owner_exits(it: Bench, tmp_path: Path) -> None:
     """While its connections are frozen: they move all the same; the bytes that it wrote go with them."""
     with it.watched(tmp_path), it.stalled() as stall:

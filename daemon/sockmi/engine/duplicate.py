@@ -24,6 +24,47 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
+class Duplicator:
+    """Duplicates for what is frozen: many of few processes; the last descriptors of this process too."""
+
+    def __init__(self) -> None:
+        self._processes: dict[int, int] = {}  # pid -> pidfd
+
+    def duplicate(self, pid: int, fd: int, inode: int) -> int:
+        """As ``duplicate``."""
+        try:
+            process = self._processes.get(pid, -1)
+            if process < 0:
+                process = self._processes[pid] = os.pidfd_open(pid)
+            copy = _getfd(process, fd)
+        except (OSError, OverflowError) as error:
+            raise _refusal(pid, fd, error) from None
+        return _checked(copy, pid, fd, inode)
+
+    def close(self) -> None:
+        """Let go of the processes."""
+        while self._processes:
+            os.close(self._processes.popitem()[1])
+
+
+def _getfd(process: int, fd: int) -> int:
+    copy = int(_libc().syscall(_PIDFD_GETFD, process, fd, 0))
+    if copy < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return copy
+
+
+def _checked(copy: int, pid: int, fd: int, inode: int | None) -> int:
+    """Close it, and raise, if it is not what was looked for."""
+    found = os.fstat(copy)
+    if stat.S_ISSOCK(found.st_mode) and inode in (None, found.st_ino):
+        return copy
+    os.close(copy)
+    what = "another socket by now" if stat.S_ISSOCK(found.st_mode) else "not a socket"
+    raise Refusal(Code.NO_SUCH_SOCKET, f"Descriptor {fd} of process {pid} is {what}; see sockmi list.")
+
+
 def pidfd_getfd(pid: int, fd: int) -> int:
     """Duplicate descriptor ``fd`` of process ``pid``; close-on-exec.
 
@@ -32,11 +73,7 @@ def pidfd_getfd(pid: int, fd: int) -> int:
     """
     pidfd = os.pidfd_open(pid)
     try:
-        copy = int(_libc().syscall(_PIDFD_GETFD, pidfd, fd, 0))
-        if copy < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        return copy
+        return _getfd(pidfd, fd)
     finally:
         os.close(pidfd)
 
@@ -50,15 +87,10 @@ def duplicate(pid: int, fd: int, inode: int | None = None) -> int:
         copy = pidfd_getfd(pid, fd)
     except (OSError, OverflowError) as error:
         raise _refusal(pid, fd, error) from None
-    found = os.fstat(copy)
     if is_spare(copy):
         os.close(copy)
         raise _refusal(pid, fd, OSError(errno.EMFILE, "the last ones are kept for moves under way"))
-    if not stat.S_ISSOCK(found.st_mode) or inode not in (None, found.st_ino):
-        os.close(copy)
-        what = "not a socket" if not stat.S_ISSOCK(found.st_mode) else "another socket by now"
-        raise Refusal(Code.NO_SUCH_SOCKET, f"Descriptor {fd} of process {pid} is {what}; see sockmi list.")
-    return copy
+    return _checked(copy, pid, fd, inode)
 
 
 def _refusal(pid: int, fd: int, error: OSError | OverflowError) -> Refusal:

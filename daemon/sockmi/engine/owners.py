@@ -20,7 +20,7 @@ import functools
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -268,10 +268,10 @@ class _Cohort:
 
 @dataclass(slots=True)
 class _Known:
-    """The holders of one socket, as of its cohort's scan."""
+    """The holders of one socket, as of its cohort's scan: by process, its descriptors as far as we know."""
 
     cohort: _Cohort
-    pids: set[int]
+    held: dict[int, list[int]]
 
     @property
     def scan(self) -> Scan:
@@ -294,16 +294,16 @@ class Owners:
 
     # -- who --
 
-    def remember(self, scan: Scan, holders: Mapping[int, Iterable[int]], rings: set[int]) -> None:
-        """What a scan of others, stamped before it began, has found of sockets: by inode, who holds it.
+    def remember(self, scan: Scan, holders: Holders, rings: set[int]) -> None:
+        """What a scan of others, stamped before it began, has found of sockets.
 
         Spares the next ``find`` of each a scan, within seconds. ``rings``: those that have an io_uring.
         """
         cohort = _Cohort(scan)
         known = {
-            inode: _Known(cohort, set(pids)) for inode, pids in holders.items() if inode not in self._stops
+            inode: _Known(cohort, dict(held)) for inode, held in holders.items() if inode not in self._stops
         }
-        self._rings = (self._rings - {pid for one in known.values() for pid in one.pids}) | rings
+        self._rings = (self._rings - {pid for one in known.values() for pid in one.held}) | rings
         self._known.update(known)
         self._remembered.update(known)
 
@@ -318,7 +318,7 @@ class Owners:
             begun_s - self._known[inode].scan.time_s < _REMEMBERED_S for inode in wanted
         ):
             self._remembered -= wanted
-            return {inode: {pid: [] for pid in self._known[inode].pids} for inode in wanted}
+            return {inode: dict(self._known[inode].held) for inode in wanted}
         self._remembered -= wanted
         scan = Scan.now()
         holders, rings = find_holders(wanted)
@@ -328,7 +328,7 @@ class Owners:
                 self._remembered.discard(inode)
         self._note_rings(holders, rings)
         cohort = _Cohort(scan)
-        self._known.update({inode: _Known(cohort, set(holders.get(inode, ()))) for inode in wanted})
+        self._known.update({inode: _Known(cohort, dict(holders.get(inode, {}))) for inode in wanted})
         return {inode: holders.get(inode, {}) for inode in wanted}
 
     def _note_rings(self, holders: Holders, rings: set[int]) -> None:
@@ -337,7 +337,7 @@ class Owners:
     def _born(self, inodes: set[int], last_pid: int) -> list[int]:
         """The ids given out since the oldest scan of these sockets, but for the holders known already."""
         scans = {self._known[inode].scan for inode in inodes}
-        known = set().union(*(self._known[inode].pids for inode in inodes))
+        known = set().union(*(self._known[inode].held for inode in inodes))
         oldest = min(scans, key=lambda scan: scan.time_s)
         between = _pids_between(oldest.last_pid, last_pid)
         return [pid for pid in between if pid not in known and pid not in oldest.seen]
@@ -376,8 +376,29 @@ class Owners:
             holders, rings = find_holders(inodes, born)
         self._note_rings(holders, rings)
         for inode, by_pid in holders.items():
-            self._known[inode].pids.update(by_pid)
+            self._known[inode].held.update(by_pid)
         return not inodes.isdisjoint(holders) or _last_pid() != last_pid
+
+    def descriptors(self, inode: int) -> list[tuple[int, int]]:
+        """(process, descriptor) of a socket, as far as is known; see ``held``. Nothing is looked for."""
+        known = self._known.get(inode)
+        return [(pid, fd) for pid, fds in known.held.items() for fd in fds if fd >= 0] if known else []
+
+    def held(self, inodes: Collection[int]) -> set[int]:
+        """Those of these sockets that some other process holds now.
+
+        One look at each where it was found; only what is not there any more is looked for, in one scan.
+        """
+        missing = {inode for inode in inodes if not self._is_where_it_was(inode)}
+        found = find_holders(missing)[0] if missing else {}
+        return {inode for inode in inodes if inode not in missing or inode in found}
+
+    def _is_where_it_was(self, inode: int) -> bool:
+        for pid, fd in self.descriptors(inode):
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]":  # noqa: PTH115 - it is fast
+                    return True
+        return False
 
     def strangers(self, inodes: Iterable[int]) -> dict[int, set[int]]:
         """Holders that run although the socket is stopped: a descriptor was passed on. Normally empty."""
@@ -393,10 +414,10 @@ class Owners:
         unknown = set(inodes) - self._known.keys()
         if unknown:
             self.find(unknown)
-        pids: set[int] = set().union(*(self._known[inode].pids for inode in inodes))
+        pids: set[int] = set().union(*(self._known[inode].held for inode in inodes))
         by_pid = {pid: self._verdict(pid, stopping=stopping) for pid in pids}
         return [
-            next((verdict for pid in sorted(self._known[inode].pids) if (verdict := by_pid[pid])), None)
+            next((verdict for pid in sorted(self._known[inode].held) if (verdict := by_pid[pid])), None)
             for inode in inodes
         ]
 
@@ -427,7 +448,8 @@ class Owners:
         if unknown:
             self.find(unknown)
             for inode in unknown:
-                self._known[inode].pids.update(pids)
+                held = self._known[inode].held
+                held.update({pid: [] for pid in pids if pid not in held})
         if not wanted:
             return []
         self._refresh(wanted)
@@ -435,8 +457,8 @@ class Owners:
         stopped: set[int] = set()  # by this call
         looks, again = 0, True
         while True:
-            movable = [inode for inode in wanted if not self._known[inode].pids & refused.keys()]
-            owners: set[int] = set().union(*(self._known[inode].pids for inode in movable))
+            movable = [inode for inode in wanted if not self._known[inode].held.keys() & refused.keys()]
+            owners: set[int] = set().union(*(self._known[inode].held for inode in movable))
             fresh = {pid for pid in owners - stopped if not self._counts[pid]}
             if not fresh and (not again or looks >= _LOOKS):
                 break
@@ -449,13 +471,13 @@ class Owners:
                     stopped.add(pid)
                 elif result.code == _STOP_GONE:
                     for inode in wanted:
-                        self._known[inode].pids.discard(pid)
+                        self._known[inode].held.pop(pid, None)
                 else:
                     refused[pid] = _stop_refusal(pid, result, timeout_s)
             looks = 0 if fresh else looks + 1
             again = self._catch_up(wanted)
             if fresh and left_s < 0:
-                owners = set().union(*(self._known[inode].pids for inode in movable))
+                owners = set().union(*(self._known[inode].held for inode in movable))
                 refused.update({pid: _restless(pid, timeout_s) for pid in owners})
                 break
         return self._settle(inodes, refused, stopped)
@@ -466,7 +488,7 @@ class Owners:
         """Count the stops per socket, and let go whom no socket of this call needs."""
         refusals: list[Refusal | None] = []
         for inode in inodes:
-            owners = frozenset(self._known[inode].pids)
+            owners = frozenset(self._known[inode].held)
             refusals.append(next((refused[pid] for pid in sorted(owners) if pid in refused), None))
             if refusals[-1] is None:
                 self._stops.setdefault(inode, []).append(owners)

@@ -2,6 +2,7 @@
 """The exporter's half of the shell: sockets that leave this host. Each step stands beside its inverse.
 
 - `admission`: what is asked for is looked at, and put to the core or refused; cancel.
+- `descriptors`: ours of what is frozen; before and after it the owner alone has the socket.
 - `freezer`: owners stop and packets are held, or all goes on as before. It owns the holds of exports.
 - `committer`: a chunk is given away, or taken back; `decisions` are what the journal has of that.
 - `listeners`: who connects to a listener that leaves, and what waits in its queue.
@@ -14,10 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 from sockmi.addresses import FourTuple
+from sockmi.diag import Found
 from sockmi.exporting.admission import Admission, FindHolders
 from sockmi.exporting.batches import Batches
 from sockmi.exporting.committer import Committer
 from sockmi.exporting.decisions import Decisions
+from sockmi.exporting.descriptors import Descriptors
 from sockmi.exporting.export import Export, Selected
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
@@ -37,16 +40,18 @@ class Exporting:
         shell: Shell,
         redirecting: Redirecting,
         find_holders: FindHolders,
+        find: Callable[[FourTuple], Found | None],
         destroy: Callable[[FourTuple, int], bool],
     ) -> None:
         """``find_holders`` finds the processes of sockets, and what is against stopping them; later.
 
-        ``destroy`` ends a socket of this kernel, whoever has it; False if this kernel cannot.
+        ``find``: this kernel's socket of a connection. ``destroy`` ends one, whoever has it; False if
+        this kernel cannot.
         """
         self.batches = Batches()
         self.exports = Exports(shell, self.batches)
         self.admission = Admission(shell, redirecting, self.exports, self.batches, find_holders)
-        self.freezer = Freezer(shell, self.exports)
+        self.freezer = Freezer(shell, self.exports, Descriptors(shell.engine.owners, find))
         self.listeners = Listeners(shell, redirecting, self.exports, self.batches, destroy)
         self.decisions = Decisions(shell, redirecting, self.listeners.queues)
         self.committer = Committer(

@@ -9,12 +9,15 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 from uuid import uuid4
 
+from sockmi.engine.base import Kind
 from sockmi.exporting.batches import Batch, Batches
+from sockmi.exporting.descriptors import let_go
 from sockmi.exporting.export import Export, Selected
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.items import item_of
 from sockmi.protocol.events import CancelExport, StartExport
 from sockmi.protocol.records import BatchId, HostId, Item
+from sockmi.queues import queue_length
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell, close_all, unwritable
@@ -75,8 +78,11 @@ class Admission:
             if refusal is not None:
                 self._exports.end(export, batch, "refused", refusal)
             else:
+                if dry_run and fact.kind is Kind.LISTENING:
+                    export.queued = queue_length(one.descriptor)
                 self._exports.claim(export)
                 going.append(export)
+        let_go(going)  # until the freeze the socket is its owner's alone, who may close it
         try:
             self._exports.journal_start(begun)
         except Exception as error:  # a full disk
@@ -97,7 +103,7 @@ class Admission:
             batch.waiting = []
             for export in going:
                 export.holders = holders.get(export.facts.inode, [])
-            items = self._items(batch, going, verdicts, dry_run=dry_run)
+            items = self._items(batch, going, verdicts)
             if not items:
                 self._batches.close(batch_id)
                 return
@@ -126,9 +132,7 @@ class Admission:
             )
         return None
 
-    def _items(
-        self, batch: Batch, going: Sequence[Export], verdicts: dict[int, Refusal], *, dry_run: bool
-    ) -> list[Item]:
+    def _items(self, batch: Batch, going: Sequence[Export], verdicts: dict[int, Refusal]) -> list[Item]:
         """Those that may go, now that their holders are known; the others have ended."""
         items, ended = [], []
         for export in going:
@@ -137,7 +141,7 @@ class Admission:
                 export.facts.inode
             )
             try:
-                item = None if refusal else item_of(export, self._shell, self._redirecting, planned=dry_run)
+                item = None if refusal else item_of(export, self._shell, self._redirecting)
             except Exception as error:
                 _log.exception("looking at %s", export.facts.tuple or export.facts.local)
                 message = f"The daemon failed ({error}); its log has the details."

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Kind
 from sockmi.exporting.decisions import Decisions
+from sockmi.exporting.descriptors import let_go
 from sockmi.exporting.export import Export
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
@@ -113,6 +114,9 @@ class Committer:
         for route, _unused in gone:
             self._redirecting.drop_holding(route.connection)
         self._redirecting.add_routes(route for route, _unused in gone if route.durable)
+        let_go(
+            [export for _unused, export in gone]
+        )  # before its owners run: their epoll forgets it with them
         self._freezer.resume_soon([export for _unused, export in gone])
         self._ship_held(importer, gone)
 

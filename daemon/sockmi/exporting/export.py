@@ -24,7 +24,7 @@ _IMAGE_OVERHEAD_BYTES = 2048
 
 @dataclass(slots=True)
 class Selected:
-    """One socket that somebody wants moved; the shell owns ``descriptor`` (a duplicate).
+    """One socket that somebody wants moved; the shell owns ``descriptor`` (a duplicate; -1: none at present).
 
     ``caller``: None for those who may move any socket; others only what is theirs. ``user_id``: who asked.
     ``received``: how many bytes had come when it was quiet; it is not moved if its owner has read more since.
@@ -46,7 +46,8 @@ class Export:
 
     ``holders``: the processes that have the socket. ``listener``: in whose queue it waited. ``frozen_at``:
     time.monotonic(), 0 until then. ``stopped``: its owners are. ``half_open``: handshakes with it that
-    are not completed, and the kernel's cookies of these.
+    are not completed, and the kernel's cookies of these. ``queued``: of a dry run, how many connections
+    wait in the queue of a listener.
     """
 
     selected: Selected
@@ -59,6 +60,7 @@ class Export:
     frozen_at: float = 0.0
     stopped: bool = False
     half_open: dict[FourTuple, int] = field(default_factory=dict)
+    queued: int = 0
 
     @property
     def size_bytes(self) -> int:

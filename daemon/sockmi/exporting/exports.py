@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,6 +10,7 @@ from uuid import UUID, uuid4
 from sockmi.engine.base import SocketFacts
 from sockmi.exporting import fidelity
 from sockmi.exporting.batches import Batch, Batches
+from sockmi.exporting.descriptors import let_go
 from sockmi.exporting.export import Export, Selected
 from sockmi.exporting.tally import Tally
 from sockmi.image import queue_bytes
@@ -112,7 +112,7 @@ class Exports:
             del self._by_migration[export.migration]
             if self._by_inode.get(export.facts.inode) is export:  # else another one's is under way
                 del self._by_inode[export.facts.inode]
-        os.close(export.selected.descriptor)
+        let_go([export])
         export.image = b""
         if batch is not None:
             batch.tell_progress(record)

@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from sockmi.addresses import Endpoint
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind
+from sockmi.exporting.descriptors import Descriptors, let_go
 from sockmi.exporting.export import Export
 from sockmi.exporting.exports import Exports
 from sockmi.image import Section
@@ -39,9 +40,10 @@ _AWAKE = Refusal(Code.CHANGED, "A request has come since it was quiet; it stays,
 class Freezer:
     """Owns the holds of exports, and which of their owners are stopped."""
 
-    def __init__(self, shell: Shell, exports: Exports) -> None:
+    def __init__(self, shell: Shell, exports: Exports, descriptors: Descriptors) -> None:
         self._shell = shell
         self._exports = exports
+        self._descriptors = descriptors
         self._to_resume: list[Export] = []
         self._reachability: dict[tuple[Mode, IPv4Address | IPv6Address], tuple[float, str | None]] = {}
 
@@ -58,6 +60,8 @@ class Freezer:
                 Code.INTERNAL, f"The freeze failed ({error}); the daemon's log has the details."
             )
             results = [refusal] * len(exports)
+        # A socket that nobody has but us ends here, as it would have when its owner closed it.
+        let_go([one for one, result in zip(exports, results, strict=True) if isinstance(result, Refusal)])
         self._shell.dispatch(FreezeDone(action.chunk, tuple(results)))
 
     def thaw(self, action: Thaw) -> None:
@@ -72,6 +76,7 @@ class Freezer:
             _log.exception("holds could not be lifted; they end by themselves")
         reached("thaw.unheld")
         self._resume(exports)
+        let_go(exports)
 
     def _freeze(self, action: Freeze, exports: list[Export]) -> list[bytes | Refusal]:
         results = self._look(action, exports)
@@ -91,9 +96,13 @@ class Freezer:
         )
         reached("freeze.captured")
         shipped = 0
-        for index, one in zip(frozen, captured, strict=True):
-            if isinstance(one, Captured) and exports[index].woke(one.image):
-                outcome: bytes | Refusal = _AWAKE
+        abandoned = self._descriptors.abandoned([exports[index] for index in frozen])
+        for index, one, closed in zip(frozen, captured, abandoned, strict=True):
+            outcome: bytes | Refusal
+            if closed is not None:
+                outcome = closed
+            elif isinstance(one, Captured) and exports[index].woke(one.image):
+                outcome = _AWAKE
             elif isinstance(one, Captured):
                 image = _finish_image(exports[index], action.items[index], one)
                 outcome = self._too_much(len(image), shipped) or image
@@ -110,8 +119,10 @@ class Freezer:
 
     def _look(self, action: Freeze, exports: list[Export]) -> list[bytes | Refusal]:
         """What has come against it since it was asked for; empty bytes: nothing."""
-        results: list[bytes | Refusal] = [b""] * len(exports)
+        results = [b"" if refusal is None else refusal for refusal in self._descriptors.take(exports)]
         for index, place in enumerate(action.places):
+            if isinstance(results[index], Refusal):
+                continue
             if obstacle := self._unreachable(place):
                 results[index] = Refusal(Code.NO_REDIRECT, obstacle)
             elif too_much := self._too_much(exports[index].size_now_bytes, 0):

@@ -5,20 +5,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sockmi.engine.base import Kind
 from sockmi.exporting.export import Export
 from sockmi.protocol.records import Item
-from sockmi.queues import queue_length
 from sockmi.redirecting import Redirecting
 from sockmi.shell import Shell
 
 _GROWTH_BYTES = 1 << 20  # what queues may take between selection and freeze
 
 
-def item_of(export: Export, shell: Shell, redirecting: Redirecting, *, planned: bool = False) -> Item:
-    """``planned``: it is for a dry run, which also says how much waits in the queue of a listener."""
+def item_of(export: Export, shell: Shell, redirecting: Redirecting) -> Item:
+    """Its migration, as the protocol knows it."""
     facts = export.facts
-    asked = planned and facts.kind is Kind.LISTENING
     migration = export.migration
     holding = redirecting.holding_of(facts)
     bound = facts.local is not None and (facts.local.port or not facts.local.address.is_unspecified)
@@ -40,6 +37,6 @@ def item_of(export: Export, shell: Shell, redirecting: Redirecting, *, planned: 
         needs=replace(facts.needs, image_bytes_max=largest),
         size_bytes=size_bytes,
         listener=export.listener,
-        queued=queue_length(export.selected.descriptor) if asked else 0,
+        queued=export.queued,
         handle=export,
     )

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""Descriptors of ours for sockets that leave: the daemon has one only while a socket is frozen.
+
+A descriptor of ours keeps a socket open when its owner has closed it: no FIN would go out, and the owner's
+epoll would go on reporting it. So it is taken shortly before the freeze, from where the owner has it, and
+closed when the original is, or when all goes on as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+
+from sockmi.addresses import FourTuple
+from sockmi.diag import Found
+from sockmi.engine.duplicate import Duplicator
+from sockmi.engine.owners import Owners
+from sockmi.exporting.export import Export
+from sockmi.refusal import Code, Refusal
+
+_CLOSED = Refusal(
+    Code.NO_SUCH_SOCKET,
+    "No process has this socket any more: it was closed after it had been selected; see sockmi list.",
+)
+
+
+class Descriptors:
+    """``take`` stands beside its inverse, ``let_go``."""
+
+    def __init__(self, owners: Owners, find: Callable[[FourTuple], Found | None]) -> None:
+        """``find``: the kernel's socket of a connection."""
+        self._owners = owners
+        self._find = find
+
+    def take(self, exports: Sequence[Export]) -> list[Refusal | None]:
+        """A descriptor for each; None, or why there is none.
+
+        Of a socket that is not where it was the kernel is asked; only if it has it is /proc looked through.
+        """
+        with contextlib.closing(Duplicator()) as duplicator:
+            results = [self._take(duplicator, export) for export in exports]
+            elsewhere = [
+                at
+                for at, refusal in enumerate(results)
+                if refusal is not None and refusal.code is Code.NO_SUCH_SOCKET and self._may_live(exports[at])
+            ]
+            if elsewhere:
+                self._owners.find({exports[at].facts.inode for at in elsewhere})
+                for at in elsewhere:
+                    results[at] = self._take(duplicator, exports[at])
+        return results
+
+    def _take(self, duplicator: Duplicator, export: Export) -> Refusal | None:
+        refusal = _CLOSED
+        for pid, fd in self._owners.descriptors(export.facts.inode):
+            try:
+                export.selected.descriptor = duplicator.duplicate(pid, fd, export.facts.inode)
+                return None
+            except Refusal as why_not:
+                if why_not.code is not Code.NO_SUCH_SOCKET:
+                    refusal = why_not
+        return refusal
+
+    def _may_live(self, export: Export) -> bool:
+        if export.facts.tuple is None:
+            return True  # only a scan tells
+        found = self._find(export.facts.tuple)
+        return found is not None and found.inode == export.facts.inode
+
+    def abandoned(self, exports: Sequence[Export]) -> list[Refusal | None]:
+        """Of those that are frozen: whether nobody but us has it, as it was closed after ``take``."""
+        held = self._owners.held({export.facts.inode for export in exports})
+        return [None if export.facts.inode in held else _CLOSED for export in exports]
+
+
+def let_go(exports: Sequence[Export]) -> None:
+    """Close our descriptors, if there are any."""
+    for export in exports:
+        descriptor, export.selected.descriptor = export.selected.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
