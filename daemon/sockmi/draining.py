@@ -193,7 +193,10 @@ class Drain:
 
     def _over(self, record: dict[str, Any]) -> None:
         """It has moved, or has not; or its owner has closed it before it was frozen."""
-        if record.get("listener") is None and (record.get("refusal") or {}).get("code") == Code.NO_SUCH_SOCKET:
+        if (
+            record.get("listener") is None
+            and (record.get("refusal") or {}).get("code") == Code.NO_SUCH_SOCKET
+        ):
             self._under_way -= 1
             self._closed += 1
         else:

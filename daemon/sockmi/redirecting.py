@@ -16,6 +16,7 @@ from sockmi.journal import Change, Record
 from sockmi.protocol.actions import Collect, ForgetHoldings, ForgetNotices, Reroute, SaveRoutes
 from sockmi.protocol.events import CollectDone, ConnectionsEnded, RerouteDone
 from sockmi.protocol.records import Holding, Route
+from sockmi.redirect.base import Outbound
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell, by_mode, inbound, living, outbound, unwritable
 
@@ -52,7 +53,8 @@ class Redirecting:
         self._by_inode: dict[int, bytes] = {}  # which of the listeners at one endpoint a socket was taken for
         self._missed: dict[tuple[Record, bytes], Endpoint] = {}
         self._watched: set[bytes] = set()
-        self._by_tuple: dict[FourTuple, bytes] = {}
+        # More than one only until an ended connection is forgotten whose tuple another has by now: the last.
+        self._by_tuple: dict[FourTuple, dict[bytes, None]] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
 
     # -- what is where
@@ -70,19 +72,25 @@ class Redirecting:
     def drop_route(self, connection: bytes) -> Route | None:
         """It came home, or has ended."""
         route = self.routes.pop(connection, None)
-        if route is not None and (one := outbound(route)) is not None:
-            self._routes_by_tuple.pop(one.tuple, None)
         if route is not None:
+            if (one := self._led(route)) is not None:
+                del self._routes_by_tuple[one.tuple]
             self.listener_found((Record.ROUTE, connection))
             self._count()
         return route
+
+    def _led(self, route: Route) -> Outbound | None:
+        """What the kernel has of a route; None if that is another connection's by now, or nothing is led."""
+        one = outbound(route)
+        ours = one is not None and self._routes_by_tuple.get(one.tuple) == route.connection
+        return one if ours else None
 
     def add_holdings(self, holdings: Iterable[Holding]) -> None:
         """A chunk was activated. Sockets that nothing leads to are no concern of ours."""
         for holding in (one for one in holdings if one.durable):
             self.holdings[holding.connection] = holding
             if (lives := living(holding)) is not None:
-                self._by_tuple[lives] = holding.connection
+                self._by_tuple.setdefault(lives, {})[holding.connection] = None
             elif holding.kind is Kind.LISTENING and holding.local is not None:
                 self._listening.setdefault(holding.local, {})[holding.connection] = None
         self._count()
@@ -90,8 +98,10 @@ class Redirecting:
     def drop_holding(self, connection: bytes) -> Holding | None:
         """It left again, or has ended."""
         holding = self.holdings.pop(connection, None)
-        if holding is not None and (lives := living(holding)) is not None:
-            self._by_tuple.pop(lives, None)
+        if holding is not None and (lives := living(holding)) in self._by_tuple:
+            self._by_tuple[lives].pop(connection, None)
+            if not self._by_tuple[lives]:
+                del self._by_tuple[lives]
         if holding is not None and holding.local in self._listening:
             self._drop_listener(holding.local, connection)
         if holding is not None:
@@ -110,9 +120,8 @@ class Redirecting:
         """The holding of a socket of this host, if it was imported."""
         if facts.kind is Kind.LISTENING and facts.local is not None:
             return self._listener_of(facts.local, facts.inode)
-        if facts.tuple is None or (connection := self._by_tuple.get(facts.tuple)) is None:
-            return None
-        return self.holdings.get(connection)
+        there = self._by_tuple.get(facts.tuple) if facts.tuple is not None else None
+        return self.holdings[next(reversed(there))] if there else None
 
     def _listener_of(self, local: Endpoint, inode: int) -> Holding | None:
         """One of those at its endpoint (SO_REUSEPORT), always the same: nothing tells them apart."""
@@ -258,7 +267,9 @@ class Redirecting:
             if (known := self.routes.get(route.connection)) is not None and known.hop == route.hop
         ]
         for mode, routes in by_mode((route.place.mode, route) for route in gone).items():
-            tuples = [one.tuple for route in routes if (one := outbound(route))]
+            tuples = [
+                one.tuple for route in routes if (one := self._led(route)) and one.tuple not in self._by_tuple
+            ]
             self._shell.redirects[mode].expire(tuples, self._shell.config.timing.linger_s)
         reached("collect.expired")
         for route in gone:
@@ -284,19 +295,25 @@ class Redirecting:
                 self.drop_holding(connection)
                 gone.append(known)
         for mode, holdings in by_mode((one.place.mode, one) for one in gone).items():
-            self._shell.redirects[mode].evict([one for holding in holdings if (one := inbound(holding))])
+            self._shell.redirects[mode].evict(
+                [one for holding in holdings if (one := inbound(holding)) and self._is_free(one.tuple)]
+            )
         reached("forget-holdings.evicted")
         durable.drop(change, gone)
         if change.drop:
             self._shell.note(change)
         reached("forget-holdings.journalled")
 
+    def _is_free(self, connection: FourTuple) -> bool:
+        """Whether no other connection has come with this tuple, or left by now."""
+        return connection not in self._by_tuple and connection not in self._routes_by_tuple
+
     # -- ends
 
     def destroyed(self, connection: FourTuple) -> None:
         """The kernel has destroyed a socket; if it was imported, see what is left of it."""
-        if connection in self._by_tuple:
-            self._shell.loop.call_later(_AT_ONCE_S, self._look, self._by_tuple[connection])
+        for each in self._by_tuple.get(connection, ()):
+            self._shell.loop.call_later(_AT_ONCE_S, self._look, each)
 
     def listener_destroyed(self, local: Endpoint) -> None:
         """The kernel has destroyed a socket that was not connected."""
@@ -305,7 +322,7 @@ class Redirecting:
 
     def look_at_all(self) -> None:
         """After a restart, or when news of the kernel were lost."""
-        for connection in self._by_tuple.copy().values():
+        for connection in [each for there in self._by_tuple.values() for each in there]:
             self._look(connection)
         self.look_at_listeners()
 

@@ -19,9 +19,11 @@ from sockmi.addresses import Endpoint
 from sockmi.api import TakenRequest, parse_request
 from sockmi.config import Config
 from sockmi.engine.base import Kind, Needs, Placement
+from sockmi.engine.owners import Owners
 from sockmi.engine.trial import obstacle
 from sockmi.exporting import Exporting, Selected
 from sockmi.exporting.batches import Batch, Batches
+from sockmi.exporting.descriptors import Descriptors
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
 from sockmi.image import Family, ImageError
@@ -210,7 +212,9 @@ def test_owners_run_again_though_a_hold_cannot_be_lifted() -> None:
     exports = Exports(shell, Batches())
     export = exports.register(Selected(-1, None, None), facts, BATCH)
     export.stopped = True
-    Freezer(shell, exports).thaw(a.Thaw(ChunkId(BATCH, 0), (export.migration,)))
+    Freezer(shell, exports, Descriptors(Owners(), lambda _unused: None)).thaw(
+        a.Thaw(ChunkId(BATCH, 0), (export.migration,))
+    )
     assert resumed == [7] and not export.stopped
 
 
@@ -222,12 +226,14 @@ def test_a_socket_under_way_is_refused_however_often_it_is_asked_for() -> None:
     )  # fmt: skip
     ended: list[dict[str, Any]] = []
     shell, _unused = told(
-        engine=SimpleNamespace(inspect=lambda fds: [facts] * len(fds), name="repair"), host_name="a",
+        engine=SimpleNamespace(inspect=lambda fds: [facts] * len(fds), name="repair", owners=Owners()),
+        host_name="a",
         journal=SimpleNamespace(write=lambda _unused: None), note=lambda _unused: None,
     )  # fmt: skip
     exporting = Exporting(
-        shell, SimpleNamespace(holding_of=None), lambda *_unused: None, lambda *_unused: True
-    )  # type: ignore[arg-type]
+        shell, SimpleNamespace(holding_of=None), lambda *_unused: None, lambda _unused: None,
+        lambda *_unused: True,
+    )  # type: ignore[arg-type]  # fmt: skip
     for _turn in range(3):
         selected = Selected(os.open(os.devnull, os.O_RDONLY), 1, 3)
         exporting.admission.export(

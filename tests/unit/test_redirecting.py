@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""An ended connection is forgotten late: a newer one of the same tuple keeps its redirect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sockmi.addresses import Endpoint, FourTuple
+from sockmi.config import Config
+from sockmi.engine.base import Kind
+from sockmi.metrics import Metrics
+from sockmi.protocol import actions as a
+from sockmi.protocol import events as e
+from sockmi.protocol.records import Holding, Place, Route
+from sockmi.redirect.base import Inbound, Mode
+from sockmi.redirecting import Redirecting
+from sockmi.shell import inbound
+
+LOCAL, REMOTE = Endpoint.parse("192.0.2.1:80"), Endpoint.parse("198.51.100.1:4000")
+TUPLE = FourTuple(LOCAL, REMOTE)
+PLACE = Place(LOCAL, Mode.FORWARD)
+HOME, OLD, NEW = (letter * 16 for letter in (b"h", b"o", b"n"))
+
+
+def holding(connection: bytes) -> Holding:
+    return Holding(connection, connection, Kind.CONNECTED, 1, HOME, HOME, PLACE, LOCAL, REMOTE, LOCAL)
+
+
+def route(connection: bytes) -> Route:
+    return Route(connection, connection, Kind.CONNECTED, 1, HOME, HOME, PLACE, LOCAL, REMOTE, LOCAL)
+
+
+class Host:
+    """Redirecting, and what it does to the kernel; ``state``: of the one socket."""
+
+    def __init__(self) -> None:
+        self.evicted: list[Inbound] = []
+        self.expired: list[FourTuple] = []
+        self.events: list[e.Event] = []
+        self.state: int | None = 1
+        redirect = SimpleNamespace(
+            evict=self.evicted.extend, expire=lambda tuples, _unused: self.expired.extend(tuples)
+        )
+        shell: Any = SimpleNamespace(
+            config=Config(),
+            redirects={Mode.FORWARD: redirect},
+            metrics=Metrics(),
+            dispatch=self.events.append,
+            note=lambda _unused: None,
+            holds=SimpleNamespace(miss_listeners=lambda *_unused: None),
+        )
+        self.redirecting = Redirecting(
+            shell, {}, {}, lambda _unused: self.state, Counter, lambda _unused: False
+        )
+
+    def forget(self, connection: bytes) -> None:
+        self.redirecting.forget_holdings(a.ForgetHoldings(((connection, 1),)))
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+def test_a_holding_is_forgotten_alone(host: Host) -> None:
+    host.redirecting.add_holdings([holding(OLD)])
+    host.redirecting.add_holdings([holding(NEW)])
+    facts: Any = SimpleNamespace(kind=Kind.CONNECTED, tuple=TUPLE)
+    host.forget(OLD)
+    assert not host.evicted, "the newer one is received with it"
+    assert host.redirecting.holding_of(facts) == holding(NEW)
+    host.state = None
+    host.redirecting.look_at_all()
+    assert host.events == [e.ConnectionsEnded((NEW,))]
+    host.forget(NEW)
+    assert host.evicted == [inbound(holding(NEW))]
+    assert host.redirecting.holding_of(facts) is None
+
+
+def test_in_any_order(host: Host) -> None:
+    """After a restart nobody knows which is the newer one: both are looked at; the last takes it along."""
+    host.redirecting.add_holdings([holding(NEW), holding(OLD)])
+    host.state = None
+    host.redirecting.look_at_all()
+    assert {one for event in host.events for one in event.connections} == {OLD, NEW}  # type: ignore[union-attr]
+    host.forget(NEW)
+    assert not host.evicted
+    host.forget(OLD)
+    assert host.evicted == [inbound(holding(OLD))]
+
+
+def test_one_that_has_left_again_stays_led_away(host: Host) -> None:
+    host.redirecting.add_holdings([holding(OLD)])
+    host.redirecting.add_holdings([holding(NEW)])
+    host.redirecting.drop_holding(NEW)
+    host.redirecting.add_routes([route(NEW)])
+    host.forget(OLD)
+    assert not host.evicted
+
+
+def test_a_route_is_collected_alone(host: Host) -> None:
+    host.redirecting.add_routes([route(OLD)])
+    host.redirecting.add_routes([route(NEW)])
+    host.redirecting.collect(a.Collect((route(OLD),)))
+    assert not host.expired and host.redirecting.route_of(TUPLE) == route(NEW)
+    host.redirecting.collect(a.Collect((route(NEW),)))
+    assert host.expired == [TUPLE] and host.redirecting.route_of(TUPLE) is None
+
+
+def test_a_route_is_collected_when_another_has_come(host: Host) -> None:
+    host.redirecting.add_routes([route(OLD)])
+    host.redirecting.add_holdings([replace(holding(NEW), place=PLACE)])
+    host.redirecting.collect(a.Collect((route(OLD),)))
+    assert not host.expired
