@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """sock_diag(7): is there a socket for this connection, and which connections have just ended.
 
-One netlink request for one question (about 10 us); pyroute2's DiagSocket is made for dumps.
+One netlink request for one question (about 10 us); pyroute2's DiagSocket is made for dumps. The kernel
+finds a socket with SO_BINDTODEVICE (or in a VRF, or of a link-local address) only for who names its device:
+what is not found without one is looked for on each device, many of them in one system call.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.addresses import Endpoint, FourTuple
@@ -28,6 +31,9 @@ _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBBI")
 _SOCKET_ID = struct.Struct("!HH16s16s4s8s")
 _NO_COOKIE = b"\xff" * 8
+_ANY_DEVICE = 0
+_DEVICES_AT_ONCE = 64  # so that all answers fit into the receive buffer
+_DEVICES_AGE_S = 1.0  # to list them takes longer than to ask
 _LISTEN = 10
 _SO_RCVBUFFORCE = 33
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -54,6 +60,8 @@ class SocketDiag:
         )
         self._socket.settimeout(1.0)
         self._sequence = 0
+        self._devices: list[int] = []
+        self._listed_at = -_DEVICES_AGE_S - 1
 
     def state(self, connection: FourTuple) -> int | None:
         """The kernel's state number of a connection, or None: no such socket."""
@@ -62,54 +70,77 @@ class SocketDiag:
 
     def find(self, connection: FourTuple) -> Found | None:
         """The socket of a connection, or None."""
-        answer = self._ask(_SOCK_DIAG_BY_FAMILY, connection, _NO_COOKIE)
-        if answer is None:
-            return None
-        body = _HEADER.size
-        state = answer[body + 1]
-        (cookie,) = struct.unpack_from("=Q", answer, body + 44)
-        (inode,) = struct.unpack_from("=I", answer, body + 68)
-        # The kernel's look-up falls back to a listener.
-        return None if state == _LISTEN else Found(state, inode, cookie)
+        for devices in self._device_groups():
+            for answer in self._ask(_SOCK_DIAG_BY_FAMILY, connection, _NO_COOKIE, devices):
+                if isinstance(answer, bytes) and (found := _found(answer)) is not None:
+                    return found
+        return None
 
     def destroy(self, connection: FourTuple, cookie: int) -> bool:
         """End that socket whoever has it; False if this kernel cannot (CONFIG_INET_DIAG_DESTROY).
 
         The kernel sends an RST: hold the connection before. A socket that is gone is no error.
         """
-        try:
-            self._ask(_SOCK_DESTROY, connection, struct.pack("=Q", cookie))
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-            return False
+        for devices in self._device_groups():
+            for code in self._ask(_SOCK_DESTROY, connection, struct.pack("=Q", cookie), devices):
+                if code == errno.EOPNOTSUPP:
+                    return False
+                if code == 0:
+                    return True
         return True
 
-    def _ask(self, kind: int, connection: FourTuple, cookie: bytes) -> bytes | None:
-        """The answer; None if there is no such socket, or the request was carried out."""
-        self._sequence += 1
+    def _device_groups(self) -> Iterator[list[int]]:
+        """First none, as most sockets have no device, then all of this network namespace."""
+        yield [_ANY_DEVICE]
+        now = time.monotonic()
+        if now - self._listed_at > _DEVICES_AGE_S:
+            self._devices, self._listed_at = [index for index, _unused in socket.if_nameindex()], now
+        for start in range(0, len(self._devices), _DEVICES_AT_ONCE):
+            yield self._devices[start : start + _DEVICES_AT_ONCE]
+
+    def _ask(
+        self, kind: int, connection: FourTuple, cookie: bytes, devices: Sequence[int]
+    ) -> list[bytes | int]:
+        """The answer for each device: a message, or an errno (0: carried out; there is no such socket)."""
         local, remote = connection.local, connection.remote
         family = socket.AF_INET if connection.version == 4 else socket.AF_INET6
         flags = _NLM_F_REQUEST | (_NLM_F_ACK if kind == _SOCK_DESTROY else 0)
-        body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + _SOCKET_ID.pack(
-            local.port, remote.port, local.address.packed, remote.address.packed, bytes(4), cookie
-        )
-        self._socket.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
-        while True:
+        head = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
+        ends = local.port, remote.port, local.address.packed, remote.address.packed
+        requests = []
+        first = self._sequence + 1
+        for device in devices:
+            self._sequence += 1
+            body = head + _SOCKET_ID.pack(*ends, struct.pack("=I", device), cookie)
+            requests.append(_HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
+        self._socket.send(b"".join(requests))
+        answers: dict[int, bytes | int] = {}
+        while len(answers) < len(devices):
             answer = self._socket.recv(8192)
             _unused, answered, _unused, sequence, _unused = _HEADER.unpack_from(answer)
-            if sequence != self._sequence:
-                continue
+            if not first <= sequence <= self._sequence:
+                continue  # to a question whose asker has given up
             if answered != _NLMSG_ERROR:
-                return answer
+                answers[sequence] = answer
+                continue
             code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
-            if code in (0, errno.ENOENT, errno.ESTALE):
-                return None
-            raise OSError(code, f"sock_diag about {connection}: {os.strerror(code)}")
+            if code not in (0, errno.ENOENT, errno.ESTALE, errno.EOPNOTSUPP):
+                raise OSError(code, f"sock_diag about {connection}: {os.strerror(code)}")
+            answers[sequence] = code
+        return list(answers.values())
 
     def close(self) -> None:
         """Close the netlink socket."""
         self._socket.close()
+
+
+def _found(answer: bytes) -> Found | None:
+    body = _HEADER.size
+    state = answer[body + 1]
+    (cookie,) = struct.unpack_from("=Q", answer, body + 44)
+    (inode,) = struct.unpack_from("=I", answer, body + 68)
+    # The kernel's look-up falls back to a listener.
+    return None if state == _LISTEN else Found(state, inode, cookie)
 
 
 class DestroyedSockets:

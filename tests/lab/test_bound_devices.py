@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""Connections that are bound to a device (SO_BINDTODEVICE), over crashes of both daemons.
+
+The kernel shows such a socket only to who names its device (sockmi/diag.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from lab.labs import Lab
+from sockmi.addresses import Endpoint, FourTuple
+from sockmi.diag import SocketDiag
+from tests.lab.crash_lab import cluster
+from tests.lab.matrix_lab import Bench, Case, Held, Later, bench, copy_of, exchange, moved
+from tests.lab.scenario import ask, status, until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def bound(it: Bench, kind: str) -> Case:
+    """A connection of a's that is bound to its device."""
+    case = it.pair(kind)
+    case.ours.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+    return case
+
+
+def tuple_of(case: Case) -> FourTuple:
+    """As it is on a."""
+    local, remote = case.ours.getsockname(), case.ours.getpeername()
+    return FourTuple(Endpoint(ip_address(local[0]), local[1]), Endpoint(ip_address(remote[0]), remote[1]))
+
+
+@pytest.mark.parametrize("kind", ["v4", "v6"])
+def test_found_and_destroyed(lab: Lab, kind: str) -> None:
+    it = Bench(lab, "forward", None)  # type: ignore[arg-type]
+    plain, case = it.pair(kind), bound(it, kind)
+    with lab.host("a").entered():
+        diag = SocketDiag()
+    for one in (plain, case):
+        found = diag.find(tuple_of(one))
+        assert found is not None and found.inode == os.fstat(one.fd).st_ino
+    nobody = FourTuple(Endpoint(tuple_of(case).local.address, 1), tuple_of(case).remote)
+    assert diag.find(nobody) is None
+    connection, found = tuple_of(case), diag.find(tuple_of(case))
+    assert found
+    assert diag.destroy(connection, found.cookie + 1), "another socket's cookie: nothing is done"
+    assert diag.find(connection) == found
+    assert diag.destroy(connection, found.cookie)
+    assert diag.find(connection) is None and diag.find(tuple_of(plain)) is not None
+    diag.close()
+    plain.close()
+    case.close()
+
+
+def test_it_survives_both_daemons(lab: Lab, tmp_path: Path) -> None:
+    """The exporter dies with COMMIT in its journal and the original alive; later the importer restarts."""
+    redirect = {"devices": ["eth0"], "modes": ["forward"]}
+    with (
+        cluster(lab, "ab", {"a": "commit.journalled"}, redirect=redirect) as two,
+        bench(lab, "forward", two.daemons) as it,
+        it.watched(tmp_path),
+    ):
+        case = bound(it, "v4")
+        assert case.peer
+        with Held(it, case) as held:
+            connection = held.begin()
+            two.died("a")
+            connection.close()
+            two.start("a")
+            two.ready()
+            history = [one for answer in ask(it.host("a"), "history") for one in answer["migrations"]]
+            assert [one["outcome"] for one in history] == ["aborted"], history
+            held.back()
+        exchange(case.ours, case.peer, 10_000)
+        until(lambda: status(it.host("b"))["import_lists"]["connected"]["length"] == 0)
+
+        moving = Later(it.export_actively, [case.ours])
+        moved(moving.result())
+        [came] = it.take([it.request(case, it.target())])
+        copy = copy_of(came)
+        assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"eth0"
+        exchange(copy, case.peer, 10_000)
+        two.signal("b", signal.SIGKILL)
+        two.died("b")
+        two.start("b")
+        two.ready()
+        exchange(case.peer, copy, 10_000)
+        assert status(it.host("a"))["redirects_out"] == 1
+        case.peer.close()  # so that no TIME-WAIT is left on b
+        assert copy.recv(1) == b""
+        copy.close()
+        until(lambda: status(it.host("a"))["redirects_out"] == status(it.host("b"))["redirects_in"] == 0)
