@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -178,6 +179,104 @@ def test_an_address_returns_as_it_was_after_a_restart(lab: Lab, version: int, ho
         again.teardown()
     client.close()
     served.close()
+
+
+def serve(host: Host, version: int, address: str) -> socket.socket:
+    """A listener on an address of a host."""
+    with host.inside():
+        return socket.create_server((address, 0), family=socket.AF_INET if version == 4 else socket.AF_INET6)
+
+
+def reach(peer: Host, listener: socket.socket) -> tuple[socket.socket, socket.socket]:
+    """(the peer's end, the server's end) of a new connection to it."""
+    with peer.inside():
+        client = socket.socket(listener.family)
+    client.settimeout(10)
+    client.connect(listener.getsockname()[:2])
+    return client, listener.accept()[0]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_alias_that_is_used_stays(lab: Lab, version: int) -> None:
+    """By a listener that has followed, by connections that it has got: until an end finds it unused."""
+    address = ip_address(service_address(version))
+    client, served = connect(lab.peer, lab.a, version, str(address))
+    t = ends(served)
+    other = replace(t, remote=replace(t.remote, port=t.remote.port ^ 1))
+    with lab.a.inside():
+        giving = Takeover(lab.a.tables, Clock())
+        giving.setup()
+        giving.send_away([Outbound(t, Endpoint(ip_address(lab.b.address(version)), t.local.port))])
+    with lab.b.inside():
+        takeover = Takeover(lab.b.tables, Clock())
+        takeover.setup()
+        takeover.admit([Inbound(t, t.local)])
+        listener = serve(lab.b, version, str(address))
+        native = reach(lab.peer, listener)
+        takeover.evict([Inbound(t, t.local)])
+        assert f"{address}/" in lab.b.ip("addr"), "the listener uses it"
+        listener.close()
+        takeover.admit([Inbound(t, t.local)])
+        takeover.evict([Inbound(t, t.local)])
+        assert f"{address}/" in lab.b.ip("addr"), "a connection uses it"
+        native[0].sendall(b"x")
+        assert native[1].recv(1) == b"x"
+        native[0].close()
+        native[1].close()
+        again = Takeover(lab.b.restart(), Clock())
+        again.setup()
+        again.admit([Inbound(other, other.local)])
+        again.evict([Inbound(other, other.local)])
+        assert f"{address}/" not in lab.b.ip("addr")
+        again.teardown()
+    for sock in (client, served):
+        sock.close()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("how", ["there", "there and back", "brought by others"])
+def test_an_address_of_this_host_stays(lab: Lab, version: int, how: str) -> None:
+    """Though it has the prefix length of an alias, as keepalived's have."""
+    address, own = ip_address(service_address(version)), ip_address(lab.b.address(version))
+    width = address.max_prefixlen
+    client, served = connect(lab.peer, lab.a, version, str(address))
+    t = ends(served)
+    with lab.b.inside():
+        takeover = Takeover(lab.b.tables, Clock())
+        takeover.setup()
+        if how == "brought by others":  # it has been an alias before
+            takeover.admit([Inbound(t, t.local)])
+            takeover.send_away([Outbound(t, Endpoint(own, t.local.port))])
+        lab.b.ip("addr", "add", f"{address}/{width}", "dev", "eth0", *(["nodad"] if version == 6 else []))
+        if how == "there and back":
+            takeover.send_away([Outbound(t, Endpoint(own, t.local.port))])
+            assert f"{address}/" not in lab.b.ip("addr")
+        takeover.admit([Inbound(t, t.local)])
+        takeover.evict([Inbound(t, t.local)])
+        assert f"{address}/" in lab.b.ip("addr")
+        takeover.teardown()
+    for sock in (client, served):
+        sock.close()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_alias_that_comes_again_is_one(lab: Lab, version: int) -> None:
+    address, own = ip_address(service_address(version)), ip_address(lab.b.address(version))
+    client, served = connect(lab.peer, lab.a, version, str(address))
+    t = ends(served)
+    with lab.b.inside():
+        takeover = Takeover(lab.b.tables, Clock())
+        takeover.setup()
+        takeover.admit([Inbound(t, t.local)])
+        takeover.send_away([Outbound(t, Endpoint(own, t.local.port))])
+        assert f"{address}/" not in lab.b.ip("addr")
+        takeover.admit([Inbound(t, t.local)])
+        assert f"{address}/" in lab.b.ip("addr")
+        takeover.evict([Inbound(t, t.local)])
+        assert f"{address}/" not in lab.b.ip("addr")
+        takeover.teardown()
+    for sock in (client, served):
+        sock.close()
 
 
 def test_iptables_refuses_nf_tables(lab: Lab, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def _family(settings: Settings, version: int) -> str:
         f"add map {table} flow{v} {{ type {conn} : mark; flags timeout; }}",
         f"add map {table} addr{v} {{ type {conn} : {address}; }}",
         f"add map {table} given{v} {{ type {address} : mark; }}",
+        f"add set {table} alias{v} {{ type {address}; }}",
         f"add set {table} importers{v} {{ typeof @th,192,{words}; }}",
         *(f"add chain {table} {chain}{v}" for chain in chains),
         *(f"flush chain {table} {chain}{v}" for chain in chains),

@@ -106,6 +106,7 @@ class Tables:
         self._away_ports = {version: NftSet(INET, table, f"away_port{version}", 2) for version in (4, 6)}
         self._ports = NftSet(INET, table, "ports", 4, 2)
         self._given = {v: NftSet(INET, table, f"given{v}", wide, 4) for v, wide in ((4, 4), (6, 16))}
+        self._aliases = {v: NftSet(INET, table, f"alias{v}", wide) for v, wide in ((4, 4), (6, 16))}
 
     # --- made once ---------------------------------------------------------------------------
 
@@ -339,6 +340,23 @@ class Tables:
         """The inverse of ``note_given``."""
         with self.transaction() as batch:
             batch.remove(self._given[address.version], [address.packed])
+
+    # --- addresses that are here for connections that have come (takeover) ---------------------
+
+    def note_alias(self, address: Address) -> None:
+        """Before this host gets ``address`` from us. The note stays when it leaves, as it may come again."""
+        with self.transaction() as batch:
+            batch.add(self._aliases[address.version], [(address.packed, b"")])
+
+    def is_alias(self, address: Address) -> bool:
+        """Whether it is here, if it is, because of connections that have come."""
+        with self._lock:
+            return self._nft.get(self._aliases[address.version], address.packed) is not None
+
+    def forget_alias(self, address: Address) -> None:
+        """The inverse of ``note_alias``: somebody else has seen to it that this host has it."""
+        with self.transaction() as batch:
+            batch.remove(self._aliases[address.version], [address.packed])
 
     def is_importer(self, address: Address) -> bool:
         """Whether a connection was ever translated to ``address`` from here."""

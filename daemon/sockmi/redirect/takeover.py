@@ -3,8 +3,9 @@
 
 The exporter removes the address, the importer adds it as an alias and announces it. So it
 can only be done when everything that uses the address moves at once: see ``conflicts``.
-Where each connection went is kept in the map ``addr``, for ``outbound``, and how this host had an address
-that it has given up in the map ``given``; no packet looks there.
+Where each connection went is kept in the map ``addr``, for ``outbound``, how this host had an address
+that it has given up in the map ``given``, and which addresses it has only because of connections that have
+come in the set ``alias``; no packet looks there.
 """
 
 from __future__ import annotations
@@ -169,17 +170,21 @@ class Takeover:
 
     def _take(self, address: Address, towards: Address | None = None) -> None:
         """Have and announce ``address``, as it was here, or else as a host address on the way to the peer."""
-        routes = self._tables.routes
-        held = routes.held(address) or self._as_it_was(address)
-        if held is None:
+        routes, tables = self._tables.routes, self._tables
+        held = routes.held(address)
+        if held is not None:
+            if tables.given(address) is not None:
+                tables.forget_alias(address)  # not we have brought it back
+        elif (held := self._as_it_was(address)) is None:
             # the address is of a network of ours if its own route says so, else the peer's route has to do
             ways = [routes.path(each) for each in (address, towards) if each is not None]
             device = next((way.device for way in ways if way and way.device in routes.devices()), None)
             if device is None:
                 raise OSError(errno.ENODEV, f"takeover: no device of this host leads to {address}'s network")
             held = Held(address, device, address.max_prefixlen, False, False)
+            tables.note_alias(address)
         routes.add_address(address, held.device, held.prefix_length)
-        self._tables.forget_given(address)
+        tables.forget_given(address)
         self._announcer.announce(address, held.device)
 
     def _as_it_was(self, address: Address) -> Held | None:
@@ -192,14 +197,20 @@ class Takeover:
         return None
 
     def evict(self, connections: Sequence[Inbound]) -> None:
-        """See base.Redirect; an alias goes with its last connection."""
+        """See base.Redirect; an alias goes with its last connection, if nothing else uses it by then.
+
+        A listener may have come after its connections, and have new ones.
+        """
         self._tables.forget([c.tuple for c in connections], self._tables.addresses)
         left = {c.tuple.local.address for c in self.inbound()}
         for address in {c.tuple.local.address for c in connections} - left:
             held = self._tables.routes.held(address)
-            if held is not None and held.prefix_length == address.max_prefixlen:
+            if held is None or held.prefix_length != address.max_prefixlen:
+                continue
+            if self._tables.is_alias(address) and not users([address]):
                 self._announcer.withdraw(address)
                 self._tables.routes.remove_address(address)
+                self._tables.forget_alias(address)
 
     def outbound(self) -> list[Outbound]:
         """See base.Redirect."""
