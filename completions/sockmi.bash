@@ -37,7 +37,7 @@ _sockmi() {
 		list) words="$common $select sockets imports redirects" ;;
 		status) words=$common ;;
 		history) words="$common --limit --outcome --direction --host --since --until" ;;
-		groups) words="$common --address --peer --port --interface --key-file list join leave" ;;
+		groups) words="$common --address --peer --port --interface --key-file list join leave forget" ;;
 		drain) words="$common $select $moving --all --rate" ;;
 		doctor) words=$common ;;
 		reload) words=$common ;;

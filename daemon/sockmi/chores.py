@@ -37,18 +37,18 @@ class Chores:
         shell: Shell,
         capacity: Capacity,
         *,
-        is_idle: Callable[[], bool],
+        is_calm: Callable[[], bool],
         look_at_listeners: Callable[[], None],
         look_at_ages: Callable[[], None],
     ) -> None:
         """``look_at_listeners``: the kernel has no news of a socket that only stops listening.
 
-        ``look_at_ages``: of what waits in the import lists. ``is_idle``: nothing is under way.
+        ``look_at_ages``: of what waits in the import lists. ``is_calm``: nothing is frozen, nor about to be.
         """
         self._loop = loop
         self._shell = shell
         self._capacity = capacity
-        self._is_idle = is_idle
+        self._is_calm = is_calm
         self._look_at_listeners = look_at_listeners
         self._look_at_ages = look_at_ages
         self._untrimmed = 0  # rows folded since memory was given back
@@ -63,7 +63,7 @@ class Chores:
 
     def finish(self) -> None:
         """What must not be left undone when the daemon ends."""
-        while self._shell.moves.write(idle=True):
+        while self._shell.moves.write(calm=True):
             pass
         try:
             self._shell.journal.prune(_KEEP_HISTORY)
@@ -77,7 +77,7 @@ class Chores:
 
     def _fold(self) -> None:
         """Index what the journal has appended, and give back memory after much work."""
-        if self._is_idle():
+        if self._is_calm():
             with contextlib.suppress(sqlite3.Error, OSError):  # a full disk: next time
                 self._shell.catch_up()
                 self._untrimmed += self._shell.journal.fold()
@@ -89,16 +89,16 @@ class Chores:
         self._loop.call_later(_FOLD_INTERVAL_S, self._fold)
 
     def _tell_moves(self) -> None:
-        if self._shell.moves.write(idle=self._is_idle()):
+        if self._shell.moves.write(calm=self._is_calm()):
             self._loop.call_later(0, self._tell_moves)
 
     def _prune(self) -> None:
         """A little at a time: the history does not grow without end between two stops."""
         pruned = 0
-        if self._is_idle():
+        if self._is_calm():
             with contextlib.suppress(sqlite3.Error):
                 pruned = self._shell.journal.prune(_KEEP_HISTORY, _PRUNE_ROWS)
-        more = pruned == _PRUNE_ROWS or not self._is_idle()
+        more = pruned == _PRUNE_ROWS or not self._is_calm()
         self._loop.call_later(_FOLD_INTERVAL_S if more else _PRUNE_INTERVAL_S, self._prune)
 
     def _learn_addresses(self) -> None:

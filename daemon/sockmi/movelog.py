@@ -14,7 +14,7 @@ _WAITING_MAX = 10_000
 
 
 class MoveLog:
-    """Records wait here until the daemon is idle; so many at most, then the oldest are written at once."""
+    """Records wait here until nothing is frozen; so many at most, then the oldest are written at once."""
 
     def __init__(self) -> None:
         self._waiting: deque[dict[str, Any]] = deque()
@@ -24,9 +24,9 @@ class MoveLog:
         if _log.isEnabledFor(logging.INFO) or record["outcome"] == "failed":
             self._waiting.append(record)
 
-    def write(self, *, idle: bool) -> bool:
-        """Write some lines: of all that wait if ``idle``, else of what is too much. True: call it again."""
-        surplus = len(self._waiting) - (0 if idle else _WAITING_MAX)
+    def write(self, *, calm: bool) -> bool:
+        """Write some lines: of all that wait if ``calm``, else of what is too much. True: call it again."""
+        surplus = len(self._waiting) - (0 if calm else _WAITING_MAX)
         for _turn in range(min(surplus, _LINES_PER_TURN)):
             _write(self._waiting.popleft())
         return surplus > _LINES_PER_TURN

@@ -12,6 +12,7 @@ from sockmi.importing import Importing
 from sockmi.journal import Journal
 from sockmi.members import Members
 from sockmi.metrics import Metrics
+from sockmi.protocol.records import HostId
 from sockmi.redirect.tables import Tables
 from sockmi.redirecting import Redirecting
 from sockmi.shell import Shell
@@ -37,6 +38,12 @@ class Parts(Protocol):
     importing: Importing
     redirecting: Redirecting
     why_engine: str
+
+    def missed(self) -> list[HostId]:
+        """Hosts that are not heard, though something waits for them or is led to them."""
+
+    def forget(self, host: HostId) -> bool:
+        """It will never come back (events.Forget); False if nothing has waited for it."""
 
     def reload(self) -> tuple[list[str], list[str]]:
         """Read the configuration again: (settings changed, settings that need a restart)."""

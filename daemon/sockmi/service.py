@@ -180,7 +180,7 @@ class Daemon:
             self.loop,
             self.shell,
             self.capacity,
-            is_idle=lambda: self.core.idle,
+            is_calm=lambda: self.core.calm,
             look_at_listeners=self.redirecting.look_at_listeners,
             look_at_ages=self.importing.ages.look,
         )
@@ -346,6 +346,17 @@ class Daemon:
         finally:
             notify.ready()
         return changed, [name for name in differing if name not in live]
+
+    def missed(self) -> list[HostId]:
+        """See `sockmi.parts.Parts`."""
+        return sorted(self.core.awaited - self.members.hosts() - {self.identity.host_id})
+
+    def forget(self, host: HostId) -> bool:
+        """See `sockmi.parts.Parts`."""
+        waited = host in self.core.awaited
+        _log.warning("host %s is forgotten, as it will never come back", host.hex())
+        self.driver.dispatch(events.Forget(host))
+        return waited
 
     def _members_changed(self, group: str, count: int) -> None:
         self.metrics.members.labels(group=group).set(count)

@@ -888,6 +888,45 @@ def test_large_audits_and_endings_are_paged_in_turn() -> None:
     assert len(set(asked)) == 2000
 
 
+def test_calm_until_a_freeze_is_near() -> None:
+    """From RESERVE to the decision, on both hosts: what then is repeated for ever does not disturb."""
+    bench = Bench()
+    assert bench.core.calm
+    out = bench.export(item(1))
+    assert bench.core.calm, "nobody has offered"
+    out = bench.offer(B)
+    assert not bench.core.calm
+    freeze = bench.reserved(out)
+    assert not bench.core.calm
+    bench.do(e.FreezeDone(freeze.chunk, (b"image",)))
+    assert not bench.core.calm
+    bench.stream(B, m.Prepared(freeze.chunk, (Fidelity(),)))
+    assert not bench.core.calm
+    bench.do(e.CommitDone(freeze.chunk, (None,)))
+    assert bench.core.calm and not bench.core.idle, "B has not said ACTIVE"
+    bench.wait(100_000)
+    assert bench.core.calm and bench.core.awaited == {B}
+
+    bench = Bench()
+    bench.to_prepared(item(1, home=C))
+    assert not bench.core.calm, "the decision is to be expected"
+    bench.wait(60)
+    assert bench.core.calm and not bench.core.idle, "B is dead"
+
+
+def test_calm_though_a_host_is_dead() -> None:
+    """For days: ENDED, REROUTE and CONFIRM to it are repeated, and nothing else is kept from its turn."""
+    holding = Holding(ONE, ONE, Kind.CONNECTED, 1, C, B, PLACE, *[Endpoint(IPv4Address("192.0.2.1"), 80)] * 3)
+    bench = Bench(started=e.Started(holdings=(holding,)))
+    bench.do(e.ConnectionsEnded((ONE,)))
+    assert sent(bench.wait(3600), m.Ended)
+    assert bench.core.calm and not bench.core.idle and bench.core.awaited == {B, C}
+    bench.do(e.Forget(B))
+    assert bench.core.awaited == {C}
+    assert only(bench.do(e.Forget(C)), a.ForgetHoldings).holdings == ((ONE, 1),)
+    assert bench.core.idle and not bench.core.awaited
+
+
 def test_forget_a_host() -> None:
     chunk = ChunkId(BATCH, 0)
     started = e.Started(

@@ -164,12 +164,15 @@ class GroupsAction(StrEnum):
     LIST = "list"
     JOIN = "join"
     LEAVE = "leave"
+    FORGET = "forget"
 
 
 class GroupsRequest(_Request):
-    """List, join or leave groups. Joining and leaving are for administrators.
+    """List, join or leave groups, or forget a host that never comes back. All but listing are for
+    administrators.
 
     ``address`` is a multicast address; without it ``peers`` (``ADDRESS:PORT``) names the members.
+    ``host_id``: of the host to forget.
     """
 
     op: Literal["groups"] = "groups"
@@ -180,10 +183,15 @@ class GroupsRequest(_Request):
     interface: Name | None = None
     peers: list[EndpointText] | None = None
     key_file: Name | None = None
+    host_id: (
+        Annotated[str, Field(pattern=r"^[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}$")] | None
+    ) = None
 
     @model_validator(mode="after")
     def _complete(self) -> GroupsRequest:
-        if self.action is not GroupsAction.LIST and self.name is None:
+        if (self.action is GroupsAction.FORGET) != (self.host_id is not None):
+            raise ValueError("forget needs host_id, the id of the host (`sockmi groups`); nothing else does")
+        if self.action in (GroupsAction.JOIN, GroupsAction.LEAVE) and self.name is None:
             raise ValueError(f"{self.action} needs the group's name")
         if self.action is GroupsAction.JOIN:
             if self.key_file is None:

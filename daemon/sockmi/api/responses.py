@@ -242,10 +242,14 @@ class GroupRow(Model):
 
 
 class GroupsResponse(_Response):
-    """All groups, after the action; ``changed`` is False if there was nothing to do."""
+    """All groups, after the action; ``changed`` is False if there was nothing to do.
+
+    ``missed``: ids of hosts that are not heard, though something waits for them or is led to them.
+    """
 
     groups: list[GroupRow]
     changed: bool = False
+    missed: list[str] = []
 
 
 class ReloadResponse(_Response):

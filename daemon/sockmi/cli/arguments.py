@@ -283,9 +283,11 @@ def _history(parser: argparse.ArgumentParser) -> None:
 
 
 def _groups(parser: argparse.ArgumentParser) -> None:
-    actions = ("list", "join", "leave")
+    actions = ("list", "join", "leave", "forget")
     parser.add_argument("action", nargs="?", choices=actions, default="list", help="default: list")
-    parser.add_argument("name", nargs="?", type=_name, help="of the group to join or to leave")
+    parser.add_argument(
+        "name", nargs="?", type=_name, help="of the group; forget: the id of a host that is gone"
+    )
     parser.add_argument("--address", type=_multicast, help="join: the group's multicast address")
     parser.add_argument(
         "--peer",
@@ -377,7 +379,8 @@ def _check_groups(options: argparse.Namespace) -> str | None:
     if options.action == "list":
         return "`groups list` takes no name" if options.name else None
     if not options.name:
-        return f"{options.action} needs the group's name"
+        wanted = "host's id" if options.action == "forget" else "group's name"
+        return f"{options.action} needs the {wanted}"
     if options.action == "join":
         if not options.key_file:
             return "join needs --key-file"

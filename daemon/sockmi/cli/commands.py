@@ -336,7 +336,9 @@ def doctor(options: argparse.Namespace) -> int:
 def groups(options: argparse.Namespace) -> int:
     """``sockmi groups``."""
     request: dict[str, Any] = {"action": options.action}
-    if options.action != "list":
+    if options.action == "forget":
+        request["host_id"] = options.name
+    elif options.action != "list":
         request["name"] = options.name
     if options.action == "join":
         names = ("key_file", "address", "port", "interface", "peers")
@@ -352,6 +354,10 @@ def groups(options: argparse.Namespace) -> int:
         note = "" if group["configured"] else " (until restart)"
         print(f"{group['name']}: {where} port {group['port']}{note}")
         print_table(("host", "address", "heard s ago", "stream"), [_member(one) for one in group["members"]])
+    for host in answer["missed"]:
+        print(
+            f"{host}: not heard, though something waits for it (sockmi groups forget, if it never comes back)"
+        )
     return OK
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 from sockmi import api
 from sockmi.config import ConfigError
@@ -73,11 +74,24 @@ class Operations:
         changed = False
         if request.action is not api.GroupsAction.LIST:
             if not client.administrator:
-                raise Refusal(
-                    Code.NO_PRIVILEGE, "Joining and leaving are for administrators; run it as root."
-                )
-            changed = self._daemon.members.change(request)
-        client.respond(api.GroupsResponse(id=request.id, groups=self._daemon.members.rows(), changed=changed))
+                raise Refusal(Code.NO_PRIVILEGE, f"{request.action} is for administrators; run it as root.")
+            changed = self._forget(request) if request.host_id else self._daemon.members.change(request)
+        missed = [str(UUID(bytes=host)) for host in self._daemon.missed()]
+        client.respond(
+            api.GroupsResponse(
+                id=request.id, groups=self._daemon.members.rows(), changed=changed, missed=missed
+            )
+        )
+
+    def _forget(self, request: api.GroupsRequest) -> bool:
+        host = UUID(request.host_id).bytes
+        if host == self._daemon.identity.host_id or host in self._daemon.members.hosts():
+            raise Refusal(
+                Code.BAD_REQUEST,
+                f"{self._daemon.members.name_of(host)} is this host, or is heard; only a host that never "
+                "comes back can be forgotten.",
+            )
+        return self._daemon.forget(host)
 
     def _reload(self, client: Client, request: api.ReloadRequest, descriptors: list[int]) -> None:
         before = self._daemon.members.keyrings()

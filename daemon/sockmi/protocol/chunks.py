@@ -172,6 +172,16 @@ class Chunks:
         """Whether there is none."""
         return not self._chunks
 
+    @property
+    def calm(self) -> bool:
+        """Whether nothing is frozen, or about to be: what is decided may be repeated for ever."""
+        return all(chunk.state is Export.CONFIRMING for chunk in self._chunks.values())
+
+    @property
+    def awaited(self) -> set[HostId]:
+        """Hosts that have still to say ACTIVE."""
+        return {chunk.host for chunk in self._chunks.values() if chunk.state is Export.CONFIRMING}
+
     def frozen(self, event: events.FreezeDone) -> None:
         """Ship what could be frozen, or thaw it if the chunk was given up meanwhile."""
         chunk = self._chunks.get(event.chunk)

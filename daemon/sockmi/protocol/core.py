@@ -136,6 +136,20 @@ class Core:
         """Whether no migration, lease or redirect change is under way."""
         return self.exporter.idle and self.importer.idle and self.routes.idle
 
+    @property
+    def calm(self) -> bool:
+        """Whether work of some milliseconds lengthens no freeze.
+
+        Unlike ``idle`` it does not depend on other hosts: one that is dead leaves things to be repeated
+        for ever.
+        """
+        return self.exporter.calm and self.importer.calm
+
+    @property
+    def awaited(self) -> set[HostId]:
+        """Hosts for whose answer something waits, or to which connections are led; see events.Forget."""
+        return self.exporter.chunks.awaited | self.routes.awaited
+
     def _ring(self, key: object) -> None:
         if key == ("stop",):
             self._say_quiet()

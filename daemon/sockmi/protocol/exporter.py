@@ -123,6 +123,11 @@ class ExporterCore:
         """Whether nothing at all is left to do."""
         return self.chunks.idle and not self._batches
 
+    @property
+    def calm(self) -> bool:
+        """Whether nothing is being reserved, frozen or decided."""
+        return self.chunks.calm and not any(batch.legs for batch in self._batches.values())
+
     def stream_opened(self, event: events.StreamOpened) -> None:
         """Go on with the legs to that host."""
         for batch in list(self._batches.values()):

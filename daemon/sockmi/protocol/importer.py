@@ -32,6 +32,8 @@ from sockmi.refusal import Code, Refusal
 
 _ANSWERS_KEPT = 4096  # ACTIVE answers that are remembered in full, for repeated CONFIRMs
 
+_EXPECTED_ATTEMPTS = 1  # until the first QUERY a decision is to be expected at any moment
+
 
 @dataclass(slots=True)
 class _Page:
@@ -104,6 +106,15 @@ class ImporterCore:
     def idle(self) -> bool:
         """Whether nothing at all is left to do."""
         return not self._chunks and not self._leases
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing is reserved or comes, nor has just come: what is long in doubt may stay so."""
+        return (
+            not self.busy
+            and not any(lease.reserved or lease.pages for lease in self._leases.values())
+            and all(chunk.attempt > _EXPECTED_ATTEMPTS for chunk in self._chunks.values())
+        )
 
     def holds(self, connection: ConnectionId) -> bool:
         """Whether a copy is here in a chunk that is not yet decided."""

@@ -245,6 +245,11 @@ class Routes:
             self._ended_at(hop, host)
         self._collect([self._routes[one] for one in self._by_holder.get(host, ())])
 
+    @property
+    def awaited(self) -> set[HostId]:
+        """Hosts that are still to be told something, or to which connections are led."""
+        return {*self._notices.pending, *self._endings.pending, *self._by_holder}
+
     def timer(self, key: tuple[object, ...]) -> bool:
         """A deadline of this role; False if ``key`` is none."""
         match key:
