@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.laws import pytest_exception_interact  # noqa: F401 - pytest calls it
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 # Started in the background of a script, we ignore SIGINT, and so would the programs that tests interrupt.

@@ -47,6 +47,7 @@ from sockmi.refusal import Refusal
 from sockmi.spool import chunk_in
 from tests.lab.mode_lab import SERVICE, give_service, has_address, misled_by_rules, rules
 from tests.lab.scenario import PORTS, ask, status, until, wait_for_members
+from tests.laws import clean, law
 
 HOSTS = "abc"
 TIMING = {"look_again_s": 0.2, "linger_s": 1.0, "audit_interval_s": 0.5, "freeze_deadline_s": 2.0}
@@ -414,7 +415,7 @@ def watched(daemons: Cluster, serving: Serving, directory: Path, *, calm: bool =
             one.ended()
         daemons.drains.clear()
     verdict = capture.check(allow={Trouble.SACK_RENEGED})
-    assert verdict.clean, str(verdict)
+    clean(verdict)
     blunders = daemons.blunders(logged)
     assert not blunders or not calm, "\n".join(blunders)
 
@@ -792,6 +793,7 @@ def led_right(lab: Lab, hosts: str, home: str, where: dict[str, str], modes: Seq
         raise AssertionError("\n".join(wrong())) from None
 
 
+@law()
 def proved(daemons: Cluster, serving: Serving, goal: str = "", home: str = "a") -> dict[str, str]:
     """All that has to be true after a crash; where the connections were.
 

@@ -32,6 +32,7 @@ from lab.labs import Lab
 from sockmi.client import Export, Imported, ImportRequest, MigrationRecord, export_sockets, import_socket
 from sockmi.engine.duplicate import duplicate
 from tests.lab.scenario import ask, until
+from tests.laws import LawBroken, clean
 
 TCP = socket.IPPROTO_TCP
 KINDS = ("v4", "v6", "mapped")
@@ -98,7 +99,7 @@ def same(one: bytes, other: bytes, what: str) -> None:
     """They are equal; else where they begin to differ, without printing megabytes."""
     if hashlib.sha256(one).digest() != hashlib.sha256(other).digest():
         at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), -1)
-        raise AssertionError(f"{what}: {len(one)} bytes came, {len(other)} were sent, they differ at {at}")
+        raise LawBroken(f"{what}: {len(one)} bytes came, {len(other)} were sent, they differ at {at}")
 
 
 def nft(host: Host, text: str) -> None:
@@ -445,7 +446,7 @@ class Bench:
         with Capture(self.host("peer"), "tcp", directory / "peer.pcap") as capture:
             yield
         judged = capture.check(allow=allow, **rules)
-        assert judged.clean, str(judged)
+        clean(judged)
 
     @contextlib.contextmanager
     def stalled(self) -> Iterator[Stall]:

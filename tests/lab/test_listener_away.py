@@ -21,6 +21,7 @@ from sockmi.client import Export, ImportRequest, export_sockets, import_socket
 from sockmi.journal import Record
 from tests.lab.crash_lab import Cluster, cluster, journal_of
 from tests.lab.scenario import ask, status, until
+from tests.laws import clean
 
 PORT = 5090
 ANY = {4: "0.0.0.0", 6: "::"}  # noqa: S104
@@ -121,7 +122,7 @@ def scene(lab: Lab, directory: Path, crash_at: dict[str, str] | None = None) -> 
     ):
         yield daemons
     verdict = capture.check()
-    assert verdict.clean, str(verdict)
+    clean(verdict)
 
 
 @pytest.mark.parametrize(("version", "where", "client_version"), LISTENERS)
@@ -269,7 +270,7 @@ def test_takeover_brings_its_address(lab: Lab, tmp_path: Path, version: int) -> 
             came.socket.close()
             copy.close()
         verdict = capture.check()
-        assert verdict.clean, str(verdict)
+        clean(verdict)
     finally:
         for name in "ab":
             for each in (width, {4: 32, 6: 128}[version]):
