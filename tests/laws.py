@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FILE = "SOCKMI_BROKEN_LAWS"
+_FAILED = pytest.StashKey[bool]()
 
 
 class LawBroken(AssertionError):
@@ -56,7 +59,14 @@ def broken(error: BaseException | None) -> bool:
 
 
 def pytest_exception_interact(node: Any, call: Any) -> None:
-    """Tell whoever might try once more."""
-    if (path := os.environ.get(FILE)) and call.excinfo is not None and broken(call.excinfo.value):
+    """Tell whoever might try once more.
+
+    What a fixture finds at the end of a test that has failed may only follow from that.
+    """
+    path = os.environ.get(FILE)
+    if not path or call.excinfo is None:
+        return
+    if broken(call.excinfo.value) and not (call.when == "teardown" and node.stash.get(_FAILED, False)):
         with Path(path).open("a") as names:
             names.write(f"{node.nodeid}\n")
+    node.stash[_FAILED] = True

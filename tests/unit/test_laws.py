@@ -42,6 +42,9 @@ def capture():
 
 def test_end(capture):
     pass
+
+def test_ended_by_a_failure(capture):
+    assert False, "it took too long"
 """
 
 
