@@ -124,6 +124,9 @@ class Pair:
     def capture(self, fds: Sequence[int], thaw_after_s: float = 1.0) -> list[Captured | Refusal]:
         return self.exporter.capture(fds, thaw_after_s)
 
+    def compare(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+        return self.exporter.compare(fds, images)
+
     def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         return self.exporter.release(fds, images)
 

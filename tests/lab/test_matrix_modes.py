@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from lab.labs import Lab
 from tests.lab.crash_lab import cluster
-from tests.lab.matrix_lab import KINDS, PATIENCE_S, Bench, Case, Held, bench, copy_of, exchange, moved
+from tests.lab.matrix_lab import (
+    KINDS,
+    PATIENCE_S,
+    TCP,
+    Bench,
+    Case,
+    Held,
+    bench,
+    copy_of,
+    exchange,
+    moved,
+    state,
+    verdict,
+)
 from tests.lab.matrix_states import WAYS, move_all_states
 from tests.lab.mode_lab import SERVICE, WIDTH, give_service, legacy_iptables, needs_legacy
 from tests.lab.scenario import daemons, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+USER_TIMEOUT_S = 3.0
 
 
 def pairs(it: Bench, version: int, address: str, count: int) -> list[Case]:
@@ -76,6 +94,44 @@ def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
             it.clear()
     for name in "ab":  # the alias goes only with its last connection, and b's is in TIME-WAIT
         lab.host(name).run(["ip", "addr", "flush", "dev", "eth0", "to", address], check=False)
+
+
+def test_takeover_moves_all_or_none(lab: Lab) -> None:
+    """One connection ends in the freeze, by its user timeout: the address and the others stay at a."""
+    address, a = SERVICE[4], lab.host("a")
+    a.run(["ip", "addr", "add", f"{address}/{WIDTH[4]}", "dev", "eth0"])
+    redirect = {"devices": ["eth0"], "modes": ["takeover"]}
+    timing = {"freeze_deadline_s": 5.0}
+    with (
+        cluster(lab, "ab", {"a": "commit.journalled:1:STOP"}, redirect=redirect, timing=timing) as daemons,
+        bench(lab, "takeover", daemons.daemons) as it,
+    ):
+        cases = pairs(it, 4, address, 3)
+        ending, *others = cases
+        try:
+            it.deafen([ending.port])
+            ending.ours.setsockopt(TCP, socket.TCP_USER_TIMEOUT, int(USER_TIMEOUT_S * 1000))
+            ending.ours.sendall(b"unheard")
+            with Held(it, *cases) as held:
+                moving = held.move(timeout_s=PATIENCE_S)
+                daemons.stopped("a")
+                assert address not in a.run(["ip", "addr"]).stdout
+                Event().wait(USER_TIMEOUT_S + 0.5)
+                daemons.signal("a", signal.SIGCONT)
+                assert {verdict(one)[:2] for one in moving.result()} == {("aborted", "changed")}
+                held.back()
+            it.deafen([ending.port], deaf=False)
+            assert address in a.run(["ip", "addr"]).stdout
+            assert state(ending.ours) == "CLOSED"
+            for case in others:
+                assert case.peer
+                case.ours.settimeout(PATIENCE_S)
+                exchange(case.ours, case.peer, 5000)
+                exchange(case.peer, case.ours, 5000)
+        finally:
+            it.clear()
+            for name in "ab":
+                lab.host(name).run(["ip", "addr", "flush", "dev", "eth0", "to", address], check=False)
 
 
 @pytest.mark.parametrize("how", ["restart", "crash"])

@@ -172,6 +172,10 @@ SOCKMI_EXPORT int sockmi_lapsed(const int *fds, const void *const *images, const
 SOCKMI_EXPORT int sockmi_activate(const int *fds, const void *const *images, const size_t *lengths, size_t n,
 				  struct sockmi_result *results);
 
+/* Which originals do not equal their images any more: sockmi_release() would refuse them. Changes nothing. */
+SOCKMI_EXPORT int sockmi_compare(const int *fds, const void *const *images, const size_t *lengths, size_t n,
+				 struct sockmi_result *results);
+
 /*
  * Close originals for every holder, without a packet, if they still equal their images: the next
  * call of a holder gets ECONNABORTED, later ones ENOTCONN or EPIPE; a listener's accept EINVAL. Of one

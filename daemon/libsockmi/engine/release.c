@@ -88,30 +88,57 @@ static int disconnect(int fd, struct sockmi_result *result)
 	return 0;
 }
 
-static int release_connection(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+/* The inverse of going into repair, which takes the option away. */
+static void leave_repair(int fd, const struct sockmi_image *image)
 {
 	int reuse = (int)sockmi_options_find(image->socket_options, SOCKMI_OPT_REUSEADDR, 0, NULL);
 
+	sockmi_repair(fd, TCP_REPAIR_OFF_NO_WP);
+	if (reuse)
+		sockmi_set_int(fd, SOL_SOCKET, SO_REUSEADDR, reuse);
+}
+
+static int release_connection(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+{
 	if (sockmi_repair(fd, TCP_REPAIR_ON) < 0)
 		return sockmi_fail_access(result, SOCKMI_STEP_REPAIR);
 	if (compare(fd, image, result) == 0 && disconnect(fd, result) == 0)
 		return image->identity.state == SOCKMI_SYN_SENT ? forbid_connect(fd, image, result) : 0;
-	sockmi_repair(fd, TCP_REPAIR_OFF_NO_WP);
-	if (reuse)
-		sockmi_set_int(fd, SOL_SOCKET, SO_REUSEADDR, reuse);
+	leave_repair(fd, image);
 	return -1;
 }
 
-static int release(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+static int compare_state(int fd, const struct sockmi_image *image, struct sockmi_result *result)
 {
 	int state = sockmi_state(fd);
 
 	if (state < 0)
 		return sockmi_fail_access(result, SOCKMI_STEP_INFO);
-	if (state != image->identity.state) {
-		result->detail = state;
-		return changed(result, SOCKMI_STEP_INFO);
-	}
+	if (state == image->identity.state)
+		return 0;
+	result->detail = state;
+	return changed(result, SOCKMI_STEP_INFO);
+}
+
+static int compare_only(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+{
+	int outcome;
+
+	if (compare_state(fd, image, result) < 0)
+		return -1;
+	if (image->identity.kind != SOCKMI_KIND_CONNECTED)
+		return 0;
+	if (sockmi_repair(fd, TCP_REPAIR_ON) < 0)
+		return sockmi_fail_access(result, SOCKMI_STEP_REPAIR);
+	outcome = compare(fd, image, result);
+	leave_repair(fd, image);
+	return outcome;
+}
+
+static int release(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+{
+	if (compare_state(fd, image, result) < 0)
+		return -1;
 	switch (image->identity.kind) {
 	case SOCKMI_KIND_CONNECTED:
 		return release_connection(fd, image, result);
@@ -122,8 +149,8 @@ static int release(int fd, const struct sockmi_image *image, struct sockmi_resul
 	}
 }
 
-int sockmi_release(const int *fds, const void *const *images, const size_t *lengths, size_t n,
-		   struct sockmi_result *results)
+static int each(int (*step)(int fd, const struct sockmi_image *image, struct sockmi_result *result), const int *fds,
+		const void *const *images, const size_t *lengths, size_t n, struct sockmi_result *results)
 {
 	int count = 0;
 
@@ -132,8 +159,20 @@ int sockmi_release(const int *fds, const void *const *images, const size_t *leng
 		struct sockmi_image image;
 
 		if (sockmi_decode_own(images[i], lengths[i], &image, &results[i]) < 0 ||
-		    release(fds[i], &image, &results[i]) < 0)
+		    step(fds[i], &image, &results[i]) < 0)
 			count++;
 	}
 	return count;
+}
+
+int sockmi_compare(const int *fds, const void *const *images, const size_t *lengths, size_t n,
+		   struct sockmi_result *results)
+{
+	return each(compare_only, fds, images, lengths, n, results);
+}
+
+int sockmi_release(const int *fds, const void *const *images, const size_t *lengths, size_t n,
+		   struct sockmi_result *results)
+{
+	return each(release, fds, images, lengths, n, results);
 }

@@ -165,6 +165,9 @@ class Engine(Protocol):
         What the kernel engine has frozen goes on by itself after ``thaw_after_s``, and is not released then.
         """
 
+    def compare(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+        """Whether what is stopped still equals its image: why it would not be released. Changes nothing."""
+
     def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image.
 

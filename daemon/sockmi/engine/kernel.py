@@ -50,6 +50,8 @@ ABI_MAJOR = IMAGE_MAJOR = 1
 _SLOT_BYTES = 1 << 20  # images that need more get a device file of their own
 _LARGE_TRIES = 4
 _CLOSED = 7  # TCP_CLOSE
+_THAW_MARGIN_S = 0.1  # in which a chunk is released
+_THAWED = Refusal(Code.CHANGED, "the freeze took so long that the kernel has thawed it; try again")
 
 
 class ModuleMissing(Exception):
@@ -128,12 +130,13 @@ def _open(slot_bytes: int) -> _Device:
 class _Held:
     """An original that is frozen, or was until the kernel's deadline.
 
-    ``own``: a device file that is for it alone, as its image is large.
+    ``until_s``: that deadline (time.monotonic()). ``own``: a device file for it alone, as its image is large.
     """
 
     device: _Device
     frozen: _Frozen
     image: bytes
+    until_s: float
     own: bool = False
 
 
@@ -256,6 +259,7 @@ class KernelEngine:
         results, count = room(len(todo)), len(todo)
         frozen = (_Frozen * count)()
         inodes = {at: _inode(fds[at]) for at in todo}
+        until_s = time.monotonic() + deadline_ms / 1000
         keep = bytes(bool(self._stops.get(inode)) for inode in inodes.values())
         buffer = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer)
         _native().sockmi_device_capture(
@@ -271,7 +275,9 @@ class KernelEngine:
                     image = bytes(view[offset : offset + length])
                     captured[at] = Captured(image, fidelity_of(result))
                     if one.id:
-                        self._held[inodes[at]] = _Held(device, _Frozen(one.id, one.epoch), image, own)
+                        self._held[inodes[at]] = _Held(
+                            device, _Frozen(one.id, one.epoch), image, until_s, own
+                        )
                 elif code == Result.NO_ROOM:
                     needed[at] = length + 8
                 else:
@@ -302,6 +308,12 @@ class KernelEngine:
                     f"an image of {needed} bytes is larger than the module's slots; try when less is queued",
                 )
         return Refusal(Code.CHANGED, "its queues grow faster than they can be read; try again")
+
+    def compare(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+        """What is frozen equals its image; refuse what the kernel thaws about now, or has thawed."""
+        soon = time.monotonic() + _THAW_MARGIN_S
+        held = [self._held.get(_inode(fd)) for fd in fds]
+        return [_THAWED if one is not None and one.until_s < soon else None for one in held]
 
     def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image; see the contract."""

@@ -48,7 +48,7 @@ def _native() -> Any:
     for capture in (lib.sockmi_capture, lib.sockmi_capture_common):
         capture.argtypes = [ints, size, pointer, size, pointer]
     lib.sockmi_restore.argtypes = [pointer, pointer, pointer, size, ctypes.c_uint32, ints, pointer]
-    for each in (lib.sockmi_lapsed, lib.sockmi_activate, lib.sockmi_release):
+    for each in (lib.sockmi_compare, lib.sockmi_release, lib.sockmi_lapsed, lib.sockmi_activate):
         each.argtypes = [ints, pointer, pointer, size, pointer]
     lib.sockmi_discard.argtypes = [ints, size]
     lib.sockmi_discard.restype = None
@@ -126,6 +126,10 @@ class RepairEngine:
         if again and wanted > len(self._buffer):
             self._buffer = bytearray(wanted)
         return again
+
+    def compare(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+        """Refuse what does not equal its image any more; changes nothing."""
+        return self._with_images(_native().sockmi_compare, fds, images, Code.INTERNAL)
 
     def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image; see the contract."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Gives a prepared chunk away, or takes back what cannot go.
 
-Order matters: redirect, last comparison, journal, close. From the journal on there is only forward,
-but for a socket that has changed meanwhile: it goes on here, and nobody has been told of it.
+Order matters: redirect, journal, last comparison, close. From the journal on there is only forward,
+but for a socket that has changed meanwhile: it goes on here, and nobody has been told of it. Takeover moves
+an address: so all that it leads away goes, or nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sockmi.exporting.listeners import Listeners
 from sockmi.protocol.actions import Commit
 from sockmi.protocol.events import CommitDone
 from sockmi.protocol.records import HostId, Route
+from sockmi.redirect.base import Mode
 from sockmi.redirect.held import pack
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
@@ -68,10 +70,12 @@ class Committer:
             if results[index] is None and export.frozen_at < earliest:
                 results[index] = _TOO_LATE
         queues = self._listeners.open_queues(importer, exports, results)
+        _all_or_none(action.routes, results)
         self._take_back(action.routes, exports, results, _refused(results))
         going = [index for index, result in enumerate(results) if result is None]
         try:
-            self._decisions.write(action, exports, going, queues.values())
+            kept = [queue for index, queue in queues.items() if index in going]
+            self._decisions.write(action, exports, going, kept)
         except Exception as error:  # a full disk must not cost a connection
             self._listeners.end_queues(queues)
             for index in going:
@@ -79,7 +83,10 @@ class Committer:
             self._take_back(action.routes, exports, results, going)
             going = []
         reached("commit.journalled")
-        self._listeners.take_queues(queues)
+        self._compare_joined(action.routes, exports, going, results)
+        staying = [index for index in going if results[index] is not None]
+        going = [index for index in going if results[index] is None]
+        self._listeners.take_queues({index: queue for index, queue in queues.items() if index in going})
         reached("commit.accepted")
         refusals = shell.engine.release(
             [exports[index].selected.descriptor for index in going],
@@ -92,11 +99,11 @@ class Committer:
             exports[index] for index, refusal in zip(going, refusals, strict=True) if refusal is None
         )
         reached("commit.released")
-        changed = [index for index, refusal in zip(going, refusals, strict=True) if refusal is not None]
+        for index, refusal in zip(going, refusals, strict=True):
+            results[index] = refusal
+        changed = [*staying, *(index for index in going if results[index] is not None)]
         if changed:
-            for index, outcome in zip(going, refusals, strict=True):
-                results[index] = outcome
-            going = [index for index in going if index not in changed]
+            going = [index for index in going if results[index] is None]
             self._decisions.undo(action, exports, going, changed)
             self._take_back(action.routes, exports, results, changed)
         self._settle([(action.routes[index], exports[index]) for index in going], importer)
@@ -126,6 +133,25 @@ class Committer:
         kept = self._shell.held.take(list(migrations))
         if kept:
             self._shell.send_held(importer, pack({migrations[one]: packets for one, packets in kept.items()}))
+
+    def _compare_joined(
+        self,
+        routes: Sequence[Route],
+        exports: Sequence[Export],
+        going: Sequence[int],
+        results: list[Refusal | None],
+    ) -> None:
+        """Of what goes only together: nothing is closed if one has changed."""
+        joined = [index for index in going if _is_joined(routes[index])]
+        if not joined:
+            return
+        outcomes = self._shell.engine.compare(
+            [exports[index].selected.descriptor for index in joined],
+            [exports[index].image for index in joined],
+        )
+        for index, outcome in zip(joined, outcomes, strict=True):
+            results[index] = outcome
+        _all_or_none(routes, results)
 
     # -- redirects
 
@@ -170,6 +196,23 @@ class Committer:
                     raise
                 _log.exception("the redirect %s is broken; restart this daemon to renew its rules", mode)
         self._freezer.undo([exports[index] for index in failed])
+
+
+def _is_joined(route: Route) -> bool:
+    return route.place.mode is Mode.TAKEOVER
+
+
+def _all_or_none(routes: Sequence[Route], results: list[Refusal | None]) -> None:
+    """Refuse all that takeover leads away if one of it is refused."""
+    joined = [index for index, route in enumerate(routes) if _is_joined(route)]
+    first = next((refusal for index in joined if (refusal := results[index]) is not None), None)
+    if first is None:
+        return
+    refusal = Refusal(
+        first.code, f"Its address stays, as another connection does that has it: {first.message}"
+    )
+    for index in joined:
+        results[index] = results[index] or refusal
 
 
 def _refused(results: Sequence[Refusal | None]) -> list[int]:
