@@ -52,6 +52,12 @@ def pairs(it: Bench, version: int, address: str, count: int) -> list[Case]:
     return cases
 
 
+def forget_other_tests(lab: Lab) -> None:
+    """A daemon without a journal takes back what the kernel has of others' connections, and their address."""
+    for name in "ab":
+        lab.host(name).run(["nft", "delete", "table", "inet", "sockmi"], check=False)
+
+
 @pytest.mark.parametrize("version", [4, 6])
 def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
     """A service address of a moves with all its connections; b has and announces it then."""
@@ -99,6 +105,7 @@ def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
 def test_takeover_moves_all_or_none(lab: Lab) -> None:
     """One connection ends in the freeze, by its user timeout: the address and the others stay at a."""
     address, a = SERVICE[4], lab.host("a")
+    forget_other_tests(lab)
     a.run(["ip", "addr", "add", f"{address}/{WIDTH[4]}", "dev", "eth0"])
     redirect = {"devices": ["eth0"], "modes": ["takeover"]}
     timing = {"freeze_deadline_s": 5.0}
@@ -144,8 +151,7 @@ def test_takeover_and_a_restart(lab: Lab, version: int, how: str) -> None:
     address, width = SERVICE[version], WIDTH[version]
     extra = ["nodad"] if version == 6 else []
     a = lab.host("a")
-    for name in "ab":  # a daemon without a journal takes back what the kernel has of other tests
-        lab.host(name).run(["nft", "delete", "table", "inet", "sockmi"], check=False)
+    forget_other_tests(lab)
     a.run(["ip", "addr", "add", f"{address}/{width}", "dev", "eth0", *extra])
     command = ["ip", "-o", f"-{version}", "addr", "show", "to", address]
     routes = a.run(["ip", f"-{version}", "route"]).stdout
