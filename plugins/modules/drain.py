@@ -17,7 +17,8 @@ description:
     none is left. What comes meanwhile is moved too.
   - It spreads them evenly over the hosts of O(to). A host that has gone, or has no room, gets nothing more,
     and the others take its share.
-  - A socket that did not move stays live where it is, and is not tried again.
+  - A socket that did not move stays live where it is, and is not tried again; three times, if the reason
+    is one that passes (it had just changed, or the freeze took too long).
   - With O(count) it does so a step at a time. The playbook C(sockmi.appliance.drain) shows how far it has
     come after each.
 options:
@@ -249,7 +250,7 @@ BATCH_S = 0.5
 POLL_S = 0.25
 SELECTION = (*_module.FILTER_SPEC, "all")
 TRIES = 3
-PASSING = frozenset({"no-such-socket", "already-migrating"})
+PASSING = frozenset({"no-such-socket", "already-migrating", "changed", "freeze-deadline"})
 UNHEARD = frozenset({"no-offer", "peer-lost", "shutting-down"})
 
 
@@ -424,7 +425,7 @@ class Drain:
             return {}
         found = {}
         for row, record in zip(rows, records):  # noqa: B905 - no strict before Python 3.10
-            if record is None or _moving.code_of(record) in self._passing():
+            if record is None or _moving.code_of(record) in PASSING:
                 self._misses[row["inode"]] += 1
                 if self._misses[row["inode"]] < TRIES:
                     self._missing.add(row["inode"])
@@ -433,10 +434,6 @@ class Drain:
                 raise ControlError(f"{self.mover.trouble} {len(rows)} migrations were not begun.")
             found[row["inode"]] = record
         return found
-
-    def _passing(self) -> frozenset[str]:
-        """What is said of a socket that is to be looked for again."""
-        return PASSING if self.params["idle_s"] is None else PASSING | {"changed"}
 
     def _unheard(self, records: list[dict[str, Any] | None]) -> str:
         """A sentence, if a target took none of its share for reasons of its own; else ""."""

@@ -181,6 +181,22 @@ def test_what_had_ended_is_no_failure(daemon: Make, drain: Run) -> None:
     assert (result["rc"], result["moved"], result["refused"], result["closed"]) == (0, 2, 0, 1)
 
 
+@pytest.mark.parametrize("code", ["changed", "freeze-deadline"])
+def test_what_passes_is_tried_again(daemon: Make, drain: Run, code: str) -> None:
+    there = daemon(3)
+    said: list[int] = []
+
+    def say(number: int, _target: str | None) -> str | None:
+        said.append(number)
+        return code if number == 3 or (number == 2 and said.count(2) == 1) else None
+
+    there.say = say
+    result = drain(there)
+    assert (result["failed"], result["moved"], result["refused"], result["left"]) == (True, 2, 1, 1)
+    assert (said.count(2), said.count(3)) == (2, 3)
+    assert f"{code} (1)" in result["msg"]
+
+
 def test_what_is_listed_but_not_found_is_refused_in_the_end(daemon: Make, drain: Run) -> None:
     there = daemon(2)
     there.say = lambda number, _target: "no-such-socket" if number == 2 else None
