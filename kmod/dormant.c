@@ -10,8 +10,8 @@
  * struct sockmi_dormant - a restored socket whose lock is held
  * @refs: the table, queued work
  * @owner: device file, referenced
- * @file: of the socket, referenced until it is decided
- * @sock: its socket
+ * @claim: on the socket, until it is decided
+ * @sock: the socket
  * @blob: the image, as long as activation needs it
  * @deadline: discards it
  * @id: in its device file
@@ -21,7 +21,7 @@
 struct sockmi_dormant {
 	refcount_t refs;
 	struct sockmi_file *owner;
-	struct file *file;
+	struct sockmi_claim *claim;
 	struct socket *sock;
 	struct sockmi_blob *blob;
 	struct delayed_work deadline;
@@ -40,7 +40,7 @@ static void dormant_put(struct sockmi_dormant *dormant)
 static void dormant_end(struct sockmi_dormant *dormant)
 {
 	sockmi_blob_put(dormant->blob);
-	fput(dormant->file);
+	sockmi_claim_put(dormant->claim);
 	atomic_dec(&dormant->owner->exports_count);
 	if (cancel_delayed_work(&dormant->deadline))
 		dormant_put(dormant);
@@ -142,6 +142,7 @@ static int activate(struct sockmi_dormant *dormant)
 static int prepare(struct sockmi_file *file, int fd, u32 *refusal, struct sockmi_dormant **made)
 {
 	struct sockmi_dormant *dormant;
+	struct file *target;
 	int result = -EMFILE;
 
 	if (atomic_inc_return(&file->exports_count) > SOCKMI_EXPORTS_MAX)
@@ -150,14 +151,20 @@ static int prepare(struct sockmi_file *file, int fd, u32 *refusal, struct sockmi
 	result = -ENOMEM;
 	if (!dormant)
 		goto too_many;
-	dormant->file = target_of(fd, refusal);
-	result = PTR_ERR_OR_ZERO(dormant->file);
+	target = target_of(fd, refusal);
+	result = PTR_ERR_OR_ZERO(target);
 	if (result)
 		goto no_file;
-	dormant->sock = sock_from_file(dormant->file);
+	dormant->sock = sock_from_file(target);
 	result = -EPERM;
 	if (!sockmi_net_admin(sock_net(dormant->sock->sk)))
-		goto no_place;
+		goto no_claim;
+	dormant->claim = sockmi_claim_get(target);
+	result = PTR_ERR_OR_ZERO(dormant->claim);
+	if (result) {
+		*refusal = result == -EBUSY ? SOCKMI_REFUSAL_BUSY : SOCKMI_REFUSAL_MEMORY;
+		goto no_claim;
+	}
 	/* NULL until it is dormant: nobody finds it, but nothing can fail after the restore. */
 	result = xa_alloc_cyclic(&file->dormants, &dormant->id, NULL, xa_limit_32b, &file->next_id,
 				 GFP_KERNEL_ACCOUNT);
@@ -168,10 +175,13 @@ static int prepare(struct sockmi_file *file, int fd, u32 *refusal, struct sockmi
 	dormant->owner = file;
 	INIT_DELAYED_WORK(&dormant->deadline, deadline);
 	*made = dormant;
+	fput(target);
 	return 0;
 
 no_place:
-	fput(dormant->file);
+	sockmi_claim_put(dormant->claim);
+no_claim:
+	fput(target);
 no_file:
 	kfree(dormant);
 too_many:
@@ -194,10 +204,14 @@ static int register_dormant(struct sockmi_dormant *dormant, unsigned int deadlin
 		return result;
 	}
 	refcount_inc(&dormant->refs); /* the work's */
-	refcount_inc(&dormant->refs); /* ours, until it is queued */
-	xa_store(&dormant->owner->dormants, dormant->id, dormant, GFP_KERNEL);
+	/*
+	 * Whoever finds it cancels its deadline, which must have been set then: afterwards it would be a timer that
+	 * nobody waits for when the module is unloaded.
+	 */
+	xa_lock(&dormant->owner->dormants);
+	__xa_store(&dormant->owner->dormants, dormant->id, dormant, GFP_ATOMIC); /* into the place that it has */
 	queue_delayed_work(sockmi_workqueue, &dormant->deadline, msecs_to_jiffies(deadline_ms));
-	dormant_put(dormant);
+	xa_unlock(&dormant->owner->dormants);
 	return 0;
 }
 

@@ -2,7 +2,6 @@
 /* Exports: claims, freezes, their deadlines and decisions. uapi/sockmi.h has the states. */
 #include <linux/capability.h>
 #include <linux/file.h>
-#include <linux/hashtable.h>
 #include <linux/slab.h>
 
 #include "internal.h"
@@ -17,9 +16,8 @@
  * @timed_out: the last thaw was the deadline's
  * @id: in its file
  * @owner: the device file, referenced
- * @file: of the socket, referenced
- * @sk: its socket, alive as long as @file
- * @claimed: in the table of claims
+ * @claim: on the socket, NULL once it is forgotten
+ * @sk: the socket, as long as it is claimed
  * @deadline: thaws, or ends the claim
  * @frozen_at: when the freeze began
  * @frozen_us: how long the last one lasted
@@ -33,41 +31,17 @@ struct sockmi_export {
 	bool timed_out;
 	u32 id;
 	struct sockmi_file *owner;
-	struct file *file;
+	struct sockmi_claim *claim;
 	struct sock *sk;
-	struct hlist_node claimed;
 	struct delayed_work deadline;
 	ktime_t frozen_at;
 	u64 frozen_us;
 	unsigned long ends;
 };
 
-static DEFINE_HASHTABLE(claims, 10);
-static DEFINE_SPINLOCK(claims_lock);
+#define BUSY_RETRY_MS 20 /* until a deadline that found FREEZE at work looks again */
 
 /* ---- Claims ---- */
-
-static bool claim_sock(struct sockmi_export *export)
-{
-	struct sockmi_export *other;
-	bool free = true;
-
-	spin_lock(&claims_lock);
-	hash_for_each_possible(claims, other, claimed, (unsigned long)export->sk)
-		if (other->sk == export->sk)
-			free = false;
-	if (free)
-		hash_add(claims, &export->claimed, (unsigned long)export->sk);
-	spin_unlock(&claims_lock);
-	return free;
-}
-
-static void unclaim_sock(struct sockmi_export *export)
-{
-	spin_lock(&claims_lock);
-	hash_del(&export->claimed);
-	spin_unlock(&claims_lock);
-}
 
 static void export_put(struct sockmi_export *export)
 {
@@ -104,19 +78,22 @@ static void thaw(struct sockmi_export *export, bool timed_out)
 	trace_sockmi_thaw(export->sk, export->id, export->frozen_us, timed_out ? -ETIMEDOUT : 0, 0);
 }
 
-/* Forgets an export that is no longer in its file's table; the table's reference becomes the caller's. */
+/*
+ * Forgets an export that is no longer in its file's table; the table's reference becomes the caller's. Releases
+ * @export->lock.
+ */
 static void forget(struct sockmi_export *export)
 {
-	mutex_lock(&export->lock);
+	struct sockmi_claim *claim = export->claim;
+
 	if (export->state == SOCKMI_EXPORT_FROZEN)
 		thaw(export, false);
 	trace_sockmi_unclaim(export->sk, export->id, 0, 0, 0);
 	export->state = 0;
-	unclaim_sock(export);
 	export->sk = NULL;
-	fput(export->file);
-	export->file = NULL;
+	export->claim = NULL;
 	mutex_unlock(&export->lock);
+	sockmi_claim_put(claim);
 	atomic_dec(&export->owner->exports_count);
 }
 
@@ -127,9 +104,10 @@ static void set_deadline(struct sockmi_export *export, unsigned long delay)
 		refcount_inc(&export->refs);
 }
 
+/* It may be about to look again, and nobody would wait for a timer when the module is unloaded: so it has to end. */
 static void clear_deadline(struct sockmi_export *export)
 {
-	if (cancel_delayed_work(&export->deadline))
+	if (cancel_delayed_work_sync(&export->deadline))
 		export_put(export);
 }
 
@@ -156,7 +134,15 @@ static void deadline(struct work_struct *work)
 	struct sockmi_export *export = container_of(to_delayed_work(work), struct sockmi_export, deadline);
 	bool over = false;
 
-	mutex_lock(&export->lock);
+	/*
+	 * FREEZE has it while it waits for a socket that somebody keeps busy. Workers are few: if they waited too, other
+	 * deadlines would not come. A later deadline that has been set meanwhile stands.
+	 */
+	if (!mutex_trylock(&export->lock)) {
+		if (queue_delayed_work(sockmi_workqueue, &export->deadline, msecs_to_jiffies(BUSY_RETRY_MS)))
+			return;
+		goto out;
+	}
 	if (export->state == SOCKMI_EXPORT_FROZEN) {
 		/* A deadline that was queued for an earlier freeze must not end this one. */
 		if (!delayed_work_pending(&export->deadline)) {
@@ -165,17 +151,20 @@ static void deadline(struct work_struct *work)
 			set_deadline(export, life_left(export));
 		}
 	} else if (export->state && !life_left(export)) {
-		tell(export, SOCKMI_EVENT_CLAIM_ENDED);
-		over = true;
+		/* Whoever takes it out of the table forgets it. */
+		over = xa_cmpxchg(&export->owner->exports, export->id, export, NULL, GFP_KERNEL) == export;
+		if (over)
+			tell(export, SOCKMI_EVENT_CLAIM_ENDED);
 	} else if (export->state && !delayed_work_pending(&export->deadline)) {
 		set_deadline(export, life_left(export));
 	}
-	mutex_unlock(&export->lock);
-	/* Whoever takes it out of the table forgets it. */
-	if (over && xa_cmpxchg(&export->owner->exports, export->id, export, NULL, GFP_KERNEL) == export) {
+	if (over) {
 		forget(export);
 		export_put(export);
+	} else {
+		mutex_unlock(&export->lock);
 	}
+out:
 	export_put(export);
 }
 
@@ -204,12 +193,12 @@ s64 sockmi_claim(struct sockmi_file *owner, struct file *socket_file, unsigned i
 	INIT_DELAYED_WORK(&export->deadline, deadline);
 	export->state = SOCKMI_EXPORT_CLAIMED;
 	export->owner = owner;
-	export->file = get_file(socket_file);
 	export->sk = sk;
 	export->ends = jiffies + msecs_to_jiffies(lifetime_ms);
-	if (!claim_sock(export)) {
-		*refusal = SOCKMI_REFUSAL_BUSY;
-		result = -EBUSY;
+	export->claim = sockmi_claim_get(socket_file);
+	result = PTR_ERR_OR_ZERO(export->claim);
+	if (result) {
+		*refusal = result == -EBUSY ? SOCKMI_REFUSAL_BUSY : SOCKMI_REFUSAL_NONE;
 		goto no_claim;
 	}
 	refcount_inc(&owner->refs);
@@ -218,7 +207,7 @@ s64 sockmi_claim(struct sockmi_file *owner, struct file *socket_file, unsigned i
 				 GFP_KERNEL_ACCOUNT);
 	if (result < 0) {
 		mutex_unlock(&export->lock);
-		unclaim_sock(export);
+		sockmi_claim_put(export->claim);
 		refcount_dec(&owner->refs);
 		goto no_claim;
 	}
@@ -230,7 +219,6 @@ s64 sockmi_claim(struct sockmi_file *owner, struct file *socket_file, unsigned i
 	return id;
 
 no_claim:
-	fput(export->file);
 	mutex_destroy(&export->lock);
 	kfree(export);
 too_many:
@@ -247,6 +235,7 @@ int sockmi_unclaim(struct sockmi_file *owner, u64 id)
 	export = xa_erase(&owner->exports, id);
 	if (!export)
 		return -ENOENT;
+	mutex_lock(&export->lock);
 	forget(export);
 	clear_deadline(export);
 	export_put(export);
@@ -263,9 +252,9 @@ int sockmi_withdraw(struct sockmi_file *owner, u64 id)
 	mutex_lock(&export->lock);
 	if (export->state == SOCKMI_EXPORT_CLAIMED)
 		result = xa_cmpxchg(&owner->exports, id, export, NULL, GFP_KERNEL) == export ? 0 : -ENOENT;
-	mutex_unlock(&export->lock);
-	/* A freeze that waited for the lock is undone here; its commit finds no export. */
-	if (!result) {
+	if (result) {
+		mutex_unlock(&export->lock);
+	} else {
 		forget(export);
 		clear_deadline(export);
 		export_put(export);
@@ -365,7 +354,12 @@ static int freeze(struct sockmi_export *export, void *place, size_t room, unsign
 	size_t needed = 0;
 	ssize_t length;
 
-	lock_sock(sk);
+	length = sockmi_lock(sk, deadline_ms);
+	if (length) {
+		a->refusal = length == -EBUSY ? SOCKMI_REFUSAL_BUSY : SOCKMI_REFUSAL_NONE;
+		trace_sockmi_freeze(sk, export->id, 0, length, a->refusal);
+		return length;
+	}
 	export->frozen_at = ktime_get();
 	a->refusal = sockmi_preflight(sk);
 	if (a->refusal)

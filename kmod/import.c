@@ -127,7 +127,7 @@ static bool anything(struct batch *b)
 	spin_lock_bh(&b->sn->lists_lock);
 	for (list = 0; list < SOCKMI_LISTS && !found; list++)
 		list_for_each_entry(entry, &b->sn->lists[list], node) {
-			if (entry->owner)
+			if (entry->owner || entry->taken)
 				continue;
 			for (i = 0; i < b->waiter.count && !found; i++)
 				found = sockmi_wants(&b->waiter, &b->waiter.requests[i], &entry->blob->image.identity,

@@ -210,13 +210,36 @@ void sockmi_identify(const struct sock *sk, struct sockmi_identity *identity);
 void sockmi_dev_endpoint(struct sockmi_dev_endpoint *to, const struct sockmi_endpoint *from);
 
 /*
- * Takes the socket's lock so that it can be held after the system call; gives it back. In between, any task
- * may adopt it for lockdep's eyes.
+ * lock_sock() of a lock that another may hold for as long as it likes: -EBUSY after @timeout_ms, -EINTR if the caller
+ * is killed. It can be held after the system call; in between, any task may adopt it for lockdep's eyes.
  */
-void sockmi_hold(struct sock *sk);
+int sockmi_lock(struct sock *sk, unsigned int timeout_ms);
 void sockmi_adopt(struct sock *sk);
 void sockmi_disown(struct sock *sk);
 void sockmi_let_go(struct sock *sk);
+
+/* ---- claim.c ---- */
+
+/**
+ * struct sockmi_claim - a socket that is an export's or a dormant copy's
+ * @node: in the table of claims
+ * @sk: its socket, alive as long as @file
+ * @file: of the socket, referenced
+ * @put: gives @file back
+ */
+struct sockmi_claim {
+	struct hlist_node node;
+	struct sock *sk;
+	struct file *file;
+	struct work_struct put;
+};
+
+/* Takes a reference on the file of a socket that nobody has; ERR_PTR(-EBUSY, -ENOMEM). */
+struct sockmi_claim *sockmi_claim_get(struct file *file);
+/* In process context; the socket must not be touched any more. */
+void sockmi_claim_put(struct sockmi_claim *claim);
+int sockmi_claims_init(void);
+void sockmi_claims_exit(void);
 
 /* ---- dump.c, options.c ---- */
 

@@ -125,10 +125,11 @@ struct sockmi_entry *sockmi_entry_take(struct sockmi_net *sn, const struct sockm
 
 	spin_lock_bh(&sn->lists_lock);
 	list_for_each_entry(entry, &sn->lists[request->list - 1], node) {
-		if (entry->owner || !sockmi_wants(waiter, request, &entry->blob->image.identity, entry->uid,
+		if (entry->owner || entry->taken ||
+		    !sockmi_wants(waiter, request, &entry->blob->image.identity, entry->uid,
 						  entry->any_uid))
 			continue;
-		list_del(&entry->node);
+		entry->taken = true;
 		spin_unlock_bh(&sn->lists_lock);
 		return entry;
 	}
@@ -139,7 +140,7 @@ struct sockmi_entry *sockmi_entry_take(struct sockmi_net *sn, const struct sockm
 void sockmi_entry_put_back(struct sockmi_net *sn, struct sockmi_entry *entry)
 {
 	spin_lock_bh(&sn->lists_lock);
-	list_add(&entry->node, &sn->lists[entry->list]);
+	entry->taken = false;
 	spin_unlock_bh(&sn->lists_lock);
 	wake_up_all(&sn->wait);
 }
@@ -147,6 +148,7 @@ void sockmi_entry_put_back(struct sockmi_net *sn, struct sockmi_entry *entry)
 void sockmi_entry_done(struct sockmi_net *sn, struct sockmi_entry *entry)
 {
 	spin_lock_bh(&sn->lists_lock);
+	list_del(&entry->node);
 	sn->counts[entry->list]--;
 	spin_unlock_bh(&sn->lists_lock);
 	entry_free(entry);
@@ -154,16 +156,16 @@ void sockmi_entry_done(struct sockmi_net *sn, struct sockmi_entry *entry)
 
 /* ---- ioctls ---- */
 
-/* Into its list, unless that is full. */
-static int enlist(struct sockmi_net *sn, struct sockmi_entry *entry, bool published)
+/* Into its list, unless that is full. Its id: others may have taken and freed the entry before we return. */
+static s64 enlist(struct sockmi_net *sn, struct sockmi_entry *entry, bool published)
 {
-	int result = 0;
+	s64 result;
 
 	spin_lock_bh(&sn->lists_lock);
 	if (sn->counts[entry->list] >= sn->max[entry->list]) {
 		result = -ENOSPC;
 	} else {
-		entry->id = ++sn->next_entry;
+		result = entry->id = ++sn->next_entry;
 		sn->counts[entry->list]++;
 		list_add_tail(&entry->node, &sn->lists[entry->list]);
 		if (published)
@@ -178,7 +180,7 @@ long sockmi_ioctl_list_add(struct sockmi_file *file, void __user *arg, size_t si
 	struct sockmi_net *sn = sockmi_net(file->net);
 	struct sockmi_ioc_list_add a;
 	struct sockmi_entry *entry;
-	int result = sockmi_arg_in(&a, sizeof(a), arg, size);
+	s64 result = sockmi_arg_in(&a, sizeof(a), arg, size);
 
 	if (result)
 		return result;
@@ -211,11 +213,11 @@ long sockmi_ioctl_list_add(struct sockmi_file *file, void __user *arg, size_t si
 	}
 	entry->list = list_of(entry->blob->image.identity.kind);
 	result = enlist(sn, entry, a.flags & SOCKMI_ENTRY_PUBLISH);
-	if (result) {
+	if (result < 0) {
 		a.refusal = SOCKMI_REFUSAL_LIST_FULL;
 		goto failed;
 	}
-	a.id = entry->id;
+	a.id = result;
 	trace_sockmi_list_add(NULL, a.id, a.bytes, 0, 0);
 	return sockmi_arg_out(arg, size, &a, sizeof(a));
 
@@ -270,16 +272,19 @@ long sockmi_ioctl_remove(struct sockmi_file *file, void __user *arg, size_t size
 		return result;
 	spin_lock_bh(&sn->lists_lock);
 	entry = find(sn, a.id);
-	if (entry) {
+	if (!entry) {
+		result = -ENOENT;
+	} else if (entry->taken) {
+		result = -EBUSY;
+	} else {
 		list_del(&entry->node);
 		sn->counts[entry->list]--;
 	}
 	spin_unlock_bh(&sn->lists_lock);
-	trace_sockmi_remove(NULL, a.id, 0, entry ? 0 : -ENOENT, 0);
-	if (!entry)
-		return -ENOENT;
-	entry_free(entry);
-	return 0;
+	trace_sockmi_remove(NULL, a.id, 0, result, 0);
+	if (!result)
+		entry_free(entry);
+	return result;
 }
 
 long sockmi_ioctl_list_info(struct sockmi_file *file, void __user *arg, size_t size)
@@ -317,8 +322,7 @@ long sockmi_ioctl_list_next(struct sockmi_file *file, void __user *arg, size_t s
 {
 	struct sockmi_net *sn = sockmi_net(file->net);
 	struct sockmi_ioc_list_next a;
-	struct sockmi_entry *entry;
-	bool found = false, passed;
+	struct sockmi_entry *entry, *next = NULL;
 	int result = sockmi_arg_in(&a, sizeof(a), arg, size);
 
 	if (result)
@@ -327,27 +331,24 @@ long sockmi_ioctl_list_next(struct sockmi_file *file, void __user *arg, size_t s
 		return -EINVAL;
 	if (!sockmi_net_admin(file->net))
 		return -EPERM;
-	passed = !a.after;
+	/* By id, not by place: the entry before may be gone. */
 	spin_lock_bh(&sn->lists_lock);
-	list_for_each_entry(entry, &sn->lists[a.list - 1], node) {
-		const struct sockmi_identity *identity = &entry->blob->image.identity;
+	list_for_each_entry(entry, &sn->lists[a.list - 1], node)
+		if (entry->id > a.after && (!next || entry->id < next->id))
+			next = entry;
+	if (next) {
+		const struct sockmi_identity *identity = &next->blob->image.identity;
 
-		if (!passed) {
-			passed = entry->id == a.after;
-			continue;
-		}
-		found = true;
-		a.id = entry->id;
-		a.published = !entry->owner;
-		a.bytes = entry->blob->bytes;
+		a.id = next->id;
+		a.published = !next->owner;
+		a.bytes = next->blob->bytes;
 		memcpy(a.migration_id, identity->migration_id, sizeof(a.migration_id));
 		sockmi_dev_endpoint(&a.local, &identity->local);
 		sockmi_dev_endpoint(&a.remote, &identity->remote);
-		a.age_ms = jiffies_to_msecs(jiffies - entry->added);
-		break;
+		a.age_ms = jiffies_to_msecs(jiffies - next->added);
 	}
 	spin_unlock_bh(&sn->lists_lock);
-	return found ? sockmi_arg_out(arg, size, &a, sizeof(a)) : -ENOENT;
+	return next ? sockmi_arg_out(arg, size, &a, sizeof(a)) : -ENOENT;
 }
 
 long sockmi_ioctl_match(struct sockmi_file *file, void __user *arg, size_t size)

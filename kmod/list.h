@@ -7,7 +7,7 @@
 
 /**
  * struct sockmi_entry - an image that waits in a list
- * @node: in the list, as long as it is not claimed
+ * @node: in the list
  * @id: in the namespace
  * @blob: the image
  * @owner: file that reserved it, NULL once it is published
@@ -17,6 +17,7 @@
  * @local: local endpoint to use, or zero
  * @added: jiffies
  * @list: index
+ * @taken: an import is trying it; it alone may free it then
  */
 struct sockmi_entry {
 	struct list_head node;
@@ -29,6 +30,7 @@ struct sockmi_entry {
 	struct sockmi_endpoint local;
 	unsigned long added;
 	unsigned int list;
+	bool taken;
 };
 
 /**
@@ -51,7 +53,7 @@ struct sockmi_waiter {
 bool sockmi_wants(const struct sockmi_waiter *waiter, const struct sockmi_ioc_request *request,
 		  const struct sockmi_identity *identity, kuid_t uid, bool any_uid);
 /*
- * Takes the first entry that fits out of its list; its place stays counted. NULL: none. Put it back, or free it.
+ * Takes the first entry that fits: nobody else gets it. NULL: none. Put it back, or have done with it.
  */
 struct sockmi_entry *sockmi_entry_take(struct sockmi_net *sn, const struct sockmi_waiter *waiter,
 				       const struct sockmi_ioc_request *request);

@@ -120,6 +120,9 @@ static int __init sockmi_init(void)
 	sockmi_workqueue = alloc_workqueue("sockmi", WQ_UNBOUND | WQ_HIGHPRI, 0);
 	if (!sockmi_workqueue)
 		return -ENOMEM;
+	result = sockmi_claims_init();
+	if (result)
+		goto no_claims;
 	result = sockmi_nat_init();
 	if (result)
 		goto no_nat;
@@ -138,6 +141,8 @@ no_device:
 no_pernet:
 	sockmi_nat_exit();
 no_nat:
+	sockmi_claims_exit();
+no_claims:
 	destroy_workqueue(sockmi_workqueue);
 	return result;
 }
@@ -147,6 +152,7 @@ static void __exit sockmi_exit(void)
 	misc_deregister(&device);
 	/* The last claim's work may still be on its way out. */
 	destroy_workqueue(sockmi_workqueue);
+	sockmi_claims_exit();
 	unregister_pernet_subsys(&net_operations);
 	sockmi_nat_exit();
 	rcu_barrier();

@@ -229,13 +229,31 @@ void sockmi_dev_endpoint(struct sockmi_dev_endpoint *to, const struct sockmi_end
 
 /* ---- The lock ---- */
 
-/* lockdep follows tasks; a lock that outlives a system call is nobody's in between. */
-void sockmi_hold(struct sock *sk)
+static bool try_lock(struct sock *sk)
 {
-	lock_sock(sk);
-	sockmi_disown(sk);
+	bool free;
+
+	spin_lock_bh(&sk->sk_lock.slock);
+	free = !sk->sk_lock.owned;
+	if (free)
+		sk->sk_lock.owned = 1;
+	spin_unlock_bh(&sk->sk_lock.slock);
+	return free;
 }
 
+int sockmi_lock(struct sock *sk, unsigned int timeout_ms)
+{
+	long left;
+
+	mutex_acquire(&sk->sk_lock.dep_map, 0, 0, _RET_IP_);
+	left = wait_event_killable_timeout(sk->sk_lock.wq, try_lock(sk), msecs_to_jiffies(timeout_ms));
+	if (left > 0)
+		return 0;
+	mutex_release(&sk->sk_lock.dep_map, _RET_IP_);
+	return left ? -EINTR : -EBUSY;
+}
+
+/* lockdep follows tasks; a lock that outlives a system call is nobody's in between. */
 void sockmi_adopt(struct sock *sk)
 {
 	mutex_acquire(&sk->sk_lock.dep_map, 0, 1, _RET_IP_);

@@ -37,9 +37,10 @@
  *   RELEASE (or the end of the claim's lifetime, if it is not frozen) forgets an export in any state;
  *   one that is FROZEN is thawed before.
  *
- * CLAIM pins the open file and reserves the socket: a second claim of it fails with -EBUSY. The
- * connection goes on undisturbed; only the effect of a last close() waits for the claim's end, which is why a claim
- * has a lifetime. FREEZE takes the socket's own lock and keeps it after the call
+ * CLAIM pins the open file and reserves the socket: a second claim of it fails with -EBUSY, and so does RESTORE into
+ * it; nor can a dormant copy be claimed. The connection goes on undisturbed; only the effect of a last close() waits
+ * for the claim's end, which is why a claim has a lifetime. If that end comes by itself, it does not wait as SO_LINGER
+ * would have it. FREEZE takes the socket's own lock and keeps it after the call
  * has returned: packets that come in wait in the backlog (about 2 * rcvbuf + sndbuf / 2 + 64 KiB; what
  * exceeds it is lost like on the wire), timers wait, system calls of the owner block, non-blocking
  * ones too. The image is in the slot when FREEZE returns. If neither COMMIT nor ABORT comes
@@ -272,7 +273,8 @@ struct sockmi_ioc_claim {
  * @reserved: 0
  * @bytes: out: of the image; with -ENOSPC: that would have been needed (and the socket is thawed)
  *
- * From CLAIMED or THAWED; -EBUSY in other states. A refusal leaves the socket thawed.
+ * From CLAIMED or THAWED; -EBUSY in other states, and (SOCKMI_REFUSAL_BUSY) if a system call on the socket has not
+ * ended within deadline_ms: it may wait for memory that somebody withholds. A refusal leaves the socket thawed.
  */
 struct sockmi_ioc_freeze {
 	__aligned_u64 id;
@@ -292,8 +294,8 @@ struct sockmi_ioc_freeze {
  * @flags: in: 0
  *
  * -ENOENT: no such id on this file; -EBUSY: wrong state; COMMIT, ABORT: -ETIMEDOUT the deadline was
- * first, -ESTALE another epoch. PUBLISH and REMOVE: REMOVE takes entries of the namespace, also those that another file
- * has published.
+ * first, -ESTALE another epoch. REMOVE takes entries of the namespace, also those that another file has published;
+ * -EBUSY: an import is trying this one right now, and if it fails the entry stays: ask again.
  */
 struct sockmi_ioc_decision {
 	__aligned_u64 id;
@@ -501,10 +503,10 @@ struct sockmi_ioc_list_info {
 };
 
 /**
- * struct sockmi_ioc_list_next - walk through a list in the order of publication
+ * struct sockmi_ioc_list_next - walk through a list in the order of LIST_ADD
  * @list: in
  * @published: out: 1, or 0 if it is only reserved
- * @after: in: id of the entry before, 0: the first; -ENOENT at the end
+ * @after: in: id of the entry before, which may be gone, 0: the first; -ENOENT at the end
  * @id: out
  * @bytes: out: of the image
  * @migration_id: out: as in the image

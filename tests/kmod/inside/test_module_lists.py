@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -165,6 +166,74 @@ def test_the_three_kinds_have_lists_of_their_own(device: Device) -> None:
     assert count == 2, [request.result for request in requests]
     socket.create_connection(name).close()
     copies[1].accept()
+
+
+def test_a_walk_goes_on_when_its_last_entry_is_gone(device: Device) -> None:
+    ours, _peer = pair()
+    image = captured(device, ours)
+    ids = [device.list_add(image).id for _turn in range(3)]
+    first = device.call("list_next", ListNext(list=ListName.CONNECTED)).id
+    device.decide("remove", first)
+    rest = [device.call("list_next", ListNext(list=ListName.CONNECTED, after=first)).id]
+    rest.append(device.call("list_next", ListNext(list=ListName.CONNECTED, after=rest[0])).id)
+    assert [first, *rest] == ids
+    with pytest.raises(Refused) as caught:
+        device.call("list_next", ListNext(list=ListName.CONNECTED, after=rest[1]))
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_an_entry_that_an_import_tries_is_still_there(device: Device) -> None:
+    """What comes of it is not known yet, so it can be neither removed nor called gone."""
+    ours, peer = pair()
+    image = captured(device, ours)
+    copy = new_socket("ipv4")
+    with Device() as holder:
+        freeze = holder.freeze(holder.claim(copy), deadline_ms=3000)
+        entry = device.list_add(image)
+        results: list[tuple[int, list[Request]]] = []
+        thread = threading.Thread(target=lambda: results.append(device.take(wanted(copy))))
+        thread.start()
+        time.sleep(0.2)
+        with pytest.raises(Refused) as caught:
+            device.decide("remove", entry.id)
+        assert caught.value.errno == errno.EBUSY
+        assert device.call("list_next", ListNext(list=ListName.CONNECTED)).id == entry.id
+        assert device.list_info(ListName.CONNECTED).entries == 1
+        assert device.take(wanted(other := new_socket("ipv4")))[0] == 0
+        other.close()
+        holder.abort(freeze)
+        thread.join(5)
+        assert not thread.is_alive()
+    assert results[0][0] == 1
+    with pytest.raises(Refused) as caught:
+        device.decide("remove", entry.id)
+    assert caught.value.errno == errno.ENOENT
+    peer.sendall(b"1")
+    assert read_exactly(copy, 1) == b"1"
+
+
+def test_ids_are_those_of_the_entries_though_they_go_at_once(device: Device) -> None:
+    """One thread removes what another has hardly added (KASAN, several processors: no use after free)."""
+    ours, _peer = pair()
+    image = captured(device, ours)
+    made = [device.list_add(image).id]
+    stop = threading.Event()
+
+    def remove() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(Refused):
+                device.decide("remove", made[-1] + 1)
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    for _turn in range(500):
+        made.append(device.list_add(image).id)
+        with contextlib.suppress(Refused):
+            device.decide("remove", made[-1])
+    stop.set()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert made == list(range(made[0], made[0] + 501))
 
 
 def test_reserved_entries_end_with_their_file_and_published_ones_do_not(device: Device) -> None:

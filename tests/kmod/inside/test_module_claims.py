@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""Who has a socket, for how long, and what becomes of one that is closed meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kmod.inside.test_module_core import device, new_socket, pair, read_exactly, wait_for
+from tests.kmod.module_client import ACTIVATE, Device, EventType, Refusal, Refused, frozen
+
+__all__ = ["device"]
+
+LIFETIME_MS = 100
+UFFDIO_API, UFFDIO_REGISTER, UFFDIO_ZEROPAGE = 0xC018AA3F, 0xC020AA00, 0xC020AA04
+USERFAULTFD_X86_64 = 323
+
+
+def lingering(sock: socket.socket, seconds: int) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, seconds))
+
+
+def fill(sock: socket.socket) -> int:
+    """Bytes that it took until the peer's window was shut and its own buffer full."""
+    sock.setblocking(False)
+    taken = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            taken += sock.send(b"q" * 65536)
+    return taken
+
+
+def claim_ended(device: Device) -> None:
+    assert device.events()[0].type == EventType.CLAIM_ENDED
+
+
+# ---- One at a time ----
+
+
+def test_a_dormant_socket_cannot_be_claimed(device: Device) -> None:
+    """Its FREEZE would wait for the lock that the dormant copy holds."""
+    ours, peer = pair()
+    with frozen(device, ours) as (freeze, image):
+        device.commit(freeze)
+    copy = new_socket("ipv4")
+    dormant = device.restore(copy, image, 0)
+    with pytest.raises(Refused) as caught:
+        device.claim(copy)
+    assert (caught.value.errno, caught.value.refusal) == (errno.EBUSY, Refusal.BUSY)
+    device.decide("activate", dormant.id)
+    device.release(device.claim(copy))
+    peer.sendall(b"free")
+    assert read_exactly(copy, 4) == b"free"
+
+
+def test_nothing_is_restored_into_a_claimed_socket(device: Device) -> None:
+    ours, _peer = pair()
+    with frozen(device, ours) as (freeze, image):
+        device.commit(freeze)
+    copy = new_socket("ipv4")
+    claim = device.claim(copy)
+    with pytest.raises(Refused) as caught:
+        device.restore(copy, image)
+    assert (caught.value.errno, caught.value.refusal) == (errno.EBUSY, Refusal.BUSY)
+    device.release(claim)
+    device.restore(copy, image)
+
+
+# ---- Closed while it is claimed ----
+
+
+def test_a_lingering_socket_holds_up_nobody(device: Device) -> None:
+    """Its last close is the claim's end: there, nobody waits for a peer that does not read."""
+    stuck, deaf = pair()
+    lingering(stuck, 100_000)
+    sent = fill(stuck)
+    device.claim(stuck, lifetime_ms=LIFETIME_MS)
+    stuck.close()
+    claim_ended(device)
+    other, peer = pair()
+    device.claim(other, lifetime_ms=LIFETIME_MS)
+    other.close()
+    claim_ended(device)
+    peer.settimeout(3)
+    assert peer.recv(1) == b""
+    # What was queued goes on as after any close.
+    assert len(read_exactly(deaf, sent)) == sent
+    assert deaf.recv(1) == b""
+
+
+def test_an_abortive_close_is_one_at_the_claim_s_end_too(device: Device) -> None:
+    ours, peer = pair()
+    lingering(ours, 0)
+    device.claim(ours, lifetime_ms=LIFETIME_MS)
+    ours.close()
+    claim_ended(device)
+    peer.settimeout(3)
+    with pytest.raises(ConnectionResetError):
+        peer.recv(1)
+
+
+# ---- Kept busy ----
+
+
+@contextlib.contextmanager
+def missing_page() -> Iterator[tuple[mmap.mmap, int, int]]:
+    """(memory, its address, descriptor): who reads it waits in the kernel until the page is given."""
+    descriptor = ctypes.CDLL(None, use_errno=True).syscall(USERFAULTFD_X86_64, os.O_CLOEXEC)
+    assert descriptor >= 0, os.strerror(ctypes.get_errno())
+    memory = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    fcntl.ioctl(descriptor, UFFDIO_API, struct.pack("=QQQ", 0xAA, 0, 0))
+    fcntl.ioctl(descriptor, UFFDIO_REGISTER, struct.pack("=QQQQ", address, mmap.PAGESIZE, 1, 0))
+    try:
+        yield memory, address, descriptor
+    finally:
+        give_page(address, descriptor)
+        os.close(descriptor)
+
+
+def give_page(address: int, descriptor: int) -> None:
+    with contextlib.suppress(FileExistsError):
+        fcntl.ioctl(descriptor, UFFDIO_ZEROPAGE, struct.pack("=QQQq", address, mmap.PAGESIZE, 0, 0))
+
+
+@pytest.mark.kernels("6.*", "7.*")
+def test_a_freeze_gives_up_on_a_socket_that_is_kept_busy(device: Device) -> None:
+    """A sender that waits for a page has the socket's lock; deadlines of others come all the same."""
+    ours, peer = pair()
+    with missing_page() as (_memory, address, descriptor):
+        sender = threading.Thread(
+            target=ctypes.CDLL(None).send, args=(ours.fileno(), ctypes.c_void_p(address), 100, 0)
+        )
+        sender.start()
+        time.sleep(0.2)
+        claim = device.claim(ours, lifetime_ms=300)
+        started = time.monotonic()
+        with pytest.raises(Refused) as caught:
+            device.freeze(claim, deadline_ms=1000)
+        assert (caught.value.errno, caught.value.refusal) == (errno.EBUSY, Refusal.BUSY)
+        assert 0.9 < time.monotonic() - started < 3
+        claim_ended(device)
+        give_page(address, descriptor)
+        sender.join(5)
+        assert not sender.is_alive()
+    assert read_exactly(peer, 100) == bytes(100)
+
+
+@pytest.mark.kernels("6.*", "7.*")
+def test_freezes_that_wait_stop_no_deadline() -> None:
+    """More of them than the module has workers."""
+    count = 300
+    with contextlib.ExitStack() as stack:
+        _memory, address, descriptor = stack.enter_context(missing_page())
+        busy = [pair() for _turn in range(count)]
+        device = stack.enter_context(Device())
+        devices = [stack.enter_context(Device(slots=1, slot_bytes=65536)) for _turn in range(count)]
+        send = ctypes.CDLL(None).send
+        threads = [
+            threading.Thread(target=send, args=(ours.fileno(), ctypes.c_void_p(address), 100, 0))
+            for ours, _peer in busy
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+
+        def freeze(mine: Device, sock: socket.socket) -> None:
+            with contextlib.suppress(Refused):
+                mine.freeze(mine.claim(sock, lifetime_ms=50), deadline_ms=4000)
+
+        freezers = [
+            threading.Thread(target=freeze, args=(mine, ours))
+            for mine, (ours, _peer) in zip(devices, busy, strict=True)
+        ]
+        for thread in freezers:
+            thread.start()
+        time.sleep(1)
+        ours, peer = pair()
+        device.freeze(device.claim(ours), deadline_ms=100)
+        peer.sendall(b"x")
+        started = time.monotonic()
+        assert read_exactly(ours, 1) == b"x"
+        assert time.monotonic() - started < 1.5
+        give_page(address, descriptor)
+        for thread in (*threads, *freezers):
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+# ---- Deadlines ----
+
+
+def test_dormant_copies_are_decided_as_soon_as_they_are_known(device: Device) -> None:
+    """One thread restores, another discards what it can guess: no deadline is left behind."""
+    ours, peer = pair()
+    with frozen(device, ours) as (freeze, image):
+        device.commit(freeze)
+    peer.close()
+    stop = threading.Event()
+    known: list[int] = [0]
+
+    def guess() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(Refused):
+                device.decide("discard", known[0] + 1)
+
+    thread = threading.Thread(target=guess)
+    thread.start()
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        copy = new_socket("ipv4")
+        known[0] = device.restore(copy, image, 0).id
+        with contextlib.suppress(Refused):
+            device.decide("discard", known[0])
+        copy.close()
+    stop.set()
+    thread.join(5)
+    assert not thread.is_alive()
+    copy = new_socket("ipv4")
+    device.restore(copy, image, ACTIVATE)
+    wait_for(lambda: copy.getsockname()[1] != 0)
