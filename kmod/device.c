@@ -38,14 +38,14 @@ static void free_slots(struct sockmi_slots *slots)
 	for (i = 0; i < pages && slots->pages[i]; i++)
 		put_page(slots->pages[i]);
 	kvfree(slots->pages);
-	sockmi_memory_give((u64)pages << PAGE_SHIFT);
+	sockmi_memory_give(&slots->memory);
 	memset(slots, 0, sizeof(*slots));
 }
 
 static int make_slots(struct sockmi_slots *slots, unsigned int count, unsigned long slot_pages)
 {
 	unsigned long i, pages = count * slot_pages;
-	int result = sockmi_memory_take((u64)pages << PAGE_SHIFT);
+	int result = sockmi_memory_take(&slots->memory, (u64)pages << PAGE_SHIFT);
 
 	if (result)
 		return result;
@@ -53,7 +53,8 @@ static int make_slots(struct sockmi_slots *slots, unsigned int count, unsigned l
 	slots->slot_pages = slot_pages;
 	slots->pages = kvcalloc(pages, sizeof(*slots->pages), GFP_KERNEL_ACCOUNT);
 	if (!slots->pages) {
-		sockmi_memory_give((u64)pages << PAGE_SHIFT);
+		sockmi_memory_give(&slots->memory);
+		memset(slots, 0, sizeof(*slots));
 		return -ENOMEM;
 	}
 	for (i = 0; i < pages; i++) {
@@ -201,7 +202,7 @@ struct sockmi_blob *sockmi_blob_get(struct sockmi_file *file, u32 slot, u64 addr
 	if (!blob)
 		return ERR_PTR(-ENOMEM);
 	refcount_set(&blob->refs, 1);
-	if (sockmi_memory_take(bytes)) {
+	if (sockmi_memory_take(&blob->memory, bytes)) {
 		kfree(blob);
 		return ERR_PTR(-EDQUOT);
 	}
@@ -243,7 +244,7 @@ void sockmi_blob_put(struct sockmi_blob *blob)
 	if (!blob || !refcount_dec_and_test(&blob->refs))
 		return;
 	kvfree(blob->data);
-	sockmi_memory_give(blob->bytes);
+	sockmi_memory_give(&blob->memory);
 	kfree(blob);
 }
 

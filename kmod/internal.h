@@ -40,13 +40,24 @@ extern unsigned int sockmi_dormant_max_ms;
 extern unsigned int sockmi_slots_max;
 extern unsigned int sockmi_slots_max_mb;
 extern unsigned int sockmi_memory_max_mb;
+extern unsigned int sockmi_memory_users_max_mb;
 extern unsigned int sockmi_list_max[SOCKMI_LISTS];
 extern unsigned int sockmi_sysctl_wait_ms;
 extern struct workqueue_struct *sockmi_workqueue;
 
-/* Reserves @bytes of the module's memory, or -EDQUOT; and gives them back. */
-int sockmi_memory_take(u64 bytes);
-void sockmi_memory_give(u64 bytes);
+/**
+ * struct sockmi_memory - a share of the memory of all buffers and images
+ * @bytes: how much
+ * @users: taken by somebody who does not administer the host
+ */
+struct sockmi_memory {
+	u64 bytes;
+	bool users;
+};
+
+/* Takes @bytes, or -EDQUOT; gives them back. */
+int sockmi_memory_take(struct sockmi_memory *memory, u64 bytes);
+void sockmi_memory_give(const struct sockmi_memory *memory);
 
 /* ---- Per network namespace ---- */
 
@@ -101,6 +112,7 @@ struct sockmi_slots {
 	void *address; /* vmap() of them */
 	unsigned long slot_pages;
 	unsigned int count;
+	struct sockmi_memory memory;
 	unsigned long busy[BITS_TO_LONGS(256)]; /* slots that are being written */
 };
 
@@ -163,12 +175,14 @@ int sockmi_arg_out(void __user *arg, size_t size, const void *from, size_t known
  * struct sockmi_blob - a private copy of an image, checked
  * @refs: who uses it
  * @bytes: its length
+ * @memory: that it takes
  * @data: the copy
  * @image: decoded; its views point into @data
  */
 struct sockmi_blob {
 	refcount_t refs;
 	size_t bytes;
+	struct sockmi_memory memory;
 	u8 *data;
 	struct sockmi_image image;
 };
@@ -263,14 +277,18 @@ struct sockmi_losses {
 	u16 lost_options[SOCKMI_LOST_OPTIONS_MAX];
 };
 
-/* Before bind and connect, without the socket's lock. */
-void sockmi_options_early(struct socket *sock, const struct sockmi_image *image, struct sockmi_losses *losses);
+/* Before bind and connect, without the socket's lock. @flags: of sockmi_restore(). */
+void sockmi_options_early(struct socket *sock, const struct sockmi_image *image, u32 flags,
+			  struct sockmi_losses *losses);
 /* At the end, with the lock. */
 void sockmi_options_late(struct sock *sk, const struct sockmi_image *image, struct sockmi_losses *losses);
 /* An integer option of the image, or @otherwise. */
 s64 sockmi_option_number(const struct sockmi_image *image, u16 id, s64 otherwise, u8 *flags);
 
 /* ---- restore.c ---- */
+
+/* A flag of sockmi_restore() beside SOCKMI_DEV_*: the socket is bound to its device already, or to none. */
+#define SOCKMI_RESTORE_KEEP_DEVICE (1u << 31)
 
 /*
  * Puts the image into @sock and returns 0 with the socket's lock held (see sockmi_hold()), or -errno with @refusal

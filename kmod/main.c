@@ -39,6 +39,11 @@ unsigned int sockmi_memory_max_mb = 1024;
 module_param_named(memory_max_mb, sockmi_memory_max_mb, uint, 0644);
 MODULE_PARM_DESC(memory_max_mb, "Memory of all buffers and images of the module, in MiB (1024)");
 
+unsigned int sockmi_memory_users_max_mb = 512;
+module_param_named(memory_users_max_mb, sockmi_memory_users_max_mb, uint, 0644);
+MODULE_PARM_DESC(memory_users_max_mb,
+		 "Of that, what all who do not administer the host (containers, users' own namespaces) may have together, in MiB (512)");
+
 unsigned int sockmi_list_max[SOCKMI_LISTS] = { 64, 64, 1024 };
 module_param_array_named(list_max, sockmi_list_max, uint, NULL, 0444);
 MODULE_PARM_DESC(list_max,
@@ -51,21 +56,35 @@ MODULE_PARM_DESC(sysctl_wait_ms, "How long a write to the sysctl sockmi.export w
 struct workqueue_struct *sockmi_workqueue;
 static unsigned int sockmi_net_id __read_mostly;
 static atomic64_t memory_used = ATOMIC64_INIT(0);
+static atomic64_t memory_users_used = ATOMIC64_INIT(0);
 
-int sockmi_memory_take(u64 bytes)
+static bool add_within(atomic64_t *used, u64 bytes, unsigned int limit_mb)
 {
-	u64 limit = (u64)READ_ONCE(sockmi_memory_max_mb) << 20;
-
-	if ((u64)atomic64_add_return(bytes, &memory_used) > limit) {
-		atomic64_sub(bytes, &memory_used);
-		return -EDQUOT;
-	}
-	return 0;
+	if ((u64)atomic64_add_return(bytes, used) <= (u64)limit_mb << 20)
+		return true;
+	atomic64_sub(bytes, used);
+	return false;
 }
 
-void sockmi_memory_give(u64 bytes)
+/* Anybody can administer a network namespace of their own; they must leave something for the host's daemon. */
+int sockmi_memory_take(struct sockmi_memory *memory, u64 bytes)
 {
-	atomic64_sub(bytes, &memory_used);
+	memory->bytes = bytes;
+	memory->users = !ns_capable_noaudit(&init_user_ns, CAP_NET_ADMIN);
+	if (memory->users && !add_within(&memory_users_used, bytes, READ_ONCE(sockmi_memory_users_max_mb)))
+		return -EDQUOT;
+	if (add_within(&memory_used, bytes, READ_ONCE(sockmi_memory_max_mb)))
+		return 0;
+	if (memory->users)
+		atomic64_sub(bytes, &memory_users_used);
+	return -EDQUOT;
+}
+
+void sockmi_memory_give(const struct sockmi_memory *memory)
+{
+	atomic64_sub(memory->bytes, &memory_used);
+	if (memory->users)
+		atomic64_sub(memory->bytes, &memory_users_used);
 }
 
 struct sockmi_net *sockmi_net(const struct net *net)

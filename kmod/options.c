@@ -406,15 +406,19 @@ static void set_usual(struct socket *sock, const struct sockmi_image *image)
 	}
 }
 
-void sockmi_options_early(struct socket *sock, const struct sockmi_image *image, struct sockmi_losses *losses)
+void sockmi_options_early(struct socket *sock, const struct sockmi_image *image, u32 flags,
+			  struct sockmi_losses *losses)
 {
 	struct sockmi_view rest = image->socket_options;
 	struct sockmi_option option;
 
 	set_usual(sock, image);
-	while (sockmi_option_next(&rest, &option))
+	while (sockmi_option_next(&rest, &option)) {
+		if (option.id == SOCKMI_OPT_BINDTODEVICE && flags & SOCKMI_RESTORE_KEEP_DEVICE)
+			continue;
 		if (set_early(sock, image, &option))
 			lose(losses, option.id);
+	}
 }
 
 /* A buffer size of the image within what this host allows to the caller. */

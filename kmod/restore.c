@@ -233,7 +233,7 @@ int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const 
 		result = check_image(&r);
 	if (result)
 		goto refused;
-	sockmi_options_early(sock, image, losses);
+	sockmi_options_early(sock, image, flags, losses);
 	if (flags & SOCKMI_DEV_TRANSPARENT)
 		sockmi_inet_set(r.sk, transparent, TRANSPARENT, 1);
 	lock_sock(r.sk);

@@ -166,7 +166,8 @@ struct sockmi_ioc_hello {
  * @bytes: in: of each; out: rounded up to pages
  * @offset: out: of slot 0 for mmap(); slot i is at offset + i * bytes
  *
- * -EBUSY: they are there; -EDQUOT: more than a file, or all files together, may have.
+ * -EBUSY: they are there; -EDQUOT: more than a file, or all files together, or those of all who do not administer the
+ * host, may have.
  */
 struct sockmi_ioc_slots {
 	__u32 kind;

@@ -260,6 +260,7 @@ BAD: list[tuple[str, ErrorClass, s.Image]] = [
     ("SYN-SENT received", E.SEQUENCE, change("sequence.rcv_nxt", 1, syn_sent)),
     ("FIN-WAIT-2 unacknowledged", E.SEQUENCE, change("sequence.snd_una", 13, fin_wait_2)),
     ("own FIN sent, data unsent", E.SEQUENCE, connected(State.FIN_WAIT_1, 1 | 2 | 32)),
+    ("peer FIN read, data unread", E.SEQUENCE, connected(State.CLOSE_WAIT, 4 | 8)),
     # queues
     ("receive queue short", E.QUEUE, change("receive_queue", b"r" * 9)),
     ("sent queue long", E.QUEUE, change("sent_queue", b"s" * 11)),

@@ -585,6 +585,9 @@ static int check_sequence(const struct sockmi_image *image, char *error)
 	if (s->flags & SOCKMI_OWN_FIN_SENT && s->snd_nxt != s->write_seq)
 		return FAIL(SEQUENCE_WRONG, "sequence: snd_nxt %u is not write_seq %u after the own FIN", s->snd_nxt,
 			    s->write_seq);
+	if (s->flags & SOCKMI_PEER_FIN_READ && s->copied_seq != s->rcv_nxt)
+		return FAIL(SEQUENCE_WRONG, "sequence: copied_seq %u is not rcv_nxt %u, but the peer's FIN has been read",
+			    s->copied_seq, s->rcv_nxt);
 	return 0;
 }
 

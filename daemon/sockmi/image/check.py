@@ -213,6 +213,8 @@ def _check_sequence(image: Image) -> None:
         _fail(ErrorClass.SEQUENCE, "sequence: snd_una is not write_seq in FIN-WAIT-2")
     if v.flags & _SENT and v.snd_nxt != v.write_seq:
         _fail(ErrorClass.SEQUENCE, "sequence: snd_nxt is not write_seq after the own FIN")
+    if v.flags & _READ and v.copied_seq != v.rcv_nxt:
+        _fail(ErrorClass.SEQUENCE, "sequence: copied_seq is not rcv_nxt, but the peer's FIN has been read")
 
 
 def _check_queues(image: Image) -> None:

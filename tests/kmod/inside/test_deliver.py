@@ -270,6 +270,29 @@ def test_listeners_with_options(device: Device, option: str) -> None:
         cookies.write_text(before)
 
 
+def test_the_device_is_the_listeners(device: Device) -> None:
+    """The exporter's interface may be one by which the peer's packets do not come here."""
+    for images_own, listeners_own in ((b"lo", b""), (b"", b"lo"), (b"sm-deliver", b"")):
+        server = listener("ipv4")
+        ours, peer = connected(server, "ipv4")
+        with taken(device, ours) as image:
+            given = images.decode(image)
+            if images_own:
+                given.socket_options.append(images.OptionValue(images.Option.BINDTODEVICE, images_own, 0))
+                given.socket_options.sort(key=lambda option: option.option)
+            if listeners_own:
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, listeners_own)
+            interface = socket.if_nametoindex("lo") if listeners_own else 0
+            argument = device.deliver(images.encode(given), ifindex=interface)
+        assert argument.lost == 0
+        server.settimeout(5)
+        copy = server.accept()[0]
+        name = copy.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
+        assert name.rstrip(b"\0") == listeners_own
+        peer.sendall(b"here")
+        assert read_exactly(copy, 4) == b"here"
+
+
 def test_one_of_a_reuseport_group_gets_it_and_the_group_can_grow(device: Device) -> None:
     servers = []
     for _turn in range(4):

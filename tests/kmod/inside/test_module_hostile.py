@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import random
+import select
 import socket
 import struct
 import threading
@@ -40,6 +42,7 @@ from tests.kmod.module_client import (
     number,
 )
 
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 SEED = int(os.environ.get("SOCKMI_FUZZ_SEED", "20261128"))
 SECONDS = float(os.environ.get("SOCKMI_FUZZ_SECONDS", "4"))
 EXPECTED = (
@@ -311,6 +314,48 @@ def test_requests_of_import_are_checked() -> None:
         with pytest.raises(Refused) as caught:
             device.take(Request(fd=device.fd, list=1))
         assert caught.value.errno == errno.ENOTSOCK
+
+
+def test_users_leave_memory_to_the_host_s_daemon() -> None:
+    parameters = Path("/sys/module/sockmi/parameters")
+    limits = {parameters / "memory_max_mb": "8", parameters / "memory_users_max_mb": "4"}
+    before = {path: path.read_text() for path in limits}
+    for path, value in limits.items():
+        path.write_text(value)
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET):
+                os._exit(98)
+            kept = [Device(slots=1, slot_bytes=1 << 20) for _turn in range(4)]
+            try:
+                kept.append(Device(slots=1, slot_bytes=1 << 20))
+            except Refused as refused:
+                code = refused.errno or 97
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+        finally:
+            os._exit(code)
+    try:
+        assert select.select([ready[0]], [], [], 10)[0]
+        mine = [Device(slots=1, slot_bytes=1 << 20) for _turn in range(4)]
+        with pytest.raises(Refused) as caught:
+            Device(slots=1, slot_bytes=1 << 20)
+        assert caught.value.errno == errno.EDQUOT
+        for device in mine:
+            device.close()
+    finally:
+        for path, value in before.items():
+            path.write_text(value)
+        os.write(done[1], b"x")
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for descriptor in (*ready, *done):
+            os.close(descriptor)
+    assert status == errno.EDQUOT
 
 
 def test_the_module_s_memory_is_bounded() -> None:

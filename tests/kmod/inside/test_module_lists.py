@@ -199,8 +199,8 @@ def test_an_entry_that_an_import_tries_is_still_there(device: Device) -> None:
         assert caught.value.errno == errno.EBUSY
         assert device.call("list_next", ListNext(list=ListName.CONNECTED)).id == entry.id
         assert device.list_info(ListName.CONNECTED).entries == 1
-        assert device.take(wanted(other := new_socket("ipv4")))[0] == 0
-        other.close()
+        with new_socket("ipv4") as other:
+            assert device.take(wanted(other))[0] == 0
         holder.abort(freeze)
         thread.join(5)
         assert not thread.is_alive()
