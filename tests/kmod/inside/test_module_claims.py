@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kmod.inside.test_module_core import device, new_socket, pair, read_exactly, wait_for
+from tests.kmod.inside.test_module_core import device, join_all, new_socket, pair, read_exactly, wait_for
 from tests.kmod.module_client import ACTIVATE, Device, EventType, Refusal, Refused, frozen
 
 __all__ = ["device"]
@@ -152,8 +152,7 @@ def test_a_freeze_gives_up_on_a_socket_that_is_kept_busy(device: Device) -> None
         assert 0.9 < time.monotonic() - started < 3
         claim_ended(device)
         give_page(address, descriptor)
-        sender.join(5)
-        assert not sender.is_alive()
+        join_all(sender)
     assert read_exactly(peer, 100) == bytes(100)
 
 
@@ -193,9 +192,7 @@ def test_freezes_that_wait_stop_no_deadline() -> None:
         assert read_exactly(ours, 1) == b"x"
         assert time.monotonic() - started < 1.5
         give_page(address, descriptor)
-        for thread in (*threads, *freezers):
-            thread.join(20)
-            assert not thread.is_alive()
+        join_all(*threads, *freezers, seconds=20)
 
 
 # ---- Deadlines ----
@@ -225,8 +222,7 @@ def test_dormant_copies_are_decided_as_soon_as_they_are_known(device: Device) ->
             device.decide("discard", known[0])
         copy.close()
     stop.set()
-    thread.join(5)
-    assert not thread.is_alive()
+    join_all(thread)
     copy = new_socket("ipv4")
     device.restore(copy, image, ACTIVATE)
     wait_for(lambda: copy.getsockname()[1] != 0)

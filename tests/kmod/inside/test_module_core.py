@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +109,23 @@ def wait_for(what: Callable[[], bool], seconds: float = 5) -> None:
     while not what():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
+
+
+def join_all(*threads: threading.Thread, seconds: float = 10) -> None:
+    """All have to end; of those that do not, says where in the kernel they are."""
+    end = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(end - time.monotonic(), 0))
+    stuck = [thread for thread in threads if thread.is_alive()]
+    stacks = [f"{thread.name}:\n{_kernel_stack(thread)}" for thread in stuck]
+    assert not stuck, "\n".join(["these have not ended", *stacks])
+
+
+def _kernel_stack(thread: threading.Thread) -> str:
+    try:
+        return Path(f"/proc/self/task/{thread.native_id}/stack").read_text()
+    except OSError as error:
+        return f"unknown: {error}"
 
 
 def read_exactly(sock: socket.socket, length: int) -> bytes:

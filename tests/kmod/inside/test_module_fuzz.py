@@ -21,7 +21,21 @@ from pathlib import Path
 import pytest
 
 from tests.kmod.inside.test_module_core import new_socket, pair, read_exactly
-from tests.kmod.module_client import NO_SLOT, ORDINALS, Decision, Device, Refused, Slots, number
+from tests.kmod.module_client import (
+    NO_SLOT,
+    ORDINALS,
+    Decision,
+    Device,
+    End,
+    Import,
+    ListName,
+    ListNext,
+    Refused,
+    Request,
+    Slots,
+    frozen,
+    number,
+)
 
 KEPT = ["20261128"]
 SEEDS = list(dict.fromkeys([*KEPT, os.environ.get("SOCKMI_FUZZ_SEED", KEPT[0])]))
@@ -90,6 +104,64 @@ def test_sequences_of_calls_with_live_ids(seed: str) -> None:
             sock.close()
     assert calls > 100
     assert succeeded > calls // 100, "nothing of it got past the first check"
+
+
+def _end(rng: random.Random) -> End:
+    address = bytes(10) + b"\xff\xff" + socket.inet_aton(rng.choice(("0.0.0.0", "127.0.0.1", "10.0.0.1")))  # noqa: S104
+    return End(address=(ctypes.c_uint8 * 16)(*address), port=rng.choice((0, 0, 1, 65535)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_import_requests(seed: str) -> None:
+    """The one call of the unprivileged: criteria, sockets, sizes and pointers of any kind."""
+    rng = random.Random(f"import {seed}")  # noqa: S311
+    calls = imported = 0
+    pages = mmap.mmap(-1, 4 * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    end = until(SECONDS)
+    with Device() as device:
+        ours, _peer = pair()
+        with frozen(device, ours) as (freeze, image):
+            device.commit(freeze)
+        while time.monotonic() < end or calls < 200:
+            with contextlib.suppress(Refused):
+                device.list_add(image)
+            sockets = [new_socket(rng.choice(("ipv4", "ipv4", "ipv6"))) for _turn in range(3)]
+            fds = [*(sock.fileno() for sock in sockets), sockets[0].fileno(), device.fd, -1, 1 << 20]
+            requests = (Request * 4)()
+            for request in requests:
+                request.fd, request.list = fds[0], 3
+                if rng.randrange(2):
+                    continue  # as it should be
+                request.fd = rng.choice(fds)
+                request.list = rng.choice((0, 1, 2, 3, 3, 3, 3, 4, 1 << 31))
+                request.states = rng.choice((0, 0, 0, 2, rng.getrandbits(32)))
+                request.local_prefix, request.remote_prefix = (
+                    rng.choice((0, 0, 0, 1, 96, 127, 128, 129, 65535)) for _turn in range(2)
+                )
+                request.flags, request.reserved = (rng.choice((0, 0, 0, 0, 0, 1)) for _turn in range(2))
+                request.local, request.remote = _end(rng), _end(rng)
+                request.context, request.context_room = rng.choice(((0, 0), (8, 4096), (address, 64)))
+            where = rng.choice((ctypes.addressof(requests),) * 8 + (0, 8, 1 << 47, (1 << 64) - 64))
+            calls += 1
+            with contextlib.suppress(Refused):
+                device.call(
+                    "import",
+                    Import(
+                        requests=where,
+                        count=rng.choice((0, 1, 1, 1, 2, 4, 65, 1 << 31)),
+                        request_bytes=rng.choice((ctypes.sizeof(Request),) * 6 + (0, 63, 64, 4097)),
+                        timeout_ms=rng.choice((0, 0, 1, 5)),
+                        flags=rng.choice((0, 0, 0, 0, 1)),
+                    ),
+                )
+                imported += device.result
+            for sock in sockets:
+                sock.close()
+        for name in ListName:
+            while (left := device.list_info(name)).entries + left.reserved:
+                device.decide("remove", device.call("list_next", ListNext(list=name)).id)
+    assert imported > 0, "nothing of it got a socket"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

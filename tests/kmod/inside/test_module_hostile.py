@@ -11,17 +11,34 @@ import mmap
 import os
 import random
 import select
+import signal
 import socket
 import struct
 import threading
 import time
 import zlib
+from collections import Counter
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
 from sockmi import image as images
-from tests.kmod.inside.test_module_core import FAMILIES, new_socket, pair, read_exactly, wait_for
+from sockmi.addresses import Endpoint
+from tests.kmod import nat_client
+from tests.kmod.inside.test_module_core import (
+    CLOSE_WAIT,
+    ESTABLISHED,
+    FAMILIES,
+    held,
+    join_all,
+    new_socket,
+    pair,
+    read_exactly,
+    state_of,
+    wait_for,
+)
+from tests.kmod.inside.test_module_exact import inject
 from tests.kmod.module_client import (
     ACTIVATE,
     MAGIC,
@@ -32,7 +49,9 @@ from tests.kmod.module_client import (
     TRANSPARENT,
     Decision,
     Device,
+    End,
     Freeze,
+    ListName,
     Refusal,
     Refused,
     Request,
@@ -127,6 +146,102 @@ def test_mutated_images_do_no_harm(family: str) -> None:
             if not rng.randrange(4):
                 use(copy, rng)
             copy.close()
+
+
+def other_states(device: Device) -> dict[str, bytes]:
+    """Images by name; their originals are closed, and so are the peers."""
+    made: dict[str, bytes] = {}
+
+    def add(name: str, sock: socket.socket) -> None:
+        with held(sock) if state_of(sock) in (ESTABLISHED, CLOSE_WAIT) else contextlib.nullcontext():
+            with frozen(device, sock) as (freeze, image):
+                device.commit(freeze)
+            sock.close()
+        made[name] = image
+
+    ours, peer = pair()
+    peer.sendall(b"x" * 3000)
+    peer.shutdown(socket.SHUT_WR)
+    wait_for(lambda: state_of(ours) == CLOSE_WAIT)
+    add("close-wait", ours)
+    ours, peer = pair()
+    peer.sendall(b"x" * 100)
+    with frozen(device, peer) as (freeze, image):
+        device.abort(freeze)
+    inject(images.decode(image), 500, b"e" * 3000)
+    wait_for(lambda: b"e" * 3000 in preview(device, ours))
+    add("out-of-order", ours)
+    ours, peer = pair()
+    peer.sendall(b"ab")
+    peer.send(b"!", socket.MSG_OOB)
+    wait_for(lambda: len(ours.recv(3, socket.MSG_PEEK)) == 2)
+    add("urgent", ours)
+    server = new_socket("ipv4")
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    add("listening", server)
+    server = new_socket("ipv4")
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    caller = new_socket("ipv4")
+    caller.setblocking(False)
+    port = server.getsockname()[1]
+    with nat_client.opened() as nat:
+        nat.add(nat_client.Flow(Endpoint(IPv4Address("127.0.0.1"), port), None, nat_client.Flag.HOLD))
+        with contextlib.suppress(BlockingIOError):
+            caller.connect(("127.0.0.1", port))
+        add("syn-sent", caller)
+    return made
+
+
+def preview(device: Device, sock: socket.socket) -> bytes:
+    """The image of a socket that goes on."""
+    with frozen(device, sock) as (freeze, image):
+        device.abort(freeze)
+        return image
+
+
+def own_end(sock: socket.socket) -> End:
+    """An IPv4 socket's local one."""
+    host, port = sock.getsockname()
+    address = bytes(10) + b"\xff\xff" + socket.inet_aton(host)
+    return End(address=(ctypes.c_uint8 * 16)(*address), port=port)
+
+
+def test_mutated_images_of_other_states_do_no_harm() -> None:
+    """Through RESTORE, the import lists and DELIVER."""
+    rng = random.Random(f"{SEED} states")  # noqa: S311
+    outcomes: Counter[tuple[str, bool]] = Counter()
+    with Device() as device, new_socket("ipv4") as server:
+        states = other_states(device)
+        server.bind(("127.0.0.1", 0))
+        server.listen(4)
+        server.setblocking(False)
+        end = time.monotonic() + 2 * SECONDS
+        while time.monotonic() < end or sum(outcomes.values()) < 100:
+            name, image = rng.choice(list(states.items()))
+            given = mutated(image, rng) if rng.randrange(8) else image
+            with new_socket("ipv4") as copy:
+                way = rng.choice(("restore", "import", "deliver"))
+                try:
+                    if way == "restore":
+                        device.restore(copy, given, ACTIVATE | TRANSPARENT)
+                    elif way == "deliver":
+                        device.deliver(given, local=own_end(server))
+                        server.accept()[0].close()
+                    else:
+                        entry = device.list_add(given)
+                        lists = ListName.LISTENING if name == "listening" else ListName.CONNECTED
+                        if device.take(Request(fd=copy.fileno(), list=lists))[0] == 0:
+                            device.decide("remove", entry.id)
+                    outcomes[way, True] += 1
+                except (Refused, BlockingIOError):
+                    outcomes[way, False] += 1
+                if not rng.randrange(4):
+                    use(copy, rng)
+    for way in ("restore", "import"):
+        assert outcomes[way, True], outcomes
+        assert outcomes[way, False], outcomes
 
 
 def test_any_ioctl_with_any_argument_is_survived() -> None:
@@ -274,9 +389,9 @@ def test_two_threads_decide_at_once() -> None:
             ]
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join(5)
+            join_all(*threads)
             assert outcomes.count(0) <= 1
+            assert len(outcomes) == len(threads)
             assert set(outcomes) <= {0, errno.EBUSY, errno.ETIMEDOUT}
             device.decide("release", claim.id)
         if ours.getsockname()[1]:
@@ -286,16 +401,67 @@ def test_two_threads_decide_at_once() -> None:
         peer.close()
 
 
-def test_a_killed_owner_and_a_killed_daemon() -> None:
-    ours, peer = pair()
+def killed(child: int) -> bool:
+    """Has it been killed and is gone?"""
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return pid == child and os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
+def test_a_killed_daemon_thaws_all_that_it_held() -> None:
+    """At once, not at the deadline."""
+    pairs = [pair() for _turn in range(20)]
+    ready, frozen_all = os.pipe()
     child = os.fork()
     if child == 0:
-        device = Device()
-        device.freeze(device.claim(ours), deadline_ms=5000)
-        os.kill(os.getpid(), 9)
-    os.waitpid(child, 0)
-    peer.sendall(b"x")
-    assert read_exactly(ours, 1) == b"x"
+        device = Device(slot_bytes=65536)
+        for ours, _peer in pairs:
+            device.freeze(device.claim(ours), deadline_ms=5000)
+        os.write(frozen_all, b"x")
+        signal.pause()
+    os.close(frozen_all)
+    assert os.read(ready, 1) == b"x"
+    started = time.monotonic()
+    os.kill(child, signal.SIGKILL)
+    for ours, peer in pairs:
+        peer.sendall(b"x")
+        assert read_exactly(ours, 1) == b"x"
+    assert time.monotonic() - started < 2
+    wait_for(lambda: killed(child))
+    os.close(ready)
+
+
+@pytest.mark.parametrize("decision", ["abort", "commit"])
+def test_an_owner_is_killed_while_its_socket_is_frozen(decision: str) -> None:
+    """It ends when that is decided: after an abort the peer sees its FIN, after a commit nothing."""
+    ours, peer = pair()
+    ready, reading = os.pipe()
+    child = os.fork()
+    if child == 0:
+        peer.close()
+        os.write(reading, b"x")
+        ours.recv(1)
+        os._exit(0)
+    assert os.read(ready, 1) == b"x"
+    with Device() as device:
+        claim = device.claim(ours.fileno(), pid=child)
+        ours.close()
+        time.sleep(0.2)  # it is in recv() by now
+        freeze = device.freeze(claim, deadline_ms=5000)
+        os.kill(child, signal.SIGKILL)
+        time.sleep(0.1)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it has ended though its socket is frozen"
+        getattr(device, decision)(freeze)
+        device.release(claim)
+        wait_for(lambda: killed(child))
+    os.close(ready)
+    os.close(reading)
+    if decision == "abort":
+        peer.settimeout(5)
+        assert peer.recv(1) == b""
+    else:
+        peer.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            peer.recv(1)
 
 
 def test_requests_of_import_are_checked() -> None:

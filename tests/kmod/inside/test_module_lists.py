@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kmod.inside.test_module_core import new_socket, pair, read_exactly, wait_for
+from tests.kmod.inside.test_module_core import join_all, new_socket, pair, read_exactly, wait_for
 from tests.kmod.module_client import (
     ANY_UID,
     PUBLISH,
@@ -90,7 +90,7 @@ def test_a_waiting_import_wakes_up(device: Device) -> None:
     match = Match(family=socket.AF_INET, kind=3, state=1, flags=ANY_UID)
     assert device.call("match", match).waiting == 1
     device.list_add(captured(device, ours))
-    thread.join(5)
+    join_all(thread)
     assert results[0][0] == 1
     assert device.list_info(ListName.CONNECTED).waiting == 0
     copy.sendall(b"woken")
@@ -202,8 +202,7 @@ def test_an_entry_that_an_import_tries_is_still_there(device: Device) -> None:
         with new_socket("ipv4") as other:
             assert device.take(wanted(other))[0] == 0
         holder.abort(freeze)
-        thread.join(5)
-        assert not thread.is_alive()
+        join_all(thread)
     assert results[0][0] == 1
     with pytest.raises(Refused) as caught:
         device.decide("remove", entry.id)
@@ -231,8 +230,7 @@ def test_ids_are_those_of_the_entries_though_they_go_at_once(device: Device) -> 
         with contextlib.suppress(Refused):
             device.decide("remove", made[-1])
     stop.set()
-    thread.join(5)
-    assert not thread.is_alive()
+    join_all(thread)
     assert made == list(range(made[0], made[0] + 501))
 
 
