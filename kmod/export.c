@@ -39,7 +39,7 @@ struct sockmi_export {
 	unsigned long ends;
 };
 
-#define BUSY_RETRY_MS 20 /* until a deadline that found FREEZE at work looks again */
+#define BUSY_RETRY_MS 100 /* until a deadline that found FREEZE at work looks again */
 
 /* ---- Claims ---- */
 

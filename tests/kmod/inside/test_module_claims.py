@@ -176,7 +176,7 @@ def test_freezes_that_wait_stop_no_deadline() -> None:
 
         def freeze(mine: Device, sock: socket.socket) -> None:
             with contextlib.suppress(Refused):
-                mine.freeze(mine.claim(sock, lifetime_ms=50), deadline_ms=4000)
+                mine.freeze(mine.claim(sock, lifetime_ms=50), deadline_ms=5000)
 
         freezers = [
             threading.Thread(target=freeze, args=(mine, ours))
@@ -190,7 +190,7 @@ def test_freezes_that_wait_stop_no_deadline() -> None:
         peer.sendall(b"x")
         started = time.monotonic()
         assert read_exactly(ours, 1) == b"x"
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 3
         give_page(address, descriptor)
         join_all(*threads, *freezers, seconds=20)
 
