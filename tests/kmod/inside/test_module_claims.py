@@ -9,6 +9,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import socket
 import struct
 import threading
@@ -161,6 +162,9 @@ def test_freezes_that_wait_stop_no_deadline() -> None:
     """More of them than the module has workers."""
     count = 300
     with contextlib.ExitStack() as stack:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, max(limits[1], 4096)))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         _memory, address, descriptor = stack.enter_context(missing_page())
         busy = [pair() for _turn in range(count)]
         device = stack.enter_context(Device())
