@@ -9,7 +9,7 @@
 
 unsigned int sockmi_nat_flows_max = 262144;
 module_param_named(nat_flows_max, sockmi_nat_flows_max, uint, 0644);
-MODULE_PARM_DESC(nat_flows_max, "NAT helper: flows of a network namespace at most (262144, about 350 bytes each)");
+MODULE_PARM_DESC(nat_flows_max, "NAT helper: flows of a network namespace at most (262144, about 400 bytes each)");
 
 const struct rhashtable_params sockmi_nat_tuple_params = {
 	.key_len = sizeof(struct sockmi_nat_key),

@@ -109,6 +109,14 @@ static unsigned int drop(struct sockmi_nat_flow *flow, atomic64_t *why)
 	return NF_DROP;
 }
 
+/* What came in for a connection waits; the SYNs to a listener are many, and their senders repeat them. */
+static unsigned int hold(struct sockmi_nat_flow *flow, struct sk_buff *skb, int offset)
+{
+	unsigned int verdict = drop(flow, &flow->count->held);
+
+	return flow->tuple.remote_port && sockmi_nat_keep(&flow->count->kept, skb, offset) ? NF_STOLEN : verdict;
+}
+
 static void note(struct sockmi_nat_count *count, int seen)
 {
 	if ((atomic_read(&count->seen) & seen) != seen)
@@ -188,7 +196,7 @@ static unsigned int tcp_in(struct sockmi_nat_net *nat, struct sk_buff *skb, int 
 	note(flow->count, (packet.syn && !packet.ack ? SOCKMI_NAT_SEEN_SYN_IN : 0) |
 			  (packet.fin ? SOCKMI_NAT_SEEN_FIN_IN : 0) | (packet.rst ? SOCKMI_NAT_SEEN_RST_IN : 0));
 	if (flags & SOCKMI_NAT_HOLD)
-		return drop(flow, &flow->count->held);
+		return hold(flow, skb, offset);
 	if (flags & SOCKMI_NAT_REDIRECT) {
 		if (!rewrite(skb, flow, &packet, true))
 			return NF_DROP;

@@ -21,14 +21,27 @@
 #define SOCKMI_NAT_HOOKS 6
 
 /**
+ * struct sockmi_nat_kept - packets of a held flow that wait for the hold's end
+ * @packets: in the order of their coming; its lock guards all
+ * @bytes: memory that they take
+ * @open: the hold goes on
+ */
+struct sockmi_nat_kept {
+	struct sk_buff_head packets;
+	unsigned int bytes;
+	bool open;
+};
+
+/**
  * struct sockmi_nat_count - what happened to a flow's packets; handed on when a flow is replaced
  * @packets: rewritten TCP packets; a GSO packet is one
  * @bytes: their length, network header included
- * @held: dropped by HOLD, ICMP errors included
+ * @held: kept or dropped by HOLD, ICMP errors included
  * @muted: dropped on their way out by MUTE or REDIRECT
  * @errors: translated ICMP errors
  * @seen: SOCKMI_NAT_SEEN_*
  * @last_s: ktime_get_seconds() of the last packet
+ * @kept: what HOLD has kept
  * @rcu: end of life
  */
 struct sockmi_nat_count {
@@ -39,6 +52,7 @@ struct sockmi_nat_count {
 	atomic64_t errors;
 	atomic_t seen;
 	u32 last_s;
+	struct sockmi_nat_kept kept;
 	struct rcu_head rcu;
 };
 
@@ -144,6 +158,21 @@ void sockmi_nat_remove(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow)
 void sockmi_nat_reflag(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow, u32 flags);
 
 void sockmi_nat_lapse(struct work_struct *work);
+
+/* ---- nat_kept.c ---- */
+
+/*
+ * Takes @skb, which came in for a held flow, its TCP header at @offset: true. False: it is still the caller's, for the
+ * hold has just ended, or there is no room. In a hook.
+ */
+bool sockmi_nat_keep(struct sockmi_nat_kept *all, struct sk_buff *skb, int offset);
+void sockmi_nat_kept_init(struct sockmi_nat_kept *all, bool open);
+/* Before a hold begins. */
+void sockmi_nat_kept_open(struct sockmi_nat_kept *all);
+/* After a hold has ended: what it kept is received again, under the rule that packets meet now. May be repeated. */
+void sockmi_nat_kept_hand_on(struct sockmi_nat_net *nat, const struct sockmi_nat_flow *flow);
+/* Without that. */
+void sockmi_nat_kept_drop(struct sockmi_nat_kept *all);
 
 /* ---- nat_hook.c ---- */
 

@@ -144,6 +144,7 @@ static void write_record(const struct sockmi_nat_flow *flow, struct sockmi_ioc_n
 	record->muted = atomic64_read(&count->muted);
 	record->errors = atomic64_read(&count->errors);
 	record->seen = atomic_read(&count->seen);
+	record->kept = READ_ONCE(count->kept.packets.qlen);
 	record->idle_s = (u32)ktime_get_seconds() - READ_ONCE(count->last_s);
 }
 

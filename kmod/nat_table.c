@@ -20,6 +20,7 @@ struct sockmi_nat_flow *sockmi_nat_flow_new(const struct sockmi_nat_key *key, u3
 		return NULL;
 	}
 	flow->count->last_s = ktime_get_seconds();
+	sockmi_nat_kept_init(&flow->count->kept, flags & SOCKMI_NAT_HOLD);
 	flow->tuple = *key;
 	flow->wire = *key;
 	flow->wire.kind |= flags & SOCKMI_NAT_REWRITES ? (flags & SOCKMI_NAT_REWRITES) << 16 : 0;
@@ -33,6 +34,7 @@ void sockmi_nat_flow_free(struct sockmi_nat_flow *flow)
 {
 	if (!flow)
 		return;
+	sockmi_nat_kept_drop(&flow->count->kept);
 	kfree(flow->count);
 	kfree(flow);
 }
@@ -179,6 +181,8 @@ int sockmi_nat_replace(struct sockmi_nat_net *nat, struct sockmi_nat_flow *old, 
 	lockdep_assert_held(&nat->lock);
 	tally(nat, &flow->tuple, flow->flags, 1);
 	flow->count = old->count;
+	if (flow->flags & SOCKMI_NAT_HOLD)
+		sockmi_nat_kept_open(&flow->count->kept);
 	if (same_wire)
 		error = rhashtable_replace_fast(&nat->wires, &old->by_wire, &flow->by_wire, sockmi_nat_wire_params);
 	else
@@ -198,6 +202,8 @@ int sockmi_nat_replace(struct sockmi_nat_net *nat, struct sockmi_nat_flow *old, 
 	rb_replace_node(&old->by_id, &flow->by_id, &nat->ids);
 	clear_lapse(nat, old);
 	set_lapse(nat, flow, hold_ms);
+	if (!(flow->flags & SOCKMI_NAT_HOLD))
+		sockmi_nat_kept_hand_on(nat, flow);
 	kfree(unused);
 	kfree_rcu(old, rcu);
 	return 0;
@@ -212,6 +218,7 @@ void sockmi_nat_remove(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow)
 	tally(nat, &flow->tuple, flow->flags, -1);
 	rb_erase(&flow->by_id, &nat->ids);
 	clear_lapse(nat, flow);
+	sockmi_nat_kept_hand_on(nat, flow);
 	kfree_rcu(flow->count, rcu);
 	kfree_rcu(flow, rcu);
 	if (!--nat->flows)
@@ -229,10 +236,14 @@ void sockmi_nat_reflag(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow,
 		return;
 	}
 	tally(nat, &flow->tuple, flags, 1);
+	if (flags & SOCKMI_NAT_HOLD)
+		sockmi_nat_kept_open(&flow->count->kept);
 	WRITE_ONCE(flow->flags, flags);
 	tally(nat, &flow->tuple, before, -1);
-	if (!(flags & SOCKMI_NAT_HOLD))
+	if (!(flags & SOCKMI_NAT_HOLD)) {
 		clear_lapse(nat, flow);
+		sockmi_nat_kept_hand_on(nat, flow);
+	}
 }
 
 /* Ends the HOLDs whose time has come. */

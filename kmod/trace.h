@@ -56,6 +56,7 @@ SOCKMI_STEP(sockmi_publish);
 SOCKMI_STEP(sockmi_remove);
 SOCKMI_STEP(sockmi_import);
 SOCKMI_STEP(sockmi_sysctl);
+SOCKMI_STEP(sockmi_nat_hand_on); /* id: the flow's; result: how many packets; bytes: their length */
 
 #endif
 

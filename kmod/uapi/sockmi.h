@@ -103,7 +103,8 @@
 
 #define SOCKMI_DEV_PATH "/dev/sockmi"
 #define SOCKMI_DEV_ABI_MAJOR 1
-#define SOCKMI_DEV_ABI_MINOR 2 /* 2: who owns the socket of an EXPORT_REQUEST; ANSWER says if nobody asks */
+/* 2: who owns the socket of an EXPORT_REQUEST; ANSWER says if nobody asks. 3: HOLD keeps packets, `kept` */
+#define SOCKMI_DEV_ABI_MINOR 3
 
 /* An end of a connection; IPv4 addresses are v4-mapped (::ffff:a.b.c.d); all zero: none. */
 struct sockmi_dev_endpoint {
@@ -757,7 +758,7 @@ struct sockmi_event {
  * device file; while any exists the module cannot be unloaded. All calls need CAP_NET_ADMIN in the user namespace
  * that owns the network namespace.
  *
- *   exporter:	HOLD|MUTE -> REDIRECT|MUTE, `to` is the importer's end. What the peer sends is dropped, then
+ *   exporter:	HOLD|MUTE -> REDIRECT|MUTE, `to` is the importer's end. What the peer sends is kept, then
  *		redirected. Needs forwarding (net.ipv4.ip_forward, net.ipv6.conf.all.forwarding), and a forward policy
  *		that admits what conntrack calls untracked.
  *   importer:	HOLD -> TRANSLATE, `local` is its own end, `to` the exporter's, as the peer knows it. What the
@@ -765,11 +766,19 @@ struct sockmi_event {
  *   next hop:	an importer that exports again replaces TRANSLATE by REDIRECT; the last importer translates
  *		to the first exporter's end.
  *
+ * HOLD keeps the latest of what comes in for a connection, in order, at most 256 packets or 1 MiB of it, and for all
+ * flows as much as the module's parameter nat_kept_max_mb says; of bare ACKs that acknowledge more and more only
+ * the last. However a HOLD ends (replaced, removed, flushed, by its time), these packets are received anew, and meet the
+ * rule that holds then: REDIRECT leads them to the importer, and without a flow the socket gets them. If
+ * it is gone, the host answers with a RST, as to all that would come after: MUTE it. A capture of the host
+ * shows such packets twice. Lost are: what finds no room, ICMP errors, what goes out, SYNs to a listener's
+ * port, packets of a device that is gone, and those that a bridge hands up (br_netfilter).
+ *
  * Errors of ICMP and ICMPv6 about the connection are translated with it. Fragments of IPv4 are put together; those
  * of IPv6 only if conntrack does it. Packets between a peer and a socket on one and the same host are held and muted,
  * but not redirected.
  */
-#define SOCKMI_NAT_HOLD (1u << 0)      /* drop what comes in and what goes out, ICMP errors about it included */
+#define SOCKMI_NAT_HOLD (1u << 0)      /* nothing comes in or goes out, ICMP errors about it included */
 #define SOCKMI_NAT_MUTE (1u << 1)      /* no RST and no FIN goes out */
 #define SOCKMI_NAT_REDIRECT (1u << 2)  /* in: destination becomes `to`, untracked; out: no SYN, RST, FIN */
 #define SOCKMI_NAT_TRANSLATE (1u << 3) /* out: source becomes `to`; not together with REDIRECT */
@@ -804,11 +813,13 @@ struct sockmi_event {
  * @id: out: names the flow as long as it lives, replaced or not
  * @packets: out: packets rewritten; what the network card or the stack coalesced counts once
  * @bytes: out: their length, network header included
- * @held: out: dropped by HOLD
+ * @held: out: kept or dropped by HOLD
  * @muted: out: dropped on their way out by MUTE or REDIRECT
  * @errors: out: ICMP errors translated
  * @seen: out: SOCKMI_NAT_SEEN_*
  * @idle_s: out: seconds since the last packet that it changed or dropped, or since its making
+ * @kept: out: packets that wait for the end of HOLD
+ * @reserved: out: 0
  *
  * A flow that is replaced keeps its counters. Link-local addresses match on every interface: their scope_id is ignored.
  */
@@ -827,6 +838,8 @@ struct sockmi_ioc_nat_flow {
 	__aligned_u64 errors;
 	__u32 seen;
 	__u32 idle_s;
+	__u32 kept;
+	__u32 reserved;
 };
 
 /**

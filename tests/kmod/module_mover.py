@@ -37,9 +37,9 @@ def extended(host: Host, counter: str) -> int:
 
 def packed(end: Endpoint) -> End:
     """As the module reads it."""
-    assert isinstance(end.address, IPv4Address)
     made = End(port=end.port)
-    made.address[:] = bytes(10) + b"\xff\xff" + end.address.packed
+    mapped = bytes(10) + b"\xff\xff" if isinstance(end.address, IPv4Address) else b""
+    made.address[:] = mapped + end.address.packed
     return made
 
 

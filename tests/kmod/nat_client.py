@@ -21,7 +21,7 @@ HELLO, CHANGE, READ, LIST, FLUSH = 0x00, 0x40, 0x41, 0x42, 0x43
 
 END = struct.Struct("=16sHHI")
 RULE = struct.Struct("=24s24s24sII16s")
-WHOLE = struct.Struct("=24s24s24sII16sQQQQQQII")
+WHOLE = struct.Struct("=24s24s24sII16sQQQQQQIIII")
 HELLO_ARG = struct.Struct("=HHIHHIQQIIII")
 CHANGE_ARG = struct.Struct("=QIIII")
 READ_ARG = struct.Struct("=QIIQII")
@@ -102,18 +102,20 @@ class Flow:
     errors: int = field(default=0, compare=False)
     seen: Seen = field(default=UNSEEN, compare=False)
     idle_s: int = field(default=0, compare=False)
+    kept: int = field(default=0, compare=False)
 
     def pack(self) -> bytes:
         """As the kernel reads it."""
         ends = (pack_end(end) for end in (self.local, self.remote, self.to))
-        return WHOLE.pack(*ends, self.flags, self.hold_ms, self.tag, *[0] * 8)
+        return WHOLE.pack(*ends, self.flags, self.hold_ms, self.tag, *[0] * 10)
 
     @classmethod
     def unpack(cls, data: bytes) -> Flow:
         """As the kernel wrote it."""
-        local, remote, to, flags, hold_ms, tag, *counts, seen, idle_s = WHOLE.unpack(data)
+        local, remote, to, flags, hold_ms, tag, *counts, seen, idle_s, kept, reserved = WHOLE.unpack(data)
+        assert reserved == 0
         ends = [unpack_end(end) for end in (local, remote, to)]
-        return cls(ends[0], ends[1], Flag(flags), ends[2], hold_ms, tag, *counts, Seen(seen), idle_s)
+        return cls(ends[0], ends[1], Flag(flags), ends[2], hold_ms, tag, *counts, Seen(seen), idle_s, kept)
 
 
 def held(ends: FourTuple, flags: Flag = Flag.HOLD | Flag.MUTE, hold_ms: int = 0) -> Flow:

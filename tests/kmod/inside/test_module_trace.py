@@ -20,7 +20,7 @@ from tests.kmod.module_client import ANY_UID, Device, ListName, Refusal, Refused
 TRACING = Path("/sys/kernel/tracing")
 EVENTS = (
     "claim", "unclaim", "freeze", "thaw", "commit", "restore", "activate", "discard", "deliver",
-    "list_add", "publish", "remove", "import", "sysctl",
+    "list_add", "publish", "remove", "import", "sysctl", "nat_hand_on",
 )  # fmt: skip
 LINE = re.compile(r": sockmi_(\w+): (.*)$", re.MULTILINE)
 
