@@ -23,14 +23,18 @@ from tests.kmod.inside.test_nat_scale import packed as many_flows
 from tests.kmod.module_mover import Mover, netem
 from tests.kmod.nat_client import Action, Flag, held, redirect, translate
 from tests.kmod.nat_lab import Triangle, offloads, triangle
-from tests.lab.redirect_lab import Host, connect, ends, pattern
+from tests.lab.redirect_lab import Host, connect, ends, pattern, run
 
 RATE_MBIT = 16
 ONE_WAY = "25ms"
+WINDOW = (
+    110_000  # bytes under way: a little more than the path has room for, lest queues make another RTT of it
+)
 AWAY = 43000  # the copy's port
 LOST_S = 0.06  # when the lost segment has met its end, and no probe is on its way yet
 WARM_S = 4.0  # until the congestion window is what it will be
 BEFORE_S = 2.0
+SO_RCVBUFFORCE = 33
 
 
 # ---- Engines ----
@@ -126,11 +130,11 @@ def stream(of: Triangle) -> Iterator[Stream]:
 
 def by_kernel(of: Triangle, mover: Mover) -> Callable[[Stream], None]:
     """A move from a to b by the module, with all that can be ready before the freeze."""
+    source, target = mover.device(of.lab.a), mover.device(of.lab.b)
+    exporter, importer = of.nat(of.lab.a), of.nat(of.lab.b)
 
     def move(one: Stream) -> None:
         to = Endpoint(IPv4Address(of.lab.b.address(4)), AWAY)
-        source, target = mover.device(of.lab.a), mover.device(of.lab.b)
-        exporter, importer = of.nat(of.lab.a), of.nat(of.lab.b)
         with of.lab.b.inside():
             copy = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         claim = source.claim(one.server)
@@ -152,10 +156,10 @@ def by_kernel(of: Triangle, mover: Mover) -> Callable[[Stream], None]:
 def by_repair(of: Triangle, _mover: Mover) -> Callable[[Stream], None]:
     """The same by TCP_REPAIR, with the engine that the daemon has."""
     engine = RepairEngine(rare_options=False)
+    exporter, importer = of.nat(of.lab.a), of.nat(of.lab.b)
 
     def move(one: Stream) -> None:
         to = Endpoint(IPv4Address(of.lab.b.address(4)), AWAY)
-        exporter, importer = of.nat(of.lab.a), of.nat(of.lab.b)
         fd = one.server.fileno()
         exporter.set(held(one.tuple))
         (captured,) = engine.capture([fd])
@@ -180,11 +184,15 @@ WAYS = {"kernel": by_kernel, "repair": by_repair}
 
 @contextlib.contextmanager
 def wired(*more: str) -> Iterator[tuple[Triangle, Mover]]:
-    """The triangle with 50 ms of round trip."""
+    """The triangle; the peer is 50 ms of round trip away from the others, which are neighbours."""
     with triangle(4) as of:
         for host in (of.lab.peer, of.lab.a, of.lab.b):
             offloads(host, True)
-            netem(host, "delay", ONE_WAY, "limit", "2000", *more)
+        # Whoever is 50 ms away is behind a router, whose link address every host knows.
+        for host in (of.lab.a, of.lab.b):
+            run("ip", "netns", "exec", host.namespace, "ping", "-q", "-c", "1", of.lab.peer.address(4))
+        netem(of.lab.peer, "delay", ONE_WAY, "limit", "2000")
+        netem(of.lab.switch, "delay", ONE_WAY, "limit", "2000", *more, device="ppeer")
         mover = Mover(of)
         try:
             yield of, mover
@@ -192,13 +200,21 @@ def wired(*more: str) -> Iterator[tuple[Triangle, Mover]]:
             mover.close()
 
 
+def srtt_ms(sock: socket.socket) -> float:
+    """tcpi_rtt"""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int.from_bytes(info[68:72], sys.byteorder) / 1000
+
+
 def goodput(quick: bool) -> dict[str, dict[str, list[float]]]:
-    """Share of the goodput before, in the first second after the copy is alive; and how long moves took."""
-    told: dict[str, dict[str, list[float]]] = {name: {"shares": [], "moves": []} for name in WAYS}
+    """Share of the goodput before, in the first second of the copy's life; ms of the moves, and of the RTT."""
+    told: dict[str, dict[str, list[float]]] = {name: {"shares": [], "moves": [], "rtts": []} for name in WAYS}
     for _turn in range(2 if quick else 7):
         for name, way in WAYS.items():
             with wired("rate", f"{RATE_MBIT}mbit") as (of, mover), stream(of) as one:
                 move = way(of, mover)
+                one.peer.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 * WINDOW)
+                one.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, WINDOW)
                 one.feed()
                 time.sleep(WARM_S)
                 one.pause()
@@ -207,6 +223,7 @@ def goodput(quick: bool) -> dict[str, dict[str, list[float]]]:
                 time.sleep(BEFORE_S)
                 before = one.between(start, time.monotonic()) / (time.monotonic() - start)
                 one.pause()
+                told[name]["rtts"].append(srtt_ms(one.server))
                 begun = time.monotonic()
                 move(one)
                 alive = time.monotonic()
@@ -230,8 +247,6 @@ def tail(quick: bool) -> dict[str, list[float]]:
                     one.server.sendall(pattern(0, 1000))
                     time.sleep(0.12)
                 move = WAYS[name](of, mover) if name in WAYS else None
-                if move:  # both make what they need at first use
-                    mover.device(of.lab.a), mover.device(of.lab.b), of.nat(of.lab.a), of.nat(of.lab.b)
                 # What loses it stands before the peer: the sender must not know.
                 before_peer = of.nat(of.lab.peer)
                 before_peer.set(held(FourTuple(one.tuple.remote, one.tuple.local)))

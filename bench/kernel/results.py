@@ -45,10 +45,11 @@ def _engines(report: Report, told: dict[str, dict[str, list[list[int]]]]) -> Non
 
 
 def _goodput(report: Report, told: dict[str, dict[str, list[float]]]) -> None:
-    """``told``: engine -> shares of the goodput before, in the first second after each move; their ms."""
+    """``told``: engine -> shares of the goodput before, in the first second after each move; ms of moves, RTTs."""
     for engine, rows in told.items():
         share = 100 * median(rows["shares"])
         report.add("goodput", f"the move itself, {engine}, median", median(rows["moves"]), "ms")
+        report.add("goodput", f"the RTT before, {engine}, median", median(rows["rtts"]), "ms")
         report.add("goodput", f"first second after a move at 50 ms RTT, {engine}", share, "% of before")
     report.aim(
         "goodput",

@@ -21,10 +21,10 @@ HOME = 0  # move(): the port of the original
 LOST_SCOREBOARD = 1 << 19  # SOCKMI_LOSS_SACK_SCOREBOARD
 
 
-def netem(host: Host, *words: str) -> None:
+def netem(host: Host, *words: str, device: str = "eth0") -> None:
     """What becomes of the packets that ``host`` sends."""
     inside = ("ip", "netns", "exec", host.namespace)
-    run(*inside, "tc", "qdisc", "replace", "dev", "eth0", "root", "netem", *words)
+    run(*inside, "tc", "qdisc", "replace", "dev", device, "root", "netem", *words)
 
 
 def extended(host: Host, counter: str) -> int:

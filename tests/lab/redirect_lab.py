@@ -129,6 +129,7 @@ class Lab:
         names = ["peer", "a", "b", "c"] + (["r", "d"] if with_d else [])
         self.hosts = {name: Host(name, f"{prefix}-{name}") for name in names}
         self._switch = f"{prefix}-s"
+        self.switch = Host("switch", self._switch)  # its port to a host is p and the host's name
 
     def __getattr__(self, name: str) -> Host:
         hosts: dict[str, Host] = self.__dict__["hosts"]

@@ -24,6 +24,7 @@ from tests.lab.redirect_lab import Capture, Host, connect, ends, pattern, until
 COPY_PORT = 40001
 LIMIT = Path("/sys/module/sockmi/parameters/nat_kept_max_mb")
 NEWEST = 256  # packets of a flow
+SLOW_6 = pytest.param(6, marks=pytest.mark.slow)
 
 
 def patient(host: Host, version: int) -> None:
@@ -60,7 +61,7 @@ class Pair:
         until(lambda: self.nat.one(self.ends).kept >= least, f"{least} packets that wait")
 
 
-@pytest.fixture(params=[4, 6])
+@pytest.fixture(params=[4, SLOW_6])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     with triangle(request.param) as of:
         made = Pair(of)
