@@ -207,7 +207,7 @@ def srtt_ms(sock: socket.socket) -> float:
 
 
 def goodput(quick: bool) -> dict[str, dict[str, list[float]]]:
-    """Share of the goodput before, in the first second of the copy's life; ms of the moves, and of the RTT."""
+    """Share of the goodput before, in the first second of the copy's life; ms of moves and RTTs."""
     told: dict[str, dict[str, list[float]]] = {name: {"shares": [], "moves": [], "rtts": []} for name in WAYS}
     for _turn in range(2 if quick else 7):
         for name, way in WAYS.items():

@@ -45,7 +45,7 @@ def _engines(report: Report, told: dict[str, dict[str, list[list[int]]]]) -> Non
 
 
 def _goodput(report: Report, told: dict[str, dict[str, list[float]]]) -> None:
-    """``told``: engine -> shares of the goodput before, in the first second after each move; ms of moves, RTTs."""
+    """``told``: engine -> shares of the goodput before, in the first second after each move; ms of both."""
     for engine, rows in told.items():
         share = 100 * median(rows["shares"])
         report.add("goodput", f"the move itself, {engine}, median", median(rows["moves"]), "ms")
