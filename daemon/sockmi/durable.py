@@ -222,10 +222,19 @@ def _write_item(item: Item) -> list[Any]:
         write_endpoint(item.origin),
         item.hop,
         item.home.hex(),
-        [item.needs.window_scale, item.needs.timestamp_us, item.needs.image_bytes_max, item.needs.bind_flags],
+        _write_needs(item.needs),
         item.size_bytes,
         item.listener.hex() if item.listener else None,
     ]
+
+
+def _write_needs(one: Needs) -> list[Any]:
+    return [one.window_scale, one.timestamp_us, one.image_bytes_max, one.bind_flags, one.urgent]
+
+
+def _read_needs(content: list[Any]) -> Needs:
+    """Earlier releases wrote fewer."""
+    return Needs(*content[:3], *map(BindFlag, content[3:4]), *content[4:])
 
 
 def _read_item(content: list[Any]) -> Item:
@@ -242,7 +251,7 @@ def _read_item(content: list[Any]) -> Item:
         read_endpoint(origin),
         hop,
         bytes.fromhex(home),
-        Needs(*needs[:3], *map(BindFlag, needs[3:])),
+        _read_needs(needs),
         size_bytes,
         bytes.fromhex(listener) if listener else None,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import gc
 import logging
 import os
@@ -160,7 +161,7 @@ class Daemon:
                 config.redirect.modes,
                 self.tables.routes.path,
                 lambda one: self.diag.state(one) is not None,
-                obstacle,
+                functools.partial(obstacle, carries_urgent=self.engine.carries_urgent),
             ),
             self.capacity,
             self.redirecting,

@@ -36,7 +36,7 @@ ITEM = Item(
     LOCAL,
     2,
     C,
-    Needs(7, True, 900, BindFlag.V6_ONLY),
+    Needs(7, True, 900, BindFlag.V6_ONLY, True),
     800,
     C,
 )

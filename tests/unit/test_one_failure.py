@@ -122,6 +122,17 @@ def test_nothing_is_tried_without_a_local_end() -> None:
     assert obstacle(Needs(), "SYN-SENT", Placement(None, False), remote) is None
 
 
+def test_urgent_data_is_for_engines_that_carry_it() -> None:
+    remote, place = (
+        Endpoint(IPv4Address("198.51.100.1"), 80),
+        Placement(Endpoint(IPv4Address("192.0.2.1"), 80), False),
+    )
+    refusal = obstacle(Needs(urgent=True), "ESTABLISHED", place, remote, carries_urgent=False)
+    assert refusal is not None and refusal.code is Code.URGENT_DATA
+    assert obstacle(Needs(urgent=True), "ESTABLISHED", place, remote, carries_urgent=True) is None
+    assert obstacle(Needs(), "ESTABLISHED", place, remote, carries_urgent=False) is None
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_a_reroute_that_fails_is_refused(error: Exception) -> None:
     def reachable(_unused: object) -> str | None:

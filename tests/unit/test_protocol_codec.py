@@ -33,7 +33,9 @@ ADDRESSES = st.one_of(st.integers(0, 2**32 - 1).map(IPv4Address), st.integers(0,
 ENDPOINTS = st.none() | st.builds(Endpoint, ADDRESSES, U16)
 MODES = st.lists(st.sampled_from(Mode), unique=True).map(tuple)
 COUNTS = st.builds(Counts, U32, U32, U32)
-NEEDS = st.builds(Needs, st.integers(0, 14), st.booleans(), U64, st.integers(0, 15).map(BindFlag))
+NEEDS = st.builds(
+    Needs, st.integers(0, 14), st.booleans(), U64, st.integers(0, 15).map(BindFlag), st.booleans()
+)
 PLACES = st.builds(Place, ENDPOINTS, st.none() | st.sampled_from(Mode))
 TEXTS = st.text(max_size=100)
 REFUSALS = st.builds(Refusal, st.sampled_from(Code), TEXTS)

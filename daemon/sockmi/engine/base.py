@@ -50,12 +50,14 @@ class Needs:
     """What the importer must be able to do for this socket.
 
     ``window_scale``: the larger one of a connection; of a socket in SYN-SENT the one that it has offered.
+    ``urgent``: urgent data, or the mark of it, is in the receive queue.
     """
 
     window_scale: int = 0
     timestamp_us: bool = False
     image_bytes_max: int = 0
     bind_flags: BindFlag = _NO_FLAGS
+    urgent: bool = False
 
 
 @frozen
@@ -138,6 +140,10 @@ class Engine(Protocol):
     @property
     def version(self) -> str:
         """Of what it uses; empty if that has none."""
+
+    @property
+    def carries_urgent(self) -> bool:
+        """Whether it can restore urgent data (Needs.urgent)."""
 
     owners: Owners
 

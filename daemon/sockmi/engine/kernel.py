@@ -153,6 +153,7 @@ class KernelEngine:
     """See :class:`sockmi.engine.base.Engine`. All calls from one thread."""
 
     name: Literal["kernel"] = "kernel"
+    carries_urgent: Literal[True] = True
 
     def __init__(self, repair: RepairEngine | None = None) -> None:
         """Raises ModuleMissing. ``repair``: for what a daemon with that engine has left in repair."""

@@ -205,7 +205,7 @@ def inspect(fds: Sequence[int], looks: int = 3, carried: Finding = _NO_FINDING) 
     ]
     if looks > 1:
         # A segment that comes between two of the calls looks like it; the mark itself stays.
-        urgent = [at for at, one in enumerate(found) if one.refusal and one.refusal.code is Code.URGENT_DATA]
+        urgent = [at for at, one in enumerate(found) if one.needs.urgent]
         for at, again in zip(urgent, inspect([fds[at] for at in urgent], looks - 1, carried), strict=True):
             found[at] = again
     return found
@@ -238,6 +238,7 @@ def _facts(fd: int, fields: tuple[Any, ...], carried: Finding) -> SocketFacts:
     (inode, cookie, findings, error, receive_queue, send_queue, receive_buffer, send_buffer, family, _unused,
      local_port, remote_port, state, send_scale, receive_scale, timestamp_us, version, local, remote,
      ulp) = fields  # fmt: skip
+    urgent = bool(findings & Finding.URGENT)
     findings &= ~carried
     listening = state == _LISTEN
     if state == _CLOSED and send_queue:
@@ -255,6 +256,7 @@ def _facts(fd: int, fields: tuple[Any, ...], carried: Finding) -> SocketFacts:
         if not listening
         else IMAGE_OVERHEAD_BYTES,
         BindFlag(0) if connected or findings & unseen else _bind_flags(fd),
+        urgent,
     )
     return SocketFacts(
         inode,

@@ -60,6 +60,7 @@ class RepairEngine:
     """See :class:`sockmi.engine.base.Engine`. All calls from one thread."""
 
     name: Literal["repair"] = "repair"
+    carries_urgent: Literal[False] = False
     version = ""
 
     def __init__(

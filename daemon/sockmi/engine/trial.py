@@ -26,6 +26,12 @@ _UNIT = Refusal(
     "make the route feature tcp_usec_ts equal on both hosts, or move it to another one",
 )
 
+_URGENT = Refusal(
+    Code.URGENT_DATA,
+    "urgent data, or the mark of it, is in the receive queue, and the importer's engine, repair, cannot carry "
+    "it; try again when the application has read it, or load the kernel module there",
+)
+
 
 @functools.cache
 def _kernel_counts_us() -> bool:
@@ -36,8 +42,15 @@ def _kernel_counts_us() -> bool:
         return syn_offered(sock.fileno())[1]
 
 
-def obstacle(needs: Needs, state: str, placement: Placement, remote: Endpoint | None) -> Refusal | None:
-    """Why this host could not make a copy at ``placement``; None as far as it can be known."""
+def obstacle(
+    needs: Needs, state: str, placement: Placement, remote: Endpoint | None, *, carries_urgent: bool = True
+) -> Refusal | None:
+    """Why this host could not make a copy at ``placement``; None as far as it can be known.
+
+    ``carries_urgent``: the engine's.
+    """
+    if needs.urgent and not carries_urgent:
+        return _URGENT
     if placement.local is None:
         return None  # the kernel will choose: nothing to try
     if remote is None:

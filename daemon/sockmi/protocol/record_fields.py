@@ -59,6 +59,7 @@ _NEEDS = struct.Struct(">BBQ")
 
 
 _BIND_FLAGS = [BindFlag(number) for number in range(sum(BindFlag) + 1)]
+_URGENT = 2 * len(_BIND_FLAGS)
 
 
 def _flag(value: int) -> bool:
@@ -70,13 +71,15 @@ def _flag(value: int) -> bool:
 def _needs(scale: int, flags: int, image_bytes_max: int) -> Needs:
     if scale > 14:
         raise CodecError(f"window scale {scale} is more than 14 (RFC 7323)")
-    if flags >> 1 >= len(_BIND_FLAGS):
+    if flags >= 2 * _URGENT:
         raise CodecError(f"unknown flags {flags:#x}")
-    return Needs(scale, bool(flags & 1), image_bytes_max, _BIND_FLAGS[flags >> 1])
+    bind_flags = _BIND_FLAGS[(flags & _URGENT - 1) >> 1]
+    return Needs(scale, bool(flags & 1), image_bytes_max, bind_flags, bool(flags & _URGENT))
 
 
 def _needs_parts(needs: Needs) -> tuple[int, int, int]:
-    return needs.window_scale, needs.timestamp_us | needs.bind_flags << 1, needs.image_bytes_max
+    flags = needs.timestamp_us | needs.bind_flags << 1 | needs.urgent * _URGENT
+    return needs.window_scale, flags, needs.image_bytes_max
 
 
 NEEDS = Field(

@@ -221,7 +221,7 @@ def test_urgent_data_moves(lab: el.Lab, engine: KernelEngine, kind: str, how: st
         assert ours.recv(1, socket.MSG_OOB) == b"!"
     with lab.host("a"):
         (facts,) = engine.inspect([ours.fileno()])
-    assert facts.refusal is None
+    assert facts.refusal is None and facts.needs.urgent
     copy, made = moved(lab, engine, ours, port)
     assert "urgent-data" in made.fidelity.carried
     assert copy.recv(100) == b"before"  # no recv() goes beyond the mark
