@@ -28,8 +28,8 @@ _UNIT = Refusal(
 
 _URGENT = Refusal(
     Code.URGENT_DATA,
-    "urgent data, or the mark of it, is in the receive queue, and the importer's engine, repair, cannot carry "
-    "it; try again when the application has read it, or load the kernel module there",
+    "urgent data, or the mark of it, is in the receive queue, and the importer's engine, repair, cannot "
+    "carry it; try again when the application has read it, or load the kernel module there",
 )
 
 

@@ -160,7 +160,7 @@ def test_urgent_data_moves_between_modules(lab: Lab) -> None:
         client.sendall(b"after")
         until(lambda: struct.unpack_from("Q", ours.getsockopt(socket.IPPROTO_TCP, 11, 240), 128)[0] == 12)
         [record] = export_sockets([Export(ours)], "b", control=a.control_socket, timeout_s=60)
-        assert (record.outcome, record.code) == ("refused", "urgent-data"), record
+        assert (record.outcome, record.code, record.step) == ("refused", "urgent-data", "requested"), record
         running["b"].config["engine"] = "auto"
         running["b"].restart()
         wait_for_members(lab, "ab")
