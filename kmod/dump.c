@@ -336,7 +336,7 @@ static void dump_scoreboard(struct dump *d)
 
 /* ---- Fixed sections ---- */
 
-static void dump_negotiated(struct dump *d)
+static noinline_for_stack void dump_negotiated(struct dump *d)
 {
 	const struct tcp_options_received *rx = &d->tp->rx_opt;
 	struct sockmi_negotiated *n = &d->negotiated;
@@ -405,7 +405,7 @@ static u32 dump_window(struct dump *d)
 	return edge;
 }
 
-static void dump_timestamp(struct dump *d)
+static noinline_for_stack void dump_timestamp(struct dump *d)
 {
 	struct tcp_sock *tp = d->tp;
 	bool usec = sockmi_ts_usec(tp);
@@ -445,7 +445,7 @@ static u32 rto_us(const struct inet_connection_sock *icsk)
 	return max(jiffies_to_usecs(icsk->icsk_rto) >> doublings, 1U);
 }
 
-static void dump_path_model(struct dump *d)
+static noinline_for_stack void dump_path_model(struct dump *d)
 {
 	struct inet_connection_sock *icsk = d->icsk;
 	struct tcp_sock *tp = d->tp;
@@ -490,7 +490,7 @@ static void dump_path_model(struct dump *d)
 	sockmi_writer_put(&d->writer, SOCKMI_PATH_MODEL, &p, sizeof(p));
 }
 
-static void dump_receive_autotune(struct dump *d)
+static noinline_for_stack void dump_receive_autotune(struct dump *d)
 {
 	struct tcp_sock *tp = d->tp;
 	struct sockmi_receive_autotune a = {
@@ -547,7 +547,7 @@ static void dump_ecn(struct dump *d)
 		sockmi_writer_put(&d->writer, SOCKMI_ECN, &e, sizeof(e));
 }
 
-static void dump_timers(struct dump *d)
+static noinline_for_stack void dump_timers(struct dump *d)
 {
 	struct inet_connection_sock *icsk = d->icsk;
 	struct sockmi_timers t = {};
@@ -574,7 +574,7 @@ static void dump_timers(struct dump *d)
 	sockmi_writer_put(&d->writer, SOCKMI_TIMERS, &t, sizeof(t));
 }
 
-static void dump_counters(struct dump *d)
+static noinline_for_stack void dump_counters(struct dump *d)
 {
 	struct tcp_sock *tp = d->tp;
 	struct sockmi_counters c = {

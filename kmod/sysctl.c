@@ -198,8 +198,8 @@ static struct sockmi_file *serving(struct sockmi_net *sn)
 }
 
 /* Hands the socket to @file, the daemon's, and waits. @asked: the daemon tells what came of it. */
-static int export(struct sockmi_net *sn, struct sockmi_file *file, const struct command *command, const char *text,
-		  struct sock *sk, struct file *socket_file, u32 *refusal, bool *asked)
+static noinline_for_stack int export(struct sockmi_net *sn, struct sockmi_file *file, const struct command *command,
+				      const char *text, struct sock *sk, struct file *socket_file, u32 *refusal, bool *asked)
 {
 	struct request *request = kzalloc(sizeof(*request), GFP_KERNEL_ACCOUNT);
 	int result;
@@ -228,7 +228,7 @@ static int export(struct sockmi_net *sn, struct sockmi_file *file, const struct 
 }
 
 /* What became of a command that the daemon has not heard of: for the log, and for who reads the sysctl. */
-static void refuse(struct sockmi_net *sn, const char *text, int error, u32 refusal)
+static noinline_for_stack void refuse(struct sockmi_net *sn, const char *text, int error, u32 refusal)
 {
 	char what[64];
 
@@ -249,7 +249,7 @@ static void refuse(struct sockmi_net *sn, const char *text, int error, u32 refus
 	pr_notice_ratelimited("sockmi.export: \"%*pE\": %s\n", (int)strlen(text), text, what);
 }
 
-static int run(struct sockmi_net *sn, const struct command *command, const char *text)
+static noinline_for_stack int run(struct sockmi_net *sn, const struct command *command, const char *text)
 {
 	struct file *socket_file = NULL;
 	struct sockmi_file *file = NULL;
