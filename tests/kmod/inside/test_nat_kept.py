@@ -370,7 +370,7 @@ def test_namespace_goes_while_packets_wait() -> None:
         with triangle(4) as of:
             pair = Pair(of)
             pair.nat.add(held(pair.ends))
-            pair.peer.sendall(bytes(100_000))
+            pair.peer.sendall(bytes(10_000))
             pair.kept(1)
             pair.close()
             pair.nat.close()
