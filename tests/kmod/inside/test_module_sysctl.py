@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,26 @@ def reading() -> str:
 )
 def test_malformed_commands_are_refused(text: str) -> None:
     assert write_sysctl(text) == errno.EINVAL
+
+
+@pytest.mark.complains("sockmi.export:")
+def test_a_malformed_command_is_in_the_kernels_log() -> None:
+    """Of many in a few seconds the kernel logs some; then again the next."""
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    os.lseek(log, 0, os.SEEK_END)
+    end = time.monotonic() + 15
+    told = b""
+    try:
+        while b"pid=1 fd=one" not in told:
+            assert time.monotonic() < end, "the log does not say what was wrong"
+            assert write_sysctl("pid=1 fd=one") == errno.EINVAL
+            time.sleep(0.5)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    told += os.read(log, 8192)
+    finally:
+        os.close(log)
+    assert b'sockmi.export: "pid=1 fd=one" is not "pid=PID fd=FD' in told
 
 
 @pytest.mark.complains("sockmi.export:")
