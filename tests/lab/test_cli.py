@@ -674,7 +674,7 @@ def test_key(tmp_path: Path) -> None:
     content = path.read_bytes()
     the_error(run("key", path), NOT_DONE, "exists already")
     assert path.read_bytes() == content
-    the_error(run("key", tmp_path / "no" / "where.key"), NOT_DONE, "No such file or directory")
+    the_error(run("key", tmp_path / "no" / "where.key"), NOT_DONE, "there is no folder", "make it first")
     failed = run("key", path, "--json")
     assert failed.json["error"]["errno"] == "EEXIST"
     shown = run("key", tmp_path / "other.key")

@@ -7,6 +7,7 @@ Each queue has connections over IPv4 and over IPv6, with bytes that nobody has r
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -134,6 +135,9 @@ def queue(lab: Lab, port: int, directory: Path, **rules: Any) -> Iterator[Queue]
             server.kill()
             for peer in one.peers:
                 peer.close()
+            for pid in keepers(lab, "a"):  # of a test that has failed; they outlive the daemon
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
     verdict = capture.check(**rules)
     clean(verdict)
 
