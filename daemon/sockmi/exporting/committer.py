@@ -121,9 +121,8 @@ class Committer:
         for route, _unused in gone:
             self._redirecting.drop_holding(route.connection)
         self._redirecting.add_routes(route for route, _unused in gone if route.durable)
-        let_go(
-            [export for _unused, export in gone]
-        )  # before its owners run: their epoll forgets it with them
+        # Before its owners run: their epoll forgets it with them.
+        let_go([export for _unused, export in gone])
         self._freezer.resume_soon([export for _unused, export in gone])
         self._ship_held(importer, gone)
 
