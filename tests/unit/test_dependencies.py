@@ -1,0 +1,52 @@
+"""The lock of the daemon's dependencies: hosts get what was locked, not what is newest."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCK = ROOT / "daemon/dependencies.lock"
+
+
+def pins() -> dict[str, str]:
+    found = re.findall(
+        r"^(\S+)==(\S+) \\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", LOCK.read_text(), re.M
+    )
+    return {canonicalize_name(name): version for name, version in found}
+
+
+def test_it_has_what_the_daemon_asks_for() -> None:
+    project = tomllib.loads((ROOT / "daemon/pyproject.toml").read_text())["project"]
+    for text in project["dependencies"]:
+        wanted = Requirement(text)
+        assert wanted.specifier.contains(pins()[canonicalize_name(wanted.name)]), text
+
+
+def test_every_line_is_a_pin_or_a_checksum() -> None:
+    lines = LOCK.read_text().splitlines()[1:]
+    assert all(re.fullmatch(r"\S+==\S+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in lines)
+    assert len([line for line in lines if "==" in line]) == len(pins())
+
+
+def test_a_wheel_with_another_checksum_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = SourceFileLoader("wheelhouse", str(ROOT / "scripts/wheelhouse"))
+    wheelhouse = module_from_spec(spec_from_loader(loader.name, loader))  # type: ignore[arg-type]
+    loader.exec_module(wheelhouse)
+    index = tmp_path / "index"
+    index.mkdir()
+    for name, version in pins().items():
+        (index / f"{name.replace('-', '_')}-{version}-py3-none-any.whl").write_bytes(b"something else")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    with pytest.raises(wheelhouse.WheelhouseError, match="DO NOT MATCH THE HASHES"):
+        wheelhouse.dependencies(Path(sys.executable), tmp_path / "got", "3.11", "x86_64")
+    assert not list((tmp_path / "got").glob("*"))
