@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from sockmi import api
 from sockmi.addresses import Endpoint
 from sockmi.config import Config, GroupConfig, problems
+from sockmi.joined_groups import JoinedGroups
 from sockmi.protocol.codec import STREAM_BYTES_MAX
 from sockmi.refusal import Code, Refusal
 from sockmi.transport.group import Group, GroupError, GroupSettings, Member
@@ -25,6 +26,8 @@ from sockmi.transport.sockaddr import to_endpoint
 from sockmi.transport.stream import QueueFull, StreamPool, StreamSettings
 
 _log = logging.getLogger(__name__)
+
+_REJOIN_AFTER_S = 10.0
 
 
 @dataclass(slots=True)
@@ -61,6 +64,9 @@ class Members:
         self._on_count = on_count
         self._engine = engine
         self._joined: dict[str, _Joined] = {}
+        self._kept = JoinedGroups(config.state_dir)
+        self._absent: dict[str, GroupConfig] = {}  # joined once, and not possible now
+        self._rejoin: asyncio.TimerHandle | None = None
         self._introduction: Introduction | None = None
         self._streams = StreamPool(
             loop,
@@ -74,7 +80,7 @@ class Members:
     # -- life
 
     def start(self) -> None:
-        """Listen for streams and join the configured groups."""
+        """Listen for streams; join the configured groups, and those that were joined before."""
         stream = self._config.stream
         everywhere: list[IPv4Address | IPv6Address] = [IPv4Address(0), IPv6Address(0)]
         addresses = [stream.address] if stream.address else everywhere
@@ -89,9 +95,13 @@ class Members:
         )
         for group in self._config.groups:
             self._join(group, configured=True)
+        self._absent = {one.name: one for one in self._kept.read() if one.name not in self._joined}
+        self._join_again()
 
     def close(self) -> None:
         """Say farewell, and close everything."""
+        if self._rejoin is not None:
+            self._rejoin.cancel()
         for joined in self._joined.values():
             joined.group.close()
         self._joined.clear()
@@ -120,6 +130,24 @@ class Members:
         )
         group.start()
         self._joined[name] = _Joined(config, group, configured, keyring)
+
+    def _join_again(self) -> None:
+        """What was joined before the restart; now and then, as its interface or key may still come."""
+        for name, group in list(self._absent.items()):
+            try:
+                self._join(group, configured=False)
+            except (GroupError, KeyFileError) as error:
+                if self._rejoin is None:
+                    _log.warning(
+                        "group %s, joined before the restart, not joined again: %s; "
+                        "tried every %g s, until it is left",
+                        name,
+                        error,
+                        _REJOIN_AFTER_S,
+                    )
+            else:
+                del self._absent[name]
+        self._rejoin = self._loop.call_later(_REJOIN_AFTER_S, self._join_again) if self._absent else None
 
     def _came(self, group: str, member: Member) -> None:
         self._streams.update(member, group)
@@ -233,15 +261,9 @@ class Members:
     def change(self, request: api.GroupsRequest) -> bool:
         """Join or leave; True if there was something to do."""
         assert request.name is not None
-        known = self._joined.get(request.name)
         if request.action is api.GroupsAction.LEAVE:
-            if known is None:
-                return False
-            known.group.close()
-            for member in list(known.group.members.values()):
-                self._streams.forget(member.host_id, request.name)
-            del self._joined[request.name]
-            return True
+            return self._leave(request.name)
+        known = self._joined.get(request.name)
         wanted = _group_config(request)
         if known is not None:
             if known.config == wanted:
@@ -254,7 +276,45 @@ class Members:
             self._join(wanted, configured=False)
         except (GroupError, KeyFileError) as error:
             raise Refusal(Code.BAD_REQUEST, f"Not joined: {error}") from None
+        before = self._absent.pop(wanted.name, None)
+        try:
+            self._keep()
+        except OSError as error:
+            self._drop(wanted.name)
+            if before is not None:
+                self._absent[wanted.name] = before
+            raise Refusal(
+                Code.INTERNAL, f"Not joined: it could not be kept for the next start ({error})."
+            ) from None
         return True
+
+    def _leave(self, name: str) -> bool:
+        if name not in self._joined and name not in self._absent:
+            return False
+        try:
+            self._keep(without=name)
+        except OSError as error:
+            raise Refusal(
+                Code.INTERNAL, f"Not left: it would be joined again at the next start ({error})."
+            ) from None
+        self._absent.pop(name, None)
+        if name in self._joined:
+            self._drop(name)
+        return True
+
+    def _drop(self, name: str) -> None:
+        """The inverse of ``_join``."""
+        group = self._joined[name].group
+        group.close()
+        for member in list(group.members.values()):
+            self._streams.forget(member.host_id, name)
+        del self._joined[name]
+
+    def _keep(self, without: str | None = None) -> None:
+        """For the next start: what is not configured. Raises OSError."""
+        configured = {group.name for group in self._config.groups}
+        joined = {name: one.config for name, one in self._joined.items() if name not in configured}
+        self._kept.keep(one for name, one in (self._absent | joined).items() if name != without)
 
     def rows(self) -> list[api.GroupRow]:
         """The groups and their members."""

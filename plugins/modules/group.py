@@ -15,8 +15,7 @@ author: SockMi contributors (@sockmi)
 description:
   - Makes the daemon of the managed host a member of a group of daemons, or ends that.
   - Can install the group's key, and verify that other members are heard.
-  - What is joined here lasts until the daemon ends; groups that shall come back after that stand in its
-    configuration.
+  - What is joined here is joined again when the daemon restarts, until it is left. Its key file must stay.
 options:
   state:
     description:

@@ -595,7 +595,7 @@ def test_groups(lab: Lab, running: Daemons, tmp_path: Path) -> None:
         )  # fmt: skip
         the_error(other, NOT_DONE, "bad-request: ", "leave it first")
         shown = run("groups", host=lab.host("a"))
-        assert "web: 239.77.83.9 port 7790 (until restart)" in shown.out
+        assert "web: 239.77.83.9 port 7790 (joined by hand)" in shown.out
         assert "lab: 239.77.83.1 port 7780\n" in shown.out
     finally:
         for host in "ab":
@@ -605,6 +605,35 @@ def test_groups(lab: Lab, running: Daemons, tmp_path: Path) -> None:
     again = run("groups", "leave", "web", "--json", host=lab.host("a"))
     assert (again.status, again.json["changed"]) == (OK, False)
     assert "nothing to do" in run("groups", "leave", "web", host=lab.host("a")).err
+
+
+def test_a_joined_group_outlives_a_restart(lab: Lab, running: Daemons, tmp_path: Path) -> None:
+    key, kept = tmp_path / "web.key", lab.host("a").state_dir / "groups.json"
+    run("key", key)
+    try:
+        assert _join(lab, "a", "web", key).status == OK
+        assert _join(lab, "a", "other", key, port=7794).status == OK
+        assert run("groups", "leave", "other", host=lab.host("a")).status == OK
+        running["a"].restart()
+        assert "web: 239.77.83.9 port 7790 (joined by hand)" in run("groups", host=lab.host("a")).out
+        # It is not forgotten while it cannot be joined.
+        key.chmod(0o644)
+        running["a"].restart()
+        assert "web" not in run("groups", host=lab.host("a")).out
+        assert "group web, joined before the restart, not joined again: " in running["a"].log()
+        assert "chmod 0600" in running["a"].log()
+        key.chmod(0o600)
+        until(lambda: "web" in run("groups", host=lab.host("a")).out, timeout_s=15)
+    finally:
+        run("groups", "leave", "web", host=lab.host("a"))
+    running["a"].restart()
+    assert "web" not in run("groups", host=lab.host("a")).out
+    assert not kept.exists()
+    kept.write_text('[{"name": "web", "hops": 999}]')
+    running["a"].restart()
+    assert run("groups", host=lab.host("a")).status == OK
+    assert f"{kept}: " in running["a"].log()
+    kept.unlink()
 
 
 def test_a_group_of_peers(lab: Lab, running: Daemons, tmp_path: Path) -> None:

@@ -351,7 +351,7 @@ def groups(options: argparse.Namespace) -> int:
         print("nothing to do", file=sys.stderr)
     for group in answer["groups"]:
         where = group["address"] or ", ".join(group["peers"])
-        note = "" if group["configured"] else " (until restart)"
+        note = "" if group["configured"] else " (joined by hand)"
         print(f"{group['name']}: {where} port {group['port']}{note}")
         print_table(("host", "address", "heard s ago", "stream"), [_member(one) for one in group["members"]])
     for host in answer["missed"]:
