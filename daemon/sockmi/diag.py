@@ -34,7 +34,7 @@ _NO_COOKIE = b"\xff" * 8
 _ANY_DEVICE = 0
 _DEVICES_AT_ONCE = 64  # so that all answers fit into the receive buffer
 _DEVICES_AGE_S = 1.0  # to list them takes longer than to ask
-_LISTEN = 10
+_LISTEN, _TIME_WAIT = 10, 6
 _SO_RCVBUFFORCE = 33
 _MAPPED = bytes(10) + b"\xff\xff"
 
@@ -79,7 +79,8 @@ class SocketDiag:
     def destroy(self, connection: FourTuple, cookie: int) -> bool:
         """End that socket whoever has it; False if this kernel cannot (CONFIG_INET_DIAG_DESTROY).
 
-        The kernel sends an RST: hold the connection before. A socket that is gone is no error.
+        The kernel sends an RST (but of one in TIME-WAIT): hold the connection before. A socket that
+        is gone is no error.
         """
         for devices in self._device_groups():
             for code in self._ask(_SOCK_DESTROY, connection, struct.pack("=Q", cookie), devices):
@@ -88,6 +89,13 @@ class SocketDiag:
                 if code == 0:
                     return True
         return True
+
+    def bury(self, connection: FourTuple) -> bool:
+        """End what is in TIME-WAIT, silently; False if it is in another state, or this kernel cannot."""
+        found = self.find(connection)
+        if found is None or found.state != _TIME_WAIT:
+            return found is None
+        return self.destroy(connection, found.cookie)
 
     def _device_groups(self) -> Iterator[list[int]]:
         """First none, as most sockets have no device, then all of this network namespace."""

@@ -31,15 +31,18 @@ class Placing:
         modes: Sequence[Mode],
         path_to: Callable[[IPv4Address | IPv6Address], Way | None],
         exists: Callable[[FourTuple], bool],
+        bury: Callable[[FourTuple], bool],
         obstacle: Callable[[Needs, str, Placement, Endpoint | None], Refusal | None],
     ) -> None:
         """``path_to``: this host's route to an address. ``exists``: whether a connection lives here.
 
+        ``bury``: ends one that is in TIME-WAIT; False if it is not, or this kernel cannot.
         ``obstacle``: why this host could not restore such a socket at a place (engine/trial.py).
         """
         self._modes = frozenset(modes)
         self._path_to = path_to
         self._exists = exists
+        self._bury = bury
         self._obstacle = obstacle
         self._paths: dict[IPv4Address | IPv6Address, tuple[float, Way | None]] = {}
         self._given: dict[MigrationId, FourTuple] = {}
@@ -167,9 +170,18 @@ class Placing:
         return place
 
     def _free(self, connection: FourTuple) -> None:
-        if self._is_taken(connection):
+        """See that there is none yet: one in TIME-WAIT is of the past, as its peer has gone on to another."""
+        if connection in self._taken:
             raise Refusal(
-                Code.TUPLE_TAKEN, f"{connection} exists at the importer already; close it there first."
+                Code.TUPLE_TAKEN,
+                f"{connection} has a place at the importer since another attempt, of which the importer "
+                "does not know yet what became; that ends by itself, try again in some seconds.",
+            )
+        if self._exists(connection) and not self._bury(connection):
+            raise Refusal(
+                Code.TUPLE_TAKEN,
+                f"{connection} exists at the importer already; close it there first (one in TIME-WAIT "
+                "ends by itself within a minute).",
             )
 
     def _is_taken(self, connection: FourTuple) -> bool:

@@ -161,6 +161,7 @@ class Daemon:
                 config.redirect.modes,
                 self.tables.routes.path,
                 lambda one: self.diag.state(one) is not None,
+                self.diag.bury,
                 functools.partial(obstacle, carries_urgent=self.engine.carries_urgent),
             ),
             self.capacity,

@@ -70,7 +70,7 @@ def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None
 
     spool, later = SimpleNamespace(provide=None), SimpleNamespace(call_later=lambda *_unused: None)
     shell, events = told(loop=later, spool=spool)
-    placing = Placing([Mode.NAT], lambda _unused: None, lambda _unused: False, trying)
+    placing = Placing([Mode.NAT], lambda _unused: None, lambda _unused: False, lambda _unused: False, trying)
     importing = Importing(shell, placing, Capacity(), None)  # type: ignore[arg-type]
     importing.reservations.reserve(a.Reserve(BATCH, HOME, 1, (bound(1), bound(2)), (Mode.NAT,), (None, None)))
     [done] = events
