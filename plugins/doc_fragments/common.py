@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class ModuleDocFragment:
-    """Fragments: the way to the daemon, and which sockets."""
+    """Fragments: the way to the daemon, which sockets, and what holds for all that move them."""
 
     DOCUMENTATION = r"""
 options:
@@ -82,4 +82,32 @@ options:
       - CLOSE-WAIT
       - CLOSING
       - LAST-ACK
+"""
+
+    MOVING = r"""
+options:
+  kinds:
+    description:
+      - Kinds of the sockets that the filter selects.
+    type: list
+    elements: str
+    choices: [bound, listening, connected]
+    default: [connected]
+  all:
+    description:
+      - Select every socket of O(kinds) on the host. Without it at least one other selection is needed,
+        so that nothing is moved for want of an option.
+    type: bool
+    default: false
+  timeout:
+    description:
+      - Seconds in which an importer must be found. What has none by then is refused, what has one goes on.
+      - If the daemon has not answered 15 seconds later it is told to undo what is not committed, and asked
+        what became of each socket.
+    type: float
+    default: 30.0
+notes:
+  - Run it as root (C(become)); only administrators may move sockets of other processes.
+  - A filter never selects the sockets that carry the Ansible session itself, those of the module's
+    process and its ancestors such as C(sshd). Their number is returned as RV(spared).
 """

@@ -36,6 +36,7 @@ class Loaded:
         self.module = module
         self.actions = actions
         self.running = os.uname().release
+        self._ended: set[int] = set()  # what check mode takes for ended
 
     @property
     def there(self) -> bool:
@@ -45,7 +46,19 @@ class Loaded:
     @property
     def users(self) -> int:
         """How many users it has: moved connections and open devices."""
-        return int(text_of(LOADED / "refcnt") or 0)
+        return max(0, int(text_of(LOADED / "refcnt") or 0) - sum(map(_opened, self._ended)))
+
+    def users_without(self, process: int) -> int:
+        """How many it would have if that process (an id) ended."""
+        return max(0, self.users - _opened(process))
+
+    def predict_end(self, process: int) -> None:
+        """Count from now on as if that process (an id) had ended."""
+        self._ended.add(process)
+
+    def predict_start(self, process: int) -> None:
+        """Count from now on as if the process ran again."""
+        self._ended.discard(process)
 
     def stale(self) -> bool:
         """Whether it is another build than what is, or will be, installed."""
@@ -96,19 +109,18 @@ class Loaded:
 
     def dependents(self) -> str:
         """Who uses it, in words."""
-        holders = self.holders()
+        holders = list(self.holders().values())
         named = f", the device is open in {', '.join(holders[:NAMES_MAX])}" if holders else ""
         return f"{self.users} users, that is connections that have moved and open devices{named}"
 
-    def holders(self) -> list[str]:
-        """Processes that have the device open: name (pid)."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended
-                links = (os.readlink(link) for link in (process / "fd").iterdir())  # noqa: PTH115 - Python 3.8
-                if str(DEVICE) in links:
-                    found.append(f"{text_of(process / 'comm')} ({process.name})")
-        return found
+    def holders(self) -> dict[int, str]:
+        """Processes that have the device open: name (pid), by their ids."""
+        running = {int(process.name): process for process in Path("/proc").glob("[0-9]*")}
+        return {
+            number: f"{text_of(process / 'comm')} ({number})"
+            for number, process in running.items()
+            if number not in self._ended and _opened(number)
+        }
 
     def _srcversion(self) -> str:
         """What tells the build installed for the running kernel from others; empty if there is none."""
@@ -175,3 +187,12 @@ class Loaded:
                 f"The module does not drop its redirects: {error.strerror}.",
                 "Load a module of this release, or reboot.",
             ) from None
+
+
+def _opened(process: int) -> int:
+    """How many descriptors of the device a process has."""
+    count = 0
+    with contextlib.suppress(OSError):  # it has ended
+        for link in Path(f"/proc/{process}/fd").iterdir():
+            count += os.readlink(link) == str(DEVICE)  # noqa: PTH115 - Python 3.8
+    return count

@@ -22,19 +22,6 @@ description:
   - With O(count) it does so a step at a time. The playbook C(sockmi.appliance.drain) shows how far it has
     come after each.
 options:
-  kinds:
-    description:
-      - Kinds of the sockets that the filter selects.
-    type: list
-    elements: str
-    choices: [bound, listening, connected]
-    default: [connected]
-  all:
-    description:
-      - Select every socket of O(kinds) on the host. Without it at least one other selection is needed,
-        so that nothing is moved for want of an option.
-    type: bool
-    default: false
   to:
     description:
       - The hosts that shall import, by their daemons' names, ids or addresses.
@@ -55,13 +42,6 @@ options:
       - Stop, and fail, when so many sockets did not move. V(0) is never.
     type: int
     default: 10
-  timeout:
-    description:
-      - Seconds in which an importer must be found. What has none by then is refused.
-      - If the daemon has not answered 15 seconds later it is told to undo what is not committed, and asked
-        what became of each socket.
-    type: float
-    default: 30.0
   so_far:
     description:
       - What the step before has returned as RV(so_far), to go on from there.
@@ -92,6 +72,7 @@ options:
 extends_documentation_fragment:
   - sockmi.appliance.common
   - sockmi.appliance.common.filter
+  - sockmi.appliance.common.moving
 attributes:
   check_mode:
     description: Can run in check mode; the daemon is asked for dry runs, and nothing moves.
@@ -107,12 +88,9 @@ attributes:
     details:
       - A moved socket is gone from the host, so the filter selects it no more.
 notes:
-  - Run it as root (C(become)); only administrators may move sockets of other processes.
   - It fails if it has come to an end and sockets are left, and returns the records of all that were tried.
   - With O(idle_s) it ends when for so long none of those that are left has been quiet. One on which a request
     came when its turn had come stays, and is tried again when it is quiet.
-  - The filter never selects the sockets that carry the Ansible session itself, those of the module's
-    process and its ancestors such as C(sshd). Their number is returned as RV(spared).
 seealso:
   - module: sockmi.appliance.export
   - module: sockmi.appliance.info

@@ -21,21 +21,8 @@ options:
   fd:
     description:
       - Descriptor of the socket in the process O(pid).
-      - With it exactly this socket is moved, and no filter may be given.
+      - With it exactly this socket is moved, and no filter may be given; O(kinds) is not used.
     type: int
-  kinds:
-    description:
-      - Kinds of the sockets that a filter selects. Not used with O(fd).
-    type: list
-    elements: str
-    choices: [bound, listening, connected]
-    default: [connected]
-  all:
-    description:
-      - Select every socket of O(kinds) on the host. Without it at least one other selection is needed,
-        so that nothing is moved for want of an option.
-    type: bool
-    default: false
   count:
     description:
       - Move at most so many of the selected sockets; those that can be moved come first.
@@ -45,14 +32,6 @@ options:
       - The host that shall import, by its daemon's name, its id or an address.
       - If it is not given, the daemons of the group agree on one.
     type: str
-  timeout:
-    description:
-      - Seconds in which an importer must be found. What has none by then is refused, what has one goes on.
-      - If the daemon has not answered 15 seconds later it is told to undo what is not committed, and asked
-        what became of each socket.
-      - It holds for each batch of up to 500 sockets.
-    type: float
-    default: 30.0
   migration_id:
     description:
       - A UUID of your choice for the move of one socket (O(fd)).
@@ -67,6 +46,7 @@ options:
 extends_documentation_fragment:
   - sockmi.appliance.common
   - sockmi.appliance.common.filter
+  - sockmi.appliance.common.moving
 attributes:
   check_mode:
     description: Can run in check mode; the daemon is asked for a dry run, and nothing moves.
@@ -81,9 +61,7 @@ attributes:
       - A moved socket is gone from the host, so a filter selects it no more.
       - A single socket needs O(migration_id); without it a second run fails, since the socket is gone.
 notes:
-  - Run it as root (C(become)); only administrators may move sockets of other processes.
-  - A filter never selects the sockets that carry the Ansible session itself, those of the module's
-    process and its ancestors such as C(sshd). Their number is returned as RV(spared).
+  - O(timeout) holds for each batch of up to 500 sockets.
   - Records of all selected sockets are returned also when the module fails.
 seealso:
   - module: sockmi.appliance.info

@@ -58,6 +58,14 @@ options:
         are cut off.
     type: bool
     default: false
+  stop_unit:
+    description:
+      - A systemd unit, V(sockmid.service), that may be stopped if nothing but its main process keeps the
+        module from being unloaded.
+      - With O(state=loaded) it is started again as soon as the other build is loaded, or cannot be;
+        otherwise it stays stopped. In check mode it counts as stopped where it would be.
+      - Without it a module that the daemon has open is replaced at the next boot.
+    type: str
 attributes:
   check_mode:
     description: Can run in check mode; obstacles are looked for, nothing is built, loaded or written.
@@ -88,6 +96,11 @@ EXAMPLES = r"""
   sockmi.appliance.kmod:
     parameters:
       list_max: "64,64,4096"
+
+- name: Another build, now, if no migrated connection depends on the one that is loaded
+  sockmi.appliance.kmod:
+    source: /usr/local/src/sockmi-dkms-1.1.tar
+    stop_unit: sockmid.service
 
 - name: Remove it
   sockmi.appliance.kmod:
@@ -144,7 +157,7 @@ obstacles:
       description:
         - A code for programs, V(old-kernel), V(unknown-kernel), V(no-dkms), V(no-make), V(no-gcc),
           V(no-headers), V(build-failed), V(modules-disabled), V(secure-boot), V(load-failed), V(in-use),
-          V(unload-failed) or V(flush-failed).
+          V(unload-failed), V(flush-failed) or V(unit-failed).
       type: str
       returned: always
     message:
@@ -161,9 +174,11 @@ obstacles:
       mend: Install the package linux-headers-6.1.0-40-cloud-amd64.
 """
 
+import contextlib  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import tempfile  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -173,6 +188,7 @@ from ansible_collections.sockmi.appliance.plugins.module_utils._dkms import Dkms
 from ansible_collections.sockmi.appliance.plugins.module_utils._loaded import Loaded  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._obstacle import Obstacle  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._source import Source  # noqa: E402
+from ansible_collections.sockmi.appliance.plugins.module_utils._unit import Unit  # noqa: E402
 
 MODPROBE = Path("/etc/modprobe.d/sockmi.conf")
 AT_BOOT = Path("/etc/modules-load.d/sockmi.conf")
@@ -192,6 +208,7 @@ class Kmod:
         self.reload_needed = False
         self.dkms = Dkms(module, self.kernel, self.actions)
         self.loaded = Loaded(module, self.actions)
+        self.unit = Unit(module, self.actions, self.params["stop_unit"]) if self.params["stop_unit"] else None
 
     def run(self) -> None:
         """Look, do, report."""
@@ -234,7 +251,7 @@ class Kmod:
             self.module.warn(
                 "The loaded module is not the one that is installed now, or has other parameters, but is in "
                 f"use ({self.loaded.dependents()}). It is replaced at the next boot, or when this is run "
-                "with nothing depending on it."
+                "with nothing depending on it but a daemon that it may stop (stop_unit)."
             )
         if self.module._diff:
             result["diff"] = {"before": _module.pretty(before), "after": _module.pretty(after)}
@@ -332,19 +349,48 @@ class Kmod:
     def _load(self) -> None:
         if self.kernel != self.running:
             return
-        if self.loaded.there:
-            if not self.loaded.stale() and not self.reload_needed:
-                return
+        if not self.loaded.there:
+            self.loaded.load()
+            return
+        if not self.loaded.stale() and not self.reload_needed:
+            return
+        with self._unit_stopped():
             if self.loaded.users:
                 self.reload_needed = True
                 return
             self.loaded.unload()
             self.reload_needed = False
-        self.loaded.load()
+            self.loaded.load()
 
     def _unload(self) -> None:
         if self.loaded.there:
-            self.loaded.unload(force=self.params["force"])
+            with self._unit_stopped():
+                self.loaded.unload(force=self.params["force"])
+
+    @contextlib.contextmanager
+    def _unit_stopped(self) -> Iterator[None]:
+        """Within, the unit is stopped if that helps. Afterwards it runs, unless the module is unloaded."""
+        process = self.unit.process() if self.unit else 0
+        if self.unit is None or not self._stopping_helps(process):
+            yield
+            return
+        try:
+            self.unit.stop()
+            if self.module.check_mode:
+                self.loaded.predict_end(process)
+            yield
+        except BaseException:
+            self.unit.start()
+            raise
+        if self.state == "loaded":
+            self.unit.start()
+            self.loaded.predict_start(process)
+
+    def _stopping_helps(self, process: int) -> bool:
+        """Whether nothing would keep the module if that process ended, or only what ``force`` drops."""
+        others = set(self.loaded.holders()) - {process}
+        without = self.loaded.users_without(process)
+        return without < self.loaded.users and not others and (not without or self.params["force"])
 
 
 def _configured() -> dict[str, str]:
@@ -366,6 +412,7 @@ def argument_spec() -> dict[str, Any]:
         "parameters": {"type": "dict"},
         "at_boot": {"type": "bool"},
         "force": {"type": "bool", "default": False},
+        "stop_unit": {"type": "str"},
     }
 
 
@@ -373,7 +420,7 @@ def main() -> None:
     """Run the module."""
     with _module.readable():
         module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
-    _module.guarded(module, Kmod(module).run)
+    _module.guarded(module, lambda: Kmod(module).run())
 
 
 if __name__ == "__main__":

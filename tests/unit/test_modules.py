@@ -666,7 +666,7 @@ def test_kmod_speaks_the_ioctls_of_the_header(load: Callable[[str], Any]) -> Non
 
 def test_kmod_needs_root(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    params = {"kernel": None, "state": "unloaded", "parameters": None}
+    params = {"kernel": None, "state": "unloaded", "parameters": None, "stop_unit": None}
     one = load("modules.kmod").Kmod(SimpleNamespace(params=params, check_mode=False))
     with pytest.raises(load("module_utils._module").WrongValue, match="use become"):
         one.run()

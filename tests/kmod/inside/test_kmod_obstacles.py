@@ -31,6 +31,20 @@ FLOW = FourTuple(Endpoint(IPv4Address("192.0.2.1"), 80), Endpoint(IPv4Address("1
 DKMS = """#!/bin/sh
 echo "sockmi/1.0, $(uname -r), $(uname -m): installed"
 """
+# Keeps one unit, whose process has the device open.
+SYSTEMCTL = """#!/bin/sh
+main=${0%/*}/main
+echo "$*" >>"${0%/*}/asked"
+case $1 in
+show) cat "$main" 2>/dev/null || echo 0 ;;
+stop) kill "$(cat "$main")"; while [ -e "/proc/$(cat "$main")/fd/3" ]; do sleep 0.01; done; rm "$main" ;;
+start)
+	if [ -c /dev/sockmi ]; then exec 3<>/dev/sockmi; else exec 3</dev/null; fi
+	sleep 600 >/dev/null 2>&1 & echo $! >"$main" ;;
+esac
+"""
+UNIT = "sockmid.service"
+REPLACED = ["parameters", f"stop {UNIT}", "unload", "load", f"start {UNIT}"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,6 +83,50 @@ def kmod(tmp_path: Path) -> Any:
         return result
 
     return run
+
+
+class Daemon:
+    """The unit that has the device open, of which the module may ask."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "systemctl").write_text(SYSTEMCTL)
+        (folder / "systemctl").chmod(0o755)
+
+    def systemctl(self, verb: str) -> None:
+        """As an operator would."""
+        subprocess.run([self.folder / "systemctl", verb, UNIT], check=True, timeout=60)
+
+    @property
+    def process(self) -> str:
+        """Its process id; "" if it is stopped."""
+        main = self.folder / "main"
+        return main.read_text().strip() if main.exists() else ""
+
+    @property
+    def asked(self) -> set[str]:
+        """Verbs that were asked for since the last look."""
+        file = self.folder / "asked"
+        verbs = {line.split()[0] for line in file.read_text().splitlines()}
+        file.unlink()
+        return verbs
+
+
+@pytest.fixture
+def daemon(kmod: Any, tmp_path: Path) -> Iterator[Daemon]:
+    """It runs, and has the module open that was loaded for it."""
+    daemon = Daemon(tmp_path)
+    kmod("loaded", parameters={"list_max": "100,100,100"})
+    daemon.systemctl("start")
+    yield daemon
+    if daemon.process:
+        daemon.systemctl("stop")
+    kmod("unloaded", force=True)
+
+
+def limits() -> str:
+    """Of the lists, as loaded."""
+    return (LOADED / "parameters/list_max").read_text().strip()
 
 
 def obstacle(result: dict[str, Any]) -> str:
@@ -131,6 +189,67 @@ def test_loaded_by_hand(kmod: Any) -> None:
     finally:
         shutil.copy(os.environ["SOCKMI_KO"], file)
         subprocess.run(["depmod"], check=True, timeout=60)
+
+
+def test_the_daemon_stops_for_another(kmod: Any, daemon: Daemon) -> None:
+    """If it alone keeps the module from being replaced, and it may be stopped. Check mode predicts it."""
+    before = daemon.process
+    wanted = {"parameters": {"list_max": "300,300,300"}, "stop_unit": UNIT}
+    predicted = kmod("loaded", check=True, **wanted)
+    assert (predicted["actions"], predicted["reload_needed"], predicted["loaded"]) == (REPLACED, False, True)
+    assert (daemon.process, limits(), daemon.asked & {"stop"}) == (before, "100,100,100", set())
+    replaced = kmod("loaded", **wanted)
+    assert (replaced["actions"], replaced["reload_needed"]) == (REPLACED, False)
+    assert (limits(), replaced["users"]) == ("300,300,300", 1)
+    assert daemon.process not in ("", before)
+    again = kmod("loaded", **wanted)
+    assert (again["changed"], again["actions"]) == (False, [])
+
+
+def test_the_daemon_goes_on_if_that_is_no_use(kmod: Any, daemon: Daemon) -> None:
+    """Something else depends on the module: another program with the device open, or a redirect."""
+    before = daemon.process
+    wanted = {"parameters": {"list_max": "300,300,300"}, "stop_unit": UNIT}
+    with contextlib.closing(nat_client.Nat()) as nat:
+        for check in (True, False):
+            waits = kmod("loaded", check=check, **wanted)
+            assert waits["reload_needed"] is True
+            assert obstacle(kmod("unloaded", check=check, stop_unit=UNIT, force=True)) == "in-use"
+        nat.add(nat_client.held(FLOW, nat_client.Flag.MUTE))
+    for check in (True, False):
+        assert kmod("loaded", check=check, **wanted)["reload_needed"] is True
+        assert obstacle(kmod("unloaded", check=check, stop_unit=UNIT)) == "in-use"
+    assert (daemon.process, limits()) == (before, "100,100,100")
+    assert daemon.asked & {"stop", "start"} == {"start"}  # by the fixture
+    unload = {"stop_unit": UNIT, "force": True}
+    actions = [f"stop {UNIT}", "drop redirects", "unload"]
+    assert kmod("unloaded", check=True, **unload)["actions"] == actions
+    assert daemon.process == before
+    assert kmod("unloaded", **unload)["actions"] == actions
+    assert (daemon.process, LOADED.is_dir()) == ("", False)
+
+
+def test_the_daemon_runs_again_if_it_cannot_be_loaded(kmod: Any, daemon: Daemon) -> None:
+    before = daemon.process
+    failed = kmod("loaded", parameters={"list_max": "1,2,3,4,5"}, stop_unit=UNIT)
+    assert obstacle(failed) == "load-failed"
+    assert daemon.process not in ("", before)
+    assert not LOADED.is_dir()
+    daemon.systemctl("stop")
+    kmod("unloaded", parameters={})
+
+
+def test_the_daemon_stays_stopped_without_it(kmod: Any, daemon: Daemon) -> None:
+    """Unloaded, or predicted for a play that stops the daemon before."""
+    predicted = kmod("unloaded", check=True, stop_unit=UNIT)
+    assert (predicted["actions"], predicted["loaded"]) == ([f"stop {UNIT}", "unload"], False)
+    assert LOADED.is_dir() and daemon.process
+    done = kmod("unloaded", stop_unit=UNIT)
+    assert (done["actions"], LOADED.is_dir(), daemon.process) == ([f"stop {UNIT}", "unload"], False, "")
+
+
+def test_no_unit(kmod: Any) -> None:
+    assert "stop_unit is 'a b'; give" in kmod("loaded", stop_unit="a b")["msg"]
 
 
 @pytest.mark.kernels("6.*", "7.*")  # a User-Mode-Linux kernel checks no signatures
