@@ -379,19 +379,20 @@ class Daemon:
         return holding.migration in self.importing.stock.copies
 
 
-def _uninstall(config: Config, force: bool) -> int:
+def _uninstall(config: Config, *, force: bool, check: bool) -> int:
     """``--remove-redirects``; 0, or 1 if connections depend on them."""
     from sockmi.uninstalling import Needed, remove_redirects
 
     lock = lock_state(config.state_dir)
     try:
-        cut_off = remove_redirects(config, force=force)
+        cut_off = remove_redirects(config, force=force, check=check)
     except Needed as needed:
         print(f"sockmid: {needed}", file=sys.stderr)
         return 1
     finally:
         os.close(lock)
-    print(f"removed; {cut_off} connections were cut off" if cut_off else "removed")
+    said, lost = ("can be removed", "would be") if check else ("removed", "were")
+    print(f"{said}; {cut_off} connections {lost} cut off" if cut_off else said)
     return 0
 
 
@@ -401,7 +402,11 @@ def main(arguments: list[str] | None = None) -> int:
         prog="sockmid", description="Moves live TCP sockets between hosts.", allow_abbrev=False
     )
     parser.add_argument("--config", type=Path, default=Path("/etc/sockmi/sockmi.yml"), metavar="FILE")
-    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check the configuration, or whether the redirects can be removed, and exit",
+    )
     parser.add_argument(
         "--remove-redirects",
         action="store_true",
@@ -416,14 +421,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--force goes with --remove-redirects")
     try:
         config = Config.load(options.config)
-        if options.check:
+        if options.check and not options.remove_redirects:
             print(f"{options.config}: good")
             return 0
         logs.configure(config)
         if os.geteuid() != 0:
             raise StartError("sockmid needs root (its unit takes all but seven capabilities away)")
         if options.remove_redirects:
-            return _uninstall(config, options.force)
+            return _uninstall(config, force=options.force, check=options.check)
         raise_limit()
         daemon = Daemon(config, options.config)
         daemon.start()

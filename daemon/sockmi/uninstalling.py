@@ -27,10 +27,10 @@ class Needed(Exception):
     """Connections depend on the redirects; the text names some and says what to do."""
 
 
-def remove_redirects(config: Config, *, force: bool = False) -> int:
+def remove_redirects(config: Config, *, force: bool = False, check: bool = False) -> int:
     """Remove tables, chains, ip rules and routes; returns how many connections have lost theirs.
 
-    Raises Needed, and changes nothing, if there are any and ``force`` is not given. OSError: the kernel
+    With ``check`` nothing is removed, and it returns how many would. Raises Needed, and changes nothing, if there are any and ``force`` is not given. OSError: the kernel
     refused. The caller holds the state directory's lock. Repeating it is no error.
     """
     journal = Journal(config.journal_path)
@@ -56,8 +56,9 @@ def remove_redirects(config: Config, *, force: bool = False) -> int:
             raise Needed(_sentence(sorted(needed)))
         if Mode.IPTABLES in redirects and (why := unusable()):
             raise OSError(errno.EOPNOTSUPP, f"redirect mode iptables: {why}; its chains cannot be removed")
-        for redirect in redirects.values():
-            redirect.teardown()
+        if not check:
+            for redirect in redirects.values():
+                redirect.teardown()
     finally:
         tables.close()
     return len(needed)

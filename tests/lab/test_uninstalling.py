@@ -67,6 +67,8 @@ def test_nothing_is_left(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert left(a) == before
         text = daemons.daemons["a"].config_file.read_text()
         daemons.daemons["a"].config_file.write_text(text.replace("- takeover", ""))
+        assert remove(a, "--check") == (0, "can be removed", "")
+        assert left(a) == before
         assert remove(a) == (0, "removed", "")
         assert left(a) == []
         assert remove(a) == (0, "removed", "")  # once more is no error
@@ -90,7 +92,11 @@ def test_what_is_needed_stays(lab: Lab, tmp_path: Path, journal: bool) -> None:
             for path in lab.host("a").state_dir.glob("journal.db*"):
                 path.rename(tmp_path / path.name)
         before = left(lab.host("a"))
+        said = "can be removed; 1 connections would be cut off"
+        assert remove(lab.host("a"), "--check", "--force") == (0, said, "")
+        foretold = remove(lab.host("a"), "--check")
         status, _unused, why = remove(lab.host("a"))
+        assert foretold == (1, "", why)
         assert status == 1
         assert f"1 moved connections depend on this host's redirects: {lab.host('a').address4}:7000" in why
         assert "--force" in why and "(left)" in why
