@@ -30,8 +30,9 @@ class Needed(Exception):
 def remove_redirects(config: Config, *, force: bool = False, check: bool = False) -> int:
     """Remove tables, chains, ip rules and routes; returns how many connections have lost theirs.
 
-    With ``check`` nothing is removed, and it returns how many would. Raises Needed, and changes nothing, if there are any and ``force`` is not given. OSError: the kernel
-    refused. The caller holds the state directory's lock. Repeating it is no error.
+    With ``check`` nothing is removed, and it returns how many would. Raises Needed, and changes nothing, if
+    there are any and ``force`` is not given. OSError: the kernel refused. The caller holds the state
+    directory's lock. Repeating it is no error.
     """
     journal = Journal(config.journal_path)
     try:
