@@ -19,7 +19,7 @@ from sockmi.addresses import Endpoint, FourTuple
 from sockmi.diag import SocketDiag
 from tests.lab.crash_lab import cluster
 from tests.lab.matrix_lab import Bench, Case, Held, Later, bench, copy_of, exchange, moved
-from tests.lab.scenario import ask, status, until
+from tests.lab.scenario import ask, daemons, status, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -97,3 +97,25 @@ def test_it_survives_both_daemons(lab: Lab, tmp_path: Path) -> None:
         assert copy.recv(1) == b""
         copy.close()
         until(lambda: status(it.host("a"))["redirects_out"] == status(it.host("b"))["redirects_in"] == 0)
+
+
+def test_closing_states(lab: Lab, tmp_path: Path) -> None:
+    """The copy is told of the FINs and ACKs that the original has had, though not by its device."""
+    redirect = {"devices": ["eth0"], "modes": ["forward"]}
+    states = ("FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT", "CLOSING", "LAST-ACK")
+    with (
+        daemons(lab, "ab", redirect=redirect) as both,
+        bench(lab, "forward", both) as it,
+        it.watched(tmp_path),
+    ):
+        cases = [it.make(kind, wanted, True) for kind in ("v4", "v6") for wanted in states]
+        for case in cases:
+            case.ours.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+        moved(it.export_actively([case.ours for case in cases]))
+        it.undeafen(cases)
+        for case, came in zip(cases, it.take([it.request(case) for case in cases]), strict=True):
+            copy = copy_of(came)
+            assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"eth0"
+            it.finish(case, copy)
+            copy.close()
+        it.clear()

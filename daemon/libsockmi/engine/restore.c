@@ -195,7 +195,7 @@ static int fill_queues(struct restore *r)
 /* ---- FINs ---- */
 
 /* Deliver a segment, and wait until it has changed the state. */
-static int inject(struct restore *r, uint32_t seq, uint32_t ack, bool fin)
+static int inject_now(struct restore *r, uint32_t seq, uint32_t ack, bool fin)
 {
 	const struct sockmi_image *i = r->image;
 	uint32_t window = i->window.snd_wnd >> i->negotiated.snd_wscale;
@@ -211,6 +211,21 @@ static int inject(struct restore *r, uint32_t seq, uint32_t ack, bool fin)
 		nanosleep(&pause, NULL);
 	}
 	return 0;
+}
+
+/* What is injected comes by the loopback device. A copy that is bound to another one is not, for that moment. */
+static int inject(struct restore *r, uint32_t seq, uint32_t ack, bool fin)
+{
+	int device = 0, outcome;
+
+	if (sockmi_get_int(r->fd, SOL_SOCKET, SO_BINDTOIFINDEX, &device) < 0 || !device)
+		return inject_now(r, seq, ack, fin);
+	if (sockmi_set_int(r->fd, SOL_SOCKET, SO_BINDTOIFINDEX, 0) < 0)
+		return failed_call(r, SOCKMI_STEP_OPTION);
+	outcome = inject_now(r, seq, ack, fin);
+	if (sockmi_set_int(r->fd, SOL_SOCKET, SO_BINDTOIFINDEX, device) < 0)
+		return failed_call(r, SOCKMI_STEP_OPTION);
+	return outcome;
 }
 
 static int close_own(struct restore *r)
