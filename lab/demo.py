@@ -23,11 +23,12 @@ from lab.host import PROJECT, Host
 from lab.labs import Lab
 from lab.plan import LabError
 
-NAME = "demo"
 SERVICES = {"download": 8080, "lines": 7000, "duplex": 9000}
 STAY_S = 3.0
+PLAYBOOKS_S = 28.0  # two of them, on a slow machine
+DOWNLOAD_PACE = 1_500_000  # bytes a second
 CLIENTS: dict[str, tuple[str, ...]] = {
-    "curl": ("curl", "download", "--bytes", "60000000", "--pace", "1500000"),
+    "curl": ("curl", "download", "--pace", str(DOWNLOAD_PACE)),
     "lines": ("lines", "lines", "--interval-s", "0.02"),
     "idle": ("idle", "lines", "--idle-s", "3600"),
     "duplex": ("duplex", "duplex", "--pace", "3000000"),
@@ -99,29 +100,34 @@ class Programs:
 
 
 @contextlib.contextmanager
-def made_lab() -> Iterator[Lab]:
+def made_lab(name: str) -> Iterator[Lab]:
     """The lab with its daemons, made and removed by the playbook."""
-    playbook("playbooks/lab.yml", sockmi_lab_name=NAME, sockmi_lab_state="present", sockmi_lab_daemons=True)
+    playbook("playbooks/lab.yml", sockmi_lab_name=name, sockmi_lab_state="present", sockmi_lab_daemons=True)
     try:
-        yield Lab(NAME)
+        yield Lab(name)
     finally:
-        playbook("playbooks/lab.yml", sockmi_lab_name=NAME, sockmi_lab_state="absent")
+        playbook("playbooks/lab.yml", sockmi_lab_name=name, sockmi_lab_state="absent")
 
 
-def run(page: Path) -> int:
-    """The whole demo; 0 if every client was content and every connection moved twice."""
-    with made_lab() as lab:
+def run(page: Path, name: str, stay_s: float = STAY_S) -> int:
+    """The whole demo in a lab of that name; 0 if every client was content and every connection moved twice.
+
+    ``stay_s``: how long connections stay where they are.
+    """
+    with made_lab(name) as lab:
         work = lab.host("peer").directory / "demo"
         work.mkdir(parents=True, exist_ok=True)
         servers, clients = Programs(work), Programs(work)
         try:
-            return _show(lab, work, servers, clients, page)
+            return _show(lab, work, servers, clients, page, stay_s)
         finally:
             clients.kill()
             servers.kill()
 
 
-def _show(lab: Lab, work: Path, servers: Programs, clients: Programs, page: Path) -> int:
+def _show(  # noqa: PLR0917 - what it shows, with what, and for how long
+    lab: Lab, work: Path, servers: Programs, clients: Programs, page: Path, stay_s: float
+) -> int:
     say("servers on a; on b and c the same programs wait for connections to import")
     common = ("--rendezvous", work / "contexts")
     for kind, port in SERVICES.items():
@@ -144,17 +150,19 @@ def _show(lab: Lab, work: Path, servers: Programs, clients: Programs, page: Path
 
     say("clients on peer: curl in a long download, a line session, an idle one, a two-way stream")
     address = str(lab.host("a").address4)
+    length = ["--bytes", str(int((PLAYBOOKS_S + 4 * stay_s) * DOWNLOAD_PACE))]
     for name, (command, service, *options) in CLIENTS.items():
+        options += length if name == "curl" else []
         timeline = ("--name", name, "--timeline", work / f"{name}.jsonl")
         clients.start(lab.host("peer"), name, command, address, str(SERVICES[service]), *timeline, *options)
-    time.sleep(STAY_S)
+    time.sleep(stay_s)
     for source, target in (("a", "b"), ("b", "c")):
         say(f"every connection moves from {source} to {target}")
-        playbook("migrate.yml", sockmi_from=source, sockmi_to=target)
-        time.sleep(STAY_S)
+        playbook("migrate.yml", sockmi_lab_name=lab.name, sockmi_from=source, sockmi_to=target)
+        time.sleep(stay_s)
 
     say("what the clients saw")
-    time.sleep(STAY_S)
+    time.sleep(stay_s)
     complaints = clients.finish() + servers.finish()
     records = [record for name in ("a", "b") for record in _history(lab.host(name))]
     stories = report.load([work / f"{name}.jsonl" for name in CLIENTS], records)
@@ -181,9 +189,22 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--page", type=Path, default=Path("demo.html"), help="where the page goes (default: demo.html)"
     )
+    parser.add_argument(
+        "--lab",
+        default="demo",
+        metavar="NAME",
+        help="the lab to make, and to remove at the end (default: demo)",
+    )
+    parser.add_argument(
+        "--stay-s",
+        type=float,
+        default=STAY_S,
+        metavar="SECONDS",
+        help=f"how long connections stay where they are (default: {STAY_S:g})",
+    )
     arguments = parser.parse_args(words)
     try:
-        return run(arguments.page.resolve())
+        return run(arguments.page.resolve(), arguments.lab, arguments.stay_s)
     except LabError as error:
         print(f"demo: {error}", file=sys.stderr)
     return 1
