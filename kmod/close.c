@@ -39,6 +39,10 @@ void sockmi_close_silently(struct sock *sk, int error)
 	if (sk->sk_state != TCP_CLOSE)
 		sk->sk_prot->disconnect(sk, 0);
 	unbind(sk);
+	/* disconnect() leaves these to who connects next. */
+	tp->snd_cwnd_clamp = ~0;
+	tp->reordering = READ_ONCE(sock_net(sk)->ipv4.sysctl_tcp_reordering);
+	WRITE_ONCE(sk->sk_pacing_rate, ~0UL);
 	tp->repair = 0;
 	tp->repair_queue = TCP_NO_QUEUE;
 	sk->sk_socket->state = SS_UNCONNECTED;

@@ -213,12 +213,13 @@ static inline unsigned long sockmi_delack_due(const struct sock *sk)
 #endif
 }
 
+/* Stable series have moved it, so the version does not tell: Kbuild looks. */
 static inline struct timer_list *sockmi_keepalive_timer(struct sock *sk)
 {
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
-	return &sk->sk_timer;
-#else
+#ifdef SOCKMI_KEEPALIVE_IN_ICSK
 	return &inet_csk(sk)->icsk_keepalive_timer;
+#else
+	return &sk->sk_timer;
 #endif
 }
 
@@ -233,6 +234,34 @@ static inline struct timer_list *sockmi_keepalive_timer(struct sock *sk)
 #define sockmi_inet_set(sk, field, BIT, value) inet_assign_bit(BIT, sk, value)
 #define sockmi_defer_connect(sk) inet_test_bit(DEFER_CONNECT, sk)
 #endif
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 8, 0)
+#define sockmi_inet6_flag(sk, field, BIT) (inet6_sk(sk)->field)
+#else
+#define sockmi_inet6_flag(sk, field, BIT) inet6_test_bit(BIT, sk)
+#endif
+
+#ifdef IP_LOCAL_PORT_RANGE
+/* The highest port in the upper half, the lowest in the lower; 0: the host's. */
+static inline s32 sockmi_local_ports(const struct sock *sk)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 8, 0)
+	return (s32)((u32)inet_sk(sk)->local_port_range.hi << 16 | inet_sk(sk)->local_port_range.lo);
+#else
+	return (s32)READ_ONCE(inet_sk(sk)->local_port_range);
+#endif
+}
+#endif
+
+/* IP_CMSG_*: what recvmsg() is to tell of IPv4 packets. */
+static inline unsigned long sockmi_cmsg_flags(const struct sock *sk)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 6, 0)
+	return inet_sk(sk)->cmsg_flags;
+#else
+	return inet_cmsg_flags(inet_sk(sk));
+#endif
+}
 
 /* Payload share of receive buffer space, of 256; 0: this kernel does not estimate it. */
 static inline u8 sockmi_scaling_ratio(const struct tcp_sock *tp)

@@ -289,8 +289,8 @@ static int restore(struct delivery *d, struct sockmi_image *image)
 	image->identity.family = d->listener->sk_family;
 	image->identity.v6only = 0;
 	inherit(d->child->sk, d->listener);
-	result = sockmi_restore(d->child, image, &d->local, d->a->restore_flags | SOCKMI_RESTORE_KEEP_DEVICE,
-				&d->a->refusal, &losses);
+	result = sockmi_restore(d->child, image, &d->local, d->a->restore_flags | SOCKMI_RESTORE_CHILD,
+				&d->a->refusal, &losses, NULL);
 	d->a->approximated = losses.approximated;
 	d->a->reset = losses.reset;
 	d->a->lost = losses.lost;

@@ -351,6 +351,7 @@ static sockmi_ioctl *const ioctls[] = {
 	[_IOC_NR(SOCKMI_IOC_SLOTS)] = ioctl_slots,
 	[_IOC_NR(SOCKMI_IOC_SERVE)] = sockmi_ioctl_serve,
 	[_IOC_NR(SOCKMI_IOC_ANSWER)] = sockmi_ioctl_answer,
+	[_IOC_NR(SOCKMI_IOC_FORGET)] = sockmi_ioctl_forget,
 	[_IOC_NR(SOCKMI_IOC_CLAIM)] = sockmi_ioctl_claim,
 	[_IOC_NR(SOCKMI_IOC_FREEZE)] = sockmi_ioctl_freeze,
 	[_IOC_NR(SOCKMI_IOC_COMMIT)] = sockmi_ioctl_commit,

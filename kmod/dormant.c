@@ -13,6 +13,7 @@
  * @claim: on the socket, until it is decided
  * @sock: the socket
  * @blob: the image, as long as activation needs it
+ * @kept: the socket's own options, if it is discarded
  * @deadline: discards it
  * @id: in its device file
  *
@@ -24,6 +25,7 @@ struct sockmi_dormant {
 	struct sockmi_claim *claim;
 	struct socket *sock;
 	struct sockmi_blob *blob;
+	struct sockmi_kept *kept;
 	struct delayed_work deadline;
 	u32 id;
 };
@@ -40,6 +42,7 @@ static void dormant_put(struct sockmi_dormant *dormant)
 static void dormant_end(struct sockmi_dormant *dormant)
 {
 	sockmi_blob_put(dormant->blob);
+	sockmi_kept_free(dormant->kept);
 	sockmi_claim_put(dormant->claim);
 	atomic_dec(&dormant->owner->exports_count);
 	if (cancel_delayed_work(&dormant->deadline))
@@ -61,6 +64,7 @@ static void discard(struct sockmi_dormant *dormant, int why)
 	trace_sockmi_discard(sk, dormant->id, 0, why, 0);
 	sockmi_close_silently(sk, 0);
 	release_sock(sk);
+	sockmi_put_back(dormant->sock, dormant->kept);
 }
 
 /* Without this, a process that blocks on its own dormant socket could not even be killed. */
@@ -117,7 +121,8 @@ static int restore(struct sockmi_file *file, struct sockmi_dormant *dormant, str
 		return PTR_ERR(blob);
 	}
 	memcpy(&local, &a->local, sizeof(local));
-	result = sockmi_restore(dormant->sock, &blob->image, &local, a->flags, &a->refusal, &losses);
+	result = sockmi_restore(dormant->sock, &blob->image, &local, a->flags, &a->refusal, &losses,
+				&dormant->kept);
 	trace_sockmi_restore(dormant->sock->sk, dormant->id, a->bytes, result, a->refusal);
 	a->approximated = losses.approximated;
 	a->reset = losses.reset;
@@ -245,6 +250,21 @@ out:
 	return sockmi_arg_out(arg, size, &a, sizeof(a)) ?: result;
 }
 
+/* Looked up and taken out at once, or the deadline could free it in between. */
+static struct sockmi_dormant *take_out_by_id(struct sockmi_file *file, u64 id)
+{
+	struct sockmi_dormant *dormant;
+
+	if (id > U32_MAX)
+		return NULL;
+	xa_lock(&file->dormants);
+	dormant = xa_load(&file->dormants, id);
+	if (dormant)
+		__xa_cmpxchg(&file->dormants, id, dormant, NULL, GFP_ATOMIC);
+	xa_unlock(&file->dormants);
+	return dormant;
+}
+
 static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool live)
 {
 	struct sockmi_ioc_decision a;
@@ -255,16 +275,14 @@ static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool
 		return result;
 	if (a.flags)
 		return -EINVAL;
-	if (a.id > U32_MAX)
+	dormant = take_out_by_id(file, a.id);
+	if (!dormant) {
+		if (live)
+			trace_sockmi_activate(NULL, a.id, 0, -ENOENT, 0);
+		else
+			trace_sockmi_discard(NULL, a.id, 0, -ENOENT, 0);
 		return -ENOENT;
-	/* Looked up and taken out at once, or the deadline could free it in between. */
-	xa_lock(&file->dormants);
-	dormant = xa_load(&file->dormants, a.id);
-	if (dormant)
-		__xa_cmpxchg(&file->dormants, a.id, dormant, NULL, GFP_ATOMIC);
-	xa_unlock(&file->dormants);
-	if (!dormant)
-		return -ENOENT;
+	}
 	if (live)
 		result = activate(dormant);
 	else

@@ -33,7 +33,7 @@ static bool in_states(const struct dump *d, unsigned int mask)
 /* Microseconds until @due, in jiffies; 1 if that is past. */
 static u64 until(unsigned long due)
 {
-	return time_after(due, jiffies) ? jiffies_to_usecs(due - jiffies) ?: 1 : 1;
+	return time_after(due, jiffies) ? (u64)(due - jiffies) * (USEC_PER_SEC / HZ) : 1;
 }
 
 /* ---- Sequence numbers ---- */
@@ -547,6 +547,18 @@ static void dump_ecn(struct dump *d)
 		sockmi_writer_put(&d->writer, SOCKMI_ECN, &e, sizeof(e));
 }
 
+/* Until a probe is due. The kernel leaves the timer alone when something comes in, and looks again when it expires. */
+static u64 keepalive_us(const struct dump *d)
+{
+	unsigned long due = sockmi_keepalive_timer(d->sk)->expires;
+	u32 silence = keepalive_time_elapsed(d->tp), most = keepalive_time_when(d->tp);
+
+	if (!d->icsk->icsk_probes_out && !d->tp->packets_out && tcp_write_queue_empty(d->sk) && silence < most &&
+	    time_before(due, jiffies + most - silence))
+		due = jiffies + most - silence;
+	return until(due);
+}
+
 static noinline_for_stack void dump_timers(struct dump *d)
 {
 	struct inet_connection_sock *icsk = d->icsk;
@@ -570,7 +582,7 @@ static noinline_for_stack void dump_timers(struct dump *d)
 	if (icsk->icsk_ack.pending & ICSK_ACK_TIMER)
 		t.delayed_ack_us = until(sockmi_delack_due(d->sk));
 	if (timer_pending(sockmi_keepalive_timer(d->sk)))
-		t.keepalive_us = until(sockmi_keepalive_timer(d->sk)->expires);
+		t.keepalive_us = keepalive_us(d);
 	sockmi_writer_put(&d->writer, SOCKMI_TIMERS, &t, sizeof(t));
 }
 
@@ -607,6 +619,19 @@ static void dump_listener(struct dump *d)
 	sockmi_writer_put(&d->writer, SOCKMI_LISTENER, &l, sizeof(l));
 }
 
+/* What the copy of a connection begins anew, though the image tells something of it. */
+static void dump_approximations(struct dump *d)
+{
+	const struct tcp_congestion_ops *algorithm = d->icsk->icsk_ca_ops;
+
+	/* Marks of lost data, and the model of an algorithm that is more than a window and a threshold (BBR). */
+	if (d->icsk->icsk_ca_state != TCP_CA_Open || (algorithm && algorithm->cong_control))
+		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "congestion-state");
+	/* How many probes were in vain: the copy counts from zero. */
+	if (d->icsk->icsk_probes_out)
+		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "timers");
+}
+
 /* What this image leaves out. */
 static void dump_fidelity(struct dump *d)
 {
@@ -620,8 +645,8 @@ static void dump_fidelity(struct dump *d)
 	if (rcu_access_pointer(d->sk->sk_filter))
 		sockmi_writer_fidelity(w, SOCKMI_RESET, "ebpf-filter");
 	if (d->identity.kind == SOCKMI_KIND_CONNECTED)
-		sockmi_writer_fidelity(w, SOCKMI_APPROXIMATED, "congestion-state");
-	sockmi_writer_fidelity(w, SOCKMI_RESET, "rare-options");
+		dump_approximations(d);
+	sockmi_options_left_out(d->sk, w);
 	sockmi_writer_close(w);
 }
 

@@ -397,8 +397,10 @@ long sockmi_ioctl_freeze(struct sockmi_file *file, void __user *arg, size_t size
 	if (a.flags || a.reserved || deadline_ms > sockmi_freeze_max_ms)
 		return -EINVAL;
 	export = export_get(file, a.id);
-	if (!export)
+	if (!export) {
+		trace_sockmi_freeze(NULL, a.id, 0, -ENOENT, 0);
 		return -ENOENT;
+	}
 	a.refusal = SOCKMI_REFUSAL_NONE;
 	a.bytes = 0;
 	place = sockmi_slot_get(file, SOCKMI_SLOT_EXPORT, a.slot, &room);
@@ -406,13 +408,17 @@ long sockmi_ioctl_freeze(struct sockmi_file *file, void __user *arg, size_t size
 	if (!place)
 		goto no_slot;
 	mutex_lock(&export->lock);
-	if (export->state == SOCKMI_EXPORT_CLAIMED || export->state == SOCKMI_EXPORT_THAWED)
+	if (export->state == SOCKMI_EXPORT_CLAIMED || export->state == SOCKMI_EXPORT_THAWED) {
 		result = freeze(export, place, room, deadline_ms, &a);
-	else
+	} else {
 		result = export->state ? -EBUSY : -ENOENT;
+		trace_sockmi_freeze(export->sk, export->id, 0, result, 0);
+	}
 	mutex_unlock(&export->lock);
 	sockmi_slot_put(file, SOCKMI_SLOT_EXPORT, a.slot);
 no_slot:
+	if (!place)
+		trace_sockmi_freeze(NULL, a.id, 0, result, 0);
 	export_put(export);
 	return sockmi_arg_out(arg, size, &a, sizeof(a)) ?: result;
 }
@@ -445,6 +451,14 @@ static void commit(struct sockmi_export *export)
 	export->state = SOCKMI_EXPORT_COMMITTED;
 }
 
+static void trace_decision(const struct sock *sk, u64 id, u64 frozen_us, int result, bool is_commit)
+{
+	if (is_commit)
+		trace_sockmi_commit(sk, id, frozen_us, result, 0);
+	else
+		trace_sockmi_abort(sk, id, frozen_us, result, 0);
+}
+
 /* COMMIT or ABORT. */
 static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool is_commit)
 {
@@ -457,8 +471,10 @@ static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool
 	if (a.flags)
 		return -EINVAL;
 	export = export_get(file, a.id);
-	if (!export)
+	if (!export) {
+		trace_decision(NULL, a.id, 0, -ENOENT, is_commit);
 		return -ENOENT;
+	}
 	mutex_lock(&export->lock);
 	result = decidable(export, a.epoch);
 	if (!result) {
@@ -468,8 +484,7 @@ static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool
 			thaw(export, false);
 		set_deadline(export, life_left(export));
 	}
-	if (is_commit)
-		trace_sockmi_commit(export->sk, export->id, export->frozen_us, result, 0);
+	trace_decision(export->sk, export->id, export->frozen_us, result, is_commit);
 	mutex_unlock(&export->lock);
 	export_put(export);
 	return result;
@@ -492,7 +507,11 @@ long sockmi_ioctl_release(struct sockmi_file *file, void __user *arg, size_t siz
 
 	if (result)
 		return result;
-	return a.flags ? -EINVAL : sockmi_unclaim(file, a.id);
+	if (a.flags)
+		return -EINVAL;
+	result = sockmi_unclaim(file, a.id);
+	trace_sockmi_release(NULL, a.id, 0, result, 0);
+	return result;
 }
 
 long sockmi_ioctl_export_info(struct sockmi_file *file, void __user *arg, size_t size)

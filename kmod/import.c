@@ -81,7 +81,7 @@ static void import_one(struct batch *b, unsigned int i, struct sockmi_entry *ent
 	/* What may fault comes before the socket is touched. */
 	result = copy_context(request, &image->context);
 	if (!result)
-		result = sockmi_restore(sock, image, &entry->local, entry->restore_flags, &refusal, &losses);
+		result = sockmi_restore(sock, image, &entry->local, entry->restore_flags, &refusal, &losses, NULL);
 	if (!result) {
 		result = sockmi_activate(sock, image);
 		request->approximated = losses.approximated;

@@ -65,7 +65,8 @@ struct sockmi_nat_net; /* nat.c's own */
 
 /**
  * struct sockmi_net - what the module keeps for a network namespace
- * @lists_lock: guards all but @wait, @ctl_header, @ctl_table and @nat
+ * @node: in the list of all
+ * @lists_lock: guards all but @node, @wait, @ctl_header, @ctl_table and @nat
  * @lists: published and reserved entries, in the order of publication
  * @counts: entries of each list, reserved ones included
  * @max: limit of each list (sysctl)
@@ -81,6 +82,7 @@ struct sockmi_nat_net; /* nat.c's own */
  * @nat: nat.c's
  */
 struct sockmi_net {
+	struct list_head node;
 	spinlock_t lists_lock;
 	struct list_head lists[SOCKMI_LISTS];
 	unsigned int counts[SOCKMI_LISTS];
@@ -255,7 +257,7 @@ void sockmi_claim_put(struct sockmi_claim *claim);
 int sockmi_claims_init(void);
 void sockmi_claims_exit(void);
 
-/* ---- dump.c, options.c ---- */
+/* ---- dump.c, options.c, options_rare.c ---- */
 
 /* Upper bound of an image of @sk, without its lock: a guess good enough to size slots. */
 size_t sockmi_dump_bound(const struct sock *sk);
@@ -266,6 +268,8 @@ size_t sockmi_dump_bound(const struct sock *sk);
 ssize_t sockmi_dump(struct sock *sk, void *buffer, size_t capacity, u32 *refusal, size_t *needed);
 
 void sockmi_options_dump(const struct sock *sk, struct sockmi_writer *writer);
+/* Names those that are set and not among them, in the fidelity report that is open. */
+void sockmi_options_left_out(const struct sock *sk, struct sockmi_writer *writer);
 /* TCP_DEFER_ACCEPT, as getsockopt() tells it. */
 u64 sockmi_defer_accept_us(const struct inet_connection_sock *icsk);
 
@@ -277,25 +281,45 @@ struct sockmi_losses {
 	u16 lost_options[SOCKMI_LOST_OPTIONS_MAX];
 };
 
-/* Before bind and connect, without the socket's lock. @flags: of sockmi_restore(). */
-void sockmi_options_early(struct socket *sock, const struct sockmi_image *image, u32 flags,
-			  struct sockmi_losses *losses);
+/*
+ * Before bind and connect, without the socket's lock. @before: what the socket had, of which the image may know nothing.
+ * @flags: of sockmi_restore().
+ */
+void sockmi_options_early(struct socket *sock, const struct sockmi_image *image, const struct sockmi_view *before,
+			  u32 flags, struct sockmi_losses *losses);
 /* At the end, with the lock. */
-void sockmi_options_late(struct sock *sk, const struct sockmi_image *image, struct sockmi_losses *losses);
+void sockmi_options_late(struct sock *sk, const struct sockmi_image *image, const struct sockmi_view *before, u32 flags,
+			 struct sockmi_losses *losses);
 /* An integer option of the image, or @otherwise. */
 s64 sockmi_option_number(const struct sockmi_image *image, u16 id, s64 otherwise, u8 *flags);
 
+/* ---- kept.c ---- */
+
+struct sockmi_kept;
+
+/* The options of a socket that is closed, to be put back; NULL: no memory. */
+struct sockmi_kept *sockmi_keep(const struct sock *sk);
+const struct sockmi_view *sockmi_kept_options(const struct sockmi_kept *kept);
+/* The lock is not held. */
+void sockmi_put_back(struct socket *sock, struct sockmi_kept *kept);
+void sockmi_kept_free(struct sockmi_kept *kept);
+
 /* ---- restore.c ---- */
 
-/* A flag of sockmi_restore() beside SOCKMI_DEV_*: the socket is bound to its device already, or to none. */
-#define SOCKMI_RESTORE_KEEP_DEVICE (1u << 31)
+/*
+ * Flags beside SOCKMI_DEV_*. CHILD: the socket has a listener's device, which counts instead of the image's, its mark and
+ * its priority. UNDO: options go back to what they were before a restore.
+ */
+#define SOCKMI_RESTORE_CHILD (1u << 31)
+#define SOCKMI_RESTORE_UNDO (1u << 30)
 
 /*
- * Puts the image into @sock and returns 0 with the socket's lock held (see sockmi_hold()), or -errno with @refusal
- * and the lock released. @local: to use instead of the image's, or all zero.
+ * Puts the image into @sock and returns 0 with the socket's lock held (see sockmi_disown()), or -errno with @refusal
+ * and the lock released; then the socket is as it was. @local: to use instead of the image's, or all zero. @kept: NULL,
+ * or where to leave the options that the socket had: the caller frees them.
  */
 int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const struct sockmi_endpoint *local,
-		   u32 flags, u32 *refusal, struct sockmi_losses *losses);
+		   u32 flags, u32 *refusal, struct sockmi_losses *losses, struct sockmi_kept **kept);
 /* Brings a connection to life and releases the lock; its socket may have no struct socket. */
 void sockmi_activate_sock(struct sock *sk);
 /* The same for a socket of any kind. 0 or -errno; of a connection it cannot fail. */
@@ -316,7 +340,7 @@ sockmi_ioctl sockmi_ioctl_restore, sockmi_ioctl_activate, sockmi_ioctl_discard;
 sockmi_ioctl sockmi_ioctl_deliver;
 sockmi_ioctl sockmi_ioctl_list_add, sockmi_ioctl_publish, sockmi_ioctl_remove, sockmi_ioctl_list_info,
 	sockmi_ioctl_list_next, sockmi_ioctl_match, sockmi_ioctl_import;
-sockmi_ioctl sockmi_ioctl_serve, sockmi_ioctl_answer;
+sockmi_ioctl sockmi_ioctl_serve, sockmi_ioctl_answer, sockmi_ioctl_forget;
 
 /* What closing the file undoes. */
 void sockmi_exports_end(struct sockmi_file *file);
@@ -336,6 +360,8 @@ int sockmi_withdraw(struct sockmi_file *owner, u64 id);
 
 void sockmi_lists_init(struct sockmi_net *sn);
 void sockmi_lists_exit(struct sockmi_net *sn);
+/* Drops published entries; how many. */
+unsigned int sockmi_lists_forget(struct sockmi_net *sn);
 int sockmi_sysctl_net_init(struct net *net, struct sockmi_net *sn);
 void sockmi_sysctl_net_exit(struct sockmi_net *sn);
 
@@ -347,6 +373,8 @@ int sockmi_nat_init(void);
 void sockmi_nat_exit(void);
 int sockmi_nat_net_init(struct net *net, struct sockmi_net *sn);
 void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn);
+/* Removes all flows and counts them; -EINTR. */
+int sockmi_nat_forget(struct sockmi_net *sn, u32 *removed);
 /* Ordinals 0x40..0x5f: @arg has @size bytes. -ENOTTY: unknown. */
 long sockmi_nat_ioctl(struct sockmi_file *file, unsigned int nr, void __user *arg, size_t size);
 #else
@@ -355,6 +383,7 @@ static inline int sockmi_nat_init(void) { return 0; }
 static inline void sockmi_nat_exit(void) { }
 static inline int sockmi_nat_net_init(struct net *net, struct sockmi_net *sn) { return 0; }
 static inline void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn) { }
+static inline int sockmi_nat_forget(struct sockmi_net *sn, u32 *removed) { return 0; }
 static inline long sockmi_nat_ioctl(struct sockmi_file *file, unsigned int nr, void __user *arg, size_t size)
 {
 	return -ENOTTY;

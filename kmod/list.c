@@ -89,6 +89,26 @@ void sockmi_reserved_end(struct sockmi_file *file)
 		entry_free(entry);
 }
 
+unsigned int sockmi_lists_forget(struct sockmi_net *sn)
+{
+	struct sockmi_entry *entry, *next;
+	unsigned int i, count = 0;
+	LIST_HEAD(gone);
+
+	spin_lock_bh(&sn->lists_lock);
+	for (i = 0; i < SOCKMI_LISTS; i++)
+		list_for_each_entry_safe(entry, next, &sn->lists[i], node)
+			if (!entry->owner && !entry->taken) {
+				sn->counts[i]--;
+				list_move(&entry->node, &gone);
+				count++;
+			}
+	spin_unlock_bh(&sn->lists_lock);
+	list_for_each_entry_safe(entry, next, &gone, node)
+		entry_free(entry);
+	return count;
+}
+
 /* ---- Matching ---- */
 
 static bool same_prefix(const u8 *a, const u8 *b, unsigned int bits)

@@ -2,6 +2,7 @@
 /* Loading, unloading, parameters, and what is kept for each network namespace. */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/capability.h>
 #include <linux/miscdevice.h>
 #include <linux/module.h>
 #include <net/netns/generic.h>
@@ -92,6 +93,51 @@ struct sockmi_net *sockmi_net(const struct net *net)
 	return net_generic(net, sockmi_net_id);
 }
 
+static LIST_HEAD(nets);
+static DEFINE_MUTEX(nets_lock); /* guards the list; outermost */
+
+static void list_net(struct sockmi_net *sn)
+{
+	mutex_lock(&nets_lock);
+	list_add_tail(&sn->node, &nets);
+	mutex_unlock(&nets_lock);
+}
+
+static void unlist_net(struct sockmi_net *sn)
+{
+	mutex_lock(&nets_lock);
+	list_del(&sn->node);
+	mutex_unlock(&nets_lock);
+}
+
+long sockmi_ioctl_forget(struct sockmi_file *file, void __user *arg, size_t size)
+{
+	struct sockmi_ioc_forget a;
+	struct sockmi_net *sn;
+	int result = sockmi_arg_in(&a, sizeof(a), arg, size);
+
+	if (result)
+		return result;
+	if (a.flags || a.reserved)
+		return -EINVAL;
+	if (!capable(CAP_NET_ADMIN))
+		return -EPERM;
+	a.flows = 0;
+	a.entries = 0;
+	result = mutex_lock_killable(&nets_lock);
+	if (result)
+		return result;
+	list_for_each_entry(sn, &nets, node) {
+		a.entries += sockmi_lists_forget(sn);
+		result = sockmi_nat_forget(sn, &a.flows);
+		if (result)
+			break;
+	}
+	mutex_unlock(&nets_lock);
+	trace_sockmi_forget(NULL, a.flows, a.entries, result, 0);
+	return sockmi_arg_out(arg, size, &a, sizeof(a)) ?: result;
+}
+
 static int __net_init net_init(struct net *net)
 {
 	struct sockmi_net *sn = sockmi_net(net);
@@ -104,6 +150,8 @@ static int __net_init net_init(struct net *net)
 	result = sockmi_sysctl_net_init(net, sn);
 	if (result)
 		sockmi_nat_net_exit(net, sn);
+	else
+		list_net(sn);
 	return result;
 }
 
@@ -111,6 +159,7 @@ static void __net_exit net_exit(struct net *net)
 {
 	struct sockmi_net *sn = sockmi_net(net);
 
+	unlist_net(sn);
 	sockmi_sysctl_net_exit(sn);
 	sockmi_lists_exit(sn);
 	sockmi_nat_net_exit(net, sn);

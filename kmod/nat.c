@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-/* The NAT helper of a network namespace: its beginning, its end, and what the export of a socket asks of it. */
+/* The NAT helper of a network namespace: its beginning and its end. */
 #include <linux/module.h>
 #include <linux/slab.h>
-#include <net/inet_sock.h>
-#include <net/ipv6.h>
 
 #include "nat_internal.h"
 
@@ -102,70 +100,4 @@ void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn)
 			module_put(THIS_MODULE);
 	}
 	kfree(nat);
-}
-
-void sockmi_nat_key_of(const struct sock *sk, struct sockmi_nat_key *key)
-{
-	memset(key, 0, sizeof(*key));
-	key->kind = AF_INET;
-	key->local_port = htons(sk->sk_num);
-	key->remote_port = sk->sk_dport;
-#if IS_ENABLED(CONFIG_IPV6)
-	if (sk->sk_family == AF_INET6 && !ipv6_addr_v4mapped(&sk->sk_v6_rcv_saddr)) {
-		key->kind = AF_INET6;
-		memcpy(key->local, &sk->sk_v6_rcv_saddr, sizeof(key->local));
-		memcpy(key->remote, &sk->sk_v6_daddr, sizeof(key->remote));
-		return;
-	}
-#endif
-	key->local[0] = sk->sk_rcv_saddr;
-	key->remote[0] = sk->sk_daddr;
-}
-
-int sockmi_nat_prepare(struct sockmi_net *sn)
-{
-	int error;
-
-	mutex_lock(&sn->nat->lock);
-	error = sockmi_nat_arm(sn->nat);
-	mutex_unlock(&sn->nat->lock);
-	return error;
-}
-
-int sockmi_nat_hold(struct sockmi_net *sn, const struct sockmi_nat_key *key)
-{
-	struct sockmi_nat_net *nat = sn->nat;
-	struct sockmi_nat_flow *flow, *made = NULL;
-	u32 flags = SOCKMI_NAT_HOLD | SOCKMI_NAT_MUTE;
-	int error = 0;
-
-	made = sockmi_nat_flow_new(key, flags);
-	if (!made)
-		return -ENOMEM;
-	mutex_lock(&nat->lock);
-	flow = sockmi_nat_find(nat, key);
-	if (!flow) {
-		error = sockmi_nat_add(nat, made, 0);
-		if (!error)
-			made = NULL;
-	} else if (flow->flags & (SOCKMI_NAT_HOLD | SOCKMI_NAT_REDIRECT)) {
-		sockmi_nat_reflag(nat, flow, flow->flags | SOCKMI_NAT_MUTE);
-	} else {
-		sockmi_nat_reflag(nat, flow, flow->flags | flags);
-	}
-	mutex_unlock(&nat->lock);
-	sockmi_nat_flow_free(made);
-	return error;
-}
-
-void sockmi_nat_unhold(struct sockmi_net *sn, const struct sockmi_nat_key *key)
-{
-	struct sockmi_nat_net *nat = sn->nat;
-	struct sockmi_nat_flow *flow;
-
-	mutex_lock(&nat->lock);
-	flow = sockmi_nat_find(nat, key);
-	if (flow)
-		sockmi_nat_reflag(nat, flow, flow->flags & ~(SOCKMI_NAT_HOLD | SOCKMI_NAT_MUTE));
-	mutex_unlock(&nat->lock);
 }

@@ -154,8 +154,6 @@ int sockmi_nat_add(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow, u32
 int sockmi_nat_replace(struct sockmi_nat_net *nat, struct sockmi_nat_flow *old, struct sockmi_nat_flow *flow,
 		       u32 hold_ms);
 void sockmi_nat_remove(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow);
-/* New flags where the rewriting ones stay; a flow that is left with none is removed. */
-void sockmi_nat_reflag(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow, u32 flags);
 
 void sockmi_nat_lapse(struct work_struct *work);
 

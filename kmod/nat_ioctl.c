@@ -5,6 +5,7 @@
 #include <net/ipv6.h>
 
 #include "nat_internal.h"
+#include "trace.h"
 
 #define FLAGS_KNOWN (SOCKMI_NAT_HOLD | SOCKMI_NAT_MUTE | SOCKMI_NAT_REDIRECT | SOCKMI_NAT_TRANSLATE | \
 		     SOCKMI_NAT_UNTRACKED)
@@ -307,6 +308,15 @@ static long nat_flush(struct sockmi_nat_net *nat, struct sockmi_ioc_nat_flush *c
 	return error;
 }
 
+int sockmi_nat_forget(struct sockmi_net *sn, u32 *removed)
+{
+	struct sockmi_ioc_nat_flush all = {};
+	long error = nat_flush(sn->nat, &all);
+
+	*removed += all.removed;
+	return error;
+}
+
 long sockmi_nat_ioctl(struct sockmi_file *file, unsigned int nr, void __user *arg, size_t size)
 {
 	union {
@@ -341,6 +351,7 @@ long sockmi_nat_ioctl(struct sockmi_file *file, unsigned int nr, void __user *ar
 	switch (nr) {
 	case _IOC_NR(SOCKMI_IOC_NAT_CHANGE):
 		error = nat_change(nat, &call.change);
+		trace_sockmi_nat_change(NULL, call.change.action, call.change.done, error, 0);
 		break;
 	case _IOC_NR(SOCKMI_IOC_NAT_READ):
 		error = nat_read(nat, &call.read);
@@ -350,6 +361,7 @@ long sockmi_nat_ioctl(struct sockmi_file *file, unsigned int nr, void __user *ar
 		break;
 	case _IOC_NR(SOCKMI_IOC_NAT_FLUSH):
 		error = nat_flush(nat, &call.flush);
+		trace_sockmi_nat_flush(NULL, call.flush.flags, call.flush.removed, error, 0);
 		break;
 	}
 	copied = sockmi_arg_out(arg, size, &call, known);

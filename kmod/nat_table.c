@@ -225,25 +225,20 @@ void sockmi_nat_remove(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow)
 		module_put(THIS_MODULE);
 }
 
-void sockmi_nat_reflag(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow, u32 flags)
+/* The end of a hold; a flow that was nothing else is removed. */
+static void unhold(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow)
 {
-	u32 before = flow->flags;
+	u32 before = flow->flags, flags = before & ~SOCKMI_NAT_HOLD;
 
-	lockdep_assert_held(&nat->lock);
-	WARN_ON_ONCE((flags ^ before) & SOCKMI_NAT_REWRITES);
 	if (!flags) {
 		sockmi_nat_remove(nat, flow);
 		return;
 	}
 	tally(nat, &flow->tuple, flags, 1);
-	if (flags & SOCKMI_NAT_HOLD)
-		sockmi_nat_kept_open(&flow->count->kept);
 	WRITE_ONCE(flow->flags, flags);
 	tally(nat, &flow->tuple, before, -1);
-	if (!(flags & SOCKMI_NAT_HOLD)) {
-		clear_lapse(nat, flow);
-		sockmi_nat_kept_hand_on(nat, flow);
-	}
+	clear_lapse(nat, flow);
+	sockmi_nat_kept_hand_on(nat, flow);
 }
 
 /* Ends the HOLDs whose time has come. */
@@ -258,7 +253,7 @@ void sockmi_nat_lapse(struct work_struct *work)
 	while ((node = timerqueue_getnext(&nat->lapses)) && !ktime_after(node->expires, ktime_get())) {
 		flow = container_of(node, struct sockmi_nat_flow, lapse);
 		atomic_or(SOCKMI_NAT_SEEN_LAPSE, &flow->count->seen);
-		sockmi_nat_reflag(nat, flow, flow->flags & ~SOCKMI_NAT_HOLD);
+		unhold(nat, flow);
 		if (++ended % LAPSE_BATCH == 0) {
 			mutex_unlock(&nat->lock);
 			cond_resched();

@@ -8,7 +8,7 @@
 #include <linux/tcp.h>
 #include <net/ipv6.h>
 
-#include "internal.h"
+#include "options.h"
 
 #define SECOND ((s64)USEC_PER_SEC)
 #define LINGER_ON ((s64)1 << 62)
@@ -63,21 +63,14 @@ static void dump_socket(const struct sock *sk, struct sockmi_writer *w)
 }
 
 /* Options whose default is a sysctl of the host: a copy is to have what the original had, set or not. */
-static const struct {
-	u16 id;
-	s64 usual;
-} hosts_own[] = {
-	{ SOCKMI_OPT_KEEPIDLE_US, 7200 * SECOND },
-	{ SOCKMI_OPT_KEEPINTVL_US, 75 * SECOND },
-	{ SOCKMI_OPT_KEEPCNT, 9 },
-	{ SOCKMI_OPT_SYNCNT, 6 },
-	{ SOCKMI_OPT_LINGER2_US, 60 * SECOND },
-	{ SOCKMI_OPT_IP_TTL, 64 },
-	{ SOCKMI_OPT_IPV6_UNICAST_HOPS, 64 },
+static const u16 hosts_own[] = {
+	SOCKMI_OPT_KEEPIDLE_US, SOCKMI_OPT_KEEPINTVL_US, SOCKMI_OPT_KEEPCNT, SOCKMI_OPT_SYNCNT, SOCKMI_OPT_LINGER2_US,
+	SOCKMI_OPT_IP_TTL, SOCKMI_OPT_IPV6_UNICAST_HOPS,
 };
 
-/* Does the socket send IPv4 packets, or may it yet? */
-static bool speaks_ipv4(const struct sock *sk)
+static s64 usual_of(u16 id);
+
+bool sockmi_speaks_ipv4(const struct sock *sk)
 {
 #if IS_ENABLED(CONFIG_IPV6)
 	if (sk->sk_family == AF_INET6) {
@@ -109,7 +102,7 @@ static s64 host_value(const struct sock *sk, u16 id, s64 usual)
 	case SOCKMI_OPT_LINGER2_US:
 		return tp->linger2 < 0 ? -1 : (tp->linger2 ?: READ_ONCE(net->ipv4.sysctl_tcp_fin_timeout)) / HZ * SECOND;
 	case SOCKMI_OPT_IP_TTL:
-		if (!speaks_ipv4(sk))
+		if (!sockmi_speaks_ipv4(sk))
 			return usual;
 		return inet_sk(sk)->uc_ttl < 0 ? READ_ONCE(net->ipv4.sysctl_ip_default_ttl) : inet_sk(sk)->uc_ttl;
 #if IS_ENABLED(CONFIG_IPV6)
@@ -129,7 +122,7 @@ static void dump_hosts_own(const struct sock *sk, struct sockmi_writer *w)
 	unsigned int i;
 
 	for (i = 0; i < ARRAY_SIZE(hosts_own); i++)
-		put(w, hosts_own[i].id, host_value(sk, hosts_own[i].id, hosts_own[i].usual), hosts_own[i].usual);
+		put(w, hosts_own[i], host_value(sk, hosts_own[i], usual_of(hosts_own[i])), usual_of(hosts_own[i]));
 }
 
 /* The kernel counts SYN-ACKs, each after twice the time of the one before. */
@@ -204,11 +197,12 @@ void sockmi_options_dump(const struct sock *sk, struct sockmi_writer *writer)
 	dump_socket(sk, writer);
 	dump_tcp(sk, writer);
 	dump_hosts_own(sk, writer);
+	sockmi_rare_dump(sk, writer);
 #if IS_ENABLED(CONFIG_IPV6)
 	if (sk->sk_family == AF_INET6)
 		dump_ipv6(sk, writer);
 #endif
-	if (speaks_ipv4(sk))
+	if (sockmi_speaks_ipv4(sk))
 		dump_ip(sk, writer);
 }
 
@@ -238,20 +232,12 @@ static void lose(struct sockmi_losses *losses, u16 id)
 	losses->reset |= SOCKMI_LOSS_OPTIONS;
 }
 
-/* An option that setsockopt() takes as an int. */
-struct plain {
-	u16 id;
-	u16 level;
-	u16 option;
-	u32 unit_us; /* 0: the number as it is */
-};
-
-static const struct plain plains[] = {
-	{ SOCKMI_OPT_SYNCNT, SOL_TCP, TCP_SYNCNT },
-	{ SOCKMI_OPT_KEEPIDLE_US, SOL_TCP, TCP_KEEPIDLE, USEC_PER_SEC },
-	{ SOCKMI_OPT_KEEPINTVL_US, SOL_TCP, TCP_KEEPINTVL, USEC_PER_SEC },
-	{ SOCKMI_OPT_KEEPCNT, SOL_TCP, TCP_KEEPCNT },
-	{ SOCKMI_OPT_LINGER2_US, SOL_TCP, TCP_LINGER2, USEC_PER_SEC },
+static const struct sockmi_plain plains[] = {
+	{ SOCKMI_OPT_SYNCNT, SOL_TCP, TCP_SYNCNT, 0, 6 },
+	{ SOCKMI_OPT_KEEPIDLE_US, SOL_TCP, TCP_KEEPIDLE, USEC_PER_SEC, 7200 * SECOND },
+	{ SOCKMI_OPT_KEEPINTVL_US, SOL_TCP, TCP_KEEPINTVL, USEC_PER_SEC, 75 * SECOND },
+	{ SOCKMI_OPT_KEEPCNT, SOL_TCP, TCP_KEEPCNT, 0, 9 },
+	{ SOCKMI_OPT_LINGER2_US, SOL_TCP, TCP_LINGER2, USEC_PER_SEC, 60 * SECOND },
 	{ SOCKMI_OPT_DEFER_ACCEPT_US, SOL_TCP, TCP_DEFER_ACCEPT, USEC_PER_SEC },
 	{ SOCKMI_OPT_WINDOW_CLAMP, SOL_TCP, TCP_WINDOW_CLAMP },
 	{ SOCKMI_OPT_MAXSEG, SOL_TCP, TCP_MAXSEG },
@@ -264,35 +250,54 @@ static const struct plain plains[] = {
 	{ SOCKMI_OPT_NODELAY, SOL_TCP, TCP_NODELAY },
 	{ SOCKMI_OPT_CORK, SOL_TCP, TCP_CORK },
 	{ SOCKMI_OPT_IP_TOS, SOL_IP, IP_TOS },
-	{ SOCKMI_OPT_IP_TTL, SOL_IP, IP_TTL },
-	{ SOCKMI_OPT_IP_MTU_DISCOVER, SOL_IP, IP_MTU_DISCOVER },
+	{ SOCKMI_OPT_IP_TTL, SOL_IP, IP_TTL, 0, 64 },
+	{ SOCKMI_OPT_IP_MTU_DISCOVER, SOL_IP, IP_MTU_DISCOVER, 0, IP_PMTUDISC_WANT },
 	{ SOCKMI_OPT_IP_RECVERR, SOL_IP, IP_RECVERR },
 	{ SOCKMI_OPT_IP_MINTTL, SOL_IP, IP_MINTTL },
 	{ SOCKMI_OPT_IP_FREEBIND, SOL_IP, IP_FREEBIND },
 	{ SOCKMI_OPT_IP_BIND_ADDRESS_NO_PORT, SOL_IP, IP_BIND_ADDRESS_NO_PORT },
 	{ SOCKMI_OPT_IPV6_TCLASS, SOL_IPV6, IPV6_TCLASS },
-	{ SOCKMI_OPT_IPV6_UNICAST_HOPS, SOL_IPV6, IPV6_UNICAST_HOPS },
-	{ SOCKMI_OPT_IPV6_MTU_DISCOVER, SOL_IPV6, IPV6_MTU_DISCOVER },
+	{ SOCKMI_OPT_IPV6_UNICAST_HOPS, SOL_IPV6, IPV6_UNICAST_HOPS, 0, 64 },
+	{ SOCKMI_OPT_IPV6_MTU_DISCOVER, SOL_IPV6, IPV6_MTU_DISCOVER, 0, IPV6_PMTUDISC_WANT },
 	{ SOCKMI_OPT_IPV6_MINHOPCOUNT, SOL_IPV6, IPV6_MINHOPCOUNT },
 	{ SOCKMI_OPT_IPV6_FREEBIND, SOL_IPV6, IPV6_FREEBIND },
 };
 
-static const struct plain *find_plain(u16 id)
+/* Those above, and the rare ones. */
+static const struct sockmi_plain *find_plain(u16 id)
 {
 	unsigned int i;
 
 	for (i = 0; i < ARRAY_SIZE(plains); i++)
 		if (plains[i].id == id)
 			return &plains[i];
-	return NULL;
+	return sockmi_rare_find(id);
+}
+
+/* What a fresh socket has; an option that is not in an image has it. */
+static s64 usual_of(u16 id)
+{
+	const struct sockmi_plain *plain = find_plain(id);
+
+	switch (id) {
+	case SOCKMI_OPT_RCVLOWAT:
+		return 1;
+	case SOCKMI_OPT_MAX_PACING_RATE:
+	case SOCKMI_OPT_PEEK_OFF:
+		return -1;
+	default:
+		return plain ? plain->usual : 0;
+	}
 }
 
 static int set_int(struct socket *sock, int level, int option, int value)
 {
+	if (level == SOL_SOCKET)
+		return sock_setsockopt(sock, level, option, KERNEL_SOCKPTR(&value), sizeof(value));
 	return sock->ops->setsockopt(sock, level, option, KERNEL_SOCKPTR(&value), sizeof(value));
 }
 
-static int set_plain(struct socket *sock, const struct plain *plain, s64 value)
+static int set_plain(struct socket *sock, const struct sockmi_plain *plain, s64 value)
 {
 	if (plain->unit_us && value >= 0)
 		value = div64_s64(value + plain->unit_us - 1, plain->unit_us);
@@ -362,7 +367,7 @@ static bool is_connected(const struct sockmi_image *image)
 /* 0, or -errno if this host does not take it. */
 static int set_early(struct socket *sock, const struct sockmi_image *image, const struct sockmi_option *option)
 {
-	const struct plain *plain = find_plain(option->id);
+	const struct sockmi_plain *plain = find_plain(option->id);
 	struct sock *sk = sock->sk;
 
 	switch (option->id) {
@@ -392,29 +397,68 @@ static int set_early(struct socket *sock, const struct sockmi_image *image, cons
 	return plain ? set_plain(sock, plain, option->number) : -ENOPROTOOPT;
 }
 
-/* What is not in the image was at its usual value, which need not be this host's. */
-static void set_usual(struct socket *sock, const struct sockmi_image *image)
+/*
+ * What the socket had before and the image does not name goes back to what a fresh one has: else a copy would have
+ * options of whatever was in its descriptor. A foreign local address is the caller's to allow, so that stays; to a
+ * listener's child much comes from the listener.
+ */
+static bool stays(u16 id, u32 flags)
 {
-	unsigned int i;
-
-	for (i = 0; i < ARRAY_SIZE(hosts_own); i++) {
-		u16 id = hosts_own[i].id;
-		s64 usual = hosts_own[i].usual;
-
-		if (sockmi_option_number(image, id, usual, NULL) == usual && host_value(sock->sk, id, usual) != usual)
-			set_plain(sock, find_plain(id), usual);
+	switch (id) {
+	case SOCKMI_OPT_IP_TRANSPARENT:
+	case SOCKMI_OPT_IPV6_TRANSPARENT:
+	case SOCKMI_OPT_IP_FREEBIND:
+	case SOCKMI_OPT_IPV6_FREEBIND:
+		return !(flags & SOCKMI_RESTORE_UNDO);
+	case SOCKMI_OPT_BINDTODEVICE:
+	case SOCKMI_OPT_MARK:
+	case SOCKMI_OPT_PRIORITY:
+		return flags & SOCKMI_RESTORE_CHILD;
+	case SOCKMI_OPT_CONGESTION:
+		return true;
+	default:
+		return false;
 	}
 }
 
-void sockmi_options_early(struct socket *sock, const struct sockmi_image *image, u32 flags,
-			  struct sockmi_losses *losses)
+static bool names(const struct sockmi_image *image, u16 id)
 {
 	struct sockmi_view rest = image->socket_options;
 	struct sockmi_option option;
 
-	set_usual(sock, image);
+	while (sockmi_option_next(&rest, &option))
+		if (option.id == id)
+			return true;
+	return false;
+}
+
+/* What SO_BINDTODEVICE and TCP_MAXSEG take for "none" is no value of theirs. */
+static int reset(struct socket *sock, const struct sockmi_image *image, u16 id)
+{
+	struct sockmi_option usual = { .id = id, .number = usual_of(id) };
+
+	if (id == SOCKMI_OPT_BINDTODEVICE)
+		return sock_bindtoindex(sock->sk, 0, true);
+	if (is_late(id))
+		return 0;
+	return find_plain(id) ? set_plain(sock, find_plain(id), usual.number) : set_early(sock, image, &usual);
+}
+
+void sockmi_options_early(struct socket *sock, const struct sockmi_image *image, const struct sockmi_view *before,
+			  u32 flags, struct sockmi_losses *losses)
+{
+	struct sockmi_view rest = *before;
+	struct sockmi_option option;
+
 	while (sockmi_option_next(&rest, &option)) {
-		if (option.id == SOCKMI_OPT_BINDTODEVICE && flags & SOCKMI_RESTORE_KEEP_DEVICE)
+		if (stays(option.id, flags) || names(image, option.id))
+			continue;
+		if (reset(sock, image, option.id))
+			lose(losses, option.id);
+	}
+	rest = image->socket_options;
+	while (sockmi_option_next(&rest, &option)) {
+		if (option.id == SOCKMI_OPT_BINDTODEVICE && flags & SOCKMI_RESTORE_CHILD)
 			continue;
 		if (set_early(sock, image, &option))
 			lose(losses, option.id);
@@ -431,6 +475,14 @@ static int buffer_size(const struct sockmi_image *image, u16 id, int now, int mo
 	return clamp_t(s64, wanted, least, BUFFER_MAX);
 }
 
+static void set_lock(struct sock *sk, u8 lock, u8 flags)
+{
+	if (flags & SOCKMI_OPTION_LOCKED)
+		sk->sk_userlocks |= lock;
+	else
+		sk->sk_userlocks &= ~lock;
+}
+
 static void set_buffers(struct sock *sk, const struct sockmi_image *image, struct sockmi_losses *losses)
 {
 	struct net *net = sock_net(sk);
@@ -438,12 +490,10 @@ static void set_buffers(struct sock *sk, const struct sockmi_image *image, struc
 
 	WRITE_ONCE(sk->sk_rcvbuf, buffer_size(image, SOCKMI_OPT_RCVBUF, sk->sk_rcvbuf,
 					      READ_ONCE(net->ipv4.sysctl_tcp_rmem[2]), SOCK_MIN_RCVBUF, &flags));
-	if (flags & SOCKMI_OPTION_LOCKED)
-		sk->sk_userlocks |= SOCK_RCVBUF_LOCK;
+	set_lock(sk, SOCK_RCVBUF_LOCK, flags);
 	WRITE_ONCE(sk->sk_sndbuf, buffer_size(image, SOCKMI_OPT_SNDBUF, sk->sk_sndbuf,
 					      READ_ONCE(net->ipv4.sysctl_tcp_wmem[2]), SOCK_MIN_SNDBUF, &flags));
-	if (flags & SOCKMI_OPTION_LOCKED)
-		sk->sk_userlocks |= SOCK_SNDBUF_LOCK;
+	set_lock(sk, SOCK_SNDBUF_LOCK, flags);
 	if (sk->sk_rcvbuf != sockmi_option_number(image, SOCKMI_OPT_RCVBUF, sk->sk_rcvbuf, NULL) ||
 	    sk->sk_sndbuf != sockmi_option_number(image, SOCKMI_OPT_SNDBUF, sk->sk_sndbuf, NULL))
 		losses->approximated |= SOCKMI_LOSS_BUFFER_SIZES;
@@ -457,63 +507,74 @@ static long timeout_jiffies(s64 us)
 	return us >= MAX_SCHEDULE_TIMEOUT ? MAX_SCHEDULE_TIMEOUT - 1 : (long)us;
 }
 
-/* The first RTT of a pacing rate or a low mark that cannot be is as good as none. */
-void sockmi_options_late(struct sock *sk, const struct sockmi_image *image, struct sockmi_losses *losses)
+/* A pacing rate or a low mark that cannot be is as good as none. */
+static void set_late(struct sock *sk, const struct sockmi_image *image, struct sockmi_option o)
 {
-	struct sockmi_view rest = image->socket_options;
-	struct sockmi_option o;
+	switch (o.id) {
+	case SOCKMI_OPT_KEEPALIVE:
+		if (sk->sk_prot->keepalive)
+			sk->sk_prot->keepalive(sk, !!o.number);
+		sock_valbool_flag(sk, SOCK_KEEPOPEN, !!o.number);
+		break;
+	case SOCKMI_OPT_BROADCAST:
+		sock_valbool_flag(sk, SOCK_BROADCAST, !!o.number);
+		break;
+	case SOCKMI_OPT_OOBINLINE:
+		sock_valbool_flag(sk, SOCK_URGINLINE, !!o.number);
+		break;
+	case SOCKMI_OPT_DONTROUTE:
+		sock_valbool_flag(sk, SOCK_LOCALROUTE, !!o.number);
+		break;
+	case SOCKMI_OPT_LINGER:
+		sock_valbool_flag(sk, SOCK_LINGER, !!(o.number & LINGER_ON));
+		o.number = div64_s64(o.number & (LINGER_ON - 1), SECOND);
+		WRITE_ONCE(sk->sk_lingertime, min_t(s64, o.number, MAX_SCHEDULE_TIMEOUT / HZ - 1) * HZ);
+		break;
+	case SOCKMI_OPT_RCVLOWAT:
+		WRITE_ONCE(sk->sk_rcvlowat, clamp_t(s64, o.number, 1, sk->sk_rcvbuf / 2));
+		break;
+	case SOCKMI_OPT_RCVTIMEO_US:
+		WRITE_ONCE(sk->sk_rcvtimeo, timeout_jiffies(o.number));
+		break;
+	case SOCKMI_OPT_SNDTIMEO_US:
+		WRITE_ONCE(sk->sk_sndtimeo, timeout_jiffies(o.number));
+		break;
+	case SOCKMI_OPT_PRIORITY:
+		WRITE_ONCE(sk->sk_priority, (u32)o.number);
+		break;
+	case SOCKMI_OPT_MAX_PACING_RATE:
+		if (!o.number || o.number < -1)
+			break;
+		WRITE_ONCE(sk->sk_max_pacing_rate, o.number);
+		if (o.number < 0)
+			break;
+		cmpxchg(&sk->sk_pacing_status, SK_PACING_NONE, SK_PACING_NEEDED);
+		break;
+	case SOCKMI_OPT_PEEK_OFF:
+		if (o.number >= -1 && o.number <= S32_MAX)
+			WRITE_ONCE(sk->sk_peek_off, (int)o.number);
+		break;
+	case SOCKMI_OPT_ZEROCOPY:
+		sock_valbool_flag(sk, SOCK_ZEROCOPY, !!o.number);
+		break;
+	case SOCKMI_OPT_QUICKACK:
+		if (!(image->present & SOCKMI_HAS(SOCKMI_RECEIVE_AUTOTUNE)) && !o.number)
+			inet_csk_enter_pingpong_mode(sk);
+		break;
+	}
+}
+
+void sockmi_options_late(struct sock *sk, const struct sockmi_image *image, const struct sockmi_view *before, u32 flags,
+			 struct sockmi_losses *losses)
+{
+	struct sockmi_view rest = *before;
+	struct sockmi_option option;
 
 	set_buffers(sk, image, losses);
-	while (sockmi_option_next(&rest, &o)) {
-		switch (o.id) {
-		case SOCKMI_OPT_KEEPALIVE:
-			if (sk->sk_prot->keepalive)
-				sk->sk_prot->keepalive(sk, !!o.number);
-			sock_valbool_flag(sk, SOCK_KEEPOPEN, !!o.number);
-			break;
-		case SOCKMI_OPT_BROADCAST:
-			sock_valbool_flag(sk, SOCK_BROADCAST, !!o.number);
-			break;
-		case SOCKMI_OPT_OOBINLINE:
-			sock_valbool_flag(sk, SOCK_URGINLINE, !!o.number);
-			break;
-		case SOCKMI_OPT_DONTROUTE:
-			sock_valbool_flag(sk, SOCK_LOCALROUTE, !!o.number);
-			break;
-		case SOCKMI_OPT_LINGER:
-			sock_valbool_flag(sk, SOCK_LINGER, !!(o.number & LINGER_ON));
-			o.number = div64_s64(o.number & (LINGER_ON - 1), SECOND);
-			WRITE_ONCE(sk->sk_lingertime, min_t(s64, o.number, MAX_SCHEDULE_TIMEOUT / HZ - 1) * HZ);
-			break;
-		case SOCKMI_OPT_RCVLOWAT:
-			WRITE_ONCE(sk->sk_rcvlowat, clamp_t(s64, o.number, 1, sk->sk_rcvbuf / 2));
-			break;
-		case SOCKMI_OPT_RCVTIMEO_US:
-			WRITE_ONCE(sk->sk_rcvtimeo, timeout_jiffies(o.number));
-			break;
-		case SOCKMI_OPT_SNDTIMEO_US:
-			WRITE_ONCE(sk->sk_sndtimeo, timeout_jiffies(o.number));
-			break;
-		case SOCKMI_OPT_PRIORITY:
-			WRITE_ONCE(sk->sk_priority, (u32)o.number);
-			break;
-		case SOCKMI_OPT_MAX_PACING_RATE:
-			if (o.number <= 0)
-				break;
-			WRITE_ONCE(sk->sk_max_pacing_rate, o.number);
-			cmpxchg(&sk->sk_pacing_status, SK_PACING_NONE, SK_PACING_NEEDED);
-			break;
-		case SOCKMI_OPT_PEEK_OFF:
-			if (o.number >= -1 && o.number <= S32_MAX)
-				WRITE_ONCE(sk->sk_peek_off, (int)o.number);
-			break;
-		case SOCKMI_OPT_ZEROCOPY:
-			sock_valbool_flag(sk, SOCK_ZEROCOPY, !!o.number);
-			break;
-		case SOCKMI_OPT_QUICKACK:
-			if (!(image->present & SOCKMI_HAS(SOCKMI_RECEIVE_AUTOTUNE)) && !o.number)
-				inet_csk_enter_pingpong_mode(sk);
-			break;
-		}
-	}
+	while (sockmi_option_next(&rest, &option))
+		if (!stays(option.id, flags) && !names(image, option.id))
+			set_late(sk, image, (struct sockmi_option){ .id = option.id, .number = usual_of(option.id) });
+	rest = image->socket_options;
+	while (sockmi_option_next(&rest, &option))
+		set_late(sk, image, option);
 }

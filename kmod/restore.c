@@ -96,7 +96,7 @@ static int restore_connection(struct restore *r)
 		return refuse(r, SOCKMI_REFUSAL_INCONSISTENT);
 	set_state(r);
 	sockmi_restore_windows(r);
-	sockmi_options_late(r->sk, r->image, r->losses);
+	sockmi_options_late(r->sk, r->image, r->before, r->flags, r->losses);
 	sockmi_restore_out_of_order(r);
 	sockmi_restore_path(r);
 	sockmi_restore_autotune(r);
@@ -189,7 +189,7 @@ static int restore_syn_sent(struct restore *r)
 		       usecs_to_jiffies(min_t(u64, r->image->timers.retransmit_us, RTT_MOST_US)) : icsk->icsk_rto;
 	inet_csk_reset_xmit_timer(r->sk, ICSK_TIME_RETRANS, max(left, 1UL), TCP_RTO_MAX);
 	r->sock->state = SS_CONNECTING;
-	sockmi_options_late(r->sk, r->image, r->losses);
+	sockmi_options_late(r->sk, r->image, r->before, r->flags, r->losses);
 	r->sk->sk_reuse = sockmi_option_number(r->image, SOCKMI_OPT_REUSEADDR, 0, NULL) ? SK_CAN_REUSE : SK_NO_REUSE;
 	return 0;
 }
@@ -205,12 +205,12 @@ static int restore_closed(struct restore *r)
 	else if (r->sk->sk_family == AF_INET6)
 		r->sk->sk_ipv6only = r->id->v6only;
 	if (!result)
-		sockmi_options_late(r->sk, r->image, r->losses);
+		sockmi_options_late(r->sk, r->image, r->before, r->flags, r->losses);
 	return result;
 }
 
 int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const struct sockmi_endpoint *local,
-		   u32 flags, u32 *refusal, struct sockmi_losses *losses)
+		   u32 flags, u32 *refusal, struct sockmi_losses *losses, struct sockmi_kept **kept)
 {
 	static const struct sockmi_endpoint none;
 	struct restore r = {
@@ -225,7 +225,8 @@ int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const 
 		.flags = flags,
 		.losses = losses,
 	};
-	int rcvbuf, sndbuf, result;
+	struct sockmi_kept *options;
+	int result;
 
 	memset(losses, 0, sizeof(*losses));
 	result = check_target(&r);
@@ -233,17 +234,24 @@ int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const 
 		result = check_image(&r);
 	if (result)
 		goto refused;
-	sockmi_options_early(sock, image, flags, losses);
+	options = sockmi_keep(r.sk);
+	if (!options) {
+		result = refuse(&r, SOCKMI_REFUSAL_MEMORY);
+		goto refused;
+	}
+	r.before = sockmi_kept_options(options);
+	sockmi_options_early(sock, image, r.before, flags, losses);
 	if (flags & SOCKMI_DEV_TRANSPARENT)
 		sockmi_inet_set(r.sk, transparent, TRANSPARENT, 1);
 	lock_sock(r.sk);
 	result = check_target(&r);
-	if (result)
-		goto unlock;
+	if (result) {
+		/* Somebody else has begun to use it: what options it has now is their business. */
+		release_sock(r.sk);
+		goto free;
+	}
 	WRITE_ONCE(r.sk->sk_err, 0);
 	WRITE_ONCE(r.sk->sk_shutdown, 0);
-	rcvbuf = r.sk->sk_rcvbuf;
-	sndbuf = r.sk->sk_sndbuf;
 	if (image->identity.kind != SOCKMI_KIND_CONNECTED)
 		result = restore_closed(&r);
 	else if (image->identity.state == SOCKMI_SYN_SENT)
@@ -252,14 +260,17 @@ int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const 
 		result = restore_connection(&r);
 	if (!result) {
 		sockmi_disown(r.sk);
+		if (kept)
+			*kept = options;
+		else
+			sockmi_kept_free(options);
 		return 0;
 	}
 	sockmi_close_silently(r.sk, 0);
-	WRITE_ONCE(r.sk->sk_rcvbuf, rcvbuf);
-	WRITE_ONCE(r.sk->sk_sndbuf, sndbuf);
-	r.sk->sk_reuse = SK_NO_REUSE;
-unlock:
 	release_sock(r.sk);
+	sockmi_put_back(sock, options);
+free:
+	sockmi_kept_free(options);
 refused:
 	*refusal = r.refusal;
 	return result;

@@ -20,6 +20,7 @@ struct restore {
 	const struct sockmi_identity *id;
 	const struct sockmi_sequence *seq;
 	struct sockmi_endpoint local;
+	const struct sockmi_view *before; /* options that the socket had */
 	u32 flags;
 	u32 refusal;
 	struct sockmi_losses *losses;

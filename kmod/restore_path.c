@@ -209,26 +209,3 @@ void sockmi_restore_urgent(struct restore *r)
 				 u->flags & SOCKMI_URGENT_READ	   ? TCP_URG_READ :
 				 u->flags & SOCKMI_URGENT_ANNOUNCED ? TCP_URG_NOTYET : 0);
 }
-
-/*
- * ACKs that came in during the move are lost. A loss probe asks for a new one after two RTTs and costs no
- * congestion window (RFC 8985 section 7); without SACK there is none, and the retransmission timer must do.
- */
-void sockmi_restore_timers(struct restore *r)
-{
-	const struct sockmi_timers *t = &r->image->timers;
-	struct tcp_sock *tp = r->tp;
-	unsigned long rto = r->icsk->icsk_rto, probe;
-
-	if (!tp->packets_out)
-		return;
-	if (t->retransmit_us)
-		rto = clamp_t(unsigned long, usecs_to_jiffies(min_t(u64, t->retransmit_us, U32_MAX)), 1, rto);
-	/* An RTT that was never measured is hardly longer than that. */
-	probe = tp->srtt_us ? usecs_to_jiffies(tp->srtt_us >> 2) + 1 : HZ / 5;
-	if (tp->rx_opt.sack_ok && READ_ONCE(sock_net(r->sk)->ipv4.sysctl_tcp_early_retrans) &&
-	    probe < rto)
-		inet_csk_reset_xmit_timer(r->sk, ICSK_TIME_LOSS_PROBE, probe, TCP_RTO_MAX);
-	else
-		inet_csk_reset_xmit_timer(r->sk, ICSK_TIME_RETRANS, rto, TCP_RTO_MAX);
-}

@@ -342,6 +342,7 @@ long sockmi_ioctl_serve(struct sockmi_file *file, void __user *arg, size_t size)
 	else
 		sn->serving = file;
 	spin_unlock_bh(&sn->lists_lock);
+	trace_sockmi_serve(NULL, 0, 0, result, 0);
 	return result;
 }
 
@@ -393,6 +394,7 @@ long sockmi_ioctl_answer(struct sockmi_file *file, void __user *arg, size_t size
 	spin_unlock_bh(&sn->lists_lock);
 	if (!result)
 		wake_up_all(&sn->wait);
+	trace_sockmi_answer(NULL, a.id, a.error, result, 0);
 	return result;
 }
 

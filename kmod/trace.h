@@ -47,6 +47,8 @@ SOCKMI_STEP(sockmi_unclaim);
 SOCKMI_STEP(sockmi_freeze);
 SOCKMI_STEP(sockmi_thaw); /* result: -ETIMEDOUT if the deadline did it; bytes: microseconds frozen */
 SOCKMI_STEP(sockmi_commit);
+SOCKMI_STEP(sockmi_abort);
+SOCKMI_STEP(sockmi_release);
 SOCKMI_STEP(sockmi_restore);
 SOCKMI_STEP(sockmi_activate);
 SOCKMI_STEP(sockmi_discard);
@@ -56,6 +58,11 @@ SOCKMI_STEP(sockmi_publish);
 SOCKMI_STEP(sockmi_remove);
 SOCKMI_STEP(sockmi_import);
 SOCKMI_STEP(sockmi_sysctl);
+SOCKMI_STEP(sockmi_serve);
+SOCKMI_STEP(sockmi_answer); /* bytes: the error that the daemon gives, 0 for success */
+SOCKMI_STEP(sockmi_forget); /* id: how many flows are gone; bytes: how many entries */
+SOCKMI_STEP(sockmi_nat_change); /* id: enum sockmi_nat_action; bytes: how many flows were changed */
+SOCKMI_STEP(sockmi_nat_flush); /* id: the flags that were asked for; bytes: how many flows are gone */
 SOCKMI_STEP(sockmi_nat_hand_on); /* id: the flow's; result: how many packets; bytes: their length */
 
 #endif

@@ -79,7 +79,7 @@
  * SO_BINDTODEVICE, one of a SO_REUSEPORT group, BPF programs of sk_lookup and SO_REUSEPORT, which see no packet). IPv4
  * images can be delivered to IPv6 listeners, and v4-mapped ones to IPv4 listeners. The socket's options are the image's;
  * but SO_REUSEADDR, SO_REUSEPORT, the device it is bound to, its owner, cgroup and security label are those of a child
- * of the listener's. Until it is in the queue nobody can see it; when it is, it is complete. Nothing of it is
+ * of the listener's, and so are SO_MARK and SO_PRIORITY if the image does not name them. Until it is in the queue nobody can see it; when it is, it is complete. Nothing of it is
  * left after an error, and nothing has been sent: the image can be delivered again, or restored.
  *
  * Slots
@@ -104,7 +104,7 @@
 #define SOCKMI_DEV_PATH "/dev/sockmi"
 #define SOCKMI_DEV_ABI_MAJOR 1
 /* 2: who owns the socket of an EXPORT_REQUEST; ANSWER says if nobody asks. 3: HOLD keeps packets, `kept` */
-#define SOCKMI_DEV_ABI_MINOR 3
+#define SOCKMI_DEV_ABI_MINOR 4
 
 /* An end of a connection; IPv4 addresses are v4-mapped (::ffff:a.b.c.d); all zero: none. */
 struct sockmi_dev_endpoint {
@@ -373,7 +373,9 @@ struct sockmi_ioc_export_info {
  * @lost_options: out: the first of them (ids of docs/image.md)
  * @deadline_ms: in: how long it may be dormant; 0: the maximum
  *
- * After an error the socket is closed state again, unbound, usable, and nothing was sent.
+ * The socket's options become the image's, whatever it had; only IP_TRANSPARENT, IP_FREEBIND and their like for IPv6 stay
+ * set if they were, for they are the caller's consent to a foreign address. After an error, and after DISCARD, it is
+ * closed again, unbound, with the options that it had before, and nothing was sent.
  */
 struct sockmi_ioc_restore {
 	__s32 fd;
@@ -648,6 +650,23 @@ struct sockmi_ioc_answer {
 	char text[SOCKMI_ANSWER_TEXT];
 };
 
+/**
+ * struct sockmi_ioc_forget - drop what keeps the module loaded when no device file is open, in all network namespaces
+ * @flags: in: 0
+ * @reserved: 0
+ * @flows: out: flows of the NAT helper that are gone
+ * @entries: out: published entries that are gone; those that an import is trying stay
+ *
+ * Connections that depend on a flow, or of which an entry is the only copy, are lost. For who administers the host's
+ * network (CAP_NET_ADMIN in the initial user namespace), before the module is unloaded. -EINTR: a fatal signal.
+ */
+struct sockmi_ioc_forget {
+	__u32 flags;
+	__u32 reserved;
+	__u32 flows;
+	__u32 entries;
+};
+
 /*
  * An export by the sysctl
  * -----------------------
@@ -729,6 +748,7 @@ struct sockmi_event {
 #define SOCKMI_IOC_SLOTS _IOWR(SOCKMI_IOC_MAGIC, 0x01, struct sockmi_ioc_slots)
 #define SOCKMI_IOC_SERVE _IOWR(SOCKMI_IOC_MAGIC, 0x02, struct sockmi_ioc_serve)
 #define SOCKMI_IOC_ANSWER _IOWR(SOCKMI_IOC_MAGIC, 0x03, struct sockmi_ioc_answer)
+#define SOCKMI_IOC_FORGET _IOWR(SOCKMI_IOC_MAGIC, 0x04, struct sockmi_ioc_forget)
 
 #define SOCKMI_IOC_CLAIM _IOWR(SOCKMI_IOC_MAGIC, 0x10, struct sockmi_ioc_claim)
 #define SOCKMI_IOC_FREEZE _IOWR(SOCKMI_IOC_MAGIC, 0x11, struct sockmi_ioc_freeze)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -25,7 +26,9 @@ NAMES_MAX = 5
 ABI = (1, 0)
 HELLO = struct.Struct("=HHIHHIQQIIII")
 FLUSH = struct.Struct("=II")
+FORGET = struct.Struct("=IIII")
 IOC_HELLO = 3 << 30 | HELLO.size << 16 | 0xB9 << 8 | 0x00
+IOC_FORGET = 3 << 30 | FORGET.size << 16 | 0xB9 << 8 | 0x04
 IOC_NAT_FLUSH = 3 << 30 | FLUSH.size << 16 | 0xB9 << 8 | 0x43
 
 
@@ -102,8 +105,8 @@ class Loaded:
                 "in-use",
                 f"The module is in use: {self.dependents()}.",
                 "Move the connections on, or let them end (sockmi list redirects), and stop what has the "
-                "device open (systemctl stop sockmid); force drops redirects, which cuts their "
-                "connections off.",
+                "device open (systemctl stop sockmid); force drops redirects and images that wait in import "
+                "lists, in all network namespaces: their connections are cut off.",
             )
         self._change("unload")
 
@@ -173,14 +176,19 @@ class Loaded:
             )
 
     def _flush(self) -> None:
-        """Have it forget its redirects, of this network namespace."""
+        """Have it forget what keeps it: redirects and waiting images, of all network namespaces."""
         self.actions.append("drop redirects")
         if self.module.check_mode:
             return
         try:
             with DEVICE.open("r+b", buffering=0) as device:
                 fcntl.ioctl(device, IOC_HELLO, HELLO.pack(*ABI, *(0,) * 10))
-                fcntl.ioctl(device, IOC_NAT_FLUSH, FLUSH.pack(0, 0))
+                try:
+                    fcntl.ioctl(device, IOC_FORGET, FORGET.pack(0, 0, 0, 0))
+                except OSError as error:
+                    if error.errno != errno.ENOTTY:
+                        raise
+                    fcntl.ioctl(device, IOC_NAT_FLUSH, FLUSH.pack(0, 0))  # of an earlier release: its own
         except OSError as error:
             raise Obstacle(
                 "flush-failed",

@@ -54,8 +54,8 @@ options:
     type: bool
   force:
     description:
-      - Have the module drop the redirects that it has before it is unloaded. Connections that depend on them
-        are cut off.
+      - Have the module drop the redirects that it has before it is unloaded, and the images that wait in its
+        import lists, in all network namespaces. Connections that depend on them are cut off.
     type: bool
     default: false
   stop_unit:

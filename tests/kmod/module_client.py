@@ -313,6 +313,10 @@ class Answer(ctypes.Structure):
     _fields_ = (("id", U64), ("error", U32), ("reserved", U32), ("text", ctypes.c_char * 96))
 
 
+class Forget(ctypes.Structure):
+    _fields_ = (("flags", U32), ("reserved", U32), ("flows", U32), ("entries", U32))
+
+
 class Event(ctypes.Structure):
     _fields_ = (
         ("type", U32),
@@ -339,6 +343,7 @@ ORDINALS: dict[str, tuple[int, type[ctypes.Structure]]] = {
     "slots": (0x01, Slots),
     "serve": (0x02, Serve),
     "answer": (0x03, Answer),
+    "forget": (0x04, Forget),
     "claim": (0x10, Claim),
     "freeze": (0x11, Freeze),
     "commit": (0x12, Decision),

@@ -654,13 +654,14 @@ def test_kmod_speaks_the_ioctls_of_the_header(load: Callable[[str], Any]) -> Non
     header = (PROJECT / "kmod/uapi/sockmi.h").read_text()
     loaded = load("module_utils._loaded")
     sizes = {"__u16": 2, "__u32": 4, "__aligned_u64": 8}
-    for name, form in (("hello", loaded.HELLO), ("nat_flush", loaded.FLUSH)):
+    for name, form in (("hello", loaded.HELLO), ("nat_flush", loaded.FLUSH), ("forget", loaded.FORGET)):
         body = re.search(rf"struct sockmi_ioc_{name} \{{(.*?)\}};", header, re.DOTALL)
         assert body
         assert sum(sizes[word] for word in re.findall(r"(__\w+) \w+;", body[1])) == form.size
     assert f"SOCKMI_DEV_ABI_MAJOR {loaded.ABI[0]}" in header
     assert "SOCKMI_IOC_HELLO _IOWR(SOCKMI_IOC_MAGIC, 0x00," in header
     assert "SOCKMI_IOC_NAT_FLUSH _IOWR(SOCKMI_IOC_MAGIC, 0x43," in header
+    assert "SOCKMI_IOC_FORGET _IOWR(SOCKMI_IOC_MAGIC, 0x04," in header
     assert "SOCKMI_IOC_MAGIC 0xB9" in header
 
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /* /dev/sockmi, many sockets a call. kmod/uapi/sockmi.h is the specification of all that is asked for here. */
 #include <fcntl.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -200,6 +201,24 @@ static uint64_t carried(const struct sockmi_image *i)
 	return bits;
 }
 
+/* The option that a name of the module's report, "option:ip_options", stands for; 0: none. */
+static uint16_t option_of(const struct sockmi_view *name)
+{
+	static const char prefix[] = "option:";
+	const size_t skip = sizeof(prefix) - 1;
+
+	if (name->length <= skip || memcmp(name->data, prefix, skip) != 0)
+		return 0;
+	for (unsigned int id = 1; id < SOCKMI_OPTION_ID_END; id++) {
+		const char *known = sockmi_option_name(id);
+
+		if (known && strlen(known) == name->length - skip &&
+		    strncasecmp(known, (const char *)name->data + skip, name->length - skip) == 0)
+			return (uint16_t)id;
+	}
+	return 0;
+}
+
 /* What the module says in the image's own report, as bits; names that we do not know stay there. */
 static void read_fidelity(const struct sockmi_image *image, struct sockmi_result *result)
 {
@@ -207,7 +226,11 @@ static void read_fidelity(const struct sockmi_image *image, struct sockmi_result
 	enum sockmi_fidelity_class what;
 
 	result->carried = carried(image);
-	while (sockmi_fidelity_next(&rest, &what, &name))
+	while (sockmi_fidelity_next(&rest, &what, &name)) {
+		uint16_t option = option_of(&name);
+
+		if (option)
+			sockmi_lost_option(result, option);
 		for (unsigned int bit = 0; bit < SOCKMI_FIDELITY_END; bit++) {
 			const char *known = sockmi_fidelity_name(bit);
 
@@ -218,6 +241,7 @@ static void read_fidelity(const struct sockmi_image *image, struct sockmi_result
 			else if (what == SOCKMI_RESET)
 				result->reset |= (uint64_t)1 << bit;
 		}
+	}
 }
 
 int sockmi_device_check(const struct sockmi_device *device, const int *fds, size_t n, struct sockmi_result *results)

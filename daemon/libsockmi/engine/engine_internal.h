@@ -156,6 +156,7 @@ void sockmi_options_write(int fd, const struct sockmi_option_plan *plan, enum so
 			  struct sockmi_result *result);
 /* One option's number, or @otherwise if it was left out. @flags may be NULL. */
 int64_t sockmi_options_find(struct sockmi_view options, uint16_t id, int64_t otherwise, uint8_t *flags);
+#define SOCKMI_OPTION_ID_END 400 /* beyond all ids of options */
 void sockmi_lost_option(struct sockmi_result *result, uint16_t id);
 
 /* inject.c: one TCP segment without options, as if the peer had sent it. 0 or -1 with errno. */

@@ -155,7 +155,7 @@ static const struct row rows[] = {
 };
 
 #define N_ROWS (sizeof(rows) / sizeof(rows[0]))
-#define ID_END 400
+#define ID_END SOCKMI_OPTION_ID_END
 
 /* What image_options.h says of each id. */
 struct number {

@@ -20,6 +20,8 @@ import pytest
 from sockmi.addresses import Endpoint, FourTuple
 from tests import collection, returned
 from tests.kmod import nat_client
+from tests.kmod.inside.test_module_core import pair
+from tests.kmod.module_client import ANY_UID, PUBLISH, Device, Forget, frozen
 
 # What the last two tests switch on, no kernel switches off again.
 pytestmark = [pytest.mark.no_module, pytest.mark.alone]
@@ -162,6 +164,56 @@ def test_in_use(kmod: Any) -> None:
     forced = kmod("unloaded", force=True)
     assert (forced["actions"], LOADED.is_dir()) == (["drop redirects", "unload"], False)
     assert kmod("unloaded")["changed"] is False
+
+
+def test_force_reaches_all_namespaces_and_the_lists(kmod: Any) -> None:
+    """A flow in a namespace whose process has ended, and an image that waits for an application."""
+    kmod("loaded")
+    namespace = "forced"
+    subprocess.run(["ip", "netns", "add", namespace], check=True, timeout=60)
+    try:
+        add = "from tests.kmod.inside.test_kmod_obstacles import FLOW, nat_client; nat = nat_client.Nat(); "
+        add += "nat.add(nat_client.held(FLOW, nat_client.Flag.MUTE))"
+        subprocess.run(["ip", "netns", "exec", namespace, sys.executable, "-c", add], check=True, timeout=60)
+        assert obstacle(kmod("unloaded")) == "in-use"
+        with Device() as device:
+            ours, _peer = pair()
+            with frozen(device, ours) as (freeze, image):
+                device.abort(freeze)
+            device.list_add(image, flags=ANY_UID | PUBLISH)
+        assert obstacle(kmod("unloaded")) == "in-use"
+        assert LOADED.is_dir()
+        forced = kmod("unloaded", force=True)
+        assert (forced["actions"], LOADED.is_dir()) == (["drop redirects", "unload"], False)
+    finally:
+        subprocess.run(["ip", "netns", "delete", namespace], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("what", ["flow", "entry"])
+def test_each_keeps_it_and_only_an_administrator_can_drop_it(kmod: Any, what: str) -> None:
+    """Root of a user's own namespaces cannot cut off the host's connections."""
+    kmod("loaded")
+    with contextlib.closing(nat_client.Nat()) as nat, Device() as device:
+        if what == "flow":
+            nat.add(nat_client.held(FLOW, nat_client.Flag.MUTE))
+        else:
+            ours, _peer = pair()
+            with frozen(device, ours) as (freeze, image):
+                device.abort(freeze)
+            device.list_add(image, flags=ANY_UID | PUBLISH)
+    assert obstacle(kmod("unloaded")) == "in-use"
+    call = "from tests.kmod.module_client import Device, Forget; Device(slots=0).call('forget', Forget())"
+    refused = subprocess.run(
+        ["unshare", "-Urn", sys.executable, "-c", call],
+        check=False, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert refused.returncode
+    assert "Operation not permitted" in refused.stderr
+    assert obstacle(kmod("unloaded")) == "in-use"
+    with Device(slots=0) as device:
+        gone = device.call("forget", Forget())
+    assert (gone.flows, gone.entries) == ((1, 0) if what == "flow" else (0, 1))
+    assert kmod("unloaded")["changed"] is True
 
 
 def test_other_parameters_wait_for_the_next_load(kmod: Any) -> None:

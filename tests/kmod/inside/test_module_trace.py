@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.kmod.inside.test_module_core import held, new_socket, pair, read_exactly, wait_for
-from tests.kmod.module_client import ANY_UID, Device, ListName, Refusal, Refused, Request, frozen
+from tests.kmod import nat_client
+from tests.kmod.inside.test_module_core import four_tuple, held, new_socket, pair, read_exactly, wait_for
+from tests.kmod.module_client import ANY_UID, Device, Forget, ListName, Refusal, Refused, Request, frozen
 
 TRACING = Path("/sys/kernel/tracing")
 EVENTS = (
-    "claim", "unclaim", "freeze", "thaw", "commit", "restore", "activate", "discard", "deliver",
-    "list_add", "publish", "remove", "import", "sysctl", "nat_hand_on",
+    "claim", "unclaim", "freeze", "thaw", "commit", "abort", "release", "restore", "activate", "discard",
+    "deliver", "list_add", "publish", "remove", "import", "sysctl", "serve", "answer", "forget",
+    "nat_change", "nat_flush", "nat_hand_on",
 )  # fmt: skip
 LINE = re.compile(r": sockmi_(\w+): (.*)$", re.MULTILINE)
 
@@ -73,7 +75,7 @@ def test_a_move_is_told_step_by_step(told: Told) -> None:
             device.commit(freeze)
             dormant = device.restore(copy, image, flags=0)
             device.decide("activate", dormant.id)
-    steps = told()
+    steps = [(step, fields) for step, fields in told() if step != "nat_change"]  # the test's own hold
     assert [step for step, _unused in steps] == [
         "claim",
         "freeze",
@@ -81,6 +83,7 @@ def test_a_move_is_told_step_by_step(told: Told) -> None:
         "restore",
         "activate",
         "unclaim",
+        "release",
     ]
     told_of = dict(steps)
     for step in ("claim", "freeze", "restore", "activate"):
@@ -88,7 +91,9 @@ def test_a_move_is_told_step_by_step(told: Told) -> None:
     for step, fields in steps:
         assert (fields["result"], fields["refusal"]) == (0, 0), step
     assert told_of["freeze"]["bytes"] == told_of["restore"]["bytes"] == len(image)
-    assert {told_of[step]["id"] for step in ("claim", "freeze", "commit", "unclaim")} == {freeze.id}
+    assert {told_of[step]["id"] for step in ("claim", "freeze", "commit", "unclaim", "release")} == {
+        freeze.id
+    }
     assert told_of["restore"]["id"] == told_of["activate"]["id"] == dormant.id
     assert told_of["commit"]["bytes"] > 0, "microseconds frozen"
 
@@ -149,3 +154,80 @@ def test_the_lists_and_the_sysctl_are_told(told: Told) -> None:
     assert ("remove", again.id, -errno.ENOENT) in steps
     assert [step for step, _unused, _unused in steps].count("discard") == 1
     assert ("sysctl", 0, -errno.EBADF) in steps
+
+
+def test_decisions_that_come_too_late_are_told(told: Told) -> None:
+    ours, _peer = pair()
+    with Device() as device:
+        claim = device.claim(ours)
+        freeze = device.freeze(claim, deadline_ms=50)
+        wait_for(lambda: any(step == "thaw" for step, _unused in told()))
+        with pytest.raises(Refused):
+            device.abort(freeze)
+        again = device.freeze(claim)
+        with pytest.raises(Refused):
+            device.abort(freeze)
+        device.abort(again)
+        device.release(claim)
+        for name in ("commit", "abort", "release", "activate", "discard"):
+            with pytest.raises(Refused):
+                device.decide(name, claim.id)
+        with pytest.raises(Refused):
+            device.freeze(claim)
+    steps = [(step, fields["id"], fields["result"]) for step, fields in told()]
+    assert [step for step in steps if step[0] == "abort"] == [
+        ("abort", claim.id, -errno.ETIMEDOUT),
+        ("abort", claim.id, -errno.ESTALE),
+        ("abort", claim.id, 0),
+        ("abort", claim.id, -errno.ENOENT),
+    ]
+    assert ("release", claim.id, 0) in steps
+    for name in ("commit", "release", "activate", "discard", "freeze"):
+        assert (name, claim.id, -errno.ENOENT) in steps, name
+
+
+def test_a_delivery_is_told(told: Told) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    peer = socket.create_connection(listener.getsockname())
+    ours, _unused = listener.accept()
+    with Device() as device, held(ours):
+        with frozen(device, ours) as (freeze, image):
+            device.commit(freeze)
+        device.deliver(image)
+        listener.close()
+        peer.close()
+        with pytest.raises(Refused):
+            device.deliver(image)
+    steps = [
+        (fields["id"], fields["bytes"], fields["result"]) for step, fields in told() if step == "deliver"
+    ]
+    assert steps[0] == (1, len(image), 0)
+    assert steps[1][1:] == (len(image), -errno.ECONNREFUSED)
+
+
+def test_the_daemon_s_part_and_the_nat_helper_s_are_told(told: Told) -> None:
+    ours, _peer = pair()
+    with Device(slots=0) as device, Device(slots=0) as other:
+        device.serve()
+        with pytest.raises(Refused):
+            other.serve()
+        with pytest.raises(Refused):
+            device.answer(77, errno.EIO, "nobody has asked")
+    flow, nat = nat_client.held(four_tuple(ours)), nat_client.Nat()
+    nat.set(flow)
+    with pytest.raises(OSError) as caught:
+        nat.add(flow)
+    assert caught.value.errno == errno.EEXIST
+    assert nat.flush(nat_client.Flag.HOLD) == 1
+    nat.close()
+    with Device(slots=0) as device:
+        device.call("forget", Forget())
+    steps = [(step, fields["id"], fields["bytes"], fields["result"]) for step, fields in told()]
+    assert "forget" in {step for step, *_unused in steps}
+    assert ("serve", 0, 0, 0) in steps
+    assert ("serve", 0, 0, -errno.EBUSY) in steps
+    assert ("answer", 77, errno.EIO, -errno.ENOENT) in steps
+    add, set_, hold = 1, 3, int(nat_client.Flag.HOLD)
+    assert ("nat_change", set_, 1, 0) in steps
+    assert ("nat_change", add, 0, -errno.EEXIST) in steps
+    assert ("nat_flush", hold, 1, 0) in steps
