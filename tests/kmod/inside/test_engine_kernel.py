@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -339,4 +340,30 @@ def test_path_model_moves(lab: el.Lab, engine: KernelEngine) -> None:
     assert struct.unpack_from("I", info, cwnd)[0] > 10
 
     for one in (copy, ours, peer):
+        one.close()
+
+
+def test_what_stays_behind_is_named(lab: el.Lab, engine: KernelEngine) -> None:
+    """By the option's name, and only if it is set."""
+    lab.switch("a")
+    ours, peer = lab.pair("v4", lab.port())
+    with lab.host("a"):
+        (item,) = engine.capture([ours.fileno()])
+    assert isinstance(item, Captured)
+    assert item.fidelity.reset == item.fidelity.approximated == []
+    nop = b"\x01"
+    ours.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, 3 * nop + b"\x00")
+    code = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0xFFFFFFFF))  # BPF: accept all
+    ours.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HxxxxxxQ", 1, ctypes.addressof(code)))
+    ours.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
+    with lab.host("a"):
+        (item,) = engine.capture([ours.fileno()])
+    assert isinstance(item, Captured)
+    assert set(item.fidelity.reset) == {
+        "ebpf-filter",
+        "option:ip_options",
+        "option:lock_filter",
+        "socket-options",
+    }
+    for one in (ours, peer):
         one.close()
