@@ -299,6 +299,8 @@ def lines_left(lab: Lab) -> int:
         ({"from": "a", "allow_refused": "perhaps"}, "sockmi_allow_refused is 'perhaps'"),
         ({"from": "a", "local_port": 70000}, "local_port is 70000; give a number"),
         ({"from": "d"}, "Start it"),
+        ({"from": "a", "units": "nginx.service"}, "sockmi_units: SockMi has no such variable"),
+        ({"from": "a", "to": "nobody"}, "sockmi_to is 'nobody', whom a does not hear; it hears b, c."),
     ],
 )
 def test_migrate_checks_its_variables(

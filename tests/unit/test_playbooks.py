@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests import collection
 from tests.unit.moody_daemon import Daemon
@@ -19,6 +21,19 @@ from tests.unit.moody_daemon import Daemon
 pytest.importorskip("ansible")
 
 REPORT = "report.json"
+
+
+def test_every_variable_is_known() -> None:
+    """What the role and the playbooks ask for, and what the inventories set: a misspelt one is refused."""
+    root = collection.PROJECT
+    known = yaml.safe_load((root / "playbooks/vars/variables.yml").read_text())["__sockmi_variables"]
+    specs = yaml.safe_load((root / "roles/sockmi/meta/argument_specs.yml").read_text())["argument_specs"]
+    asked = {name for spec in specs.values() for name in spec["options"]}
+    files = [*(root / "playbooks").rglob("*.yml"), *(root / "inventories").rglob("*.yml")]
+    for text in (file.read_text() for file in files if file.name != "variables.yml"):
+        asked |= set(re.findall(r"(?<![\w.])sockmi_[a-z_]+\b", text))
+    assert sorted(known) == sorted(set(known))
+    assert asked - {"sockmi_from_is_not_set"} == set(known)
 
 
 class Playbook:
