@@ -213,6 +213,12 @@ migrations:
         - Null if it was not frozen.
       type: int
       returned: always
+    listed:
+      description:
+        - Whether it waited in the importer's import list when it had moved. Its other end hears nothing until
+          an application takes it.
+      type: bool
+      returned: always
     receive_queue_bytes:
       description: Bytes received and not yet read, moved with it.
       type: int

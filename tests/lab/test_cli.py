@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -245,12 +246,33 @@ def test_export_twice(scene: Scene, lab: Lab) -> None:
     pid, fd = scene.descriptor_of(client)
     os.kill(pid, signal.SIGSTOP)  # so that it does not close the dead descriptor
     try:
-        assert run("export", "--pid", pid, "--fd", fd, host=lab.host("a")).status == OK
+        done = run("export", "--pid", pid, "--fd", fd, host=lab.host("a"))
+        assert done.status == OK
+        assert "import list" not in done.out
         again = run("export", "--pid", pid, "--fd", fd, "--timeout", 1, "--json", host=lab.host("a"))
     finally:
         os.kill(pid, signal.SIGCONT)
     assert again.status == NOT_DONE
     assert again.json[0]["outcome"] in ("refused", "aborted"), again.out
+    client.connection.shutdown(socket.SHUT_WR)
+    assert ended(importer).status == OK
+
+
+def test_an_export_for_which_nobody_waits_says_so(scene: Scene, lab: Lab) -> None:
+    """It has moved, and its peer hears nothing: that is not told as if all were well."""
+    scene.server("a", 5118)
+    client = scene.client("a", 5118)
+    pid, fd = scene.descriptor_of(client)
+    shown = run("export", "--pid", pid, "--fd", fd, "--to", "b", host=lab.host("a"))
+    assert shown.status == OK
+    assert "1 wait in an import list of b for an application: see `sockmi list imports` there" in shown.out
+    newest = ("history", "--direction", "export", "--limit", 1)
+    [record] = run(*newest, "--json", host=lab.host("a")).json
+    assert record["listed"] is True
+    when = datetime.fromisoformat(record["ended_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    assert f"\n{when}  connected" in run(*newest, host=lab.host("a")).out
+    importer = scene.program("b", "import", "--port", 5118, "--exec", "cat")
+    assert client.say("at last") == "at last"
     client.connection.shutdown(socket.SHUT_WR)
     assert ended(importer).status == OK
 

@@ -119,7 +119,8 @@ class MigrationRecord(Model):
     None until chosen. ``blackout_us`` is the freeze as this host measured it, ``engine`` is this
     host's (None: an older daemon did it). ``outcome`` is
     None while the migration is under way; ``refusal`` says why it is not ``moved``. ``user_id``: who
-    asked for the export. Sizes are those of the image: 0 until there is one.
+    asked for the export. ``listed``: when it had moved it waited in the importer's import list, and its peer
+    hears nothing until an application takes it. Sizes are those of the image: 0 until there is one.
     """
 
     migration_id: UUID
@@ -141,6 +142,7 @@ class MigrationRecord(Model):
     outcome: Outcome | None = None
     refusal: Why | None = None
     blackout_us: Count | None = None
+    listed: bool = False
     receive_queue_bytes: Count = 0
     sent_bytes: Count = 0
     unsent_bytes: Count = 0

@@ -313,7 +313,7 @@ def history(options: argparse.Namespace) -> int:
     if options.json:
         print_json(records)
     else:
-        show_records(records)
+        show_records(records, ended=True)
     return OK if records else NOTHING
 
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, TextIO
 
 
@@ -70,12 +72,26 @@ class ProgressBar:
             sys.stderr.write("\n")
 
 
-def show_records(records: Sequence[dict[str, Any]]) -> None:
-    """Migration records, a line each, and why those that did not move did not."""
+def show_records(records: Sequence[dict[str, Any]], *, ended: bool = False) -> None:
+    """Migration records, a line each, and why those that did not move did not; ``ended``: also when."""
     print_table(
-        ("kind", "state", "local", "remote", "from", "to", "outcome", "blackout ms", "mode", "engine", "hop"),
+        (
+            *(("ended",) if ended else ()),
+            "kind",
+            "state",
+            "local",
+            "remote",
+            "from",
+            "to",
+            "outcome",
+            "blackout ms",
+            "mode",
+            "engine",
+            "hop",
+        ),
         [
             (
+                *((local_time(record.get("ended_at")),) if ended else ()),
                 record.get("kind"),
                 record.get("state"),
                 record.get("local"),
@@ -96,6 +112,15 @@ def show_records(records: Sequence[dict[str, Any]]) -> None:
             why = record["refusal"]
             ends = " -> ".join(end for end in (record.get("local"), record.get("remote")) if end)
             print(f"{ends or 'no socket'}: {why['code']}: {why['message']}")
+
+    waiting = Counter(record.get("to") for record in records if record.get("listed"))
+    for host, count in waiting.items() if not ended else ():
+        print(f"{count} wait in an import list of {host} for an application: see `sockmi list imports` there")
+
+
+def local_time(text: str | None) -> str | None:
+    """A record's time to the second, in the time zone of whoever reads it."""
+    return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S") if text else None
 
 
 def milliseconds(microseconds: int | None) -> float | None:

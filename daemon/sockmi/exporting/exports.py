@@ -22,7 +22,7 @@ from sockmi.shell import Shell, audit, microseconds_since, now_text, why
 
 # What the end of a migration adds to its record.
 _NEWS = (
-    "outcome", "refusal", "step", "to", "mode", "ended_at", "blackout_us", "fidelity",
+    "outcome", "refusal", "step", "listed", "to", "mode", "ended_at", "blackout_us", "fidelity",
     "receive_queue_bytes", "sent_bytes", "unsent_bytes", "image_bytes",
 )  # fmt: skip
 
@@ -169,6 +169,7 @@ class Exports:
             self._tally.shipped(len(export.image))
         if result.outcome is Outcome.ACTIVE:
             record["step"] = "active"
+            record["listed"] = result.listed
             record["blackout_us"] = microseconds_since(export.frozen_at)
             self._shell.metrics.freeze.observe(record["blackout_us"] / 1e6)
             self.end(export, batch, "moved", None)
@@ -184,7 +185,8 @@ class Exports:
     def _report_after_restart(self, change: Change, result: Result) -> None:
         """A migration that an earlier run of this daemon had committed."""
         if result.outcome is Outcome.ACTIVE:
-            audit(change, result.migration, "export", step="active", outcome="moved", ended_at=now_text())
+            news = {"step": "active", "outcome": "moved", "listed": result.listed, "ended_at": now_text()}
+            audit(change, result.migration, "export", **news)
             self._tally.ended("moved")
         elif result.outcome is Outcome.LOST:
             refusal = why(result.refusal) if result.refusal else None

@@ -53,13 +53,17 @@ class Activation:
                 self._listed.put(copy)
         pending = len(early) + len(by_client)
         results = tuple(None if one.migration in self._copies else _LOST for one in action.holdings)
-        answer = ActivateDone(action.chunk, results)
+
+        def answer() -> None:
+            waits = {copy.migration for copy in copies if self._listed.has(copy)}
+            listed = tuple(index for index, one in enumerate(action.holdings) if one.migration in waits)
+            self._shell.dispatch(ActivateDone(action.chunk, results, listed))
 
         def handed() -> None:
             nonlocal pending
             pending -= 1
             if pending == 0:
-                self._shell.dispatch(answer)
+                answer()
 
         # The applications look at what they get while we write; nothing comes to life before that is done.
         for client, theirs in by_client.items():
@@ -81,5 +85,6 @@ class Activation:
         self._copies.count("failed", results.count(_LOST))
         if not early and not by_client:
             self._room.update()
-            self._shell.dispatch(answer)
+            # When what is listed has been offered: it may be delivered at once.
+            self._shell.loop.call_later(0, answer)
         self._handover.decided(early)

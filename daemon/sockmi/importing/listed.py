@@ -63,6 +63,10 @@ class Listed:
         # Not now, as we may be in the middle of handing over.
         self._shell.loop.call_later(0, self._offer, migration)
 
+    def has(self, copy: Copy) -> bool:
+        """Whether it is there, and no application has it."""
+        return self._copies.has(copy) and self._lists.is_listed(copy.candidate.migration_id)
+
     def put_away(self, copy: Copy) -> None:
         """Keep no more of it than its image in the spool and its hold."""
         self._shell.engine.discard([copy.fd] if copy.fd >= 0 else [])
@@ -105,7 +109,7 @@ class Listed:
     def end(self, copy: Copy, refusal: Refusal) -> None:
         """It is no more, and whoever leads its packets here is told; late ones are dropped for a while."""
         migration = copy.candidate.migration_id
-        if not self._copies.has(copy) or not self._lists.is_listed(migration):
+        if not self.has(copy):
             return
         shell = self._shell
         _log.warning("%s, which waited for an application, has ended: %s", copy.tuple or migration, refusal)

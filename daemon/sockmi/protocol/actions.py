@@ -68,7 +68,10 @@ class Outcome(StrEnum):
 
 @frozen
 class Result:
-    """What became of one migration; ``fidelity`` is the importer's part of the report."""
+    """What became of one migration; ``fidelity`` is the importer's part of the report.
+
+    ``listed``: active, and in an import list.
+    """
 
     migration: MigrationId
     outcome: Outcome
@@ -76,6 +79,7 @@ class Result:
     place: Place | None = None
     refusal: Refusal | None = None
     fidelity: Fidelity | None = None
+    listed: bool = False
 
 
 @frozen

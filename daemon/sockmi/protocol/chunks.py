@@ -325,7 +325,7 @@ class Chunks:
             return
         committed = set(chunk.committed)
         codes = {position: code for position, code in message.refused if position in committed}
-        self._settle(chunk, "ACTIVE", lost=tuple(codes), codes=codes)
+        self._settle(chunk, "ACTIVE", lost=tuple(codes), codes=codes, listed=frozenset(message.listed))
 
     def on_query(self, source: HostId, message: messages.Query, channel: Channel) -> None:
         """Presumed abort: what is neither decided nor being decided was aborted."""
@@ -387,7 +387,12 @@ class Chunks:
         chunk.attempt += 1
 
     def _settle(
-        self, chunk: Chunk, trigger: str, lost: tuple[int, ...], codes: dict[int, Code] | None = None
+        self,
+        chunk: Chunk,
+        trigger: str,
+        lost: tuple[int, ...],
+        codes: dict[int, Code] | None = None,
+        listed: frozenset[int] = frozenset(),
     ) -> None:
         """The importer is done with the chunk, or will never be."""
         chunk.state = step(EXPORT, chunk.state, trigger)
@@ -399,7 +404,10 @@ class Chunks:
             place = chunk.places[position] if chunk.places else None
             migration, fidelity = chunk.migrations[position], chunk.fidelity.get(position)
             if position not in lost:
-                results.append(Result(migration, Outcome.ACTIVE, chunk.host, place=place, fidelity=fidelity))
+                waits = position in listed
+                results.append(
+                    Result(migration, Outcome.ACTIVE, chunk.host, place, fidelity=fidelity, listed=waits)
+                )
                 continue
             code = (codes or {}).get(position, Code.PEER_LOST)
             refusal = Refusal(

@@ -71,7 +71,11 @@ LAYOUT: Mapping[type, tuple[tuple[str, Field], ...]] = {
     ),
     messages.Prepared: (("chunk", CHUNK), ("results", RESULTS)),
     messages.Confirm: (("chunk", CHUNK), ("committed", POSITIONS)),
-    messages.Active: (("chunk", CHUNK), ("refused", many(pair(U16, CODE, "3"), CHUNK_ITEMS_MAX))),
+    messages.Active: (
+        ("chunk", CHUNK),
+        ("refused", many(pair(U16, CODE, "3"), CHUNK_ITEMS_MAX)),
+        ("listed", POSITIONS),
+    ),
     messages.Abort: (("chunk", CHUNK),),
     messages.Query: (("chunk", CHUNK),),
     messages.Undecided: (("chunk", CHUNK),),

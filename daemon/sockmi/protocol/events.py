@@ -157,10 +157,14 @@ class PrepareDone:
 
 @frozen
 class ActivateDone:
-    """Per holding of ``actions.Activate``, in order: None if live or in the import list."""
+    """Per holding of ``actions.Activate``, in order: None if live or in the import list.
+
+    ``listed``: which of them (indices) are in the import list.
+    """
 
     chunk: ChunkId
     results: tuple[Refusal | None, ...]
+    listed: tuple[int, ...] = ()
 
 
 @frozen

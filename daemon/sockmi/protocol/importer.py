@@ -182,7 +182,8 @@ class ImporterCore:
             if refusal is not None:
                 refused.append((position, refusal.code))
         self._forget(chunk)
-        answer = messages.Active(chunk.id, tuple(refused))
+        listed = tuple(chunk.committed[index] for index in event.listed)
+        answer = messages.Active(chunk.id, tuple(refused), listed)
         self._answers[chunk.id] = (chunk.exporter, answer)
         if len(self._answers) > _ANSWERS_KEPT:
             self._answers.popitem(last=False)

@@ -137,11 +137,13 @@ class Confirm:
 class Active:
     """ACTIVE, importer to exporter: CONFIRM has been carried out and is journalled.
 
-    ``refused``: (position, code) of copies that could not be brought to life.
+    ``refused``: (position, code) of copies that could not be brought to life. ``listed``: positions of those
+    that wait in an import list: their peers hear nothing until an application takes them.
     """
 
     chunk: ChunkId
     refused: tuple[tuple[int, Code], ...] = ()
+    listed: tuple[int, ...] = ()
 
 
 @frozen
