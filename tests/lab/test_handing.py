@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import signal
 import socket
 import subprocess
@@ -113,3 +115,38 @@ def test_an_import_ends_in_time_though_nothing_is_decided(lab: Lab) -> None:
             assert record["outcome"] == "aborted"
             goes_on(peer)
             until(lambda: status(lab.host("b"))["import_lists"]["connected"]["length"] == 0)
+
+
+def test_an_application_that_answers_late_and_dies(lab: Lab) -> None:
+    """A timer of its copy has run out by then: it is listed, for the next one, not for the dead one."""
+    silence = "table inet silent { chain in { type filter hook input priority 0; tcp sport 7401 drop; }; }"
+    a, b = lab.host("a"), lab.host("b")
+    with cluster(lab, "ab"), lab.host("peer").socket() as peer, a.socket() as listener:
+        listener.bind((a.address(4), 7401))
+        listener.listen()
+        peer.settimeout(TIMEOUT_S)
+        peer.connect(listener.getsockname())
+        ours, _unused = listener.accept()
+        lab.host("peer").run(["nft", silence])
+        try:
+            with ours:
+                ours.sendall(b"unacknowledged")
+                [record] = drain(a, "b", local_port=7401, kinds=["connected"], states=["ESTABLISHED"])
+            assert record["outcome"] == "moved"
+            with socket.socket(socket.AF_UNIX) as control:
+                control.connect(str(b.control_socket))
+                control.sendall(b'{"op":"import","requests":[{"states":["connected"]}],"timeout_ms":-1}\n')
+                answer, descriptors, _flags, _address = socket.recv_fds(control, 65536, 16)
+                [imported] = json.loads(answer)["imported"]
+                time.sleep(3)  # the timer of its retransmission, which is a second at most in a copy
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                taken = {"op": "taken", "migrations": [imported["record"]["migration_id"]]}
+                control.sendall(json.dumps(taken).encode() + b"\n")
+        finally:
+            lab.host("peer").run(["nft", "delete table inet silent"])
+        [arrived] = import_socket(ImportRequest(["connected"]), TIMEOUT_S, control=b.control_socket)
+        with arrived.socket:
+            assert peer.recv(99) == b"unacknowledged"
+            arrived.socket.sendall(b"on")
+            assert peer.recv(9) == b"on"

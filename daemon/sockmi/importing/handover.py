@@ -241,7 +241,8 @@ class Handover:
         del self._handings[client]
         handing.cancel()
         client.respond(api.TakenResponse(id=taken.id, live=[], waiting=True))
-        self._wait(client, handing.wish)
+        if not client.closed:  # it may have gone just now, and `gone` has found nothing of it
+            self._wait(client, handing.wish)
 
     # -- the decision
 
