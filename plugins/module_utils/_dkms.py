@@ -33,15 +33,20 @@ class Dkms:
 
     def versions(self) -> dict[str, bool]:
         """Versions that DKMS knows, and whether each is installed for the kernel."""
+        return {version: self.kernel in kernels for version, kernels in self._installed().items()}
+
+    def _installed(self) -> dict[str, list[str]]:
+        """Versions that DKMS knows, and for which kernels each is installed."""
         if not self.module.get_bin_path("dkms"):
             return {}
         _code, out, _err = self.module.run_command(["dkms", "status", "-m", NAME])
-        found: dict[str, bool] = {}
+        found: dict[str, list[str]] = {}
         for line in out.splitlines():
             match = re.match(r"sockmi(?:/|, )([^,:\s]+)(?:, ([^,:\s]+))?.*: *(\w+)", line)
             if match:
-                here = match[2] == self.kernel and match[3] == "installed"
-                found[match[1]] = found.get(match[1], False) or here
+                kernels = found.setdefault(match[1], [])
+                if match[2] and match[3] == "installed":
+                    kernels.append(match[2])
         return found
 
     def build(self, source: Source | None) -> None:
@@ -60,7 +65,7 @@ class Dkms:
         if not fresh and versions.get(version):
             return
         self._examine()
-        with self._replacing(folder, version, versions) if fresh else contextlib.nullcontext():
+        with self._replacing(folder, version) if fresh else contextlib.nullcontext():
             if fresh:
                 if source is not None and not self.module.check_mode:
                     source.write(folder)
@@ -74,9 +79,10 @@ class Dkms:
                     shutil.rmtree(SOURCES / f"{NAME}-{old}", ignore_errors=True)
 
     @contextlib.contextmanager
-    def _replacing(self, folder: Path, version: str, versions: dict[str, bool]) -> Iterator[None]:
-        """Other sources of a version that is there take its place; if they cannot be built it is put back."""
-        if version not in versions:
+    def _replacing(self, folder: Path, version: str) -> Iterator[None]:
+        """Other sources of a version that is there take its place; else it is put back, for all its kernels."""
+        kernels = self._installed().get(version)
+        if kernels is None:
             yield
             return
         with tempfile.TemporaryDirectory() as kept:
@@ -86,16 +92,16 @@ class Dkms:
             self.run("remove", version, "--all")
             try:
                 yield
-            except Obstacle:
+            except BaseException:  # a full disk too
                 with contextlib.suppress(Obstacle):
                     self.run("remove", version, "--all")
-                with contextlib.suppress(Obstacle):
+                with contextlib.suppress(Obstacle, OSError):
                     shutil.rmtree(folder, ignore_errors=True)
                     shutil.copytree(former, folder)
                     self.run("add", version)
-                    if versions[version]:
-                        self.run("build", version, "-k", self.kernel)
-                        self.run("install", version, "-k", self.kernel, "--force")
+                    for kernel in kernels:
+                        self.run("build", version, "-k", kernel)
+                        self.run("install", version, "-k", kernel, "--force")
                 raise
 
     def remove(self) -> None:

@@ -373,7 +373,7 @@ class Drain:
         found: dict[int, dict[str, Any]] = {}
         try:
             for target, share in shares.items():
-                found.update(self._share(share, target))
+                self._share(share, target, found)
         finally:
             self._keep([(row["inode"], found[row["inode"]]) for row in rows if row["inode"] in found])
 
@@ -388,20 +388,22 @@ class Drain:
             )
         return targets
 
-    def _share(self, rows: list[dict[str, Any]], target: str | None) -> dict[int, dict[str, Any]]:
-        """Move ``rows`` to one target. Returns the record of each inode that has one."""
+    def _share(
+        self, rows: list[dict[str, Any]], target: str | None, found: dict[int, dict[str, Any]]
+    ) -> None:
+        """Move ``rows`` to one target; ``found`` gets the record of each inode, whatever is raised."""
         try:
             records = self.mover.move([_moving.named(row) for row in rows], target)
         except ControlError as error:
             if error.code != "no-such-host" or target is None:
                 raise
             self._drop(target, error.message)
-            return {}
+            return
         refusal = self._unheard(records)
         if refusal and target is not None and len(self._targets()) > 1:
             self._drop(target, refusal)
-            return {}
-        found = {}
+            return
+        lost = 0
         for row, record in zip(rows, records):  # noqa: B905 - no strict before Python 3.10
             if record is None or _moving.code_of(record) in PASSING:
                 self._misses[row["inode"]] += 1
@@ -409,9 +411,11 @@ class Drain:
                     self._missing.add(row["inode"])
                     continue
             if record is None:
-                raise ControlError(f"{self.mover.trouble} {len(rows)} migrations were not begun.")
-            found[row["inode"]] = record
-        return found
+                lost += 1
+            else:
+                found[row["inode"]] = record
+        if lost:
+            raise ControlError(f"{self.mover.trouble} {lost} migrations were not begun.")
 
     def _unheard(self, records: list[dict[str, Any] | None]) -> str:
         """A sentence, if a target took none of its share for reasons of its own; else ""."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -272,6 +273,34 @@ def test_an_alias_that_comes_again_is_one(lab: Lab, version: int) -> None:
         assert f"{address}/" not in lab.b.ip("addr")
         takeover.admit([Inbound(t, t.local)])
         assert f"{address}/" in lab.b.ip("addr")
+        takeover.evict([Inbound(t, t.local)])
+        assert f"{address}/" not in lab.b.ip("addr")
+        takeover.teardown()
+    for sock in (client, served):
+        sock.close()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_alias_that_could_not_be_removed_is_still_one(
+    lab: Lab, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, own = ip_address(service_address(version)), ip_address(lab.b.address(version))
+    client, served = connect(lab.peer, lab.a, version, str(address))
+    t = ends(served)
+
+    def fails(_address: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    with lab.b.inside():
+        takeover = Takeover(lab.b.tables, Clock())
+        takeover.setup()
+        takeover.admit([Inbound(t, t.local)])
+        with monkeypatch.context() as broken:
+            broken.setattr(lab.b.tables.routes, "remove_address", fails)
+            with pytest.raises(OSError, match="no memory"):
+                takeover.send_away([Outbound(t, Endpoint(own, t.local.port))])
+        takeover.take_back([t])
+        takeover.admit([Inbound(t, t.local)])
         takeover.evict([Inbound(t, t.local)])
         assert f"{address}/" not in lab.b.ip("addr")
         takeover.teardown()

@@ -20,7 +20,8 @@ def refusal(code: str) -> dict[str, str]:
 class Daemon:
     """Has ``count`` sockets, with the descriptors 1, 2 ...; ``moves`` tells what went where.
 
-    ``say``: (descriptor, target) -> None to move it, a refusal code, or an error for the whole request.
+    ``say``: (descriptor, target) -> None to move it, a refusal code, or an error for the whole request;
+    ConnectionError: it is not begun, and the connection ends when the others have moved.
     """
 
     def __init__(self, path: Path, count: int) -> None:
@@ -30,7 +31,9 @@ class Daemon:
         self.say: Callable[[int, str | None], str | Exception | None] = lambda _number, _target: None
         self.listed: Callable[[], None] = lambda: None
         self.moves: list[tuple[int, str | None]] = []
+        self.records: dict[str, dict[str, Any]] = {}
         self.requests: list[dict[str, Any]] = []
+        self._broken = False
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen()
@@ -61,12 +64,16 @@ class Daemon:
                 api.parse_request(line)
                 request = json.loads(line)
                 self.requests.append(request)
+                self._broken = False
                 answer = {
                     "list": self._list,
                     "export": self._export,
                     "status": self._status,
                     "groups": self._groups,
+                    "info": self._info,
                 }[request["op"]](request)
+                if self._broken:
+                    return
                 connection.sendall(json.dumps({"ok": True, **answer}).encode() + b"\n")
 
     def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
@@ -88,10 +95,18 @@ class Daemon:
             number = one["fd"]
             assert one["inode"] == number
             said = self.say(number, request.get("to"))
+            if isinstance(said, ConnectionError):
+                self._broken = True
+                continue
             if isinstance(said, Exception):
                 return {"ok": False, "error": refusal(str(said))}
             records.append(self._record(number, one, request, said))
+            self.records[one["migration_id"]] = records[-1]
         return {"migrations": records}
+
+    def _info(self, request: dict[str, Any]) -> dict[str, Any]:
+        known = [self.records[one] for one in request["migration_ids"] if one in self.records]
+        return {"migrations": [{**one, "direction": "export"} for one in known]}
 
     def _record(
         self, number: int, one: dict[str, Any], request: dict[str, Any], said: str | None

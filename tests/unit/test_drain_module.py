@@ -202,3 +202,15 @@ def test_what_is_listed_but_not_found_is_refused_in_the_end(daemon: Make, drain:
     there.say = lambda number, _target: "no-such-socket" if number == 2 else None
     result = drain(there)
     assert (result["failed"], result["moved"], result["refused"], result["left"]) == (True, 1, 1, 1)
+
+
+def test_what_has_moved_is_told_though_another_was_never_begun(daemon: Make, drain: Run) -> None:
+    """Each listing shows a new one, which moves; each time the daemon breaks down at the first one."""
+    there = daemon(1)
+    there.say = lambda number, _target: ConnectionError() if number == 1 else None
+    there.listed = lambda: there.add(max(there.rows) + 1 + len(there.moves))
+    result = drain(there, to=["b"])
+    assert result["failed"]
+    assert "1 migrations were not begun" in result["msg"]
+    assert result["moved"] == len(result["migrations"]) == len(there.moves) >= 3
+    assert result["so_far"]["moved"] == len(there.moves)

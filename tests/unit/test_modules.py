@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -673,9 +674,14 @@ def test_kmod_needs_root(load: Callable[[str], Any], monkeypatch: pytest.MonkeyP
         one.run()
 
 
-@pytest.mark.parametrize("was_installed", [True, False])
+@pytest.mark.parametrize("kernels", [["6.12.1"], ["6.1.9", "6.12.1"], []])
+@pytest.mark.parametrize("full", [False, True], ids=["bad sources", "a full disk"])
 def test_kmod_puts_back_what_it_could_not_replace(
-    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, was_installed: bool
+    load: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kernels: list[str],
+    full: bool,
 ) -> None:
     dkms = load("module_utils._dkms")
     monkeypatch.setattr(dkms, "SOURCES", tmp_path / "src")
@@ -688,6 +694,8 @@ def test_kmod_puts_back_what_it_could_not_replace(
 
         def write(self, into: Path) -> None:
             (into / "main.c").write_text("bad")
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
 
     done: list[str] = []
 
@@ -699,21 +707,19 @@ def test_kmod_puts_back_what_it_could_not_replace(
 
         def run_command(self, words: list[str]) -> tuple[int, str, str]:
             if words[1] == "status":
-                return 0, f"sockmi/1.0, 6.12.1, x86_64: {'installed' if was_installed else 'built'}\n", ""
-            done.append(words[1])
+                lines = [f"sockmi/1.0, {kernel}, x86_64: installed\n" for kernel in kernels]
+                return 0, "".join(lines) or "sockmi/1.0, 6.12.1, x86_64: built\n", ""
+            done.append(words[1] if words[1] in ("add", "remove") else f"{words[1]} {words[7]}")
             bad = (folder / "main.c").read_text() == "bad"
             return int(words[1] == "build" and bad), "", "error: bad"
 
     one = dkms.Dkms(Target(), "6.12.1", [])
     monkeypatch.setattr(one, "_examine", lambda: None)
-    with pytest.raises(dkms.Obstacle):
+    with pytest.raises(OSError if full else dkms.Obstacle):
         one.build(Other())
     assert (folder / "main.c").read_text() == "good"
-    assert done == [
-        *("remove", "add", "build"),
-        *("remove", "add"),
-        *(("build", "install") if was_installed else ()),
-    ]
+    again = [f"{verb} {kernel}" for kernel in kernels for verb in ("build", "install")]
+    assert done == ["remove", *([] if full else ["add", "build 6.12.1"]), "remove", "add", *again]
 
 
 def test_kmod_tells_what_dkms_said(load: Callable[[str], Any]) -> None:

@@ -132,9 +132,15 @@ class Takeover:
         for address in sorted({t.local.address for t in here}, key=str):
             held = self._tables.routes.held(address)
             if held is not None:
-                self._tables.note_given(address, socket.if_nametoindex(held.device), held.prefix_length)
+                note = address, socket.if_nametoindex(held.device), held.prefix_length
+                alias = self._tables.is_alias(address)
+                if not alias:
+                    self._tables.note_given(*note)
                 self._announcer.withdraw(address)
                 self._tables.routes.remove_address(address)
+                # Not before, in case it stays: what is here and given others have brought (see _take).
+                if alias:
+                    self._tables.note_given(*note)
 
     def reroute(self, connections: Sequence[Outbound]) -> None:
         """See base.Redirect; the address has left already, only the record changes."""
