@@ -80,7 +80,7 @@ class Dkms:
 
     @contextlib.contextmanager
     def _replacing(self, folder: Path, version: str) -> Iterator[None]:
-        """Other sources of a version that is there take its place; else it is put back, for all its kernels."""
+        """Other sources of a version that is there take its place, or it is put back for its kernels."""
         kernels = self._installed().get(version)
         if kernels is None:
             yield
