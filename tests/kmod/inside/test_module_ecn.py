@@ -50,7 +50,9 @@ def marking(sender: socket.socket) -> Iterator[None]:
     """The data that ``sender`` sends meets a full queue: CE (RFC 3168)."""
     rule = f"tcp sport {sender.getsockname()[1]} ip length > 60 ip ecn set ce"
     nft(
-        "-f", "-", text=f"table ip marks {{ chain out {{ type filter hook output priority -150; {rule}; }}; }}"
+        "-f",
+        "-",
+        text=f"table ip marks {{ chain out {{ type filter hook output priority -150; {rule}; }}; }}",
     )
     try:
         yield
