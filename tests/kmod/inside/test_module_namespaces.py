@@ -96,9 +96,9 @@ def test_sockets_of_two_namespaces_are_not_mixed() -> None:
 
     with elsewhere(lend) as (child, talk), Device(slots=0) as device:
         number, (borrowed,), _flags, _address = socket.recv_fds(talk, 16, 1)
-        with socket.socket(fileno=borrowed) as foreign, new_socket("ipv4") as own:
-            with pytest.raises(Refused) as caught:
-                device.take(wanted(own), wanted(foreign))
+        own = new_socket("ipv4")
+        with socket.socket(fileno=borrowed) as foreign, pytest.raises(Refused) as caught:
+            device.take(wanted(own), wanted(foreign))
         assert caught.value.errno == errno.EXDEV
         with pytest.raises(OSError) as refused:
             EXPORT.write_text(f"pid={child} fd={int(number)}")
