@@ -191,9 +191,9 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--lab",
-        default="demo",
+        default="show",  # not the one that `playbooks/lab.yml` makes by itself
         metavar="NAME",
-        help="the lab to make, and to remove at the end (default: demo)",
+        help="the lab to make, and to remove at the end (default: show)",
     )
     parser.add_argument(
         "--stay-s",

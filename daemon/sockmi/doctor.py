@@ -288,4 +288,13 @@ def _import_lists(daemon: Parts) -> Check:
             "Let applications import them, or raise imports.max_* and reload.",
             warning=True,
         )
+    left = {kind: count for kind, count in lists.counts().items() if count and not lists.waiting_for(kind)}
+    if left:
+        what = ", ".join(f"{count} {kind}" for kind, count in left.items())
+        return _bad(
+            "import lists",
+            f"For {what} sockets no application waits.",
+            "Start the application that imports them; sockmi list imports shows which they are.",
+            warning=True,
+        )
     return _ok("import lists", "There is room in the import lists.")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,7 +129,15 @@ class Members:
             on_member=lambda member: self._came(name, member),
             on_leave=lambda member, reason: self._left(name, member),
         )
-        group.start()
+        try:
+            group.start()
+        except GroupError as error:
+            same = [known for known, one in self._joined.items() if one.config.port == config.port]
+            if same and isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
+                raise GroupError(
+                    f"group {name}: group {same[0]} of this host has port {config.port}; give it another port"
+                ) from None
+            raise
         self._joined[name] = _Joined(config, group, configured, keyring)
 
     def _join_again(self) -> None:

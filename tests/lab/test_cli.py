@@ -270,7 +270,13 @@ def test_an_export_for_which_nobody_waits_says_so(scene: Scene, lab: Lab) -> Non
     [record] = run(*newest, "--json", host=lab.host("a")).json
     assert record["listed"] is True
     when = datetime.fromisoformat(record["ended_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    assert f"\n{when}  connected" in run(*newest, host=lab.host("a")).out
+    assert f"\n{when}  export     connected" in run(*newest, host=lab.host("a")).out
+    lists = [
+        one
+        for one in run("doctor", "--json", host=lab.host("b")).json["checks"]
+        if one["name"] == "import lists"
+    ]
+    assert [one["message"] for one in lists] == ["For 1 connected sockets no application waits."]
     importer = scene.program("b", "import", "--port", 5118, "--exec", "cat")
     assert client.say("at last") == "at last"
     client.connection.shutdown(socket.SHUT_WR)
@@ -656,6 +662,13 @@ def test_a_joined_group_outlives_a_restart(lab: Lab, running: Daemons, tmp_path:
     assert run("groups", host=lab.host("a")).status == OK
     assert f"{kept}: " in running["a"].log()
     kept.unlink()
+
+
+def test_a_port_that_another_group_has(lab: Lab, running: Daemons, tmp_path: Path) -> None:
+    key = tmp_path / "web.key"
+    run("key", key)
+    result = _join(lab, "a", "web", key, port=7780)
+    the_error(result, NOT_DONE, "group lab of this host has port 7780; give it another port")
 
 
 def test_a_group_of_peers(lab: Lab, running: Daemons, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from operator import itemgetter
 from typing import Any, TextIO
 
 
@@ -72,41 +73,29 @@ class ProgressBar:
             sys.stderr.write("\n")
 
 
+_COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "kind": itemgetter("kind"),
+    "state": itemgetter("state"),
+    "local": itemgetter("local"),
+    "remote": itemgetter("remote"),
+    "from": itemgetter("from"),
+    "to": itemgetter("to"),
+    "outcome": lambda record: record["outcome"] or record["step"],
+    "blackout ms": lambda record: milliseconds(record["blackout_us"]),
+    "mode": itemgetter("mode"),
+    "engine": itemgetter("engine"),
+    "hop": itemgetter("hop"),
+}
+_HISTORY: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "ended": lambda record: local_time(record["ended_at"]),
+    "direction": itemgetter("direction"),
+}
+
+
 def show_records(records: Sequence[dict[str, Any]], *, ended: bool = False) -> None:
     """Migration records, a line each, and why those that did not move did not; ``ended``: also when."""
-    print_table(
-        (
-            *(("ended",) if ended else ()),
-            "kind",
-            "state",
-            "local",
-            "remote",
-            "from",
-            "to",
-            "outcome",
-            "blackout ms",
-            "mode",
-            "engine",
-            "hop",
-        ),
-        [
-            (
-                *((local_time(record.get("ended_at")),) if ended else ()),
-                record.get("kind"),
-                record.get("state"),
-                record.get("local"),
-                record.get("remote"),
-                record.get("from"),
-                record.get("to"),
-                record.get("outcome") or record.get("step"),
-                milliseconds(record.get("blackout_us")),
-                record.get("mode"),
-                record.get("engine"),
-                record.get("hop"),
-            )
-            for record in records
-        ],
-    )
+    columns = (_HISTORY | _COLUMNS) if ended else _COLUMNS
+    print_table(tuple(columns), [[show(record) for show in columns.values()] for record in records])
     for record in records:
         if record.get("refusal"):
             why = record["refusal"]

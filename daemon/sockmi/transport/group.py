@@ -213,7 +213,7 @@ class Group:
             where = f" on {self.settings.interface}" if self.settings.interface else ""
             raise GroupError(
                 f"group {self.settings.name}{where}: {error.strerror or error}; is the interface up, has it "
-                "an address, and is the port free (group.port, group.unicast_port)?"
+                "an address, and is the port free?"
             ) from error
         self._broken = False
         for one in [*self._sockets.values(), *([self._listener] if self._listener else [])]:
