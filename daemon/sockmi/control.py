@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from sockmi import api
+from sockmi.engine.closing import close_all
 from sockmi.refusal import Code, Refusal
 
 _log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class Client:
                 kept.append(os.dup(one))
         except OSError as error:
             _log.warning("control client pid %d: %s; disconnected", self.pid, error)
-            _close_all(kept)
+            close_all(kept)
             self.close()
             return
         self._queue(memoryview(line), kept)
@@ -166,7 +167,7 @@ class Client:
             except OSError:
                 self.close()
                 return
-            _close_all(descriptors)
+            close_all(descriptors)
             self._unsent_bytes -= sent
             if sent < len(line):
                 self._unsent[0] = (line[sent:], [])
@@ -225,7 +226,7 @@ class Client:
         except Refusal as refusal:
             # Which descriptors belong to a line that cannot be read is unknown: start afresh.
             self.refuse(None, refusal)
-            _close_all(self._descriptors)
+            close_all(self._descriptors)
             self._descriptors.clear()
             return
         if request.fds > len(self._descriptors):
@@ -246,9 +247,9 @@ class Client:
         self._server.loop.remove_reader(self._connection)
         self._server.loop.remove_writer(self._connection)
         self._connection.close()
-        _close_all(self._descriptors)
+        close_all(self._descriptors)
         for _unused, descriptors in self._unsent:
-            _close_all(descriptors)
+            close_all(descriptors)
         self._unsent.clear()
         self._server.forget(self)
 
@@ -318,8 +319,3 @@ class ControlServer:
             self._path.unlink()
         for client in list(self._clients):
             client.close()
-
-
-def _close_all(descriptors: Sequence[int] | deque[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

@@ -19,10 +19,11 @@ from typing import Any
 from sockmi.crashpoints import reached
 from sockmi.durable import Original
 from sockmi.engine.base import Kind
+from sockmi.engine.closing import close_all
 from sockmi.engine.keeper import Keeper
 from sockmi.journal import Change, Record
 from sockmi.protocol.records import HostId, MigrationId
-from sockmi.shell import Shell, close_all
+from sockmi.shell import Shell
 
 _log = logging.getLogger(__name__)
 
@@ -121,12 +122,13 @@ class Queues:
     def _waiting(self, queue: Queue) -> list[int]:
         """Duplicates of the connections that it keeps."""
         descriptors = queue.keeper.sockets()
-        waiting = []
+        waiting, ended = [], []
         for descriptor, facts in zip(descriptors, self._shell.engine.inspect(descriptors), strict=True):
             if facts.kind is Kind.CONNECTED and facts.state not in _ENDED:
                 waiting.append(descriptor)
             else:
-                os.close(descriptor)
+                ended.append(descriptor)
+        close_all(ended)
         return waiting
 
     # -- after a restart

@@ -23,12 +23,13 @@ from sockmi.crashpoints import reached
 from sockmi.diag import Found
 from sockmi.durable import Handed, Original
 from sockmi.engine.base import Kind
+from sockmi.engine.closing import close_all
 from sockmi.journal import Change, Record
 from sockmi.protocol.records import Decision, Holding, Route
 from sockmi.queues import Queues
 from sockmi.redirect.base import Mode, Redirect
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, audit, close_all, inbound, living, now_text, outbound, why
+from sockmi.shell import Shell, audit, inbound, living, now_text, outbound, why
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Recovery:
             lives = lives and not self._queues.close_listener(original, descriptor)
             if facts.cookie == original.cookie and not lives:
                 self._shell.engine.deaden(descriptor)
-            os.close(descriptor)
+            close_all([descriptor])
             return lives
         return False
 
@@ -104,7 +105,7 @@ class Recovery:
             (facts,) = self._shell.engine.inspect([descriptor])
             if facts.cookie == original.cookie and (why_not := self._shell.engine.deaden(descriptor)):
                 _log.error("%s has moved, but its owner here still has it: %s", original.local, why_not)
-            os.close(descriptor)
+            close_all([descriptor])
 
     def _undo(self, change: Change, name: str, left: Decision, alive: Iterable[Original]) -> None:
         if left.committed:
@@ -150,7 +151,7 @@ class Recovery:
         for descriptor in self._descriptors(inodes).values() if inodes else ():
             if self._shell.engine.end_repair(descriptor):
                 _log.warning("socket %d was left in repair: ended", os.fstat(descriptor).st_ino)
-            os.close(descriptor)
+            close_all([descriptor])
 
     # -- what was on its way in
 
@@ -185,14 +186,14 @@ class Recovery:
         for descriptor in self._descriptors({handed.inode}).values():
             (facts,) = self._shell.engine.inspect([descriptor])
             if facts.cookie != handed.cookie:
-                os.close(descriptor)
+                close_all([descriptor])
                 return False
             if port and facts.local is not None and not facts.local.port:
                 # The module has taken it back, when the daemon ended that had made it by that engine.
-                os.close(descriptor)
+                close_all([descriptor])
                 continue
             if self._shell.engine.lives(descriptor, handed.kind):
-                os.close(descriptor)
+                close_all([descriptor])
                 return True
             self._shell.engine.discard([descriptor])
         return False

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
@@ -159,12 +158,6 @@ def _time_text(milliseconds: int) -> str:
 def microseconds_since(start: float) -> int:
     """Whole microseconds since ``start`` (time.monotonic())."""
     return round((time.monotonic() - start) * 1e6)
-
-
-def close_all(descriptors: Sequence[int]) -> None:
-    """Close descriptors that are ours."""
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def unwritable(error: Exception) -> Refusal:

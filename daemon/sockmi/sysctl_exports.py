@@ -18,6 +18,7 @@ from ipaddress import IPv6Address
 from typing import Any
 
 from sockmi.api import ERRNO
+from sockmi.engine.closing import close_all
 from sockmi.engine.duplicate import duplicate
 from sockmi.exporting import Selected
 from sockmi.frozen import frozen
@@ -153,7 +154,7 @@ class SysctlExports:
             _native().sockmi_serve_take(self._file, command.id) < 0
         ):  # the writer has gone, or its claim has ended
             if selected is not None:
-                os.close(selected.descriptor)
+                close_all([selected.descriptor])
             self._answer(command, errno.ETIMEDOUT, "it was read too late: nothing was done")
         elif selected is None:
             assert refusal is not None
@@ -176,7 +177,7 @@ class SysctlExports:
         try:
             target = self._daemon.members.target(command.to)
         except Refusal as refusal:
-            os.close(selected.descriptor)
+            close_all([selected.descriptor])
             self._refuse(command, refusal)
             return
         try:

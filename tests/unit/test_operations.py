@@ -19,13 +19,14 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from sockmi import api
+from sockmi import api, operations
 from sockmi.control import Client
 from sockmi.engine.listing import Holder, ListedSocket
 from sockmi.engine.owners import Scan
 from sockmi.exporting import Selected
 from sockmi.journal import Change, Journal
 from sockmi.operations import Operations
+from sockmi.operations import exports as exports_operations
 from sockmi.operations import records as records_operations
 from sockmi.operations import sockets as sockets_operations
 from sockmi.refusal import Code, Refusal
@@ -249,6 +250,8 @@ def test_descriptors_are_closed_once(setting: Setting, monkeypatch: pytest.Monke
     setting.exporting.fail = ZeroDivisionError("oops")
     passed = [null(), memfd()]
     monkeypatch.setattr(os, "close", watch)
+    for module in (operations, exports_operations):
+        monkeypatch.setattr(module, "close_all", lambda some: [watch(one) for one in some])
     [answer] = setting.ask(api.ExportRequest(**sockets(None, context=True)), *passed)
     monkeypatch.undo()
     assert answer["error"]["code"] == Code.INTERNAL

@@ -192,6 +192,9 @@ SOCKMI_EXPORT int sockmi_deaden(int fd);
 /* Close dormant copies without a packet. */
 SOCKMI_EXPORT void sockmi_discard(const int *fds, size_t n);
 
+/* Close descriptors of sockets that others have had; what SO_LINGER says is not waited for, and stays as it is. */
+SOCKMI_EXPORT void sockmi_close(const int *fds, size_t count);
+
 /* What a keeper is told, an octet each. */
 #define SOCKMI_KEEPER_TAKE 't'
 #define SOCKMI_KEEPER_LISTENER_GONE 'g'

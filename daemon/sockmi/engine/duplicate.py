@@ -9,6 +9,7 @@ import functools
 import os
 import stat
 
+from sockmi.engine.closing import close_all
 from sockmi.limits import is_spare
 from sockmi.refusal import Code, Refusal
 
@@ -60,7 +61,7 @@ def _checked(copy: int, pid: int, fd: int, inode: int | None) -> int:
     found = os.fstat(copy)
     if stat.S_ISSOCK(found.st_mode) and inode in (None, found.st_ino):
         return copy
-    os.close(copy)
+    close_all([copy])
     what = "another socket by now" if stat.S_ISSOCK(found.st_mode) else "not a socket"
     raise Refusal(Code.NO_SUCH_SOCKET, f"Descriptor {fd} of process {pid} is {what}; see sockmi list.")
 
@@ -88,7 +89,7 @@ def duplicate(pid: int, fd: int, inode: int | None = None) -> int:
     except (OSError, OverflowError) as error:
         raise _refusal(pid, fd, error) from None
     if is_spare(copy):
-        os.close(copy)
+        close_all([copy])
         raise _refusal(pid, fd, OSError(errno.EMFILE, "the last ones are kept for moves under way"))
     return _checked(copy, pid, fd, inode)
 

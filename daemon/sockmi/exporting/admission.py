@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from sockmi.engine.base import Kind
+from sockmi.engine.closing import close_all
 from sockmi.exporting.batches import Batch, Batches
 from sockmi.exporting.descriptors import let_go
 from sockmi.exporting.export import Export, Selected
@@ -20,7 +21,7 @@ from sockmi.protocol.records import BatchId, HostId, Item
 from sockmi.queues import queue_length
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import Shell, close_all, unwritable
+from sockmi.shell import Shell, unwritable
 
 _log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ closed when the original is, or when all goes on as before.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 
 from sockmi.addresses import FourTuple
 from sockmi.diag import Found
+from sockmi.engine.closing import close_all
 from sockmi.engine.duplicate import Duplicator
 from sockmi.engine.owners import Owners
 from sockmi.exporting.export import Export
@@ -76,7 +76,6 @@ class Descriptors:
 
 def let_go(exports: Sequence[Export]) -> None:
     """Close our descriptors, if there are any."""
+    close_all([one.selected.descriptor for one in exports if one.selected.descriptor >= 0])
     for export in exports:
-        descriptor, export.selected.descriptor = export.selected.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        export.selected.descriptor = -1

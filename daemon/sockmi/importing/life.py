@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable
 from uuid import UUID
 
 from sockmi.crashpoints import reached
+from sockmi.engine.closing import close_all
 from sockmi.importing.copies import Copy
 from sockmi.importing.listed import Listed
 from sockmi.importing.listed_record import drop_listed, handed_now, keep_listed
@@ -81,9 +81,8 @@ class Life:
         """They live with their applications: nothing of them is kept here but the holdings."""
         change = Change()
         news = {"step": "active", "outcome": "moved", "ended_at": now_text()}
+        close_all([copy.fd for copy in copies if copy.fd >= 0])
         for copy in copies:
-            if copy.fd >= 0:
-                os.close(copy.fd)
             copy.fd = -1
             copy.image = b""
             self._copies.forget(copy)

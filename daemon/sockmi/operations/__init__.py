@@ -12,6 +12,7 @@ from sockmi import api
 from sockmi.config import ConfigError
 from sockmi.control import Client
 from sockmi.doctor import examine, examine_slowly
+from sockmi.engine.closing import close_all
 from sockmi.operations.drains import Drains
 from sockmi.operations.exports import Exports
 from sockmi.operations.records import Records
@@ -20,7 +21,6 @@ from sockmi.operations.status import status
 from sockmi.operations.tables import Tables
 from sockmi.parts import Parts
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import close_all
 
 
 class Operations:

@@ -11,13 +11,13 @@ from uuid import UUID, uuid4
 
 from sockmi import api
 from sockmi.control import Client
+from sockmi.engine.closing import close_all
 from sockmi.engine.duplicate import duplicate
 from sockmi.exporting import Selected
 from sockmi.operations.answers import respond_records
 from sockmi.parts import Parts
 from sockmi.permission import Caller
 from sockmi.refusal import Code, Refusal
-from sockmi.shell import close_all
 
 _TIMEOUT_S = 30.0
 _FINAL = frozenset({"moved", "failed"})  # outcomes after COMMIT: there is nothing to begin again

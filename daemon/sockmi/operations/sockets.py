@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from sockmi import api
 from sockmi.control import Client
+from sockmi.engine.closing import close_all
 from sockmi.engine.duplicate import duplicate
 from sockmi.engine.listing import Holder
 from sockmi.engine.owners import obstacle_of
@@ -15,7 +16,6 @@ from sockmi.operations.answers import pages
 from sockmi.parts import Parts
 from sockmi.refusal import Refusal
 from sockmi.selection import Found, check_filter, kind_of, select
-from sockmi.shell import close_all
 
 
 class Sockets:
