@@ -13,10 +13,14 @@ from typing import Any
 from uuid import uuid4
 
 from sockmi import api
+from sockmi.addresses import FourTuple
+from sockmi.engine.base import Kind
 from sockmi.engine.duplicate import duplicate
 from sockmi.engine.listing import Holder
 from sockmi.engine.owners import Holders, Scan, find_holders
 from sockmi.exporting import Selected
+from sockmi.exporting.descriptors import PASSED_ON
+from sockmi.frozen import frozen
 from sockmi.parts import Parts
 from sockmi.refusal import Code, Refusal
 from sockmi.selection import Found, kind_of
@@ -38,11 +42,26 @@ _ONLY_RING = Refusal(
 )
 
 
+@frozen
+class _Lost:
+    """A socket that no process has (exporting.descriptors.Findable)."""
+
+    inode: int
+    kind: Kind
+    tuple: FourTuple | None
+
+    @classmethod
+    def of(cls, row: Found) -> _Lost:
+        one = row.socket
+        return cls(one.inode, kind_of(one), FourTuple(one.local, one.remote) if one.remote else None)
+
+
 class Drain:
     """Sockets go in batches: all at once, or as many each tick as the rate allows.
 
     A descriptor that is gone when its turn comes does not mean that the socket is: it may have been passed
-    on. At the end the holders of such sockets are looked for once more; what nobody holds has been closed.
+    on. At the end the holders of such sockets are looked for once more; what neither a process nor the
+    kernel has then has been closed.
     """
 
     def __init__(
@@ -231,16 +250,18 @@ class Drain:
         except Exception as error:
             self._give_up(error)
             return
-        only_rings = []
+        lost = [row for row in missing if row.socket.inode not in holders]
+        alive = self._daemon.exporting.descriptors.passed_on([_Lost.of(row) for row in lost])
+        passed_on = [row for row, lives in zip(lost, alive, strict=True) if lives]
+        self._closed += len(lost) - len(passed_on)
+        refused = [(row, PASSED_ON) for row in passed_on]
         for row in missing:
             now = _held_by(row, holders)
             if now:
                 self._left.append(now)
             elif row.socket.inode in holders:
-                only_rings.append((row, _ONLY_RING))
-            else:
-                self._closed += 1
-        self._refuse(only_rings)
+                refused.append((row, _ONLY_RING))
+        self._refuse(refused)
         self._next()
 
     def _check(self) -> None:

@@ -71,6 +71,7 @@ class Setting:
         self.owners = Owners()
         self.duplicate: Callable[[int, int], int] = lambda pid, fd: fd
         self.holders: Holders = {}
+        self.kernel: set[int] = set()
         self.lines: list[dict[str, Any]] = []
         self.failure: Exception | None = None
 
@@ -84,7 +85,13 @@ class Setting:
         """Run it to its end; the progress at the end."""
         daemon: Any = SimpleNamespace(
             loop=self.loop,
-            exporting=SimpleNamespace(admission=self.exporting, exports=self.exporting),
+            exporting=SimpleNamespace(
+                admission=self.exporting,
+                exports=self.exporting,
+                descriptors=SimpleNamespace(
+                    passed_on=lambda lost: [one.inode in self.kernel for one in lost]
+                ),
+            ),
             host_name="a",
             shell=SimpleNamespace(engine=SimpleNamespace(owners=self.owners)),
         )
@@ -137,6 +144,13 @@ def test_what_may_not_be_taken_is_refused(setting: Setting) -> None:
 def test_what_nobody_holds_any_more_is_closed(setting: Setting) -> None:
     setting.duplicate = raising(Code.NO_SUCH_SOCKET)
     assert counts(setting.drain([found(1), found(2)])) == (2, 0, 0, 2, 0)
+
+
+def test_what_is_on_its_way_between_two_processes_is_not_closed(setting: Setting) -> None:
+    setting.duplicate = raising(Code.NO_SUCH_SOCKET)
+    setting.kernel = {2}
+    assert counts(setting.drain([found(1), found(2)])) == (2, 0, 1, 1, 0)
+    assert setting.refusals == ["changed"]
 
 
 def test_a_socket_that_was_passed_on_is_moved(setting: Setting) -> None:

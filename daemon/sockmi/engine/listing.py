@@ -129,6 +129,11 @@ def listeners() -> Counter[Endpoint]:
     )
 
 
+def listening() -> set[int]:
+    """The inodes of all sockets of this network namespace that listen."""
+    return {row[-1] for family in (socket.AF_INET, socket.AF_INET6) for row in _dump(family, _LISTEN)}
+
+
 def half_open(at: Collection[Endpoint]) -> dict[FourTuple, int]:
     """Connections of listeners at these endpoints whose peer has not ended the handshake; their cookies."""
     anywhere = {local.port for local in at if local.address.is_unspecified}

@@ -384,6 +384,11 @@ class Owners:
         known = self._known.get(inode)
         return [(pid, fd) for pid, fds in known.held.items() for fd in fds if fd >= 0] if known else []
 
+    def holders(self, inode: int) -> list[int]:
+        """The processes that have a socket, as far as is known. Nothing is looked for."""
+        known = self._known.get(inode)
+        return sorted(known.held) if known else []
+
     def held(self, inodes: Collection[int]) -> set[int]:
         """Those of these sockets that some other process holds now.
 

@@ -51,7 +51,8 @@ class Exporting:
         self.batches = Batches()
         self.exports = Exports(shell, self.batches)
         self.admission = Admission(shell, redirecting, self.exports, self.batches, find_holders)
-        self.freezer = Freezer(shell, self.exports, Descriptors(shell.engine.owners, find))
+        self.descriptors = Descriptors(shell.engine.owners, find)
+        self.freezer = Freezer(shell, self.exports, self.descriptors)
         self.listeners = Listeners(shell, redirecting, self.exports, self.batches, destroy)
         self.decisions = Decisions(shell, redirecting, self.listeners.queues)
         self.committer = Committer(

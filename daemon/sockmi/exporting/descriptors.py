@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from sockmi.addresses import FourTuple
 from sockmi.diag import Found
+from sockmi.engine.base import Kind
 from sockmi.engine.closing import close_all
 from sockmi.engine.duplicate import Duplicator
+from sockmi.engine.listing import listening
 from sockmi.engine.owners import Owners
 from sockmi.exporting.export import Export
 from sockmi.refusal import Code, Refusal
@@ -23,6 +26,21 @@ _CLOSED = Refusal(
     Code.NO_SUCH_SOCKET,
     "No process has this socket any more: it was closed after it had been selected; see sockmi list.",
 )
+PASSED_ON = Refusal(
+    Code.CHANGED,
+    "It is on its way from one process to another, or in one that cannot be seen; try again.",
+)
+
+
+class Findable(Protocol):
+    """What the kernel finds a socket by; SocketFacts is one of these. ``tuple``: of a connection."""
+
+    @property
+    def inode(self) -> int: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def tuple(self) -> FourTuple | None: ...
 
 
 class Descriptors:
@@ -37,13 +55,18 @@ class Descriptors:
         """A descriptor for each; None, or why there is none.
 
         Of a socket that is not where it was the kernel is asked; only if it has it is /proc looked through.
+        So it is, once, if a caller's rights depend on who has a socket by now.
         """
+        if theirs := {export.facts.inode for export in exports if export.selected.caller}:
+            self._owners.find(theirs)
         with contextlib.closing(Duplicator()) as duplicator:
             results = [self._take(duplicator, export) for export in exports]
             elsewhere = [
                 at
                 for at, refusal in enumerate(results)
-                if refusal is not None and refusal.code is Code.NO_SUCH_SOCKET and self._may_live(exports[at])
+                if refusal is not None
+                and refusal.code is Code.NO_SUCH_SOCKET
+                and (exports[at].facts.tuple is None or self._is_known(exports[at].facts))
             ]
             if elsewhere:
                 self._owners.find({exports[at].facts.inode for at in elsewhere})
@@ -62,11 +85,17 @@ class Descriptors:
                     refusal = why_not
         return refusal
 
-    def _may_live(self, export: Export) -> bool:
-        if export.facts.tuple is None:
-            return True  # only a scan tells
-        found = self._find(export.facts.tuple)
-        return found is not None and found.inode == export.facts.inode
+    def _is_known(self, one: Findable) -> bool:
+        found = self._find(one.tuple) if one.tuple else None
+        return found is not None and found.inode == one.inode
+
+    def passed_on(self, lost: Sequence[Findable]) -> list[bool]:
+        """Of sockets that no process has: whether the kernel has them, as they are on their way between two.
+
+        We must not have them either. Of those that neither listen nor are connected nobody can say.
+        """
+        listen = listening() if any(one.kind is Kind.LISTENING for one in lost) else set()
+        return [one.inode in listen or self._is_known(one) for one in lost]
 
     def abandoned(self, exports: Sequence[Export]) -> list[Refusal | None]:
         """Of those that are frozen: whether nobody but us has it, as it was closed after ``take``."""

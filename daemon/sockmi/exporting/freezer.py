@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from sockmi.addresses import Endpoint
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind
-from sockmi.exporting.descriptors import Descriptors, let_go
+from sockmi.exporting.descriptors import PASSED_ON, Descriptors, let_go
 from sockmi.exporting.export import Export
 from sockmi.exporting.exports import Exports
 from sockmi.image import Section
@@ -62,7 +62,20 @@ class Freezer:
             results = [refusal] * len(exports)
         # A socket that nobody has but us ends here, as it would have when its owner closed it.
         let_go([one for one, result in zip(exports, results, strict=True) if isinstance(result, Refusal)])
-        self._shell.dispatch(FreezeDone(action.chunk, tuple(results)))
+        self._shell.dispatch(FreezeDone(action.chunk, tuple(self._seen_again(exports, results))))
+
+    def _seen_again(self, exports: list[Export], results: list[bytes | Refusal]) -> list[bytes | Refusal]:
+        """What no process had, and is not closed for all that."""
+        lost = [
+            index
+            for index, result in enumerate(results)
+            if isinstance(result, Refusal) and result.code is Code.NO_SUCH_SOCKET
+        ]
+        passed_on = self._descriptors.passed_on([exports[index].facts for index in lost]) if lost else []
+        for index, alive in zip(lost, passed_on, strict=True):
+            if alive:
+                results[index] = PASSED_ON
+        return results
 
     def thaw(self, action: Thaw) -> None:
         """The inverse of ``freeze``."""
@@ -87,6 +100,7 @@ class Freezer:
                 export.record["step"] = "frozen"
         # A busy host takes its time to have a thread stop; the other half is for the rest of the freeze.
         self._stop(exports, results, min(action.deadline_s / 2, _STOP_TIMEOUT_MAX_S))
+        self._refuse_foreign(exports, results)
         reached("freeze.stopped")
         frozen = [index for index, result in enumerate(results) if isinstance(result, bytes)]
         self._hold([exports[index] for index in frozen], action.deadline_s + _HOLD_MARGIN_S)
@@ -119,7 +133,8 @@ class Freezer:
 
     def _look(self, action: Freeze, exports: list[Export]) -> list[bytes | Refusal]:
         """What has come against it since it was asked for; empty bytes: nothing."""
-        results = [b"" if refusal is None else refusal for refusal in self._descriptors.take(exports)]
+        results: list[bytes | Refusal] = [refusal or b"" for refusal in self._descriptors.take(exports)]
+        self._refuse_foreign(exports, results)
         for index, place in enumerate(action.places):
             if isinstance(results[index], Refusal):
                 continue
@@ -161,6 +176,17 @@ class Freezer:
         return known[1]
 
     # -- owners
+
+    def _refuse_foreign(self, exports: list[Export], results: list[bytes | Refusal]) -> None:
+        """What somebody else has got hold of meanwhile is not its caller's to move; its owners run again."""
+        for index, export in enumerate(exports):
+            caller = export.selected.caller
+            if caller is None or isinstance(results[index], Refusal):
+                continue
+            refusal = caller.obstacle(self._shell.engine.owners.holders(export.facts.inode))
+            if refusal is not None:
+                results[index] = refusal
+                self._resume([export])
 
     def _stop(self, exports: list[Export], results: list[bytes | Refusal], timeout_s: float) -> None:
         going = [index for index, result in enumerate(results) if isinstance(result, bytes)]
