@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -436,6 +437,23 @@ def test_what_another_scan_has_found_is_not_looked_for_again(
         assert set(owners.find([number])[number]) == {parent.pid, child}
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_scan_in_a_thread_does_not_disturb_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It forgets what nobody has asked for lately: not what is about to be stopped."""
+    owners, scan = Owners(), Scan.now()
+    owners.remember(replace(scan, time_s=scan.time_s - 1000), {1: {}}, set())
+    scans = threading.Thread(target=owners.find, args=([2],))
+
+    def meanwhile(_unused: object) -> None:
+        scans.start()
+        scans.join(1)
+
+    monkeypatch.setattr(owners, "_refresh", meanwhile)
+    assert owners.stop([1], [], 1) == [None]
+    scans.join(10)
+    assert not scans.is_alive()
+    owners.resume([1])
 
 
 def test_a_descriptor_passed_after_the_scan_is_a_stranger(

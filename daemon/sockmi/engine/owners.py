@@ -18,13 +18,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sockmi.frozen import frozen
 from sockmi.native import library
@@ -279,6 +280,23 @@ class _Known:
         return self.cohort.scan
 
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _alone(
+    method: Callable[Concatenate[Owners, _P], _T],
+) -> Callable[Concatenate[Owners, _P], _T]:
+    """Nothing changes in the table of holders meanwhile; a scan by another thread waits with its news."""
+
+    @functools.wraps(method)
+    def locked(self: Owners, /, *args: _P.args, **named: _P.kwargs) -> _T:
+        with self._lock:
+            return method(self, *args, **named)
+
+    return locked
+
+
 class Owners:
     """Finds, stops and resumes the owners of sockets; see the module docstring.
 
@@ -286,6 +304,7 @@ class Owners:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()  # of _known, _remembered and _rings; not held while a thread scans
         self._known: dict[int, _Known] = {}
         self._remembered: set[int] = set()  # known from another scan, not asked for yet
         self._rings: set[int] = set()
@@ -294,6 +313,7 @@ class Owners:
 
     # -- who --
 
+    @_alone
     def remember(self, scan: Scan, holders: Holders, rings: set[int]) -> None:
         """What a scan of others, stamped before it began, has found of sockets.
 
@@ -313,15 +333,25 @@ class Owners:
         Remembers them for ``stop``, for a minute. Call it shortly before, outside the freeze.
         """
         wanted = set(inodes)
-        begun_s = time.monotonic()
-        if wanted <= self._remembered and all(
-            begun_s - self._known[inode].scan.time_s < _REMEMBERED_S for inode in wanted
-        ):
-            self._remembered -= wanted
-            return {inode: dict(self._known[inode].held) for inode in wanted}
-        self._remembered -= wanted
+        if (remembered := self._recall(wanted)) is not None:
+            return remembered
         scan = Scan.now()
         holders, rings = find_holders(wanted)
+        self._learn(scan, wanted, holders, rings)
+        return {inode: holders.get(inode, {}) for inode in wanted}
+
+    @_alone
+    def _recall(self, wanted: set[int]) -> Holders | None:
+        """What ``remember`` has been told of all of them lately; once."""
+        begun_s = time.monotonic()
+        lately = wanted <= self._remembered and all(
+            begun_s - self._known[inode].scan.time_s < _REMEMBERED_S for inode in wanted
+        )
+        self._remembered -= wanted
+        return {inode: dict(self._known[inode].held) for inode in wanted} if lately else None
+
+    @_alone
+    def _learn(self, scan: Scan, wanted: set[int], holders: Holders, rings: set[int]) -> None:
         for inode, known in list(self._known.items()):
             if scan.time_s - known.scan.time_s > 2 * _RESCAN_AGE_S and inode not in self._stops:
                 self._known.pop(inode, None)
@@ -329,7 +359,6 @@ class Owners:
         self._note_rings(holders, rings)
         cohort = _Cohort(scan)
         self._known.update({inode: _Known(cohort, dict(holders.get(inode, {}))) for inode in wanted})
-        return {inode: holders.get(inode, {}) for inode in wanted}
 
     def _note_rings(self, holders: Holders, rings: set[int]) -> None:
         self._rings = (self._rings - {pid for by_pid in holders.values() for pid in by_pid}) | rings
@@ -411,6 +440,7 @@ class Owners:
         running = {inode: {pid for pid in pids if not self._counts[pid]} for inode, pids in holders.items()}
         return {inode: pids for inode, pids in running.items() if pids}
 
+    @_alone
     def verdicts(self, inodes: Sequence[int], *, stopping: bool = True) -> list[Refusal | None]:
         """Preflight: what would keep the owners of each socket from being stopped, as far as it shows.
 
@@ -438,6 +468,7 @@ class Owners:
 
     # -- stop and resume --
 
+    @_alone
     def stop(self, inodes: Sequence[int], pids: Sequence[int], timeout_s: float) -> list[Refusal | None]:
         """Stop every process that holds one of ``inodes``; see :meth:`sockmi.engine.base.Engine.stop`.
 
@@ -501,6 +532,7 @@ class Owners:
         self._native_resume([pid for pid in stopped if not self._counts[pid]])
         return refusals
 
+    @_alone
     def resume(self, inodes: Sequence[int]) -> None:
         """The inverse of ``stop``; sockets that are not stopped are ignored. Never fails."""
         idle = []
