@@ -96,10 +96,16 @@ class DebianKernel:
     def module(
         self, source: Path = PROJECT / "kmod", keep: Path | None = None, *, strict: bool = False
     ) -> Path:
-        """The ``.ko`` of the module in ``source``, built for this kernel (see guests.module.build)."""
+        """The ``.ko`` of the module in ``source``, built for this kernel (see guests.module.build).
+
+        ``strict`` has sparse look at it too, where it is built on this machine.
+        """
         if self.suite == host_suite():
             headers = self._headers()
             make = ["make", "W=1", "-C", str(headers)]
+            if strict:
+                need(("sparse",))
+                make += ["C=1", "CF=-D__CHECK_ENDIAN__"]
             return build(
                 source, self.name, lambda where: [*make, f"M={where}", "modules"], keep, strict=strict
             )

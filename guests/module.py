@@ -17,7 +17,7 @@ SHARED = ("daemon/libsockmi",)
 
 SOURCES = (".c", ".h", ".S", ".py", ".lds")
 
-_WARNING = re.compile(r"warning:|^WARNING: modpost")
+_WARNING = re.compile(r"warning:|error:|^WARNING: modpost")
 
 
 def stage(source: Path, into: Path) -> None:
