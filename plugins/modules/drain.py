@@ -138,6 +138,7 @@ migrations:
       outcome: moved
       refusal: null
       blackout_us: 910
+      listed: false
 moved:
   description: How many of them are live at another host; in check mode, how many could be moved.
   returned: with RV(migrations)

@@ -291,6 +291,7 @@ migrations:
       outcome: moved
       refusal: null
       blackout_us: 910
+      listed: false
       receive_queue_bytes: 0
       sent_bytes: 2896
       unsent_bytes: 65536

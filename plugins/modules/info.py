@@ -486,6 +486,7 @@ history:
       to: b
       outcome: moved
       blackout_us: 910
+      listed: false
       mode: forward
       hop: 1
 code:
