@@ -136,7 +136,7 @@ def test_port_taken_and_no_interface_are_clear_errors(net: lab.Segment, nodes: N
         interface="eth0",
     ) as second:
         text = second.wait("error")["text"]
-        assert "239.77.83.1:7780 on eth0: Address already in use" in text and "unicast_port" in text
+        assert "239.77.83.1:7780 on eth0: Address already in use" in text and "is the port free" in text
     with lab.Node(
         net["b"], "none", nodes.directory / "none", nodes.key_file, multicast=MULTICAST[4], interface="eth9"
     ) as none:
