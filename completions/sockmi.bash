@@ -2,16 +2,17 @@
 # bash completion for sockmi(1); install as /usr/share/bash-completion/completions/sockmi.
 
 _sockmi() {
-	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} command=${COMP_WORDS[1]} words=
+	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} command= words= at=1
 	local common="--json --control"
 	local select="--pid --fd --process --unit --kind --state --local-address --local-port --port --remote-address --remote-port --idle-s"
 	local moving="--to --timeout --dry-run"
 
-	if [ "$COMP_CWORD" -eq 1 ]; then
-		words="export import list status history groups drain doctor reload key --version --help"
-		mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
-		return
-	fi
+	# The command is the first word that is neither an option nor the value of --control.
+	while ((at < COMP_CWORD)) && [[ ${COMP_WORDS[at]} == -* ]]; do
+		[[ ${COMP_WORDS[at]} != --control ]] || ((at++))
+		((at++))
+	done
+	((at >= COMP_CWORD)) || command=${COMP_WORDS[at]}
 	case $prev in
 	--control | --key-file)
 		mapfile -t COMPREPLY < <(compgen -f -- "$cur")
@@ -37,10 +38,11 @@ _sockmi() {
 		list) words="$common $select sockets imports redirects" ;;
 		status) words=$common ;;
 		history) words="$common --limit --outcome --direction --host --since --until" ;;
-		groups) words="$common --address --peer --port --interface --key-file list join leave forget" ;;
+		groups) words="$common --address --peer --port --interface --key-file --force list join leave forget" ;;
 		drain) words="$common $select $moving --all --rate" ;;
 		doctor) words=$common ;;
 		reload) words=$common ;;
+		"") words="$common export import list status history groups drain doctor reload key --version --help" ;;
 		key)
 			words=$common
 			[[ $cur == -* ]] || words=$(compgen -f -- "$cur")

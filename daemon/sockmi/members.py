@@ -271,7 +271,7 @@ class Members:
         """Join or leave; True if there was something to do."""
         assert request.name is not None
         if request.action is api.GroupsAction.LEAVE:
-            return self._leave(request.name)
+            return self._leave(request.name, force=request.force)
         known = self._joined.get(request.name)
         wanted = _group_config(request)
         if known is not None:
@@ -297,9 +297,15 @@ class Members:
             ) from None
         return True
 
-    def _leave(self, name: str) -> bool:
+    def _leave(self, name: str, *, force: bool) -> bool:
         if name not in self._joined and name not in self._absent:
             return False
+        if not force and any(group.name == name for group in self._config.groups):
+            raise Refusal(
+                Code.BAD_REQUEST,
+                f"Group {name!r} stands in the configuration, and is back with the daemon's next start: "
+                "take it out there and restart the daemon, or leave it until then by force.",
+            )
         try:
             self._keep(without=name)
         except OSError as error:

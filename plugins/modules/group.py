@@ -398,7 +398,7 @@ class Membership:
                 f"Group {self.name!r} stands in the daemon's configuration; "
                 "it is back as it stands there after the daemon's next start."
             )
-        client.groups("leave", name=self.name)
+        client.groups("leave", name=self.name, force=row["configured"])
 
     def _join(self, client: ControlClient, wanted: dict[str, Any], old: dict[str, Any] | None) -> None:
         try:

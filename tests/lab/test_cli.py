@@ -664,6 +664,19 @@ def test_a_joined_group_outlives_a_restart(lab: Lab, running: Daemons, tmp_path:
     kept.unlink()
 
 
+def test_a_group_of_the_configuration_is_left_by_force(lab: Lab, running: Daemons) -> None:
+    """Until the daemon's next start; and who is in no group is told so."""
+    refused = run("groups", "leave", "lab", host=lab.host("b"))
+    the_error(refused, NOT_DONE, "bad-request: ", "stands in the configuration", "restart the daemon")
+    assert "lab: " in run("groups", host=lab.host("b")).out
+    try:
+        left = run("groups", "leave", "lab", "--force", host=lab.host("b"))
+        assert (left.status, left.out, left.err) == (OK, "", "This host is in no group.\n")
+    finally:
+        running["b"].restart()
+    until(lambda: _members(lab, "b", "lab") == {"a"})
+
+
 def test_a_port_that_another_group_has(lab: Lab, running: Daemons, tmp_path: Path) -> None:
     key = tmp_path / "web.key"
     run("key", key)
@@ -916,6 +929,8 @@ WRONG: list[tuple[str, str]] = [
     ("groups join", "join needs the group's name"),
     ("groups leave", "leave needs the group's name"),
     ("groups leave web --key-file x", "--key-file is for `groups join`"),
+    ("groups join web --key-file x --address 239.7.7.7 --force", "--force is for `groups leave`"),
+    ("groups --force", "--force is for `groups leave`"),
     ("groups join web", "join needs --key-file"),
     ("groups join web --key-file x", "either --address (multicast) or --peer"),
     ("groups join web --key-file x --address 239.1.1.1 --peer 1.1.1.1:5", "either --address"),
@@ -956,6 +971,20 @@ def test_empty_names() -> None:
         ("history", "--host", ""),
     ):
         the_error(run(*words), USAGE, "1 to 255 characters")
+
+
+def test_common_options_on_either_side(lab: Lab, running: Daemons) -> None:
+    """``--json`` and ``--control`` before the command mean what they mean behind it."""
+    control = lab.host("a").control_socket
+    for words in (
+        ("--json", "--control", control, "status"),
+        ("status", "--control", control, "--json"),
+        ("--control", control, "status", "--json"),
+        ("--control", "/nonexistent", "--json", "status", "--control", control),
+    ):
+        result = run(*words)
+        assert result.status == OK and result.json["host"] == "a", words
+    assert run("--control", "/nonexistent", "status").status == NO_DAEMON
 
 
 def test_version_and_help() -> None:

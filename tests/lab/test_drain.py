@@ -271,7 +271,7 @@ def test_what_leaves_in_the_middle_gets_nothing_more(controller: Controller, lin
         until(lambda: redirects(controller, "a") > before, 60)
         [answer] = ask(controller.lab.host("c"), "groups")
         for group in answer["groups"]:
-            ask(controller.lab.host("c"), "groups", action="leave", name=group["name"])
+            ask(controller.lab.host("c"), "groups", action="leave", name=group["name"], force=True)
         done = running.result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "c gets nothing more" in " ".join((done.stdout + done.stderr).split())

@@ -641,7 +641,7 @@ def test_another_user(it: Bench) -> None:
             "named": told(lambda: ask_a("export", sockets=[{"pid": os.getpid(), "fd": own.fileno()}])),
             "drain": told(lambda: ask_a("drain", filter={})),
             "reload": told(lambda: ask_a("reload")),
-            "leave": told(lambda: ask_a("groups", action="leave", name="lab")),
+            "leave": told(lambda: ask_a("groups", action="leave", name="lab", force=True)),
             "foreign": told(
                 lambda: export_sockets([Export(shared.fd, roots.pid)], "b", control=control["a"])
             ),

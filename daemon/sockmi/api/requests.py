@@ -172,7 +172,7 @@ class GroupsRequest(_Request):
     administrators.
 
     ``address`` is a multicast address; without it ``peers`` (``ADDRESS:PORT``) names the members.
-    ``host_id``: of the host to forget.
+    ``host_id``: of the host to forget. ``force``: leave a group though it stands in the configuration.
     """
 
     op: Literal["groups"] = "groups"
@@ -183,6 +183,7 @@ class GroupsRequest(_Request):
     interface: Name | None = None
     peers: list[EndpointText] | None = None
     key_file: Name | None = None
+    force: bool = False
     host_id: (
         Annotated[str, Field(pattern=r"^[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}$")] | None
     ) = None
@@ -193,6 +194,8 @@ class GroupsRequest(_Request):
             raise ValueError("forget needs host_id, the id of the host (`sockmi groups`); nothing else does")
         if self.action in (GroupsAction.JOIN, GroupsAction.LEAVE) and self.name is None:
             raise ValueError(f"{self.action} needs the group's name")
+        if self.force and self.action is not GroupsAction.LEAVE:
+            raise ValueError(f"{self.action} takes no force; only leave does")
         if self.action is GroupsAction.JOIN:
             if self.key_file is None:
                 raise ValueError("join needs key_file, the path of the group's key")

@@ -24,7 +24,7 @@ exit status:
   3  the daemon cannot be reached (not running, no permission, no answer)
   4  nothing to do: nothing matched, or an import timed out
 
-Every command knows --json and --control. More in sockmi(1).
+More in sockmi(1).
 """
 KINDS = tuple(kind.value for kind in Kind)
 OUTCOMES = ("moved", "refused", "aborted", "failed", "planned")
@@ -158,16 +158,11 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    common = _Parser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print JSON (fields: docs/control.md)")
-    common.add_argument(
-        "--control",
-        type=_name,
-        metavar="PATH",
-        help="control socket (default: $SOCKMI_CONTROL or /run/sockmi/control.sock)",
-    )
+    # Behind the command they have no default: it would undo what was said before the command.
+    common = _common(json=argparse.SUPPRESS, control=argparse.SUPPRESS)
     parser = _Parser(
         prog="sockmi",
+        parents=[_common(json=False, control=None)],
         description="Moves live TCP connections between hosts while the other end notices nothing.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -190,6 +185,22 @@ def build_parser() -> argparse.ArgumentParser:
     key = command("key", "make a group key")
     key.add_argument("file", type=Path, help="the new file; it must not exist")
     return parser
+
+
+def _common(json: Any, control: Any) -> _Parser:
+    """The options of every command, which may stand before it and behind it."""
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "--json", action="store_true", default=json, help="print JSON (fields: docs/control.md)"
+    )
+    common.add_argument(
+        "--control",
+        type=_name,
+        default=control,
+        metavar="PATH",
+        help="control socket (default: $SOCKMI_CONTROL or /run/sockmi/control.sock)",
+    )
+    return common
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -302,6 +313,9 @@ def _groups(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key-file", type=_name, metavar="FILE", help="join: the group's key, on the daemon's host"
     )
+    parser.add_argument(
+        "--force", action="store_true", help="leave: though it stands in the daemon's configuration"
+    )
 
 
 def _drain(parser: argparse.ArgumentParser) -> None:
@@ -376,6 +390,8 @@ def _check_groups(options: argparse.Namespace) -> str | None:
     }
     if options.action != "join" and joining:
         return f"--{next(iter(joining)).rstrip('s').replace('_', '-')} is for `groups join`"
+    if options.action != "leave" and options.force:
+        return "--force is for `groups leave`"
     if options.action == "list":
         return "`groups list` takes no name" if options.name else None
     if not options.name:

@@ -340,6 +340,8 @@ def groups(options: argparse.Namespace) -> int:
         request["host_id"] = options.name
     elif options.action != "list":
         request["name"] = options.name
+    if options.force:
+        request["force"] = True
     if options.action == "join":
         names = ("key_file", "address", "port", "interface", "peers")
         request |= {name: getattr(options, name) for name in names}
@@ -354,6 +356,8 @@ def groups(options: argparse.Namespace) -> int:
         note = "" if group["configured"] else " (joined by hand)"
         print(f"{group['name']}: {where} port {group['port']}{note}")
         print_table(("host", "address", "heard s ago", "stream"), [_member(one) for one in group["members"]])
+    if not answer["groups"]:
+        print("This host is in no group.", file=sys.stderr)
     for host in answer["missed"]:
         print(
             f"{host}: not heard, though something waits for it (sockmi groups forget, if it never comes back)"
