@@ -505,7 +505,8 @@ def test_drain_selects(scene: Scene, lab: Lab) -> None:
         assert (progress.selected, progress.planned, progress.remaining) == (4, 4, 0)
         records = as_model(list[api.MigrationRecord], plan.json["migrations"])
         assert {record.outcome for record in records} == {"planned"}
-        assert set(plan.json) == {"progress", "migrations"}
+        assert set(plan.json) == {"progress", "migrations", "listed"}
+        assert plan.json["listed"] == 0
     shown = run("drain", "--port", 5130, "--kind", "connected", "--dry-run", host=a)
     assert "4 of 4 could be moved" in shown.out and "room for 4 on b" in shown.out
     nothing = run("drain", "--port", 5997, "--json", host=a)
@@ -542,6 +543,22 @@ def test_drain_of_which_some_are_refused(scene: Scene, lab: Lab) -> None:
     assert "1 of 2 could be moved" in plan.out
     assert f"{bad.local}: urgent-data: " in plan.out
     assert good.local not in plan.out
+
+
+def test_drain_says_what_it_leaves_in_the_import_lists(scene: Scene, lab: Lab) -> None:
+    """No process has them, so none is selected; whoever then switches the host off must know."""
+    scene.server("a", 5135)
+    client = scene.client("a", 5135)
+    moved = run("drain", "--port", 5135, "--kind", "connected", "--to", "b", host=lab.host("a"))
+    assert moved.status == OK and "import lists" not in moved.out
+    on_b = run("drain", "--all", "--to", "a", host=lab.host("b"))
+    assert on_b.status == NOTHING
+    assert "1 in this host's import lists stay: no application has them (sockmi list imports)" in on_b.out
+    assert run("drain", "--all", "--to", "a", "--json", host=lab.host("b")).json["listed"] == 1
+    importer = scene.program("b", "import", "--port", 5135, "--exec", "cat")
+    assert client.say("on") == "on"
+    client.connection.shutdown(socket.SHUT_WR)
+    assert ended(importer).status == OK
 
 
 def test_drain_with_nobody_to_take_it(scene: Scene, lab: Lab) -> None:

@@ -252,6 +252,9 @@ def test_only_quiet_connections(controller: Controller) -> None:
         assert "that were not quiet for 0.5 s: 1." in result["msg"]
         [moved] = result["migrations"]
         assert moved["remote"].endswith(f":{quiet.getsockname()[1]}")
+        emptied = drain(controller, **{"from": "b", "to": "a"})
+        assert emptied.returncode == 0, emptied.stdout
+        assert "b: 1 sockets stay in its import lists" in " ".join(emptied.stdout.split())
         for connection in (quiet, waiting):  # nobody imports it: a reset is its end
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     until(lambda: status(lab.host("b"))["import_lists"]["connected"]["length"] == 0)

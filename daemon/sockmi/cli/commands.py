@@ -220,18 +220,25 @@ def drain(options: argparse.Namespace) -> int:
             progress = answer["progress"]
             records += answer["migrations"]
             shown.show(progress)
+        listed = 0
+        with contextlib.suppress(SockMiError):  # the drain is over, whatever has become of the daemon
+            [status] = control.call("status")
+            listed = sum(one["length"] for one in status["import_lists"].values())
     done = progress["moved"] + progress["planned"]
     if options.json:
-        print_json({"progress": progress, "migrations": records})
+        print_json({"progress": progress, "migrations": records, "listed": listed})
     else:
         failed = [record for record in records if record["outcome"] not in ("moved", "planned")]
         if failed:
             show_records(failed)
         verb = "could be moved" if options.dry_run else "moved"
         gone = f" ({progress['closed']} had been closed meanwhile)" if progress["closed"] else ""
-        print(f"{done} of {progress['selected']} {verb} in {progress['elapsed_s']:.2f} s{gone}")
+        took = "" if options.dry_run else f" in {progress['elapsed_s']:.2f} s"
+        print(f"{done} of {progress['selected']} {verb}{took}{gone}")
         for host, count in Counter(one["to"] for one in records if one["outcome"] == "planned").items():
             print(f"room for {count} on {host}")
+        if listed:
+            print(f"{listed} in this host's import lists stay: no application has them (sockmi list imports)")
     if not progress["selected"]:
         return NOTHING
     return OK if done + progress["closed"] == progress["selected"] else NOT_DONE
