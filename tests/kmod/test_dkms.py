@@ -23,6 +23,8 @@ release=$1
 cleanup() { dkms remove sockmi/1.0 --all >/dev/null 2>&1 || true; rm -rf /usr/src/sockmi-1.0; }
 cleanup
 trap cleanup EXIT
+# As the kernel's own package has done on a host; where no module is listed, DKMS leaves depmod out.
+depmod "$release"
 dkms add /build/sockmi-1.0
 dkms build sockmi/1.0 -k "$release" || { cat /var/lib/dkms/sockmi/1.0/build/make.log; exit 1; }
 dkms install sockmi/1.0 -k "$release"

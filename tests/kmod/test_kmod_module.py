@@ -46,7 +46,9 @@ class System:
 
     def installed_version(self) -> str:
         """Of the module that modprobe would load."""
-        command = self.chroot.command(self.build, ["modinfo", "-k", self.release, "-F", "version", "sockmi"])
+        # Where the kernel's own package has listed no modules, as here, DKMS leaves depmod out.
+        script = 'depmod "$0" && modinfo -k "$0" -F version sockmi'
+        command = self.chroot.command(self.build, ["sh", "-c", script, self.release])
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         return done.stdout.strip()
 
