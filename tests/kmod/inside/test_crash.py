@@ -21,7 +21,9 @@ from tests.lab.scenario import status
 from tests.lab.test_crash import UNDECIDED, UNDONE
 from tests.lab.test_one_life import MOMENTS, the_importer_dies
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# Four daemons that are killed and started again take an emulated guest five minutes for each step. What could
+# differ between kernels is the module's, and the other tests have that in each of them.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.kernels("uml-6.1-debug")]
 #: The kernel thaws after 5 s at most, and the processors of guests are slow.
 PATIENT = {"freeze_deadline_s": 5.0}
 #: When an application has a copy, dormant or alive.
