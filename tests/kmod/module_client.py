@@ -386,14 +386,21 @@ class Device:
         self.fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         self.slot_bytes = slot_bytes
         self.memory: mmap.mmap | None = None
-        if greet:
-            self.hello()
-        if slots:
-            made = self.call("slots", Slots(kind=1, count=slots, bytes=slot_bytes))
-            self.slot_bytes = made.bytes
-            self.memory = mmap.mmap(
-                self.fd, made.bytes * slots, mmap.MAP_SHARED, mmap.PROT_READ, offset=made.offset
-            )
+        try:
+            if greet:
+                self.hello()
+            if slots:
+                self._make_slots(slots)
+        except BaseException:
+            self.close()  # it would keep the module loaded
+            raise
+
+    def _make_slots(self, count: int) -> None:
+        made = self.call("slots", Slots(kind=1, count=count, bytes=self.slot_bytes))
+        self.slot_bytes = made.bytes
+        self.memory = mmap.mmap(
+            self.fd, made.bytes * count, mmap.MAP_SHARED, mmap.PROT_READ, offset=made.offset
+        )
 
     def close(self) -> None:
         if self.memory:

@@ -146,7 +146,11 @@ class Nat:
 
     def __init__(self) -> None:
         self.fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-        self.call(HELLO, HELLO_ARG.pack(1, 0, *[0] * 10))
+        try:
+            self.call(HELLO, HELLO_ARG.pack(1, 0, *[0] * 10))
+        except BaseException:
+            self.close()  # it would keep the module loaded
+            raise
 
     def close(self) -> None:
         os.close(self.fd)
