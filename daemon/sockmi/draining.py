@@ -211,7 +211,7 @@ class Drain:
         }
 
     def _over(self, record: dict[str, Any]) -> None:
-        """It has moved, or has not; or its owner has closed it before it was frozen."""
+        """It has moved, or has not; or its owner has closed it before that."""
         if (
             record.get("listener") is None
             and (record.get("refusal") or {}).get("code") == Code.NO_SUCH_SOCKET

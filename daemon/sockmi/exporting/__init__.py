@@ -60,6 +60,7 @@ class Exporting:
             redirecting,
             exports=self.exports,
             freezer=self.freezer,
+            descriptors=self.descriptors,
             listeners=self.listeners,
             decisions=self.decisions,
         )

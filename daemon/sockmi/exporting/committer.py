@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Gives a prepared chunk away, or takes back what cannot go.
 
-Order matters: redirect, journal, last comparison, close. From the journal on there is only forward,
-but for a socket that has changed meanwhile: it goes on here, and nobody has been told of it. Takeover moves
-an address: so all that it leads away goes, or nothing.
+Order matters: redirect, journal, last look, close. From the journal on there is only forward,
+but for a socket that has changed or ended meanwhile: it stays here, and nobody has been told of it.
+Takeover moves an address: so all that it leads away goes, or nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Kind
 from sockmi.exporting.decisions import Decisions
-from sockmi.exporting.descriptors import let_go
+from sockmi.exporting.descriptors import Descriptors, let_go
 from sockmi.exporting.export import Export
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
@@ -46,10 +46,12 @@ class Committer:
         *,
         exports: Exports,
         freezer: Freezer,
+        descriptors: Descriptors,
         listeners: Listeners,
         decisions: Decisions,
     ) -> None:
         self._shell = shell
+        self._descriptors = descriptors
         self._redirecting = redirecting
         self._exports = exports
         self._freezer = freezer
@@ -83,7 +85,7 @@ class Committer:
             self._take_back(action.routes, exports, results, going)
             going = []
         reached("commit.journalled")
-        self._compare_joined(action.routes, exports, going, results)
+        self._look_again(action.routes, exports, going, results)
         staying = [index for index in going if results[index] is not None]
         going = [index for index in going if results[index] is None]
         self._listeners.take_queues({index: queue for index, queue in queues.items() if index in going})
@@ -106,6 +108,7 @@ class Committer:
             going = [index for index in going if results[index] is None]
             self._decisions.undo(action, exports, going, changed)
             self._take_back(action.routes, exports, results, changed)
+            self._descriptors.name_passed_on(exports, results)
         self._settle([(action.routes[index], exports[index]) for index in going], importer)
         reached("commit.done")
         shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))
@@ -133,15 +136,22 @@ class Committer:
         if kept:
             self._shell.send_held(importer, pack({migrations[one]: packets for one, packets in kept.items()}))
 
-    def _compare_joined(
+    def _look_again(
         self,
         routes: Sequence[Route],
         exports: Sequence[Export],
         going: Sequence[int],
         results: list[Refusal | None],
     ) -> None:
-        """Of what goes only together: nothing is closed if one has changed."""
-        joined = [index for index in going if _is_joined(routes[index])]
+        """What its owners have closed meanwhile ends here.
+
+        Of what goes only together nothing is closed if one has changed.
+        """
+        abandoned = self._descriptors.abandoned([exports[index] for index in going])
+        for index, closed in zip(going, abandoned, strict=True):
+            results[index] = closed
+        _all_or_none(routes, results)
+        joined = [index for index in going if results[index] is None and _is_joined(routes[index])]
         if not joined:
             return
         outcomes = self._shell.engine.compare(
@@ -207,9 +217,9 @@ def _all_or_none(routes: Sequence[Route], results: list[Refusal | None]) -> None
     first = next((refusal for index in joined if (refusal := results[index]) is not None), None)
     if first is None:
         return
-    refusal = Refusal(
-        first.code, f"Its address stays, as another connection does that has it: {first.message}"
-    )
+    # Another's end is not this one's.
+    code = Code.CHANGED if first.code is Code.NO_SUCH_SOCKET else first.code
+    refusal = Refusal(code, f"Its address stays, as another connection does that has it: {first.message}")
     for index in joined:
         results[index] = results[index] or refusal
 

@@ -9,8 +9,8 @@ closed when the original is, or when all goes on as before.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, MutableSequence, Sequence
+from typing import Any, Protocol
 
 from sockmi.addresses import FourTuple
 from sockmi.diag import Found
@@ -101,6 +101,19 @@ class Descriptors:
         """Of those that are frozen: whether nobody but us has it, as it was closed after ``take``."""
         held = self._owners.held({export.facts.inode for export in exports})
         return [None if export.facts.inode in held else _CLOSED for export in exports]
+
+    def name_passed_on(self, exports: Sequence[Export], results: MutableSequence[Any]) -> None:
+        """Refuse otherwise what no process has, we neither, and is not closed for all that."""
+        lost = [
+            index
+            for index, result in enumerate(results)
+            if isinstance(result, Refusal) and result.code is Code.NO_SUCH_SOCKET
+        ]
+        if not lost:
+            return
+        for index, alive in zip(lost, self.passed_on([exports[index].facts for index in lost]), strict=True):
+            if alive:
+                results[index] = PASSED_ON
 
 
 def let_go(exports: Sequence[Export]) -> None:

@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from sockmi.addresses import Endpoint
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind
-from sockmi.exporting.descriptors import PASSED_ON, Descriptors, let_go
+from sockmi.exporting.descriptors import Descriptors, let_go
 from sockmi.exporting.export import Export
 from sockmi.exporting.exports import Exports
 from sockmi.image import Section
@@ -62,20 +62,8 @@ class Freezer:
             results = [refusal] * len(exports)
         # A socket that nobody has but us ends here, as it would have when its owner closed it.
         let_go([one for one, result in zip(exports, results, strict=True) if isinstance(result, Refusal)])
-        self._shell.dispatch(FreezeDone(action.chunk, tuple(self._seen_again(exports, results))))
-
-    def _seen_again(self, exports: list[Export], results: list[bytes | Refusal]) -> list[bytes | Refusal]:
-        """What no process had, and is not closed for all that."""
-        lost = [
-            index
-            for index, result in enumerate(results)
-            if isinstance(result, Refusal) and result.code is Code.NO_SUCH_SOCKET
-        ]
-        passed_on = self._descriptors.passed_on([exports[index].facts for index in lost]) if lost else []
-        for index, alive in zip(lost, passed_on, strict=True):
-            if alive:
-                results[index] = PASSED_ON
-        return results
+        self._descriptors.name_passed_on(exports, results)
+        self._shell.dispatch(FreezeDone(action.chunk, tuple(results)))
 
     def thaw(self, action: Thaw) -> None:
         """The inverse of ``freeze``."""

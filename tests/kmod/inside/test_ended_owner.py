@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: MIT
+"""The kernel engine stops nobody: an owner may close its connection while that is frozen, or be killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.labs import Lab
+from tests.lab.test_ended_owner import POINTS, ended_while_frozen
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def lab(kernel: str) -> Iterator[Lab]:
+    with Lab(f"e{kernel.replace('.', '')[-6:]}") as made:
+        yield made
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("how", ["closed", "killed", "one of two"])
+def test_ended_while_it_is_frozen(lab: Lab, tmp_path: Path, how: str, point: str) -> None:
+    """What another descriptor of the owner's still has is not closed, and moves."""
+    ended_while_frozen(lab, tmp_path, how, point, redirect={"modes": ["nat"]})
