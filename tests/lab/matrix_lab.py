@@ -69,9 +69,11 @@ table inet deaf {
 _STALL = """
 table inet stall {
   counter stalled { }
+  set hit { type ipv4_addr; flags dynamic; }
   chain in {
     type filter hook prerouting priority -400
-    tcp dport 7781 meta length > 900 counter name stalled drop
+    tcp dport 7781 meta length > %d add @hit { ip saddr } counter name stalled drop
+    tcp dport 7781 meta length > 900 ip saddr @hit drop
   }
 }
 """
@@ -449,14 +451,15 @@ class Bench:
         clean(judged)
 
     @contextlib.contextmanager
-    def stalled(self) -> Iterator[Stall]:
+    def stalled(self, above_bytes: int = 900) -> Iterator[Stall]:
         """Images do not arrive at b: what is being moved stays frozen until the block's end, or `lift`.
 
-        Its owner must be another process than this one, which would be frozen too.
+        Its owner must be another process than this one, which would be frozen too. ``above_bytes``: what is
+        shorter is no image, nor many of them; nothing of them arrives from then on.
         """
         self.settle()
         stall = Stall(self.host("b"))
-        nft(self.host("b"), _STALL)
+        nft(self.host("b"), _STALL % above_bytes)
         try:
             yield stall
         finally:

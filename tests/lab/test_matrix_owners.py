@@ -28,7 +28,6 @@ from tests.lab.matrix_lab import (
     Later,
     bench,
     copy_of,
-    exchange,
     moved,
     receive,
     reconfigured,
@@ -502,46 +501,6 @@ def test_the_tuple_is_taken_at_the_last_moment(it: Bench, tmp_path: Path) -> Non
         squatter.close()
         it.undeafen([case])
         it.finish(case, case.ours)
-
-
-def test_a_hundred_aborts_under_load(it: Bench, tmp_path: Path) -> None:
-    """Frozen, shipped, refused by an importer that cannot write its spool, a hundred times, under traffic."""
-    spool = it.host("b").state_dir / "spool"
-    with it.watched(tmp_path):
-        cases = [it.pair(kind) for kind in ("v4", "v6", "mapped")]
-        stop = threading.Event()
-        traffic = [Later(converse, case, stop) for case in cases]
-        aside = spool.rename(spool.with_name("spool-aside"))
-        spool.write_text("in the way")
-        for slot in aside.iterdir():  # which the daemon has open, to use it again
-            slot.unlink()
-        codes = []
-        try:
-            # Our own process is the owner: with its threads it is stopped each time.
-            for _turn in range(34):
-                records = it.export_passively([(os.getpid(), case.fd) for case in cases])
-                codes += [verdict(record)[:2] for record in records]
-        finally:
-            spool.unlink()
-            aside.rename(spool)
-            stop.set()
-        assert len(codes) > 100 and set(codes) == {("aborted", "internal")}, set(codes)
-        for case, talk in zip(cases, traffic, strict=True):
-            assert talk.result() > 0
-            it.finish(case, case.ours)
-        assert ask(it.host("b"), "list", table="imports")[-1]["imports"] == []
-        assert status(it.host("b"))["import_lists"]["connected"]["length"] == 0
-
-
-def converse(case: Case, stop: threading.Event) -> int:
-    """Random bytes both ways until told to stop; how many rounds."""
-    assert case.peer
-    rounds = 0
-    while not stop.is_set():
-        exchange(case.ours, case.peer, 1 + os.urandom(1)[0] * 300)
-        exchange(case.peer, case.ours, 1 + os.urandom(1)[0] * 300)
-        rounds += 1
-    return rounds
 
 
 def test_big_queues(it: Bench, tmp_path: Path) -> None:
