@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import (
 )
 
 from sockmi.addresses import Endpoint
+from sockmi.problems import problems
 from sockmi.protocol.records import IMAGE_BYTES_MAX
 from sockmi.redirect.base import Mode
 
@@ -34,6 +36,18 @@ def _host_name(text: str) -> str:
     if len(text.encode()) > 64 or not text.isprintable():
         raise ValueError("at most 64 bytes (UTF-8), all printable")
     return text
+
+
+def _group_name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", text):
+        raise ValueError(f"{text!r}: up to 32 of a-z, 0-9 and '-', beginning with a letter or digit")
+    return text
+
+
+def _mode(bits: int) -> int:
+    if not 0 <= bits <= 0o777:
+        raise ValueError(f"{bits}: give an octal number from 0000 to 0777; it begins with 0, as 0660")
+    return bits
 
 
 def _address(value: object) -> object:
@@ -107,7 +121,7 @@ class Strict(BaseModel):
 class GroupConfig(Strict):
     """One group of daemons that negotiate with each other (paper, section 3.2)."""
 
-    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
+    name: Annotated[str, AfterValidator(_group_name)] = "default"
     address: Address = IPv4Address("239.77.83.1")
     port: Port = 7780
     interface: Annotated[str, Field(min_length=1, max_length=15)] | None = None
@@ -197,7 +211,7 @@ class Config(Strict):
 
     state_dir: AbsolutePath = Path("/var/lib/sockmi")
     run_dir: AbsolutePath = Path("/run/sockmi")
-    control_mode: Annotated[int, Field(ge=0, le=0o777)] = 0o660
+    control_mode: Annotated[int, AfterValidator(_mode)] = 0o660
     host_name: Annotated[str, Field(min_length=1), AfterValidator(_host_name)] | None = None
     groups: tuple[GroupConfig, ...] = (GroupConfig(),)
     stream: StreamConfig = StreamConfig()
@@ -256,14 +270,3 @@ class Config(Strict):
             return cls.model_validate(document)
         except ValidationError as error:
             raise ConfigError(f"{path}: " + "; ".join(problems(error))) from None
-
-
-def problems(error: ValidationError) -> list[str]:
-    """What is wrong and where, a sentence each, in the words of YAML."""
-    found: dict[str, str] = {}
-    for problem in error.errors(include_url=False):
-        text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        if problem["type"] == "extra_forbidden":
-            text = "unknown option; see sockmi.yml(5)"
-        found.setdefault(".".join(map(str, problem["loc"])), text.replace("valid tuple", "list"))
-    return [f"{where}: {text}" if where else text for where, text in found.items()]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from sockmi.config import GroupConfig, problems
+from sockmi.config import GroupConfig
+from sockmi.problems import problems
 from sockmi.transport.identity import write_private_file
 
 FILE = "groups.json"

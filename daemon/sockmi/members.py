@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from sockmi import api
 from sockmi.addresses import Endpoint
-from sockmi.config import Config, GroupConfig, problems
+from sockmi.config import Config, GroupConfig
 from sockmi.joined_groups import JoinedGroups
+from sockmi.problems import problems
 from sockmi.protocol.codec import STREAM_BYTES_MAX
 from sockmi.refusal import Code, Refusal
 from sockmi.transport.group import Group, GroupError, GroupSettings, Member

@@ -70,11 +70,9 @@ def _number(value: float) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def _default(name: str, value: Any) -> str:
+def _default(value: Any) -> str:
     if value is None or value == ():
         return "none"
-    if name == "control_mode":
-        return f"{value:04o}"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -84,6 +82,8 @@ def _default(name: str, value: Any) -> str:
 
 def described(name: str, field: FieldInfo) -> str:
     """What sockmi.yml(5) has to say of an option, in parentheses behind its name."""
+    if name == "control_mode":
+        return f"octal number, 0000 to 0777, default {field.default:04o}"
     annotation, metadata = _annotations(field.annotation, field.metadata)
     parts = [_kind(annotation)]
     for suffix, unit in (("_s", "seconds"), ("_bytes_max", "bytes")):
@@ -97,7 +97,7 @@ def described(name: str, field: FieldInfo) -> str:
         parts.append(f"{low} to {_number(most.le)}")
     if step := bounds.get(annotated_types.MultipleOf):
         parts.append(f"a multiple of {step.multiple_of}")
-    parts.append(f"default {_default(name, field.get_default(call_default_factory=True))}")
+    parts.append(f"default {_default(field.get_default(call_default_factory=True))}")
     return ", ".join(parts)
 
 
