@@ -247,7 +247,13 @@ def return_to_another_port(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Host, "on_reserve", on_reserve)
 
 
+def leave_one_of_an_address(patch: pytest.MonkeyPatch) -> None:
+    """Takeover leads an address away though one of its connections cannot go."""
+    patch.setattr("sockmi.protocol.chunks.stays", lambda *_unused: None)
+
+
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
+    leave_one_of_an_address,
     forget_decisions,
     skip_commit_journal,
     skip_prepared_journal,

@@ -41,6 +41,7 @@ SETTINGS = Settings(
     freeze_deadline_s=0.3, retry_s=0.05, retry_max_s=0.8, audit_interval_s=1.0, chunk_items=2,
     page_items=2, pages_in_flight=2,
 )  # fmt: skip
+MODES = (Mode.FORWARD, Mode.NAT, Mode.TAKEOVER)
 PEER = Endpoint(IPv4Address("198.51.100.9"), 999)
 
 
@@ -66,6 +67,7 @@ class Chaos:
     unwritable: float = 0.0  # per message that is answered, on a stream
     codec: bool = False  # every message through its bytes
     grace_s: float = 0.0  # how long offers are collected
+    takeover: float = 0.0  # per batch: its connections go only with all others of their address
 
 
 @dataclass(slots=True)
@@ -158,7 +160,7 @@ class Host:
         for connection in list(journal.arrived):
             self.enliven(connection)
         capacity = Capacity(
-            rooms=Counts(8, 8, 8), modes=(Mode.FORWARD, Mode.NAT), addresses=frozenset({self.address})
+            rooms=Counts(8, 8, 8), modes=MODES, addresses=frozenset({self.address})
         )
         capacity.members = frozenset(other.id for other in self.world.hosts) - {self.id}
         grace_s = self.world.chaos.grace_s
@@ -299,6 +301,7 @@ class Host:
         if action.chunk.batch in self.world.dry:
             raise LawBroken("a dry run freezes")
         hold_s = (action.deadline_s * 2 + 0.2) / self.rate
+        self.world.joined[action.chunk] = joined(action)
         results: list[bytes | Refusal] = []
         for item in action.items:
             socket = self.live.get(item.connection)
@@ -323,6 +326,7 @@ class Host:
 
     def on_commit(self, action: actions.Commit) -> Iterator[None]:
         results: list[Refusal | None] = []
+        self.world.leaves_whole(action)
         for route in action.routes:
             self.away[route.connection] = route
         yield
@@ -343,6 +347,11 @@ class Host:
                 committed.append(position)
                 results.append(None)
         yield
+        if any(results) and any(route.place.mode is Mode.TAKEOVER for route in action.routes):
+            for route in action.routes:
+                self.away.pop(route.connection, None)
+                self.frozen.pop(route.connection, None)
+            results, committed = [Refusal(Code.CHANGED, "all or none")] * len(action.routes), []
         moved = {
             route.connection: route for route, no in zip(action.routes, results, strict=True) if no is None
         }
@@ -381,7 +390,9 @@ class Host:
                 places.append(Refusal(self.world.random.choice([Code.PORT_TAKEN, Code.WINDOW_SCALE]), "no"))
                 continue
             self.ports += 1
-            place = Place(former or Endpoint(self.address, self.ports), Mode.NAT)
+            joined = item.kind is Kind.CONNECTED and action.batch[1] < 256 * self.world.chaos.takeover
+            mode = Mode.TAKEOVER if joined else Mode.NAT
+            place = Place(former or Endpoint(self.address, self.ports), mode)
             self.reserved[item.migration] = place
             places.append(place)
         yield
@@ -512,6 +523,15 @@ class Host:
         yield
 
 
+def joined(action: actions.Freeze) -> dict[object, set[bytes]]:
+    """By address, the migrations that takeover leads away with it."""
+    found: dict[object, set[bytes]] = {}
+    for item, place in zip(action.items, action.places, strict=True):
+        if place.mode is Mode.TAKEOVER and item.local is not None:
+            found.setdefault(item.local.address, set()).add(item.migration)
+    return found
+
+
 @dataclass(slots=True)
 class Stream:
     """Between two hosts; ``generation`` fences what an older one still had under way."""
@@ -540,6 +560,7 @@ class World:
         self.cut: set[frozenset[int]] = set()
         self.sent: list[tuple[Host, Host, messages.Message, Channel]] = []
         self.decided: dict[ChunkId, Decision] = {}
+        self.joined: dict[ChunkId, dict[object, set[bytes]]] = {}
         self.open_batches: set[bytes] = set()
         self.dry: set[bytes] = set()
         self.batch_hosts: dict[bytes, tuple[Host, int]] = {}
@@ -763,7 +784,7 @@ class World:
         self.batch_hosts[batch] = (host, host.epoch)
         if dry_run or (dry_run is None and batch[0] < 5):
             self.dry.add(batch)
-        modes = (Mode.FORWARD, Mode.NAT)
+        modes = MODES
         follows = target is not None and target is not host and self.random.random() < 0.2
         if target is not None and follows and batch not in self.dry:
             host.do(events.ChildrenFound(batch, target.id, tuple(items), modes, timeout_s))
@@ -778,6 +799,13 @@ class World:
             queues = [one.migration[0] % 4 if one.kind is Kind.LISTENING else 0 for one in items]
             items = [replace(one, queued=queued) for one, queued in zip(items, queues, strict=True)]
         host.do(events.StartExport(batch, tuple(items), modes, timeout_s, **wanted, dry_run=dry))
+
+    def leaves_whole(self, action: actions.Commit) -> None:
+        """What takeover leads away is all that was frozen of its address."""
+        going = {route.migration for route in action.routes}
+        for address, frozen in self.joined[action.decision.chunk].items():
+            if going & frozen and frozen - going:
+                raise LawBroken(f"{address} is given up, and a connection that has it stays")
 
     def progress(self) -> None:
         """Applications send: whoever can."""
@@ -875,7 +903,7 @@ class World:
                 live is not None
                 and place is not None
                 and connection not in end.guarded
-                and live.place != place
+                and live.place.endpoint != place.endpoint
             ):
                 raise LawBroken(f"packets of {connection[0]:x} reach a wrong port on {end.number}")
             if (
@@ -982,6 +1010,7 @@ def random_run(seed: int) -> World:
         stream_break=draw.choice([0, 0.03]), partition=draw.choice([0, 0.1]), stop=draw.choice([0, 0.02]),
         forge=draw.choice([0, 0.4]), delay_s=draw.choice([0.005, 0.02, 0.1]), codec=draw.random() < 0.1,
         unwritable=0.1 if seed % 5 == 1 else 0.0, grace_s=0.05 if seed % 3 == 1 else 0.0,
+        takeover=0.5 if seed % 4 < 2 else 0.0,
     )  # fmt: skip
     world = World(seed, hosts=draw.randint(2, 4), connections=draw.randint(1, 5), chaos=chaos)
     for _turn in range(draw.randint(5, 20)):

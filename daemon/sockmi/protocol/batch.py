@@ -32,10 +32,14 @@ class Leg:
     moving: set[ChunkId] = field(default_factory=set)
 
     @property
+    def unplaced(self) -> list[Item]:
+        """Items that the importer has given no place yet."""
+        return [*self.unreserved, *(item for page in self.pages.values() for item in page)]
+
+    @property
     def unfrozen(self) -> list[Item]:
         """Items whose freeze has not begun."""
-        reserving = [item for page in self.pages.values() for item in page]
-        return [*self.unreserved, *reserving, *(item for item, _unused in self.ready)]
+        return [*self.unplaced, *(item for item, _unused in self.ready)]
 
 
 @dataclass(slots=True)

@@ -30,6 +30,7 @@ from sockmi.protocol.records import (
 )
 from sockmi.protocol.routing import Routes
 from sockmi.protocol.tables import EXPORT, Export, UndeclaredTransition, step
+from sockmi.protocol.together import Address, leaving, stays, take_chunk, too_many
 from sockmi.refusal import Code, Refusal
 
 # Why a freeze fails that may succeed in a moment: the host is busy, or a packet came at the wrong time.
@@ -50,8 +51,13 @@ class Batches(Protocol):
     def take_back(self, identifier: BatchId, items: Iterable[Item], reason: Refusal) -> None:
         """These may try another importer."""
 
-    def freeze_again(self, identifier: BatchId, items: Iterable[Item], reason: Refusal) -> None:
-        """These could not be frozen now."""
+    def freeze_again(
+        self,
+        identifier: BatchId,
+        failed: Iterable[tuple[Item, Refusal]],
+        others: Iterable[tuple[Item, Refusal]],
+    ) -> None:
+        """These could not be frozen now; the others could, but go only with one that could not."""
 
     def shipped(self, chunk: ChunkId, host: HostId) -> None:
         """The next chunk may be frozen."""
@@ -84,6 +90,15 @@ class Chunk:
     committed: tuple[int, ...] = ()
     attempt: int = 0
 
+    def staying(self, results: Iterable[tuple[int, object]]) -> dict[Address, Refusal]:
+        """The addresses that cannot leave, as something is against one of their connections."""
+        return {
+            address: result
+            for position, result in results
+            if isinstance(result, Refusal)
+            and (address := leaving(self.items[position], self.places[position])) is not None
+        }
+
 
 class Chunks:
     """See the module docstring; events and messages come by the methods named after them."""
@@ -97,26 +112,16 @@ class Chunks:
     # --- the batches -----------------------------------------------------------------------
 
     def freeze(self, identifier: ChunkId, host: HostId, ready: deque[tuple[Item, Place]]) -> None:
-        """Take a chunk's items from the head of ``ready``, and freeze them."""
+        """Take a chunk's items from ``ready``, and freeze them."""
         settings = self._context.settings
-        items: list[Item] = []
-        places: list[Place] = []
-        size = 0
-        while ready and len(items) < settings.chunk_items:
-            item, place = ready[0]
-            size += item.size_bytes
-            if items and size > settings.chunk_bytes:
-                break
-            ready.popleft()
-            items.append(item)
-            places.append(place)
+        taken = take_chunk(ready, settings.chunk_items, settings.chunk_bytes)
         chunk = Chunk(
             identifier,
             host,
             Export.FREEZING,
-            tuple(item.migration for item in items),
-            tuple(items),
-            tuple(places),
+            tuple(item.migration for item, _unused in taken),
+            tuple(item for item, _unused in taken),
+            tuple(place for _unused, place in taken),
         )
         self._chunks[chunk.id] = chunk
         deadline_s = settings.freeze_deadline_s
@@ -190,22 +195,30 @@ class Chunks:
         images: list[bytes] = []
         kept: list[int] = []
         refused: list[Result] = []
-        passing: dict[Refusal, list[Item]] = {}
+        passing: list[tuple[Item, Refusal]] = []
+        left_behind: list[tuple[Item, Refusal]] = []
+        freezing = chunk.state is Export.FREEZING
+        staying = chunk.staying(enumerate(event.results)) if freezing else {}
         for position, result in enumerate(event.results):
-            if isinstance(result, Refusal) and result.code in _PASSING and chunk.state is Export.FREEZING:
-                passing.setdefault(result, []).append(chunk.items[position])
-            elif isinstance(result, Refusal):
-                refused.append(Result(chunk.migrations[position], Outcome.REFUSED, refusal=result))
+            item = chunk.items[position]
+            if not isinstance(result, Refusal):
+                if (why := stays(leaving(item, chunk.places[position]), staying)) is not None:
+                    left_behind.append((item, why))
+                else:
+                    kept.append(position)
+                    images.append(result)
+            elif result.code in _PASSING and freezing:
+                passing.append((item, result))
             else:
-                kept.append(position)
-                images.append(result)
+                refused.append(Result(item.migration, Outcome.REFUSED, refusal=result))
         chunk.items = tuple(chunk.items[position] for position in kept)
         chunk.places = tuple(chunk.places[position] for position in kept)
         chunk.migrations = tuple(chunk.migrations[position] for position in kept)
         chunk.state = step(EXPORT, chunk.state, "frozen" if kept else "none frozen")
         self._batches.report(chunk.id.batch, refused)
-        for refusal, items in passing.items():
-            self._batches.freeze_again(chunk.id.batch, items, refusal)
+        if left_behind:
+            self._thaw(chunk.id, [item.migration for item, _unused in left_behind])
+        self._batches.freeze_again(chunk.id.batch, passing, left_behind)
         if chunk.state is Export.SHIPPED:
             self._context.stream(
                 chunk.host, messages.Ship(chunk.id, chunk.migrations, chunk.places, tuple(images))
@@ -288,10 +301,13 @@ class Chunks:
         self._context.timers.cancel(("freeze", chunk.id))
         prepared: list[int] = []
         refused: list[Result] = []
+        staying = chunk.staying(enumerate(message.results))
         for position, result in enumerate(message.results):
-            if isinstance(result, Refusal):
-                refused.append(Result(chunk.migrations[position], Outcome.REFUSED, source, refusal=result))
-            else:
+            why = result if isinstance(result, Refusal) else None
+            why = why or stays(leaving(chunk.items[position], chunk.places[position]), staying)
+            if why is not None:
+                refused.append(Result(chunk.migrations[position], Outcome.REFUSED, source, refusal=why))
+            elif isinstance(result, Fidelity):
                 chunk.fidelity[position] = result
                 prepared.append(position)
         chunk.prepared = tuple(prepared)
@@ -313,6 +329,8 @@ class Chunks:
         else:
             self._batches.report(chunk.id.batch, refused)
             self._drop(chunk)
+            if any(isinstance(result, Fidelity) for result in message.results):
+                self._context.stream(source, messages.Abort(chunk.id))  # of what it has prepared
             self._batches.left(chunk.id, chunk.host)
 
     def on_active(self, source: HostId, message: messages.Active, _unused: Channel) -> None:

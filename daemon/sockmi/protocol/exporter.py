@@ -8,6 +8,7 @@ Every retry is bounded.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 
@@ -31,6 +32,7 @@ from sockmi.protocol.records import (
 from sockmi.protocol.routing import Routes
 from sockmi.protocol.tables import LEG, UndeclaredTransition, step
 from sockmi.protocol.tables import Leg as LegState
+from sockmi.protocol.together import awaited, leaving, too_many
 from sockmi.refusal import Code, Refusal
 
 # An importer's refusals that another importer might not give; the first ones it may not give again itself.
@@ -372,6 +374,10 @@ class ExporterCore:
             context.timers.cancel(("leg", batch.id, host))
         freezing = self.chunks.freezing(leg.moving)
         while leg.ready and not freezing and len(leg.moving) < settings.pipeline_depth:
+            if awaited(*leg.ready[0], leg.unplaced):
+                break
+            if self._refuse_crowd(batch, leg):
+                continue
             identifier = ChunkId(batch.id, batch.next_chunk)
             batch.next_chunk += 1
             leg.moving.add(identifier)
@@ -380,6 +386,19 @@ class ExporterCore:
         if not (leg.unreserved or leg.pages or leg.ready or leg.moving):
             self._close(batch, leg, "nothing left")
             context.stream(host, messages.Release(batch.id))
+
+    def _refuse_crowd(self, batch: Batch, leg: Leg) -> bool:
+        """Whether the address that would leave next has more connections than can be frozen together."""
+        most, address = self._context.settings.chunk_items, leaving(*leg.ready[0])
+        crowd = [item for item, place in leg.ready if address is not None and leaving(item, place) == address]
+        if address is None or len(crowd) <= most:
+            return False
+        leg.ready = deque(one for one in leg.ready if leaving(*one) != address)
+        why = too_many(len(crowd), address, most)
+        self._report(
+            batch, [Result(item.migration, Outcome.REFUSED, leg.host, refusal=why) for item in crowd]
+        )
+        return True
 
     def _close(self, batch: Batch, leg: Leg, trigger: str) -> None:
         leg.state = step(LEG, leg.state, trigger)
@@ -408,19 +427,24 @@ class ExporterCore:
 
     def _return(self, batch: Batch, items: Iterable[Item], reason: Refusal) -> None:
         """Items without an importer: ask again if there is time, else refuse."""
-        items = list(items)
+        self._return_all(batch, [(item, reason) for item in items])
+
+    def _return_all(self, batch: Batch, items: list[tuple[Item, Refusal]]) -> None:
+        """As ``_return``, each for its own reason, and all in one REQUEST."""
         if not items:
             return
         target, most = batch.target, self._context.settings.leg_failures_max
         failed = target is not None and batch.failures.get(target, 0) >= most
         if batch.expired is not None or failed or self._context.now >= batch.deadline:
-            self._report(batch, batch.refused((item.migration for item in items), reason))
+            self._report(
+                batch, [one for item, reason in items for one in batch.refused([item.migration], reason)]
+            )
             return
-        for item in items:
+        for item, reason in items:
             batch.pending[item.migration] = item
             batch.because(item.migration, reason)
         if batch.follows and target is not None:
-            self._to_leg(batch, target, items)
+            self._to_leg(batch, target, [item for item, _unused in items])
         elif ("request", batch.id) not in self._context.timers:
             self._request(batch)
 
@@ -528,17 +552,25 @@ class ExporterCore:
         """These may try another importer."""
         self._return(self._batches[identifier], items, reason)
 
-    def freeze_again(self, identifier: BatchId, items: Iterable[Item], reason: Refusal) -> None:
-        """These could not be frozen now: some more tries, each after a new REQUEST."""
+    def freeze_again(
+        self,
+        identifier: BatchId,
+        failed: Iterable[tuple[Item, Refusal]],
+        others: Iterable[tuple[Item, Refusal]],
+    ) -> None:
+        """These could not be frozen now: some more tries, each after a new REQUEST.
+
+        ``others`` could, and go with them (an address leaves whole): a try more does not count against them.
+        """
         batch = self._batches[identifier]
-        again: list[Item] = []
-        for item in items:
+        again: list[tuple[Item, Refusal]] = []
+        for item, reason in failed:
             batch.freezes[item.migration] += 1
             if batch.freezes[item.migration] < self._context.settings.freezes_max:
-                again.append(item)
+                again.append((item, reason))
             else:
                 self.report(identifier, batch.refused([item.migration], reason))
-        self._return(batch, again, reason)
+        self._return_all(batch, [*again, *others])
 
     def shipped(self, chunk: ChunkId, host: HostId) -> None:
         """The next chunk may be frozen."""
