@@ -87,6 +87,38 @@ class End:
         raise AssertionError("unreachable")
 
 
+def go_on_and_end(  # noqa: PLR0917 - both ends of it, and what is under way
+    wanted: str,
+    peer: socket.socket,
+    copy: socket.socket,
+    theirs: End,
+    heir: End,
+    stop: Callable[[], object],
+    after_bytes: int = AFTER_BYTES,
+) -> None:
+    """Both directions go on as far as they may, all that was sent arrives, and it ends properly.
+
+    ``stop`` ends what the peer does, and waits for that.
+    """
+    enough = (heir.sent + after_bytes * bool(heir.out), heir.got + after_bytes * bool(heir.into))
+    heir.run(copy, lambda end: end.sent < enough[0] or end.got < enough[1])
+    stop()
+    # What is still on its way.
+    heir.out = theirs.out = None
+    heir.run(copy, lambda end: end.got < theirs.sent)
+    theirs.run(peer, lambda end: end.got < heir.sent)
+    assert (heir.got, theirs.got) == (theirs.sent, heir.sent)
+    for sock in (copy, peer):
+        sock.settimeout(20)
+    if wanted != "FIN-WAIT-2":
+        copy.shutdown(socket.SHUT_WR)
+    assert peer.recv(1) == b""
+    if wanted != "CLOSE-WAIT":
+        peer.shutdown(socket.SHUT_WR)
+    assert copy.recv(1) == b""
+    until(lambda: state(copy) == "CLOSED" and state(peer) == "CLOSED")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wanted", STATES)
 def test_under_traffic(it: Bench, tmp_path: Path, wanted: str, kind: str) -> None:
@@ -108,22 +140,5 @@ def test_under_traffic(it: Bench, tmp_path: Path, wanted: str, kind: str) -> Non
             heir = End(ours_out, peer_out, *keeper.result())
         [came] = it.take([it.request(case, it.target())])
         copy = copy_of(came)
-        enough = (heir.sent + AFTER_BYTES * bool(ours_out), heir.got + AFTER_BYTES * bool(peer_out))
-        heir.run(copy, lambda end: end.sent < enough[0] or end.got < enough[1])
-        stop.set()
-        streaming.result()
-        # What is still on its way.
-        heir.out = theirs.out = None
-        heir.run(copy, lambda end: end.got < theirs.sent)
-        theirs.run(peer, lambda end: end.got < heir.sent)
-        assert (heir.got, theirs.got) == (theirs.sent, heir.sent)
-        for sock in (copy, peer):
-            sock.settimeout(20)
-        if wanted != "FIN-WAIT-2":
-            copy.shutdown(socket.SHUT_WR)
-        assert peer.recv(1) == b""
-        if wanted != "CLOSE-WAIT":
-            peer.shutdown(socket.SHUT_WR)
-        assert copy.recv(1) == b""
-        until(lambda: state(copy) == "CLOSED" and state(peer) == "CLOSED")
+        go_on_and_end(wanted, peer, copy, theirs, heir, lambda: (stop.set(), streaming.result()))
         copy.close()

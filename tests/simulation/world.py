@@ -159,9 +159,7 @@ class Host:
             self.dormant[chunk, migration] = self.restore(image, Place())
         for connection in list(journal.arrived):
             self.enliven(connection)
-        capacity = Capacity(
-            rooms=Counts(8, 8, 8), modes=MODES, addresses=frozenset({self.address})
-        )
+        capacity = Capacity(rooms=Counts(8, 8, 8), modes=MODES, addresses=frozenset({self.address}))
         capacity.members = frozenset(other.id for other in self.world.hosts) - {self.id}
         grace_s = self.world.chaos.grace_s
         self.core = Core(self.id, replace(SETTINGS, offer_grace_s=grace_s), capacity)

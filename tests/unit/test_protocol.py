@@ -516,9 +516,7 @@ class TakeoverBench(Bench):
         return self.do(e.StartExport(BATCH, items, (Mode.TAKEOVER,), 5.0, **fields))
 
     def offer(self, host: bytes, rooms: Counts = ROOMY, waiting: int = 0, load: int = 0) -> list[a.Action]:
-        return self.hear(
-            host, m.Offer(BATCH, rooms, Counts(0, 0, waiting), load, 1, (Mode.TAKEOVER,), 1000)
-        )
+        return self.hear(host, m.Offer(BATCH, rooms, Counts(0, 0, waiting), load, 1, (Mode.TAKEOVER,), 1000))
 
     def place(self, page: m.Reserve) -> list[a.Action]:
         places = tuple(place_with(one.local.address) for one in page.items if one.local)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from sockmi.protocol.records import (
 )
 from sockmi.protocol.routing import Routes
 from sockmi.protocol.tables import EXPORT, Export, UndeclaredTransition, step
-from sockmi.protocol.together import Address, leaving, stays, take_chunk, too_many
+from sockmi.protocol.together import Address, leaving, stays, take_chunk
 from sockmi.refusal import Code, Refusal
 
 # Why a freeze fails that may succeed in a moment: the host is busy, or a packet came at the wrong time.

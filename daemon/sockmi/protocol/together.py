@@ -61,16 +61,14 @@ def too_many(count: int, address: Address, items_max: int) -> Refusal:
     """Why so many connections cannot leave with their address."""
     return Refusal(
         Code.REDIRECT,
-        f"{count} connections have {address}, and takeover can lead away {items_max} with it, as they are frozen "
-        "together; raise chunk_size (126 at most), or use another redirect",
+        f"{count} connections have {address}, and takeover can lead away {items_max} with it, as they are "
+        "frozen together; raise chunk_size (126 at most), or use another redirect",
     )
 
 
 def stays(address: Address | None, refused: Mapping[Address, Refusal]) -> Refusal | None:
-    """Why a connection stays, though nothing is against it: of its address, ``refused`` has one that stays."""
+    """Why a connection stays that nothing is against: of its address, ``refused`` has one that stays."""
     first = refused.get(address) if address is not None else None
     if first is None:
         return None
-    return Refusal(
-        first.code, f"Its address stays, as another connection does that has it: {first.message}"
-    )
+    return Refusal(first.code, f"Its address stays, as another connection does that has it: {first.message}")
