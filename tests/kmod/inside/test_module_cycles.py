@@ -17,8 +17,8 @@ from tests.kmod import nat_client
 from tests.kmod.inside.test_module_core import move, pair, read_exactly
 from tests.kmod.module_client import ANY_UID, Device, frozen
 
-# Not in UML: its kernel faults for ever where it purges vmalloc's lazily freed areas (flush_tlb_kernel_range called by
-# do_free_init), after some 300 modules that came and went.
+# Not in UML: its kernel faults for ever where it purges vmalloc's lazily freed areas (flush_tlb_kernel_range
+# called by do_free_init), after some 300 modules that came and went.
 pytestmark = [
     pytest.mark.no_module,
     pytest.mark.slow,
