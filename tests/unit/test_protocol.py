@@ -478,6 +478,84 @@ def test_freeze_deadline_thaws_and_tries_again() -> None:
     assert sent(bench.hear(B, m.Query(chunk)), m.Abort)
 
 
+def test_one_that_is_always_too_late_costs_only_itself() -> None:
+    """Of three that are frozen together one is too large for the time: each is tried alone then."""
+    slow = bytes([1]) * 16
+    bench = Bench(freeze_deadline_s=0.5, chunk_items=3, pipeline_depth=1)
+    bench.export(*(item(number) for number in range(1, 8)), target=B)
+    chunks: list[list[int]] = []
+    done: dict[bytes, tuple[Outcome, Code | None]] = {}
+    todo = bench.offer(B)
+    for _turn in range(99):
+        if not todo:
+            break
+        action, *todo = todo
+        match action:
+            case a.OpenStream():
+                todo += bench.do(e.StreamOpened(B))
+            case a.Send(message=m.Request(counts=counts)):
+                todo += bench.offer(B, counts)
+            case a.Send(message=m.Reserve(page=page, items=items)):
+                todo += bench.stream(B, m.Reserved(BATCH, page, (PLACE,) * len(items)))
+            case a.Freeze(chunk=chunk, items=items):
+                chunks.append([one.migration[0] for one in items])
+                todo += bench.do(e.FreezeDone(chunk, (b"image",) * len(items)))
+            case a.Send(message=m.Ship(chunk=chunk, migrations=migrations)):
+                if slow in migrations:
+                    todo += bench.wait(0.6)
+                else:
+                    todo += bench.stream(B, m.Prepared(chunk, (Fidelity(),) * len(migrations)))
+            case a.Commit(decision=decision):
+                todo += bench.do(e.CommitDone(decision.chunk, (None,) * len(decision.committed)))
+            case a.Send(message=m.Confirm(chunk=chunk)):
+                todo += bench.stream(B, m.Active(chunk))
+            case a.Report():
+                done |= results([action])
+    assert chunks[0] == [1, 2, 3]
+    assert [1] in chunks
+    assert [2] in chunks
+    assert done.pop(slow) == (Outcome.REFUSED, Code.FREEZE_DEADLINE)
+    assert set(done.values()) == {(Outcome.ACTIVE, None)}
+    assert len(done) == 6
+
+
+def test_what_waits_behind_a_late_chunk_is_not_another_miss() -> None:
+    bench = Bench(freeze_deadline_s=0.5, chunk_items=1, pipeline_depth=2)
+    first = bench.to_freezing(item(1), item(2), item(3))
+    bench.wait(0.1)
+    second = only(bench.do(e.FreezeDone(first.chunk, (b"image",))), a.Freeze)
+    bench.do(e.FreezeDone(second.chunk, (b"image",)))
+    out = bench.wait(0.6)
+    assert [one.chunk for one in out if isinstance(one, a.Thaw)] == [first.chunk, second.chunk]
+    assert not sent(out, m.Release)
+    ((_unused, probe),) = sent(out, m.Reserve)
+    assert probe.items == ()
+    # Nothing is frozen before the stream is known to be free.
+    assert not any(isinstance(one, a.Freeze) for one in out)
+    third = only(bench.stream(B, m.Reserved(BATCH, probe.page, ())), a.Freeze)
+    assert names(third.items) == [3]
+
+
+def test_deadlines_missed_in_succession_end_the_leg() -> None:
+    bench = Bench(freeze_deadline_s=0.5, chunk_items=1, pipeline_depth=1, leg_failures_max=2)
+    first = bench.to_freezing(item(1), item(2), item(3))
+    bench.do(e.FreezeDone(first.chunk, (b"image",)))
+    ((_unused, probe),) = sent(bench.wait(0.6), m.Reserve)
+    second = only(bench.stream(B, m.Reserved(BATCH, probe.page, ())), a.Freeze)
+    bench.do(e.FreezeDone(second.chunk, (b"image",)))
+    out = bench.wait(0.6)
+    assert sent(out, m.Release) == [(B, m.Release(BATCH))]
+    assert not any(isinstance(one, a.Freeze) for one in out)
+
+
+def test_a_probe_that_is_not_answered_ends_the_leg() -> None:
+    bench = Bench(freeze_deadline_s=0.5, chunk_items=1, pipeline_depth=1, reserve_timeout_s=1.0)
+    first = bench.to_freezing(item(1), item(2))
+    bench.do(e.FreezeDone(first.chunk, (b"image",)))
+    bench.wait(0.6)
+    assert sent(bench.wait(1.0), m.Release) == [(B, m.Release(BATCH))]
+
+
 def test_a_freeze_that_may_succeed_in_a_moment_is_repeated() -> None:
     """Of the two items one cannot be stopped now; the other is not held up, nor tried twice."""
     bench = Bench()

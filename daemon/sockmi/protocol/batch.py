@@ -22,7 +22,11 @@ _FOLLOWING = frozenset({Code.PEER_LOST, Code.ALREADY_MIGRATING, Code.NO_OFFER, C
 
 @dataclass(slots=True)
 class Leg:
-    """The part of a batch that goes to one importer."""
+    """The part of a batch that goes to one importer.
+
+    ``misses``: freeze deadlines in succession that it has missed, the last at ``missed_at``. ``probe``: a
+    page; until it is answered nothing is frozen, as nothing says that it would arrive in time.
+    """
 
     host: HostId
     state: LegState = LegState.OPENING
@@ -30,6 +34,9 @@ class Leg:
     pages: dict[int, tuple[Item, ...]] = field(default_factory=dict)
     ready: deque[tuple[Item, Place]] = field(default_factory=deque)
     moving: set[ChunkId] = field(default_factory=set)
+    misses: int = 0
+    missed_at: float = float("-inf")
+    probe: int | None = None
 
     @property
     def unplaced(self) -> list[Item]:
@@ -47,6 +54,7 @@ class Batch:
     """One export: its items ask for importers until each has one.
 
     ``failures``: of hosts, for reasons that may pass. ``barred``: who has refused an item for good.
+    ``alone``: whose chunk has missed its deadline. Which of them was too slow is not known.
     """
 
     id: BatchId
@@ -63,6 +71,7 @@ class Batch:
     failures: dict[HostId, int] = field(default_factory=dict)
     barred: defaultdict[MigrationId, set[HostId]] = field(default_factory=lambda: defaultdict(set))
     freezes: Counter[MigrationId] = field(default_factory=Counter)  # that failed, and may be repeated
+    alone: set[MigrationId] = field(default_factory=set)
     next_page: int = 0  # numbers are never used again in a batch: they fence
     next_chunk: int = 0
     expired: Refusal | None = None

@@ -8,7 +8,7 @@ what becomes of those that did not move, a chunk knows nothing: that is for `Bat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -57,7 +57,7 @@ class Batches(Protocol):
         failed: Iterable[tuple[Item, Refusal]],
         others: Iterable[tuple[Item, Refusal]],
     ) -> None:
-        """These could not be frozen now; the others could, but go only with one that could not."""
+        """These could not be frozen now, or not long enough; the others could, but go only with them."""
 
     def shipped(self, chunk: ChunkId, host: HostId) -> None:
         """The next chunk may be frozen."""
@@ -65,8 +65,18 @@ class Batches(Protocol):
     def left(self, chunk: ChunkId, host: HostId) -> None:
         """The chunk no longer occupies the pipeline."""
 
-    def overdue(self, chunk: ChunkId, host: HostId, reason: Refusal) -> None:
-        """The importer was not prepared in time."""
+    def in_time(self, chunk: ChunkId, host: HostId) -> None:
+        """The importer has answered."""
+
+    def overdue(
+        self,
+        chunk: ChunkId,
+        host: HostId,
+        migrations: Iterable[MigrationId],
+        frozen_at: float,
+        reason: Refusal,
+    ) -> None:
+        """The importer was not prepared in time, of what was to be frozen at ``frozen_at``."""
 
     def settled(self, chunk: ChunkId) -> None:
         """The chunk is done with."""
@@ -79,11 +89,13 @@ class Chunk:
     id: ChunkId
     host: HostId
     state: Export
+    begun: float
     migrations: tuple[MigrationId, ...]
     items: tuple[Item, ...] = ()  # empty after a restart
     places: tuple[Place, ...] = ()
     reason: Refusal | None = None  # why it is being given up
     retry: bool = False  # given up, but its items may try another importer
+    tried: bool = False  # given up, and that counts as a try of its items
     fidelity: dict[int, Fidelity] = field(default_factory=dict)
     prepared: tuple[int, ...] = ()
     routes: tuple[Route, ...] = ()  # of what is prepared
@@ -111,14 +123,21 @@ class Chunks:
 
     # --- the batches -----------------------------------------------------------------------
 
-    def freeze(self, identifier: ChunkId, host: HostId, ready: deque[tuple[Item, Place]]) -> None:
-        """Take a chunk's items from ``ready``, and freeze them."""
+    def freeze(
+        self,
+        identifier: ChunkId,
+        host: HostId,
+        ready: deque[tuple[Item, Place]],
+        alone: Set[MigrationId] = frozenset(),
+    ) -> None:
+        """Take a chunk's items from ``ready``, and freeze them; who is in ``alone`` has one of its own."""
         settings = self._context.settings
-        taken = take_chunk(ready, settings.chunk_items, settings.chunk_bytes)
+        taken = take_chunk(ready, settings.chunk_items, settings.chunk_bytes, alone)
         chunk = Chunk(
             identifier,
             host,
             Export.FREEZING,
+            self._context.now,
             tuple(item.migration for item, _unused in taken),
             tuple(item for item, _unused in taken),
             tuple(place for _unused, place in taken),
@@ -130,17 +149,21 @@ class Chunks:
 
     def freezing(self, identifiers: Iterable[ChunkId]) -> bool:
         """Whether one of these is being frozen."""
-        return any(self._chunks[one].state is Export.FREEZING for one in identifiers)
+        chunks = (self._chunks.get(one) for one in identifiers)  # one may just have been undone
+        return any(chunk is not None and chunk.state is Export.FREEZING for chunk in chunks)
 
-    def abort(self, identifier: ChunkId, reason: Refusal, retry: bool, streaming: bool) -> None:
+    def abort(
+        self, identifier: ChunkId, reason: Refusal, retry: bool, streaming: bool, tried: bool = False
+    ) -> None:
         """Undo an uncommitted chunk; one that is being committed, or is settled, is left alone.
 
-        ``retry``: its items may try another importer. ``streaming``: the stream is still there.
+        ``retry``: its items may try another importer. ``tried``: and have one try less. ``streaming``: the
+        stream is still there.
         """
         chunk = self._chunks.get(identifier)
         if chunk is None or chunk.state in (Export.COMMITTING, Export.CONFIRMING, Export.UNFREEZING):
             return
-        chunk.reason, chunk.retry = reason, retry
+        chunk.reason, chunk.retry, chunk.tried = reason, retry, tried
         shipped = chunk.state is Export.SHIPPED
         chunk.state = step(EXPORT, chunk.state, "abort")
         self._context.timers.cancel(("freeze", chunk.id))
@@ -158,6 +181,7 @@ class Chunks:
                 decision.chunk,
                 decision.importer,
                 Export.CONFIRMING,
+                self._context.now,
                 decision.migrations,
                 committed=decision.committed,
             )
@@ -268,9 +292,12 @@ class Chunks:
         """A deadline of a chunk; False if ``key`` is none."""
         match key:
             case ("freeze", ChunkId() as identifier):
+                chunk = self._chunks[identifier]
                 self._batches.overdue(
                     identifier,
-                    self._chunks[identifier].host,
+                    chunk.host,
+                    chunk.migrations,
+                    chunk.begun,
                     Refusal(
                         Code.FREEZE_DEADLINE,
                         f"the importer was not prepared within {self._context.settings.freeze_deadline_s} s "
@@ -299,6 +326,7 @@ class Chunks:
             self._context.ignore(source, message, "the chunk does not wait for this")
             return
         self._context.timers.cancel(("freeze", chunk.id))
+        self._batches.in_time(chunk.id, source)
         prepared: list[int] = []
         refused: list[Result] = []
         staying = chunk.staying(enumerate(message.results))
@@ -384,7 +412,9 @@ class Chunks:
         if kept:
             self._thaw(chunk.id, chunk.migrations)
             reason = chunk.reason or Refusal(Code.INTERNAL, "the chunk was undone; export it again")
-            if chunk.retry:
+            if chunk.tried:
+                self._batches.freeze_again(chunk.id.batch, [(item, reason) for item in chunk.items], [])
+            elif chunk.retry:
                 self._batches.take_back(chunk.id.batch, chunk.items, reason)
             else:
                 self._batches.refuse(chunk.id.batch, chunk.migrations, reason, chunk.host)

@@ -374,14 +374,14 @@ class ExporterCore:
             context.timers.cancel(("leg", batch.id, host))
         freezing = self.chunks.freezing(leg.moving)
         while leg.ready and not freezing and len(leg.moving) < settings.pipeline_depth:
-            if awaited(*leg.ready[0], leg.unplaced):
+            if leg.probe in leg.pages or awaited(*leg.ready[0], leg.unplaced):
                 break
             if self._refuse_crowd(batch, leg):
                 continue
             identifier = ChunkId(batch.id, batch.next_chunk)
             batch.next_chunk += 1
             leg.moving.add(identifier)
-            self.chunks.freeze(identifier, host, leg.ready)
+            self.chunks.freeze(identifier, host, leg.ready, batch.alone)
             freezing = True  # the next one when this one is shipped: its freeze would only wait
         if not (leg.unreserved or leg.pages or leg.ready or leg.moving):
             self._close(batch, leg, "nothing left")
@@ -585,9 +585,43 @@ class ExporterCore:
         self._advance(batch, host)
         self._finish(batch)
 
-    def overdue(self, chunk: ChunkId, host: HostId, reason: Refusal) -> None:
-        """The importer was not prepared in time."""
-        self._lose(self._batches[chunk.batch], host, reason)
+    def in_time(self, chunk: ChunkId, host: HostId) -> None:
+        """The importer has answered: it misses no deadline in succession."""
+        leg = self._batches[chunk.batch].legs.get(host)
+        if leg is not None:
+            leg.misses = 0
+
+    def overdue(
+        self,
+        chunk: ChunkId,
+        host: HostId,
+        migrations: Iterable[MigrationId],
+        frozen_at: float,
+        reason: Refusal,
+    ) -> None:
+        """The importer was not prepared in time: that costs a chunk, and the leg only if it happens again.
+
+        What waits in the stream behind that chunk is late because of it: it does not count, and before
+        anything else is frozen an empty page is to be answered.
+        """
+        batch = self._batches[chunk.batch]
+        leg = batch.legs.get(host)
+        if leg is None:
+            return
+        batch.alone.update(migrations)
+        if frozen_at >= leg.missed_at:
+            leg.misses += 1
+            leg.missed_at = self._context.now
+        if leg.misses >= self._context.settings.leg_failures_max:
+            self._lose(batch, host, reason)
+            return
+        if leg.probe not in leg.pages and (leg.ready or len(leg.moving) > 1):
+            leg.probe = batch.next_page
+            leg.pages[leg.probe] = ()
+            batch.next_page += 1
+            self._context.stream(host, messages.Reserve(batch.id, leg.probe, (), batch.modes))
+            self._await(batch, leg, self._context.settings.reserve_timeout_s)
+        self.chunks.abort(chunk, reason, retry=True, streaming=True, tried=True)
 
     def settled(self, chunk: ChunkId) -> None:
         """The chunk is done with."""

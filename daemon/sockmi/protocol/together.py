@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from ipaddress import IPv4Address, IPv6Address
 
-from sockmi.protocol.records import Item, Place
+from sockmi.protocol.records import Item, MigrationId, Place
 from sockmi.redirect.base import Mode
 from sockmi.refusal import Code, Refusal
 
@@ -30,11 +30,14 @@ def awaited(item: Item, place: Place, coming: Iterable[Item]) -> bool:
     )
 
 
-def take_chunk(ready: deque[Ready], items_max: int, bytes_max: int) -> list[Ready]:
+def take_chunk(
+    ready: deque[Ready], items_max: int, bytes_max: int, alone: Set[MigrationId] = frozenset()
+) -> list[Ready]:
     """Take what is frozen next from ``ready``, in order, but with its whole address.
 
     At least one item, and at most ``items_max``, as no address has more (``too_many``). ``bytes_max`` (of
-    images, as expected) divides no address: one alone may have more.
+    images, as expected) divides no address: one alone may have more. Who is in ``alone`` goes with nothing
+    but its address.
     """
     taken: list[Ready] = []
     size = 0
@@ -42,7 +45,8 @@ def take_chunk(ready: deque[Ready], items_max: int, bytes_max: int) -> list[Read
         address = leaving(*ready[0])
         some = [ready[0]] if address is None else [one for one in ready if leaving(*one) == address]
         grown = size + sum(item.size_bytes for item, _unused in some)
-        if taken and (len(taken) + len(some) > items_max or grown > bytes_max):
+        single = any(item.migration in alone for item, _unused in some)
+        if taken and (single or len(taken) + len(some) > items_max or grown > bytes_max):
             break
         if address is None:
             ready.popleft()
@@ -52,7 +56,7 @@ def take_chunk(ready: deque[Ready], items_max: int, bytes_max: int) -> list[Read
             ready.extend(others)
         taken += some
         size = grown
-        if len(taken) >= items_max:
+        if single or len(taken) >= items_max:
             break
     return taken
 
