@@ -26,6 +26,8 @@ from tests.lab.scenario import ask, daemons, until
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 PORT = 7778
+BOUND_PORT = 7779
+KERNEL = tuple(int(part) for part in os.uname().release.split(".")[:2])
 NOBODY = 65534
 
 # A user asks for the export of his connection, and then passes it to a process of root.
@@ -72,6 +74,22 @@ mine.close()
 print("on its way", flush=True)
 sys.stdin.readline()
 socket.socket(fileno=socket.recv_fds(there, 1, 1)[1][0]).send(b"still here")
+sys.stdin.readline()
+"""
+
+# The same with a socket that is only bound.
+SENDS_BOUND = f"""
+import socket, sys
+mine = socket.socket()
+mine.bind((sys.argv[1], {BOUND_PORT}))
+print("ready", flush=True)
+here, there = socket.socketpair()
+sys.stdin.readline()
+socket.send_fds(here, [b"x"], [mine.fileno()])
+mine.close()
+print("on its way", flush=True)
+sys.stdin.readline()
+print(socket.socket(fileno=socket.recv_fds(there, 1, 1)[1][0]).getsockname()[1], flush=True)
 sys.stdin.readline()
 """
 
@@ -169,13 +187,41 @@ def test_what_nobody_has_for_a_moment_is_not_closed(lab: Lab) -> None:
             assert client.recv(100) == b"still here"
 
 
-def test_a_listener_that_nobody_has_for_a_moment_is_known() -> None:
+@pytest.mark.parametrize("kind", [Kind.LISTENING, Kind.BOUND])
+def test_one_without_a_peer_that_nobody_has_for_a_moment_is_known(kind: Kind) -> None:
     here, there = socket.socketpair()
-    with here, there, socket.create_server(("127.0.0.1", 0)) as listener:
-        lost = SimpleNamespace(inode=os.fstat(listener.fileno()).st_ino, kind=Kind.LISTENING, tuple=None)
-        socket.send_fds(here, [b"x"], [listener.fileno()])
-        listener.close()
+    with here, there, socket.socket() as passed:
+        passed.bind(("127.0.0.1", 0))
+        if kind is Kind.LISTENING:
+            passed.listen()
+        elif KERNEL < (6, 8):
+            pytest.skip("before Linux 6.8 the kernel lists no socket that is only bound")
+        lost = SimpleNamespace(inode=os.fstat(passed.fileno()).st_ino, kind=kind, tuple=None)
+        socket.send_fds(here, [b"x"], [passed.fileno()])
+        passed.close()
         descriptors = Descriptors(Owners(), lambda _unused: None)
         assert descriptors.passed_on([lost]) == [True]
         os.close(socket.recv_fds(there, 1, 1)[1][0])
         assert descriptors.passed_on([lost]) == [False]
+
+
+@pytest.mark.skipif(KERNEL < (6, 8), reason="before Linux 6.8 the kernel lists no socket that is only bound")
+def test_a_bound_one_that_is_on_its_way_is_not_closed(lab: Lab) -> None:
+    with daemons(lab, "ab") as running, ThreadPoolExecutor(1) as thread:
+        host = lab.host("a")
+        assert running["b"].pid is not None
+        with program(host, SENDS_BOUND, host.address(4)) as process:
+            assert says(process) == "ready"
+            wanted = {"local_port": BOUND_PORT, "kinds": ["bound"]}
+            with no_importer(running["b"].pid):
+                drain = thread.submit(lambda: ask(host, "drain", filter=wanted, to="b", timeout_s=20))
+                until(lambda: waits(host))
+                go_on(process)
+                assert says(process) == "on its way"
+            lines = drain.result(40)
+            progress = lines[-1]["progress"]
+            assert (progress["selected"], progress["closed"]) == (1, 0)
+            [record] = [one for line in lines for one in line["migrations"]]
+            assert record["refusal"]["code"] == "changed"
+            go_on(process)
+            assert says(process) == str(BOUND_PORT)

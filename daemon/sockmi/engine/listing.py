@@ -34,7 +34,8 @@ _MESSAGE = struct.Struct("=BBxx2s2s16s16s4xQ4xIIII")
 _INFO_EXTENSION, _INFO = 1 << 1, 2
 _TIMES = struct.Struct("=44xI4xI72xQ")
 _TRIES = 3
-_SYN_RECV, _LISTEN = 1 << 3, 1 << 10  # of a dump's states: TCP_SYN_RECV, TCP_LISTEN
+# Of a dump's states: TCP_SYN_RECV, TCP_LISTEN, TCP_BOUND_INACTIVE.
+_SYN_RECV, _LISTEN, _BOUND = 1 << 3, 1 << 10, 1 << 13
 
 
 @frozen
@@ -131,7 +132,19 @@ def listeners() -> Counter[Endpoint]:
 
 def listening() -> set[int]:
     """The inodes of all sockets of this network namespace that listen."""
-    return {row[-1] for family in (socket.AF_INET, socket.AF_INET6) for row in _dump(family, _LISTEN)}
+    return _inodes(_LISTEN)
+
+
+def bound() -> set[int]:
+    """The inodes of all sockets of this network namespace that are bound, and no more than that.
+
+    Before Linux 6.8 the kernel tells of none.
+    """
+    return _inodes(_BOUND)
+
+
+def _inodes(states: int) -> set[int]:
+    return {row[-1] for family in (socket.AF_INET, socket.AF_INET6) for row in _dump(family, states)}
 
 
 def half_open(at: Collection[Endpoint]) -> dict[FourTuple, int]:

@@ -17,7 +17,7 @@ from sockmi.diag import Found
 from sockmi.engine.base import Kind
 from sockmi.engine.closing import close_all
 from sockmi.engine.duplicate import Duplicator
-from sockmi.engine.listing import listening
+from sockmi.engine.listing import bound, listening
 from sockmi.engine.owners import Owners
 from sockmi.exporting.export import Export
 from sockmi.refusal import Code, Refusal
@@ -92,10 +92,12 @@ class Descriptors:
     def passed_on(self, lost: Sequence[Findable]) -> list[bool]:
         """Of sockets that no process has: whether the kernel has them, as they are on their way between two.
 
-        We must not have them either. Of those that neither listen nor are connected nobody can say.
+        We must not have them either. Of those that are only bound no kernel before Linux 6.8 says anything.
         """
-        listen = listening() if any(one.kind is Kind.LISTENING for one in lost) else set()
-        return [one.inode in listen or self._is_known(one) for one in lost]
+        kinds = {one.kind for one in lost}
+        known = listening() if Kind.LISTENING in kinds else set()
+        known |= bound() if Kind.BOUND in kinds else set()
+        return [one.inode in known or self._is_known(one) for one in lost]
 
     def abandoned(self, exports: Sequence[Export]) -> list[Refusal | None]:
         """Of those that are frozen: whether nobody but us has it, as it was closed after ``take``."""
