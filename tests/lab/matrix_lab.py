@@ -68,11 +68,10 @@ table inet deaf {
 """
 _STALL = """
 table inet stall {
-  counter stalled { }
   set hit { type ipv4_addr; flags dynamic; }
   chain in {
     type filter hook prerouting priority -400
-    tcp dport 7781 meta length > %d add @hit { ip saddr } counter name stalled drop
+    tcp dport 7781 meta length > %d add @hit { ip saddr } counter drop
     tcp dport 7781 meta length > 900 ip saddr @hit drop
   }
 }
@@ -481,7 +480,7 @@ class Stall:
 
     def hit(self) -> bool:
         """Whether an image has been dropped: something is frozen."""
-        said = self.host.run(["nft", "list", "counter", "inet", "stall", "stalled"]).stdout
+        said = self.host.run(["nft", "list", "table", "inet", "stall"]).stdout
         return "packets 0 " not in said
 
     def wait(self) -> None:
