@@ -778,6 +778,10 @@ struct sockmi_event {
  * device file; while any exists the module cannot be unloaded. All calls need CAP_NET_ADMIN in the user namespace
  * that owns the network namespace.
  *
+ * Flows are charged to the caller (memory cgroup) and bounded by the module's parameter nat_flows_max. Their hash tables
+ * are not charged, as rhashtable allocates them by itself: at most 27 bytes for each flow at rest, 40 while they are
+ * resized, and twice that for flows that rewrite. Nor are packets that HOLD keeps.
+ *
  *   exporter:	HOLD|MUTE -> REDIRECT|MUTE, `to` is the importer's end. What the peer sends is kept, then
  *		redirected. Needs forwarding (net.ipv4.ip_forward, net.ipv6.conf.all.forwarding), and a forward policy
  *		that admits what conntrack calls untracked.

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
@@ -23,6 +24,7 @@ from tests.kmod.module_client import ANY_UID, Device, frozen
 MIB = 1 << 20
 FLOWS = 10_000
 FLOW_BYTES = 200  # at least, of the helper's own memory
+NOISE = 1 * MIB  # what else the kernel allocates meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,44 @@ def test_buffers_images_and_flows_are_charged(group: Path) -> None:
 
     assert inside(group, use) == 0
     assert read_exactly(ours, 64 << 10) == bytes(64 << 10)
+
+
+def unreclaimable() -> int:
+    """The kernel's own memory by slab and kmalloc(), bytes, whoever it is charged to."""
+    [line] = [one for one in Path("/proc/meminfo").read_text().splitlines() if one.startswith("SUnreclaim:")]
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.kernels("6.1", "6.12", "7.2")  # kmemleak of the debug kernel has something for each allocation
+def test_hash_tables_are_all_that_is_not_charged(group: Path) -> None:
+    """As docs/man/sockmi.7 has it: so many bytes for each flow, twice as these rewrite."""
+    count, at_rest = 50_000, 2 * 27
+    to = Endpoint(IPv4Address("192.0.2.3"), 4000)
+
+    def use() -> None:
+        flows = [
+            nat_client.redirect(
+                FourTuple(
+                    Endpoint(IPv4Address("192.0.2.1"), 80),
+                    Endpoint(IPv4Address("198.51.100.0") + n // 25_000, 1024 + n % 25_000),
+                ),
+                to,
+            )
+            for n in range(count)
+        ]
+        nat = nat_client.Nat()
+        try:
+            before = unreclaimable()
+            charged = grown(group, lambda: nat.add(*flows))
+            time.sleep(0.5)  # the last resizing, and the old tables' grace period
+            uncharged = unreclaimable() - before - charged
+            assert charged >= count * FLOW_BYTES
+            assert uncharged <= count * at_rest + NOISE
+        finally:
+            nat.flush()
+            nat.close()
+
+    assert inside(group, use) == 0
 
 
 @pytest.mark.complains("Out of memory|out of memory|oom")
