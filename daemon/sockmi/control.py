@@ -22,7 +22,8 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from sockmi import api
-from sockmi.engine.closing import close_all
+from sockmi.engine.closing import close_all, close_aside
+from sockmi.engine.files import can_wait
 from sockmi.refusal import Code, Refusal
 
 _log = logging.getLogger(__name__)
@@ -196,6 +197,8 @@ class Client:
                 received = array.array("i")
                 received.frombytes(content[: len(content) // 4 * 4])
                 self._descriptors.extend(received)
+                if any(can_wait(one) for one in received) and not self._replace():
+                    return
         if flags & socket.MSG_CTRUNC or len(self._descriptors) > 2 * api.DESCRIPTORS_MAX:
             self.refuse(None, Refusal(Code.BAD_REQUEST, "Too many descriptors came at once; send fewer."))
             self.close()
@@ -205,6 +208,26 @@ class Client:
             return
         self._received += data
         self._next_lines()
+
+    def _replace(self) -> bool:
+        """In place of what may keep us waiting, what is as little of a socket; False if there is no room."""
+        aside = [one for one in self._descriptors if can_wait(one)]
+        kept: list[int] = []
+        try:
+            nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            kept.append(nothing)
+            kept += [os.dup(nothing) for _turn in aside[1:]]
+        except OSError as error:
+            _log.warning("control client pid %d: %s; disconnected", self.pid, error)
+            close_all(kept)
+            self._descriptors = deque(one for one in self._descriptors if one not in aside)
+            close_aside(aside)
+            self.close()
+            return False
+        places = iter(kept)
+        self._descriptors = deque(next(places) if one in aside else one for one in self._descriptors)
+        close_aside(aside)
+        return True
 
     def _next_lines(self) -> None:
         """Requests are answered one after the other, in order."""

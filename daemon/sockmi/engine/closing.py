@@ -7,9 +7,13 @@ is ours: for as long as the owner, or his peer, likes. ``os.close`` is for socke
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
+import threading
 from collections.abc import Collection
+from queue import SimpleQueue
 from typing import Any
 
 from sockmi.native import library
@@ -27,3 +31,22 @@ def close_all(descriptors: Collection[int]) -> None:
     """Close them; what SO_LINGER says is not waited for, and stays as it is."""
     if descriptors:
         _native().sockmi_close((ctypes.c_int * len(descriptors))(*descriptors), len(descriptors))
+
+
+@functools.cache
+def _aside() -> SimpleQueue[int]:
+    waiting: SimpleQueue[int] = SimpleQueue()
+
+    def run() -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                os.close(waiting.get())
+
+    threading.Thread(target=run, name="closing", daemon=True).start()
+    return waiting
+
+
+def close_aside(descriptors: Collection[int]) -> None:
+    """Close what is no socket, in a thread: who serves its file system (FUSE) may keep close(2) for ever."""
+    for one in descriptors:
+        _aside().put(one)

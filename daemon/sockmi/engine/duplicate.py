@@ -7,9 +7,9 @@ import ctypes
 import errno
 import functools
 import os
-import stat
 
-from sockmi.engine.closing import close_all
+from sockmi.engine.closing import close_all, close_aside
+from sockmi.engine.files import inode_in, link_of
 from sockmi.limits import is_spare
 from sockmi.refusal import Code, Refusal
 
@@ -58,12 +58,18 @@ def _getfd(process: int, fd: int) -> int:
 
 def _checked(copy: int, pid: int, fd: int, inode: int | None) -> int:
     """Close it, and raise, if it is not what was looked for."""
-    found = os.fstat(copy)
-    if stat.S_ISSOCK(found.st_mode) and inode in (None, found.st_ino):
+    found = inode_in(link_of(copy))
+    if found is not None and inode in (None, found):
         return copy
-    close_all([copy])
-    what = "another socket by now" if stat.S_ISSOCK(found.st_mode) else "not a socket"
-    raise Refusal(Code.NO_SUCH_SOCKET, f"Descriptor {fd} of process {pid} is {what}; see sockmi list.")
+    if found is None:
+        close_aside([copy])
+    else:
+        close_all([copy])
+    raise _other(pid, fd, "not a socket" if found is None else "another socket by now")
+
+
+def _other(pid: int, fd: int, what: str) -> Refusal:
+    return Refusal(Code.NO_SUCH_SOCKET, f"Descriptor {fd} of process {pid} is {what}; see sockmi list.")
 
 
 def pidfd_getfd(pid: int, fd: int) -> int:
@@ -84,6 +90,8 @@ def duplicate(pid: int, fd: int, inode: int | None = None) -> int:
 
     Raises Refusal: NO_SUCH_SOCKET, NO_PRIVILEGE, NO_DESCRIPTORS, or INTERNAL for what nobody expects.
     """
+    if inode is None and (link := link_of(fd, pid)) and inode_in(link) is None:
+        raise _other(pid, fd, "not a socket")  # of which we should have to let go again
     try:
         copy = pidfd_getfd(pid, fd)
     except (OSError, OverflowError) as error:
