@@ -348,23 +348,6 @@ def test_a_descriptor_is_passed_on_during_the_negotiation(it: Bench, tmp_path: P
             copy.close()
 
 
-def test_the_owner_exits(it: Bench, tmp_path: Path) -> None:
-    """While its connections are frozen: they move all the same; the bytes that it wrote go with them."""
-    with it.watched(tmp_path), it.stalled() as stall:
-        cases = [it.make("v4", "ESTABLISHED", True), it.make("v6", "ESTABLISHED", True)]
-        with Held(it, *cases) as held:
-            moving = held.move()
-            stall.wait()
-            os.kill(held.keeper.pid, signal.SIGKILL)
-            stall.lift()
-            moved(moving.result())
-        it.undeafen(cases)
-        for case in cases:
-            copy = taken(it, case)
-            it.finish(case, copy)
-            copy.close()
-
-
 def test_the_owner_exits_and_the_migration_is_undone(it: Bench, tmp_path: Path) -> None:
     """Then the connection ends as it does when a process exits: what was sent arrives, then FIN."""
     with it.watched(tmp_path), it.stalled() as stall:
