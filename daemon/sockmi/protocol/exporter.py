@@ -32,7 +32,7 @@ from sockmi.protocol.records import (
 from sockmi.protocol.routing import Routes
 from sockmi.protocol.tables import LEG, UndeclaredTransition, step
 from sockmi.protocol.tables import Leg as LegState
-from sockmi.protocol.together import awaited, leaving, too_many
+from sockmi.protocol.together import Address, awaited, leaving, too_many
 from sockmi.refusal import Code, Refusal
 
 # An importer's refusals that another importer might not give; the first ones it may not give again itself.
@@ -374,10 +374,14 @@ class ExporterCore:
             context.timers.cancel(("leg", batch.id, host))
         freezing = self.chunks.freezing(leg.moving)
         while leg.ready and not freezing and len(leg.moving) < settings.pipeline_depth:
-            if leg.probe in leg.pages or awaited(*leg.ready[0], leg.unplaced):
+            if leg.probe in leg.pages:
                 break
-            if self._refuse_crowd(batch, leg):
-                continue
+            # Only then it costs a look at every item.
+            if (address := leaving(*leg.ready[0])) is not None:
+                if awaited(address, leg.unplaced):
+                    break
+                if self._refuse_crowd(batch, leg, address):
+                    continue
             identifier = ChunkId(batch.id, batch.next_chunk)
             batch.next_chunk += 1
             leg.moving.add(identifier)
@@ -387,11 +391,11 @@ class ExporterCore:
             self._close(batch, leg, "nothing left")
             context.stream(host, messages.Release(batch.id))
 
-    def _refuse_crowd(self, batch: Batch, leg: Leg) -> bool:
+    def _refuse_crowd(self, batch: Batch, leg: Leg, address: Address) -> bool:
         """Whether the address that would leave next has more connections than can be frozen together."""
-        most, address = self._context.settings.chunk_items, leaving(*leg.ready[0])
-        crowd = [item for item, place in leg.ready if address is not None and leaving(item, place) == address]
-        if address is None or len(crowd) <= most:
+        most = self._context.settings.chunk_items
+        crowd = [item for item, place in leg.ready if leaving(item, place) == address]
+        if len(crowd) <= most:
             return False
         leg.ready = deque(one for one in leg.ready if leaving(*one) != address)
         why = too_many(len(crowd), address, most)

@@ -22,12 +22,9 @@ def leaving(item: Item, place: Place) -> Address | None:
     return item.local.address
 
 
-def awaited(item: Item, place: Place, coming: Iterable[Item]) -> bool:
-    """Whether an item has to wait for others that have no place yet."""
-    address = leaving(item, place)
-    return address is not None and any(
-        one.local is not None and one.local.address == address for one in coming
-    )
+def awaited(address: Address, coming: Iterable[Item]) -> bool:
+    """Whether an address has to wait for connections that have no place yet."""
+    return any(one.local is not None and one.local.address == address for one in coming)
 
 
 def take_chunk(
