@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +23,24 @@ def unit(kind: str = "smt-{}.service") -> Iterator[Path]:
     try:
         yield group
     finally:
+        _remove(group)
+
+
+def _remove(group: Path) -> None:
+    """Whoever is left in it is put out; who has just ended keeps it for a moment."""
+    end = time.monotonic() + 10
+    while True:
         for pid in (group / "cgroup.procs").read_text().split():
             with contextlib.suppress(ProcessLookupError):
                 (group.parent / "cgroup.procs").write_text(pid)
-        group.rmdir()
+        try:
+            group.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _made(name: str) -> Path:
