@@ -685,6 +685,17 @@ def test_an_address_stays_with_one_that_cannot_be_frozen() -> None:
     assert result.refusal and result.refusal.code is Code.REDIRECT
 
 
+def test_that_another_of_its_address_has_ended_is_not_its_end() -> None:
+    """`no-such-socket` is told as closed; what stays with the address is not."""
+    bench = TakeoverBench()
+    freeze = bench.to_freezing(of_address(1), of_address(2))
+    out = bench.do(e.FreezeDone(freeze.chunk, (Refusal(Code.NO_SUCH_SOCKET, "closed"), b"image")))
+    assert results(out) == {bytes([1]) * 16: (Outcome.REFUSED, Code.NO_SUCH_SOCKET)}
+    (result,) = reported(bench.wait(30))  # nobody offers any more
+    assert result.refusal and result.refusal.code is Code.CHANGED
+    assert result.refusal.message == "Its address stays, as another connection does that has it: closed"
+
+
 def test_an_address_stays_with_one_that_the_importer_refuses() -> None:
     """What it has prepared of that address it is told to forget."""
     bench = TakeoverBench()

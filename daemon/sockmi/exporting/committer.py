@@ -22,6 +22,7 @@ from sockmi.exporting.listeners import Listeners
 from sockmi.protocol.actions import Commit
 from sockmi.protocol.events import CommitDone
 from sockmi.protocol.records import HostId, Route
+from sockmi.protocol.together import stays_too
 from sockmi.redirect.base import Mode
 from sockmi.redirect.held import pack
 from sockmi.redirecting import Redirecting
@@ -217,11 +218,8 @@ def _all_or_none(routes: Sequence[Route], results: list[Refusal | None]) -> None
     first = next((refusal for index in joined if (refusal := results[index]) is not None), None)
     if first is None:
         return
-    # Another's end is not this one's.
-    code = Code.CHANGED if first.code is Code.NO_SUCH_SOCKET else first.code
-    refusal = Refusal(code, f"Its address stays, as another connection does that has it: {first.message}")
     for index in joined:
-        results[index] = results[index] or refusal
+        results[index] = results[index] or stays_too(first)
 
 
 def _refused(results: Sequence[Refusal | None]) -> list[int]:

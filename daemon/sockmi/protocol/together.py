@@ -70,6 +70,10 @@ def too_many(count: int, address: Address, items_max: int) -> Refusal:
 def stays(address: Address | None, refused: Mapping[Address, Refusal]) -> Refusal | None:
     """Why a connection stays that nothing is against: of its address, ``refused`` has one that stays."""
     first = refused.get(address) if address is not None else None
-    if first is None:
-        return None
-    return Refusal(first.code, f"Its address stays, as another connection does that has it: {first.message}")
+    return None if first is None else stays_too(first)
+
+
+def stays_too(first: Refusal) -> Refusal:
+    """Why a connection stays with its address: another does, by ``first``, whose end is not this one's."""
+    code = Code.CHANGED if first.code is Code.NO_SUCH_SOCKET else first.code
+    return Refusal(code, f"Its address stays, as another connection does that has it: {first.message}")
