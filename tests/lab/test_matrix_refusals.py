@@ -130,18 +130,9 @@ def test_no_such_socket(it: Bench) -> None:
     assert [verdict(record)[:2] for record in done] == [("planned", ""), ("refused", "no-such-socket")]
 
 
-def test_what_cannot_be_carried(it: Bench) -> None:
-    """Urgent data, zero-copy, sockmap, repair: refused, and moved as soon as that is over."""
-    case = it.pair("v4")
+def refused_for_the_moment(it: Bench, case: Case) -> None:
+    """In repair, in a sockmap, with zero-copy under way: each as long as it is so."""
     assert case.peer
-    case.peer.send(b"!", socket.MSG_OOB)
-    until(lambda: verdict(it.export_passively(ours(case.ours), dry_run=True)[0])[1] == Code.URGENT_DATA)
-    refused(it, ours(case.ours), Code.URGENT_DATA)
-    case.ours.setblocking(False)  # else Python waits for ordinary data
-    assert case.ours.recv(1, socket.MSG_OOB) == b"!"
-    case.ours.settimeout(10)
-    exchange(case.peer, case.ours, 100)
-
     case.ours.setsockopt(TCP, 19, 1)  # TCP_REPAIR
     refused(it, ours(case.ours), Code.IN_REPAIR)
     case.ours.setsockopt(TCP, 19, 0)
@@ -159,6 +150,21 @@ def test_what_cannot_be_carried(it: Bench) -> None:
     assert case.peer.recv(4) == b"zero"
     until(lambda: completed(case.ours))
     goes_on(case)
+
+
+def test_what_cannot_be_carried(it: Bench) -> None:
+    """Urgent data, zero-copy, sockmap, repair: refused, and moved as soon as that is over."""
+    case = it.pair("v4")
+    assert case.peer
+    case.peer.send(b"!", socket.MSG_OOB)
+    until(lambda: verdict(it.export_passively(ours(case.ours), dry_run=True)[0])[1] == Code.URGENT_DATA)
+    refused(it, ours(case.ours), Code.URGENT_DATA)
+    case.ours.setblocking(False)  # else Python waits for ordinary data
+    assert case.ours.recv(1, socket.MSG_OOB) == b"!"
+    case.ours.settimeout(10)
+    exchange(case.peer, case.ours, 100)
+
+    refused_for_the_moment(it, case)
     # Each refusal was of the moment.
     [record] = it.export_passively(ours(case.ours))
     moved([record])

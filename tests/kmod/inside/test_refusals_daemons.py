@@ -8,12 +8,8 @@ of its own here: urgent data moves, and owners that cannot be stopped are no obs
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
-import socket
-import struct
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,10 +17,9 @@ import pytest
 from lab.labs import Lab
 from sockmi.refusal import Code
 from tests.lab import test_matrix_refusals as all_refusals
-from tests.lab.matrix_lab import EVERYWHERE, TCP, Bench, Keeper, bench, copy_of, moved
+from tests.lab.matrix_lab import EVERYWHERE, Bench, Keeper, bench, copy_of, moved
 from tests.lab.scenario import daemons, status, until
-from tests.lab.test_matrix_refusals import completed, descriptors, goes_on, ours, refused
-from tests.lab.test_preflight import bpf
+from tests.lab.test_matrix_refusals import descriptors, goes_on, ours, refused, refused_for_the_moment
 
 # What could differ between kernels is the module's (test_refusals.py).
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.kernels("uml-6.1-debug")]
@@ -76,23 +71,7 @@ def test_what_cannot_be_carried(it: Bench) -> None:
     """Zero-copy, sockmap, repair: refused, and moved as soon as that is over."""
     case = it.pair("v4")
     assert case.peer
-    case.ours.setsockopt(TCP, 19, 1)  # TCP_REPAIR
-    refused(it, ours(case.ours), Code.IN_REPAIR)
-    case.ours.setsockopt(TCP, 19, 0)
-
-    with closing(os.fdopen(bpf(0, struct.pack("=IIII", 15, 4, 8, 4)), "rb")) as table:
-        key, value = (ctypes.c_uint32 * 1)(0), (ctypes.c_uint64 * 1)(case.fd)
-        at = struct.pack("=I4xQQQ", table.fileno(), ctypes.addressof(key), ctypes.addressof(value), 0)
-        bpf(2, at)
-        refused(it, ours(case.ours), Code.SOCKMAP)
-        bpf(3, struct.pack("=I4xQ", table.fileno(), ctypes.addressof(key)))  # BPF_MAP_DELETE_ELEM
-
-    case.ours.setsockopt(socket.SOL_SOCKET, 60, 1)  # SO_ZEROCOPY
-    case.ours.send(b"zero", 0x4000000)  # MSG_ZEROCOPY
-    refused(it, ours(case.ours), Code.ZERO_COPY)
-    assert case.peer.recv(4) == b"zero"
-    until(lambda: completed(case.ours))
-    goes_on(case)
+    refused_for_the_moment(it, case)
     moved(it.export_passively(ours(case.ours)))
     [came] = it.take([it.request(case)])
     it.finish(case, copy_of(came))
