@@ -24,6 +24,7 @@ from lab.host import Host
 from lab.labs import Lab
 from sockmi.client import ImportRequest, import_socket
 from sockmi.config import TimingConfig
+from tests.lab.answering import answering
 from tests.lab.crash_lab import BUSY
 from tests.lab.scenario import daemons, drain
 from tests.laws import clean, law
@@ -34,27 +35,6 @@ CONNECTIONS = 300
 PORT = 7600
 BUSY_RUNS = 2
 RUNS_MAX = 20
-SERVER = """
-import selectors, socket, sys
-listener = socket.create_server(("", int(sys.argv[1])), backlog=512)
-ready = selectors.DefaultSelector()
-ready.register(listener, selectors.EVENT_READ)
-print("ready", flush=True)
-while True:
-    for key, _ in ready.select():
-        if key.fileobj is listener:
-            ready.register(listener.accept()[0], selectors.EVENT_READ)
-            continue
-        try:
-            data = key.fileobj.recv(1)
-        except ConnectionAbortedError:
-            data = b""  # it has moved
-        if data:
-            key.fileobj.send(b"a")
-        else:
-            ready.unregister(key.fileobj)
-            key.fileobj.close()
-"""
 
 
 @contextlib.contextmanager
@@ -68,16 +48,6 @@ def busy_cores() -> Iterator[None]:
         for one in spinning:
             one.kill()
             one.wait()
-
-
-@contextlib.contextmanager
-def server(host: Host) -> Iterator[None]:
-    with host.popen([sys.executable, "-c", SERVER, str(PORT)], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout and process.stdout.readline() == "ready\n"
-            yield
-        finally:
-            process.kill()
 
 
 class Importer:
@@ -128,7 +98,7 @@ def test_a_drain_on_busy_cores(lab: Lab, tmp_path: Path) -> None:
     with (
         daemons(lab, "ab", redirect={"devices": ["eth0"], "modes": ["forward"]}, timing=timing),
         Capture(peer, f"tcp port {PORT}", tmp_path / "peer.pcap") as capture,
-        server(a),
+        answering(a, PORT),
     ):
         peers = [peer.socket() for _turn in range(CONNECTIONS)]
         for one in peers:

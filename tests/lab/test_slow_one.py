@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ import pytest
 from lab.capture import Capture
 from lab.host import Host
 from lab.labs import Lab
+from tests.lab.answering import answering
 from tests.lab.scenario import daemons, drain
 from tests.laws import clean
 
@@ -29,40 +28,6 @@ OTHERS = 40
 QUEUED_BYTES = 2_000_000
 RATE = "8mbit"  # 2 s for that many bytes
 DEADLINE_S = 0.6
-SERVER = """
-import selectors, socket, sys
-listener = socket.create_server(("", int(sys.argv[1])), backlog=512)
-ready = selectors.DefaultSelector()
-ready.register(listener, selectors.EVENT_READ)
-print("ready", flush=True)
-while True:
-    for key, _ in ready.select():
-        if key.fileobj is listener:
-            one = listener.accept()[0]
-            one.setsockopt(socket.SOL_SOCKET, 32, 4 * int(sys.argv[2]))  # SO_SNDBUFFORCE
-            ready.register(one, selectors.EVENT_READ)
-            continue
-        try:
-            data = key.fileobj.recv(1)
-        except ConnectionAbortedError:
-            data = b""  # it has moved
-        if data:
-            key.fileobj.sendall(b"a" if data == b"?" else bytes(int(sys.argv[2])))
-        else:
-            ready.unregister(key.fileobj)
-            key.fileobj.close()
-"""
-
-
-@contextmanager
-def server(host: Host) -> Iterator[None]:
-    command = [sys.executable, "-c", SERVER, str(PORT), str(QUEUED_BYTES)]
-    with host.popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout and process.stdout.readline() == "ready\n"
-            yield
-        finally:
-            process.kill()
 
 
 @contextmanager
@@ -88,7 +53,7 @@ def test_it_alone_stays(lab: Lab, tmp_path: Path) -> None:
             timing={"freeze_deadline_s": DEADLINE_S},
         ),
         Capture(peer, f"tcp port {PORT}", tmp_path / "peer.pcap") as capture,
-        server(a),
+        answering(a, PORT, QUEUED_BYTES),
     ):  # fmt: skip
         peers = [peer.socket() for _turn in range(OTHERS + 1)]
         for one in peers:
