@@ -43,6 +43,10 @@ class Policy(ABC):
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Best first; ``candidates`` come in order of arrival."""
 
+    def choose(self, wanted: Counts, candidates: Sequence[Candidate]) -> HostId:
+        """One host for what cannot be divided; all ``candidates`` (at least one) have room for it."""
+        return self.order(candidates)[0].host
+
     def assign(self, wanted: Counts, candidates: Sequence[Candidate]) -> list[Share]:
         """Fill the best host first, then the next."""
         return fill(wanted, self.order(candidates))
@@ -109,14 +113,18 @@ class Weighted(Policy):
             candidates, key=lambda one: (one.weight == 0, -self._credit.get(one.host, 0.0), -one.weight)
         )
 
+    def choose(self, wanted: Counts, candidates: Sequence[Candidate]) -> HostId:
+        """Who has the most credit then; it pays for all of it."""
+        if not self._earn(wanted, candidates):
+            return super().choose(wanted, candidates)
+        chosen = super().choose(wanted, candidates)
+        self._credit[chosen] -= wanted.total
+        return chosen
+
     def assign(self, wanted: Counts, candidates: Sequence[Candidate]) -> list[Share]:
         """Shares by earned credit, rounded down; what is left goes to whom has the most credit then."""
-        weights = sum(candidate.weight for candidate in candidates)
-        if not weights:
+        if not self._earn(wanted, candidates):
             return super().assign(wanted, candidates)
-        for candidate in candidates:
-            earned = wanted.total * candidate.weight / weights
-            self._credit[candidate.host] = self._credit.get(candidate.host, 0.0) + earned
         given: dict[HostId, list[int]] = {candidate.host: [0, 0, 0] for candidate in candidates}
         left = list(wanted)
         for capped in (True, False):
@@ -133,6 +141,14 @@ class Weighted(Policy):
         for candidate in candidates:
             self._credit[candidate.host] = max(-bound, min(bound, self._credit[candidate.host]))
         return [Share(host, Counts(*counts)) for host, counts in given.items() if any(counts)]
+
+    def _earn(self, wanted: Counts, candidates: Sequence[Candidate]) -> bool:
+        """Credit each candidate's share; False if nobody has a weight."""
+        weights = sum(candidate.weight for candidate in candidates)
+        for candidate in candidates if weights else ():
+            earned = wanted.total * candidate.weight / weights
+            self._credit[candidate.host] = self._credit.get(candidate.host, 0.0) + earned
+        return bool(weights)
 
 
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (FirstValid, LeastLoaded, Weighted)}

@@ -102,6 +102,31 @@ def test_takeover(lab: Lab, tmp_path: Path, version: int) -> None:
         lab.host(name).run(["ip", "addr", "flush", "dev", "eth0", "to", address], check=False)
 
 
+def test_takeover_is_not_spread(lab: Lab) -> None:
+    """Two hosts offer, and the policy gives each a half: all connections of the address go to one of them."""
+    address = SERVICE[4]
+    lab.host("a").run(["ip", "addr", "add", f"{address}/{WIDTH[4]}", "dev", "eth0"])
+    redirect = {"devices": ["eth0"], "modes": ["takeover"]}
+    with (
+        daemons(lab, "abc", redirect=redirect, policy="weighted") as three,
+        bench(lab, "takeover", three) as it,
+    ):
+        cases = pairs(it, 4, address, 4)
+        try:
+            records = it.export_passively([(os.getpid(), case.fd) for case in cases], to=None)
+            moved(records)
+            [importer] = {record["to"] for record in records}
+            wanted = [it.request(case, it.target(importer), address=address) for case in cases]
+            for case, one in zip(cases, it.take(wanted, importer), strict=True):
+                copy = copy_of(one)
+                it.finish(case, copy)
+                copy.close()
+        finally:
+            it.clear("abc")
+    for name in "abc":
+        lab.host(name).run(["ip", "addr", "flush", "dev", "eth0", "to", address], check=False)
+
+
 def test_takeover_moves_all_or_none(lab: Lab) -> None:
     """One connection ends in the freeze, by its user timeout: the address and the others stay at a."""
     address, a = SERVICE[4], lab.host("a")

@@ -68,3 +68,12 @@ def test_weight_0_gets_only_the_rest() -> None:
     offers = [candidate(A, weight=0), candidate(B, Counts(0, 0, 4))]
     assert dict(Weighted().assign(Counts(0, 0, 6), offers)) == {A: Counts(0, 0, 2), B: Counts(0, 0, 4)}
     assert dict(Weighted().assign(Counts(0, 0, 2), offers[:1])) == {A: Counts(0, 0, 2)}
+
+
+def test_weights_hold_for_what_cannot_be_divided() -> None:
+    offers = [candidate(A, weight=3), candidate(B, weight=1), candidate(C, weight=0)]
+    policy, got = Weighted(), Counter[bytes]()
+    for _turn in range(40):
+        got[policy.choose(Counts(0, 0, 5), offers)] += 5
+    assert got == {A: 150, B: 50}
+    assert policy.choose(Counts(0, 0, 1), [candidate(C, weight=0)]) == C

@@ -649,6 +649,28 @@ def test_an_address_with_too_many_connections_stays() -> None:
         assert "raise chunk_size" in one.refusal.message
 
 
+def test_an_address_goes_to_one_importer() -> None:
+    """Two have room for half of the connections each; those of one address do not part for that."""
+    bench = TakeoverBench()
+    bench.export(*(of_address(number) for number in (1, 3, 5)), of_address(2, OTHER_ALIAS))
+    assert only(bench.offer(B, Counts(9, 9, 2)), a.OpenStream).host == B
+    assert only(bench.offer(C, Counts(9, 9, 3)), a.OpenStream).host == C
+    ((_unused, few),) = sent(bench.do(e.StreamOpened(B)), m.Reserve)
+    ((_unused, many),) = sent(bench.do(e.StreamOpened(C)), m.Reserve)
+    assert (names(few.items), names(many.items)) == ([2], [1, 3, 5])
+
+
+def test_an_address_that_nobody_has_room_for_stays_whole() -> None:
+    bench = TakeoverBench()
+    bench.export(of_address(1), of_address(2))
+    for host in (B, C):
+        assert not any(isinstance(one, a.OpenStream) for one in bench.offer(host, Counts(9, 9, 1)))
+    out = reported(bench.wait(30))
+    assert {one.refusal.code for one in out if one.refusal} == {Code.NO_OFFER} and len(out) == 2
+    assert out[0].refusal
+    assert "0 of 2 sockets (takeover leads all connections of an address to one)" in out[0].refusal.message
+
+
 def test_an_address_is_frozen_again_whole() -> None:
     """One cannot be frozen now: the others of its address are let go, and tried again with it."""
     bench = TakeoverBench()

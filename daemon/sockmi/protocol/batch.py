@@ -94,6 +94,12 @@ class Batch:
         ]
 
     @property
+    def moves_addresses(self) -> bool:
+        """Whether takeover is all that the offers and the batch have in common."""
+        common = [set(self.modes).intersection(offer.modes) for offer in self.offers.values()]
+        return bool(common) and all(modes == {Mode.TAKEOVER} for modes in common)
+
+    @property
     def satisfied(self) -> bool:
         """Whether the offers that are there take all that is pending."""
         rooms = map(sum, zip(*(offer.rooms for offer in self.offers.values()), strict=True))

@@ -310,9 +310,17 @@ class ExporterCore:
             return
         candidates = _candidates(batch)
         policy = deepcopy(context.policy) if batch.dry_run else context.policy
-        shares = divide(batch.pending.values(), candidates, policy, batch.barred)
+        shares = divide(
+            batch.pending.values(),
+            candidates,
+            policy,
+            batch.barred,
+            whole_addresses=batch.moves_addresses,
+        )
         if not last and sum(len(items) for _unused, items in shares) < len(batch.pending):
             return
+        if not shares:
+            return  # together with others they may do; if not, the end of the batch tells of them
         batch.offers.clear()
         context.timers.cancel(("choose", batch.id))
         for host, items in shares:
@@ -459,20 +467,12 @@ class ExporterCore:
             f"no host of the group offered to take it within {batch.timeout_s} s; check that daemons with "
             "this group's key run on the other hosts, have room, and can be redirected to (sockmi doctor)",
         )
-        if batch.offers and not batch.dry_run:
-            self._assign(batch)  # better ones were still waited for
-        elif batch.offers:
+        if batch.offers:  # better ones were still waited for, or none has room for what goes together
             asked = wanted(batch.pending.values()).total
+            whole = " (takeover leads all connections of an address to one)" if batch.moves_addresses else ""
             self._assign(batch)
-            planned = asked - wanted(batch.pending.values()).total
-            queued = sum(item.queued for item in batch.pending.values())
-            queues = " (one of the others waits in a listener's queue)" if queued == 1 else ""
-            queues = f" ({queued} of the others wait in listeners' queues)" if queued > 1 else queues
-            batch.expired = Refusal(
-                Code.NO_OFFER,
-                f"those who offered have room for {planned} of {asked} sockets{queues}; import from them, "
-                "raise their maxima (imports), or move fewer",
-            )
+            if batch.dry_run or batch.offers:
+                batch.expired = _no_room(batch, asked, whole)
         self._refuse_pending(batch, batch.expired)
         self._finish(batch)
 
@@ -632,6 +632,19 @@ class ExporterCore:
         batch = self._batches.get(chunk.batch)
         if batch is not None:
             self._finish(batch)
+
+
+def _no_room(batch: Batch, asked: int, whole: str) -> Refusal:
+    """Why the rest of a batch stays, of which ``asked`` sockets were left to be offered a place."""
+    planned = asked - wanted(batch.pending.values()).total
+    queued = sum(item.queued for item in batch.pending.values())
+    queues = " (one of the others waits in a listener's queue)" if queued == 1 else ""
+    queues = f" ({queued} of the others wait in listeners' queues)" if queued > 1 else queues
+    return Refusal(
+        Code.NO_OFFER,
+        f"those who offered have room for {planned} of {asked} sockets{queues}{whole}; import from them, "
+        "raise their maxima (imports), or move fewer",
+    )
 
 
 def _candidates(batch: Batch) -> list[Candidate]:
