@@ -36,7 +36,6 @@ _REJOIN_AFTER_S = 10.0
 class _Joined:
     config: GroupConfig
     group: Group
-    configured: bool
     keyring: Keyring
 
 
@@ -96,7 +95,7 @@ class Members:
             redirects=tuple(self._config.redirect.modes),
         )
         for group in self._config.groups:
-            self._join(group, configured=True)
+            self._join(group)
         self._absent = {one.name: one for one in self._kept.read() if one.name not in self._joined}
         self._join_again()
 
@@ -109,7 +108,7 @@ class Members:
         self._joined.clear()
         self._streams.close()
 
-    def _join(self, config: GroupConfig, *, configured: bool) -> None:
+    def _join(self, config: GroupConfig) -> None:
         assert self._introduction is not None
         keyring = Keyring.load(config.key_file)
         name = config.name
@@ -139,13 +138,13 @@ class Members:
                     f"group {name}: group {same[0]} of this host has port {config.port}; give it another port"
                 ) from None
             raise
-        self._joined[name] = _Joined(config, group, configured, keyring)
+        self._joined[name] = _Joined(config, group, keyring)
 
     def _join_again(self) -> None:
         """What was joined before the restart; now and then, as its interface or key may still come."""
         for name, group in list(self._absent.items()):
             try:
-                self._join(group, configured=False)
+                self._join(group)
             except (GroupError, KeyFileError) as error:
                 if self._rejoin is None:
                     _log.warning(
@@ -283,7 +282,7 @@ class Members:
                 f"Group {request.name!r} has other settings; leave it first, then join again.",
             )
         try:
-            self._join(wanted, configured=False)
+            self._join(wanted)
         except (GroupError, KeyFileError) as error:
             raise Refusal(Code.BAD_REQUEST, f"Not joined: {error}") from None
         before = self._absent.pop(wanted.name, None)
@@ -301,7 +300,7 @@ class Members:
     def _leave(self, name: str, *, force: bool) -> bool:
         if name not in self._joined and name not in self._absent:
             return False
-        if not force and any(group.name == name for group in self._config.groups):
+        if not force and name in self._configured:
             raise Refusal(
                 Code.BAD_REQUEST,
                 f"Group {name!r} stands in the configuration, and is back with the daemon's next start: "
@@ -328,9 +327,13 @@ class Members:
 
     def _keep(self, without: str | None = None) -> None:
         """For the next start: what is not configured. Raises OSError."""
-        configured = {group.name for group in self._config.groups}
-        joined = {name: one.config for name, one in self._joined.items() if name not in configured}
+        joined = {name: one.config for name, one in self._joined.items() if name not in self._configured}
         self._kept.keep(one for name, one in (self._absent | joined).items() if name != without)
+
+    @property
+    def _configured(self) -> set[str]:
+        """Names of the groups that come back as configured, whatever was joined under them meanwhile."""
+        return {group.name for group in self._config.groups}
 
     def rows(self) -> list[api.GroupRow]:
         """The groups and their members."""
@@ -342,7 +345,7 @@ class Members:
                 port=joined.config.port,
                 interface=joined.config.interface,
                 peers=[str(_member_endpoint(one, joined.config.port)) for one in joined.config.members],
-                configured=joined.configured,
+                configured=name in self._configured,
                 members=[
                     api.Member(
                         host=member.host_name or member.host_id.hex(),

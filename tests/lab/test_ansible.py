@@ -224,6 +224,21 @@ def test_group(controller: Controller, tmp_path: Path) -> None:
         assert controller.module(host, "group", name="web", state="absent")["changed"] is False
 
 
+def test_a_group_of_the_configuration(controller: Controller) -> None:
+    """It gets another key, and its own again: it stands in the configuration all the time."""
+    key_file = controller.lab.host("b").etc_dir / "group.key"
+    ours = key_file.read_text().strip()
+    try:
+        for key, heard in ((ours[::-1], 0), (ours, 2)):
+            options = {"name": "lab", "key": key, "key_file": str(key_file), "members_min": heard}
+            done = controller.module("b", "group", **options, wait_s=20)
+            assert (done["changed"], done["key_changed"]) == (True, True), done
+            assert done["group"]["configured"] is True
+    finally:
+        key_file.write_text(ours + "\n")
+        ask(controller.lab.host("b"), "reload")
+
+
 # ---------------------------------------------------------------- migrate.yml
 
 

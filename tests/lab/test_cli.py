@@ -689,6 +689,10 @@ def test_a_group_of_the_configuration_is_left_by_force(lab: Lab, running: Daemon
     try:
         left = run("groups", "leave", "lab", "--force", host=lab.host("b"))
         assert (left.status, left.out, left.err) == (OK, "", "This host is in no group.\n")
+        key = lab.host("b").etc_dir / "group.key"
+        [row] = _join(lab, "b", "lab", key, address="239.77.83.1", port=7780).json["groups"]
+        assert row["configured"] is True
+        assert run("groups", "leave", "lab", host=lab.host("b")).status == NOT_DONE
     finally:
         running["b"].restart()
     until(lambda: _members(lab, "b", "lab") == {"a"})
