@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A drain: every socket that a filter selects, moved at a rate, with progress."""
+"""A drain: every socket that a filter selects, moved at a rate, with progress.
+
+What waits in the import lists goes too, after what processes have.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from sockmi.engine.owners import Holders, Scan, find_holders
 from sockmi.exporting import Selected
 from sockmi.exporting.descriptors import PASSED_ON
 from sockmi.frozen import frozen
+from sockmi.importing.copies import Copy
 from sockmi.parts import Parts
 from sockmi.refusal import Code, Refusal
 from sockmi.selection import Found, kind_of
@@ -80,10 +84,11 @@ class Drain:
         self._fail = fail
         self._started = time.monotonic()
         self._scan = Scan.now()  # before who holds the sockets was looked for
-        self._left: list[list[Found]] = []
+        self._left: list[list[Found] | Copy] = []
         self._missing: list[Found] = []
         self._looked_for: set[int] = set()
         self._looking = False
+        self._tagged: set[str] = set()  # of those from import lists; what follows a listener has a tag too
         self._counts = dict.fromkeys(api.Outcome, 0)
         self._selected = 0
         self._closed = 0
@@ -100,7 +105,7 @@ class Drain:
         by_inode: dict[int, list[Found]] = {}
         for one in found:
             by_inode.setdefault(one.socket.inode, []).append(one)
-        self._left = list(by_inode.values())
+        self._left = [*by_inode.values(), *self._daemon.importing.onward.select(self._request.filter)]
         holders = {inode: rows[0].socket.holders for inode, rows in by_inode.items()}
         self._daemon.shell.engine.owners.remember(
             self._scan,
@@ -148,10 +153,13 @@ class Drain:
         if some:
             self._send(some)
 
-    def _send(self, some: list[list[Found]]) -> None:
+    def _send(self, some: list[list[Found] | Copy]) -> None:
         selection: list[Selected] = []
         refused: list[tuple[Found, Refusal]] = []
         for index, rows in enumerate(some):
+            if isinstance(rows, Copy):
+                selection.append(self._waiting(rows))
+                continue
             taken = _take(rows)
             if isinstance(taken, Selected):
                 selection.append(taken)
@@ -175,6 +183,13 @@ class Drain:
             done=lambda records: self._check(),
             progress=self._over,
         )
+
+    def _waiting(self, copy: Copy) -> Selected:
+        """What no process has."""
+        migration_id = uuid4()
+        if copy.candidate.listener:
+            self._tagged.add(str(migration_id))
+        return Selected(-1, None, None, migration_id=migration_id, user_id=_ADMINISTRATOR, copy=copy)
 
     def _may_wait(self, others: bool) -> bool:
         """Whether descriptors will be free again; a plan is for all sockets together."""
@@ -212,22 +227,24 @@ class Drain:
 
     def _over(self, record: dict[str, Any]) -> None:
         """It has moved, or has not; or its owner has closed it before that."""
-        if (
-            record.get("listener") is None
-            and (record.get("refusal") or {}).get("code") == Code.NO_SUCH_SOCKET
-        ):
+        gone = (record.get("refusal") or {}).get("code") == Code.NO_SUCH_SOCKET
+        if gone and self._was_selected(record):
             self._under_way -= 1
             self._closed += 1
         else:
             self._ended(record)
 
     def _ended(self, record: dict[str, Any]) -> None:
-        if record.get("listener") is None:
+        if self._was_selected(record):
             self._under_way -= 1
         else:
             self._selected += 1
         self._counts[api.Outcome(record["outcome"])] += 1
         self._news.append(record)
+
+    def _was_selected(self, record: dict[str, Any]) -> bool:
+        """It, and not the listener that it follows."""
+        return record.get("listener") is None or record["migration_id"] in self._tagged
 
     # -- what is not where it was
 

@@ -32,7 +32,8 @@ from sockmi.redirect.base import Mode
 class Original:
     """A socket that a decision closes. ``cookie``: its SO_COOKIE, which no other socket of this boot has.
 
-    ``holding``: what the decision takes away, to be put back if it is undone.
+    ``holding``: what the decision takes away, to be put back if it is undone. ``listed``: by which migration
+    it had come, if it was an image in an import list.
     """
 
     migration: MigrationId
@@ -44,6 +45,7 @@ class Original:
     local: Endpoint | None
     remote: Endpoint | None
     holding: Holding | None
+    listed: MigrationId | None = None
 
     @property
     def tuple(self) -> FourTuple | None:
@@ -329,12 +331,13 @@ def write_original(one: Original) -> list[Any]:
         write_endpoint(one.local),
         write_endpoint(one.remote),
         _write_holding(one.holding) if one.holding else None,
+        *([one.listed.hex()] if one.listed else []),
     ]
 
 
 def read_original(content: list[Any]) -> Original:
     """The inverse of ``write_original``."""
-    migration, connection, hop, kind, inode, cookie, local, remote, holding = content
+    migration, connection, hop, kind, inode, cookie, local, remote, holding, *listed = content
     return Original(
         bytes.fromhex(migration),
         bytes.fromhex(connection),
@@ -345,6 +348,7 @@ def read_original(content: list[Any]) -> Original:
         read_endpoint(local),
         read_endpoint(remote),
         _read_holding(holding) if holding else None,
+        bytes.fromhex(listed[0]) if listed else None,
     )
 
 

@@ -88,6 +88,7 @@ class ImportLists:
         self.maxima = maxima
         self._listed: dict[Kind, dict[UUID, Candidate]] = {kind: {} for kind in Kind}
         self._reserved: dict[Kind, set[UUID]] = {kind: set() for kind in Kind}
+        self._lent: set[UUID] = set()
         self._free: dict[tuple[Criteria, int], dict[Waiting, None]] = {}
         self._claimed: dict[UUID, Waiting] = {}
         self._by_client: dict[object, list[Waiting]] = {}
@@ -133,10 +134,27 @@ class ImportLists:
 
     def remove(self, migration_id: UUID) -> Candidate | None:
         """Take a socket out of its list (or None: it is not listed)."""
+        self._lent.discard(migration_id)
         for listed in self._listed.values():
             if (candidate := listed.pop(migration_id, None)) is not None:
                 return candidate
         return None
+
+    def lend(self, migration_id: UUID) -> None:
+        """It is being moved on: it stays in its list, but no application gets it."""
+        self._lent.add(migration_id)
+
+    def give_back(self, migration_id: UUID) -> None:
+        """The inverse of ``lend``."""
+        self._lent.discard(migration_id)
+
+    def is_lent(self, migration_id: UUID) -> bool:
+        """Whether it is being moved on."""
+        return migration_id in self._lent
+
+    def is_free(self, migration_id: UUID) -> bool:
+        """Whether a socket is in one of the lists, and is not being moved on."""
+        return migration_id not in self._lent and self.is_listed(migration_id)
 
     def is_listed(self, migration_id: UUID) -> bool:
         """Whether a socket is in one of the lists."""
@@ -199,10 +217,13 @@ class ImportLists:
         )
         for kind in kinds:
             for candidate in self._listed[kind].values():
-                if candidate.migration_id not in self._claimed and waiting.accepts(candidate):
+                if self._is_to_be_had(candidate.migration_id) and waiting.accepts(candidate):
                     self._claim(waiting, candidate)
                     return candidate
         return None
+
+    def _is_to_be_had(self, migration_id: UUID) -> bool:
+        return migration_id not in self._claimed and migration_id not in self._lent
 
     def claimed(self, migration_id: UUID) -> Waiting | None:
         """The request that was claimed for a migration."""

@@ -4,7 +4,8 @@
 The journal decides, and the kernel is made to agree. A decision is journalled before its originals
 are closed, and nobody is told before they are. So an original that still lives was not given away:
 its part of the decision is undone, and nothing is lost, as whatever its owner wrote meanwhile has
-waited behind the redirect. An original that is gone has moved. So has one that is bound, or not even that: it
+waited behind the redirect. One that waited in an import list lives if it is listed still. An original
+that is gone has moved. So has one that is bound, or not even that: it
 is taken away from its owner now. And so has, as soon as this daemon has closed
 it, a listener whose queue was being taken: that cannot be undone.
 """
@@ -56,6 +57,7 @@ class Recovery:
         self._destroy = destroy
         self._descriptors = descriptors
         self._queues = queues
+        self._listed = frozenset(shell.journal.records(Record.LISTED))
 
     # -- what was on its way out
 
@@ -81,6 +83,8 @@ class Recovery:
         self._end_repair([*stayed, *(one.tuple for one in undone if one.tuple)])
 
     def _lives(self, original: Original) -> bool:
+        if original.listed is not None:
+            return original.listed.hex() in self._listed
         if original.kind is Kind.CONNECTED and original.tuple is not None:
             found = self._find(original.tuple)
             return found is not None and found.cookie == original.cookie

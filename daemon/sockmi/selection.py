@@ -10,7 +10,8 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 from sockmi import api
-from sockmi.engine.base import Kind
+from sockmi.addresses import Endpoint
+from sockmi.engine.base import Kind, SocketFacts
 from sockmi.engine.listing import Holder, ListedSocket, list_sockets
 from sockmi.frozen import frozen
 from sockmi.refusal import Code, Refusal
@@ -56,26 +57,42 @@ def kind_of(listed: ListedSocket) -> Kind:
 
 
 def _matches(wanted: api.SocketFilter, listed: ListedSocket, holder: Holder, unit: str | None) -> bool:
-    local, remote = listed.local, listed.remote
     return (
         holder.fd >= 0
-        and wanted.local_port in (None, local.port)
         and wanted.pid in (None, holder.pid)
         and wanted.fd in (None, holder.fd)
         and (wanted.idle_s is None or (listed.quiet is not None and listed.quiet.since_s >= wanted.idle_s))
-        and (wanted.remote_port is None or (remote is not None and remote.port == wanted.remote_port))
-        and (wanted.kinds is None or kind_of(listed) in wanted.kinds)
-        and (
-            wanted.states is None or listed.state in {one.upper().replace("_", "-") for one in wanted.states}
-        )
         and (wanted.process is None or fnmatch.fnmatchcase(holder.name, wanted.process))
         and (wanted.unit is None or (unit is not None and fnmatch.fnmatchcase(unit, wanted.unit)))
-        and (wanted.local_address is None or local.address in _network(wanted.local_address))
-        and (
-            wanted.remote_address is None
-            or (remote is not None and remote.address in _network(wanted.remote_address))
-        )
+        and _is_like(wanted, kind_of(listed), listed.state, listed.local, listed.remote)
     )
+
+
+def fits_waiting(wanted: api.SocketFilter, facts: SocketFacts, waits_s: float) -> bool:
+    """Whether a socket matches that no process has; ``waits_s``: for so long nothing has come to it."""
+    owned = any(one is not None for one in (wanted.pid, wanted.fd, wanted.process, wanted.unit))
+    return (
+        not owned
+        and (wanted.idle_s is None or waits_s >= wanted.idle_s)
+        and _is_like(wanted, facts.kind, facts.state, facts.local, facts.remote)
+    )
+
+
+def _is_like(
+    wanted: api.SocketFilter, kind: Kind, state: str, local: Endpoint | None, remote: Endpoint | None
+) -> bool:
+    return (
+        (wanted.kinds is None or kind in wanted.kinds)
+        and (wanted.states is None or state in {one.upper().replace("_", "-") for one in wanted.states})
+        and _is_at(local, wanted.local_address, wanted.local_port)
+        and _is_at(remote, wanted.remote_address, wanted.remote_port)
+    )
+
+
+def _is_at(end: Endpoint | None, address: str | None, port: int | None) -> bool:
+    if end is None:
+        return address is None and port is None
+    return port in (None, end.port) and (address is None or end.address in _network(address))
 
 
 @functools.lru_cache(maxsize=64)

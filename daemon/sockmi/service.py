@@ -151,10 +151,6 @@ class Daemon:
         self.redirecting = Redirecting(
             self.shell, routes, holdings, self.diag.state, listeners, self._waits_for_application
         )
-        holders = Holders(self.loop, self.engine)
-        self.exporting = Exporting(
-            self.shell, self.redirecting, holders.find, self.diag.find, self.diag.destroy
-        )
         self.importing = Importing(
             self.shell,
             Placing(
@@ -166,6 +162,15 @@ class Daemon:
             ),
             self.capacity,
             self.redirecting,
+        )
+        holders = Holders(self.loop, self.engine)
+        self.exporting = Exporting(
+            self.shell,
+            self.redirecting,
+            holders.find,
+            self.diag.find,
+            self.diag.destroy,
+            self.importing.onward,
         )
         self.operations = Operations(self)
         self._sysctl = SysctlExports(self)

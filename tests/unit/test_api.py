@@ -15,6 +15,8 @@ from pydantic import BaseModel
 from sockmi import api
 from sockmi.refusal import Code, Refusal
 
+ID = b"7f0c0f0e-3f0b-4d0f-9f3d-2f1f6a1b7c01"
+
 SPEC = (Path(__file__).parents[2] / "docs" / "control.md").read_text()
 EXAMPLES = re.findall(r"^```json (request|response) ?(\w*)\n(.*?)^```", SPEC, re.S | re.M)
 
@@ -83,6 +85,8 @@ def test_errno_table_is_whole() -> None:
         (b'{"op":"export","sockets":[{"pid":1,"fd":1}],"timeout_s":-1}', "timeout_s"),
         (b'{"op":"export","sockets":[{"pid":1,"fd":1,"migration_id":"x"}]}', "migration_id"),
         (b'{"op":"export","sockets":[{"pid":1,"fd":1}],"fds":254}', "fds"),
+        (b'{"op":"export","sockets":[{"listed":"%s","fd":1}]}' % ID, "listed"),
+        (b'{"op":"export","sockets":[{"listed":"%s","context":true}],"fds":1}' % ID, "listed"),
         (b'{"op":"import","requests":[]}', "requests"),
         (b'{"op":"import","requests":[{"states":[]}]}', "states"),
         (b'{"op":"import","requests":[{"states":["bound"],"preferred":["connected"]}]}', "preferred"),

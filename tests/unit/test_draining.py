@@ -92,6 +92,7 @@ class Setting:
                     passed_on=lambda lost: [one.inode in self.kernel for one in lost]
                 ),
             ),
+            importing=SimpleNamespace(onward=SimpleNamespace(select=lambda _wanted: ())),
             host_name="a",
             shell=SimpleNamespace(engine=SimpleNamespace(owners=self.owners)),
         )

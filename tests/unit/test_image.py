@@ -111,6 +111,20 @@ def test_stamp(rng: random.Random) -> None:
     assert im.decode(stamped) == image
 
 
+def test_an_image_whose_socket_lives_elsewhere_by_now() -> None:
+    """Its interface stays with its address."""
+    image = random_image(random.Random(3), Kind.CONNECTED)
+    image.identity.family, image.identity.v6only = 10, 0
+    here = s.Place.of(Endpoint(ip_address("fe80::7"), 443), 5)
+    image.identity.local = here
+    image.identity.remote = s.Place.of(Endpoint(ip_address("fe80::9"), 4000), 5)
+    image.identity.origin = s.Place()
+    for address, scope_id in (("fe80::7", 5), ("fe80::8", 0)):
+        local = Endpoint(ip_address(address), 8443)
+        moved = im.peek(im.stamp(im.encode(image), local=local))
+        assert moved.local_place == s.Place.of(local, scope_id)
+
+
 def test_stamp_in_c_is_the_same(native_library: ctypes.CDLL) -> None:
     for seed in range(50):
         rng = random.Random(seed)

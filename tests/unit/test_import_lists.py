@@ -105,3 +105,23 @@ def test_cancelled_requests_get_nothing() -> None:
     assert room.claimed(came.migration_id) is None
     assert room.claim(candidate()) is None
     assert room.waiting() == 0
+
+
+def test_what_is_being_moved_on_stays_listed_and_is_nobodys() -> None:
+    """And in its place when it comes back."""
+    room = lists()
+    first, second = candidate(), candidate()
+    room.put(first)
+    room.put(second)
+    room.lend(first.migration_id)
+    assert list(room.listed()) == [first, second]
+    assert room.is_listed(first.migration_id) and not room.is_free(first.migration_id)
+    assert room.room(Kind.CONNECTED) == 0
+    assert room.take(Waiting("one", 0, ANY, 0)) == second
+    assert room.take(Waiting("two", 0, ANY, 0)) is None
+    room.give_back(first.migration_id)
+    assert list(room.listed()) == [first, second]
+    assert room.take(Waiting("three", 0, ANY, 0)) == first
+    room.lend(first.migration_id)
+    room.remove(first.migration_id)
+    assert not room.is_lent(first.migration_id) and not room.is_listed(first.migration_id)

@@ -223,7 +223,8 @@ def test_owners_run_again_though_a_hold_cannot_be_lifted() -> None:
     exports = Exports(shell, Batches())
     export = exports.register(Selected(-1, None, None), facts, BATCH)
     export.stopped = True
-    Freezer(shell, exports, Descriptors(Owners(), lambda _unused: None)).thaw(
+    onward: Any = SimpleNamespace(give_back=list)
+    Freezer(shell, exports, Descriptors(Owners(), lambda _unused: None), onward).thaw(
         a.Thaw(ChunkId(BATCH, 0), (export.migration,))
     )
     assert resumed == [7] and not export.stopped
@@ -243,7 +244,7 @@ def test_a_socket_under_way_is_refused_however_often_it_is_asked_for() -> None:
     )  # fmt: skip
     exporting = Exporting(
         shell, SimpleNamespace(holding_of=None), lambda *_unused: None, lambda _unused: None,
-        lambda *_unused: True,
+        lambda *_unused: True, SimpleNamespace(),
     )  # type: ignore[arg-type]  # fmt: skip
     for _turn in range(3):
         selected = Selected(os.open(os.devnull, os.O_RDONLY), 1, 3)

@@ -23,6 +23,7 @@ class _Request(Model):
 class ExportItem(Model):
     """One socket to export.
 
+    ``listed``: it waits in an import list of this host; the migration id of its import.
     ``descriptor``: it comes with this line; ``pid`` and ``fd`` then only say whose it is.
     Without it the daemon takes it from ``pid`` and ``fd``, for administrators only.
     ``context``: a sealed memfd comes with this line. ``migration_id``: makes it idempotent.
@@ -37,9 +38,15 @@ class ExportItem(Model):
     migration_id: UUID | None = None
     inode: Count | None = None
     received_bytes: Count | None = None
+    listed: UUID | None = None
 
     @model_validator(mode="after")
     def _named(self) -> ExportItem:
+        if self.listed is not None:
+            others = self.descriptor, self.context, self.pid is not None, self.fd is not None
+            if any((*others, self.inode is not None, self.received_bytes is not None)):
+                raise ValueError("listed names a socket that no process has; only migration_id goes with it")
+            return self
         if not self.descriptor and (self.pid is None or self.fd is None):
             raise ValueError("a socket without a descriptor needs pid and fd")
         if self.descriptor and self.inode is not None:
@@ -113,7 +120,7 @@ class Table(StrEnum):
 
 
 class ListRequest(_Request):
-    """Rows of one table; ``filter`` is for sockets."""
+    """Rows of one table; ``filter`` is for sockets, and for those that wait in the import lists."""
 
     op: Literal["list"] = "list"
     table: Table = Table.SOCKETS

@@ -25,6 +25,7 @@ from sockmi.exporting.export import Export, Selected
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
 from sockmi.exporting.listeners import Listeners
+from sockmi.importing.onward import Onward
 from sockmi.protocol import actions
 from sockmi.redirecting import Redirecting
 from sockmi.shell import Shell
@@ -35,24 +36,27 @@ __all__ = ["Export", "Exporting", "Selected"]
 class Exporting:
     """The parts of this half, put together; see the package's docstring."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what it needs of the daemon
         self,
         shell: Shell,
         redirecting: Redirecting,
         find_holders: FindHolders,
         find: Callable[[FourTuple], Found | None],
         destroy: Callable[[FourTuple, int], bool],
+        onward: Onward,
     ) -> None:
         """``find_holders`` finds the processes of sockets, and what is against stopping them; later.
 
         ``find``: this kernel's socket of a connection. ``destroy`` ends one, whoever has it; False if
-        this kernel cannot.
+        this kernel cannot. ``onward``: what waits in the import lists.
         """
         self.batches = Batches()
         self.exports = Exports(shell, self.batches)
-        self.admission = Admission(shell, redirecting, self.exports, self.batches, find_holders)
+        self.admission = Admission(
+            shell, redirecting, self.exports, self.batches, find_holders=find_holders, onward=onward
+        )
         self.descriptors = Descriptors(shell.engine.owners, find)
-        self.freezer = Freezer(shell, self.exports, self.descriptors)
+        self.freezer = Freezer(shell, self.exports, self.descriptors, onward)
         self.listeners = Listeners(shell, redirecting, self.exports, self.batches, destroy)
         self.decisions = Decisions(shell, redirecting, self.listeners.queues)
         self.committer = Committer(
@@ -63,6 +67,7 @@ class Exporting:
             descriptors=self.descriptors,
             listeners=self.listeners,
             decisions=self.decisions,
+            onward=onward,
         )
 
     def carry_out(self) -> dict[type, Callable[[Any], None]]:

@@ -7,15 +7,16 @@ import logging
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
-from sockmi.engine.base import Kind
+from sockmi.engine.base import Kind, SocketFacts
 from sockmi.engine.closing import close_all
 from sockmi.exporting.batches import Batch, Batches
 from sockmi.exporting.descriptors import let_go
-from sockmi.exporting.export import Export, Selected
+from sockmi.exporting.export import Export, Selected, owned
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.items import item_of
+from sockmi.importing.onward import Onward
 from sockmi.protocol.events import CancelExport, StartExport
 from sockmi.protocol.records import BatchId, HostId, Item
 from sockmi.queues import queue_length
@@ -37,10 +38,13 @@ class Admission:
         redirecting: Redirecting,
         exports: Exports,
         batches: Batches,
+        *,
         find_holders: FindHolders,
+        onward: Onward,
     ) -> None:
         """``find_holders`` finds the processes of sockets, and what is against stopping them; later."""
         self._shell = shell
+        self._onward = onward
         self._redirecting = redirecting
         self._exports = exports
         self._batches = batches
@@ -64,9 +68,9 @@ class Admission:
         batch_id = uuid4().bytes
         batch = Batch(done, progress)
         try:
-            facts = self._shell.engine.inspect([one.descriptor for one in selection])
+            facts = self._look_at(selection)
         except BaseException:
-            close_all([one.descriptor for one in selection])
+            close_all([one.descriptor for one in selection if one.copy is None])
             raise
         going: list[Export] = []
         begun: list[dict[str, Any]] = []
@@ -79,10 +83,11 @@ class Admission:
             if refusal is not None:
                 self._exports.end(export, batch, "refused", refusal)
             else:
-                if dry_run and fact.kind is Kind.LISTENING:
+                if dry_run and fact.kind is Kind.LISTENING and one.copy is None:
                     export.queued = queue_length(one.descriptor)
                 self._exports.claim(export)
                 going.append(export)
+        _tag(going)
         let_go(going)  # until the freeze the socket is its owner's alone, who may close it
         try:
             self._exports.journal_start(begun)
@@ -113,8 +118,13 @@ class Admission:
                 StartExport(batch_id, tuple(items), modes, timeout_s, *target, dry_run=dry_run)
             )
 
-        self._find_holders({export.facts.inode for export in going}, found)
+        self._find_holders({export.facts.inode for export in owned(going)}, found)
         return batch_id
+
+    def _look_at(self, selection: Sequence[Selected]) -> list[SocketFacts]:
+        inspected = self._shell.engine.inspect([one.descriptor for one in selection if one.copy is None])
+        facts = iter(inspected)
+        return [self._onward.facts(one.copy) if one.copy else next(facts) for one in selection]
 
     def _obstacle(self, export: Export) -> Refusal | None:
         """What stands against a migration besides the socket itself."""
@@ -181,3 +191,12 @@ class Admission:
             self._exports.note_start([export.record for export in waiting])
             self._batches.close(batch_id)
         return bool(waiting)
+
+
+def _tag(going: Sequence[Export]) -> None:
+    """What waited in the queue of a listener, and now in the import list, follows it: it may move with it."""
+    listeners = {copy.migration: one.migration for one in going if (copy := one.selected.copy)}
+    for export in going:
+        if (copy := export.selected.copy) and (listener := copy.arrival.item.listener):
+            export.listener = listeners.get(listener, listener)
+            export.record["listener"] = str(UUID(bytes=export.listener))

@@ -15,10 +15,11 @@ from sockmi.crashpoints import reached
 from sockmi.engine.base import Kind
 from sockmi.exporting.decisions import Decisions
 from sockmi.exporting.descriptors import Descriptors, let_go
-from sockmi.exporting.export import Export
+from sockmi.exporting.export import Export, copies, owned
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
 from sockmi.exporting.listeners import Listeners
+from sockmi.importing.onward import Onward
 from sockmi.protocol.actions import Commit
 from sockmi.protocol.events import CommitDone
 from sockmi.protocol.records import HostId, Route
@@ -50,8 +51,10 @@ class Committer:
         descriptors: Descriptors,
         listeners: Listeners,
         decisions: Decisions,
+        onward: Onward,
     ) -> None:
         self._shell = shell
+        self._onward = onward
         self._descriptors = descriptors
         self._redirecting = redirecting
         self._exports = exports
@@ -61,7 +64,7 @@ class Committer:
 
     def commit(self, action: Commit) -> None:
         """Redirect, compare, journal, close; what fails is undone and goes on where it was."""
-        shell, importer = self._shell, action.decision.importer
+        importer = action.decision.importer
         exports = [self._exports[route.migration] for route in action.routes]
         for export in exports:
             export.record["step"] = "prepared"
@@ -91,10 +94,7 @@ class Committer:
         going = [index for index in going if results[index] is None]
         self._listeners.take_queues({index: queue for index, queue in queues.items() if index in going})
         reached("commit.accepted")
-        refusals = shell.engine.release(
-            [exports[index].selected.descriptor for index in going],
-            [exports[index].image for index in going],
-        )
+        refusals = self._release([exports[index] for index in going])
         for position, index in enumerate(going):
             if exports[index].facts.kind is Kind.LISTENING and refusals[position] is not None:
                 refusals[position] = self._listeners.insist(importer, index, exports[index], queues)
@@ -112,9 +112,19 @@ class Committer:
             self._descriptors.name_passed_on(exports, results)
         self._settle([(action.routes[index], exports[index]) for index in going], importer)
         reached("commit.done")
-        shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))
+        self._shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))
         for index, queue in queues.items():
             self._listeners.begin_to_follow(queue, exports[index], moved=index in going)
+
+    def _release(self, exports: Sequence[Export]) -> list[Refusal | None]:
+        """Close each without a packet; what waited in an import list is there no more."""
+        live = owned(exports)
+        waiting = {one.selected.copy: one.migration for one in exports if one.selected.copy}
+        closed = iter(
+            self._shell.engine.release([one.selected.descriptor for one in live], [one.image for one in live])
+        )
+        unwritten = self._onward.release(waiting) if waiting else None
+        return [unwritten if export.selected.copy else next(closed) for export in exports]
 
     def _settle(self, gone: Sequence[tuple[Route, Export]], importer: HostId) -> None:
         """They are the importer's: their redirects are kept, and what their peers have sent goes after them.
@@ -125,10 +135,12 @@ class Committer:
         for route, _unused in gone:
             self._redirecting.drop_holding(route.connection)
         self._redirecting.add_routes(route for route, _unused in gone if route.durable)
+        exports = [export for _unused, export in gone]
         # Before its owners run: their epoll forgets it with them.
-        let_go([export for _unused, export in gone])
-        self._freezer.resume_soon([export for _unused, export in gone])
+        let_go(exports)
+        self._freezer.resume_soon(exports)
         self._ship_held(importer, gone)
+        self._onward.settle(copies(exports))
 
     def _ship_held(self, importer: HostId, gone: Iterable[tuple[Route, Export]]) -> None:
         """What the peer has sent meanwhile goes to the copy, on the stream and so before CONFIRM."""
@@ -148,11 +160,12 @@ class Committer:
 
         Of what goes only together nothing is closed if one has changed.
         """
-        abandoned = self._descriptors.abandoned([exports[index] for index in going])
-        for index, closed in zip(going, abandoned, strict=True):
+        live = [index for index in going if not exports[index].selected.copy]
+        abandoned = self._descriptors.abandoned([exports[index] for index in live])
+        for index, closed in zip(live, abandoned, strict=True):
             results[index] = closed
         _all_or_none(routes, results)
-        joined = [index for index in going if results[index] is None and _is_joined(routes[index])]
+        joined = [index for index in live if results[index] is None and _is_joined(routes[index])]
         if not joined:
             return
         outcomes = self._shell.engine.compare(
@@ -193,8 +206,8 @@ class Committer:
         pairs = [(routes[index].place.mode, index) for index in failed]
         for mode, indices in by_mode(pairs).items():
             tuples = [one.tuple for index in indices if (one := outbound(routes[index]))]
-            facts = [exports[index].facts for index in indices]
-            holdings = [held for one in facts if (held := self._redirecting.holding_of(one))]
+            live = owned(exports[index] for index in indices)
+            holdings = [held for one in live if (held := self._redirecting.holding_of(one.facts))]
             try:
                 # What had been imported needs its own translation again: nothing passes before.
                 self._freezer.hold_again([exports[index] for index in indices])

@@ -8,8 +8,8 @@ from typing import Any
 
 from sockmi import durable
 from sockmi.crashpoints import reached
-from sockmi.engine.base import SocketFacts
 from sockmi.exporting.export import Export
+from sockmi.exporting.items import holding_of
 from sockmi.journal import Change, Record, plain
 from sockmi.protocol.actions import Commit, ForgetDecision
 from sockmi.protocol.records import Decision, Route
@@ -53,7 +53,7 @@ class Decisions:
             durable.drop(change, [_decision(action, going)])
             change.drop.append((Record.ORIGINALS, str(action.decision.chunk)))
         for index in changed:
-            holding = self._redirecting.holding_of(exports[index].facts)
+            holding = holding_of(exports[index], self._redirecting)
             durable.keep(change, [holding] if holding else [])
         self._tell(change, action, going)
         self._shell.journal.write(change)
@@ -70,7 +70,7 @@ class Decisions:
         durable.keep(change, [_decision(action, going)])
         durable.keep(change, [route for index in going if (route := action.routes[index]).durable])
         durable.keep(change, [one for one in action.notices if one.connection in chosen])
-        originals = [self._original(exports[index].facts, action.routes[index]) for index in going]
+        originals = [self._original(exports[index], action.routes[index]) for index in going]
         change.keep.append((Record.ORIGINALS, str(action.decision.chunk), originals))
         change.drop.extend((Record.HOLDING, connection.hex()) for connection in chosen)
 
@@ -82,9 +82,9 @@ class Decisions:
             news = {"step": "committed", "to": importer, "mode": mode, "hop": route.hop}
             audit(change, route.migration, "export", **news)
 
-    def _original(self, facts: SocketFacts, route: Route) -> list[Any]:
+    def _original(self, export: Export, route: Route) -> list[Any]:
         """What a restart must know of a socket that is about to be closed (recovery.py)."""
-        holding = self._redirecting.holding_of(facts)
+        facts, copy = export.facts, export.selected.copy
         return durable.write_original(
             durable.Original(
                 route.migration,
@@ -95,7 +95,8 @@ class Decisions:
                 facts.cookie,
                 facts.local,
                 facts.remote,
-                holding,
+                holding_of(export, self._redirecting),
+                copy.migration if copy else None,
             )
         )
 

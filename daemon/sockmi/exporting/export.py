@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import sys
 import termios
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -16,6 +17,7 @@ from sockmi.engine.base import Kind, SocketFacts
 from sockmi.engine.listing import received_bytes
 from sockmi.image import Section, peek, section
 from sockmi.image.sections import Counters
+from sockmi.importing.copies import Copy
 from sockmi.permission import Caller
 from sockmi.protocol.records import MigrationId
 
@@ -28,6 +30,7 @@ class Selected:
 
     ``caller``: None for those who may move any socket; others only what is theirs. ``user_id``: who asked.
     ``received``: how many bytes had come when it was quiet; it is not moved if its owner has read more since.
+    ``copy``: it waits in an import list of this host, and no process has it.
     """
 
     descriptor: int
@@ -38,6 +41,7 @@ class Selected:
     migration_id: UUID | None = None
     user_id: int | None = None
     received: int | None = None
+    copy: Copy | None = None
 
 
 @dataclass(slots=True)
@@ -63,14 +67,21 @@ class Export:
     queued: int = 0
 
     @property
+    def socket(self) -> int | MigrationId:
+        """What tells its socket from others."""
+        return self.selected.copy.migration if self.selected.copy else self.facts.inode
+
+    @property
     def size_bytes(self) -> int:
         """About how long the image will be, as the socket was when it was selected."""
+        if self.selected.copy:
+            return self.selected.copy.facts.total_bytes
         return self._size_with(self.facts.receive_queue_bytes + self.facts.send_queue_bytes)
 
     @property
     def size_now_bytes(self) -> int:
         """The same, of a connection that has been queueing since."""
-        if self.facts.kind is not Kind.CONNECTED:
+        if self.facts.kind is not Kind.CONNECTED or self.selected.copy:
             return self.size_bytes
         queued = 0
         for queue in (termios.FIONREAD, termios.TIOCOUTQ):  # SIOCINQ and SIOCOUTQ, by their other names
@@ -92,3 +103,13 @@ class Export:
         else:
             received = received_bytes(self.selected.descriptor)
         return received - peek(image).receive_bytes != self.selected.received
+
+
+def owned(exports: Iterable[Export]) -> list[Export]:
+    """Those that a process has."""
+    return [one for one in exports if one.selected.copy is None]
+
+
+def copies(exports: Iterable[Export]) -> list[Copy]:
+    """The others: those that wait in the import lists."""
+    return [one.selected.copy for one in exports if one.selected.copy is not None]

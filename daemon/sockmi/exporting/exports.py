@@ -34,7 +34,7 @@ class Exports:
         self._shell = shell
         self._batches = batches
         self._by_migration: dict[MigrationId, Export] = {}
-        self._by_inode: dict[int, Export] = {}
+        self._by_socket: dict[int | MigrationId, Export] = {}
         self._tally = Tally(shell)
 
     def __len__(self) -> int:
@@ -72,7 +72,9 @@ class Exports:
             "fd": selected.fd,
             "started_at": now_text(),
             "step": "selected",
-            "context_bytes": len(selected.context or b""),
+            "context_bytes": selected.copy.facts.context_bytes
+            if selected.copy
+            else len(selected.context or b""),
         }
         export = Export(selected, migration_id.bytes, facts, record)
         self._by_migration.setdefault(export.migration, export)
@@ -84,11 +86,11 @@ class Exports:
 
     def is_claimed(self, export: Export) -> bool:
         """Whether the socket itself is being migrated."""
-        return export.facts.inode in self._by_inode
+        return export.socket in self._by_socket
 
     def claim(self, export: Export) -> None:
         """Nobody else may have the socket until this one ends."""
-        self._by_inode[export.facts.inode] = export
+        self._by_socket[export.socket] = export
 
     def journal_start(self, records: Sequence[dict[str, Any]]) -> None:
         """Write the first of these migrations to the journal; raises as that does."""
@@ -110,8 +112,8 @@ class Exports:
         self._count(record)
         if self.is_registered(export):
             del self._by_migration[export.migration]
-            if self._by_inode.get(export.facts.inode) is export:  # else another one's is under way
-                del self._by_inode[export.facts.inode]
+            if self._by_socket.get(export.socket) is export:  # else another one's is under way
+                del self._by_socket[export.socket]
         let_go([export])
         export.image = b""
         if batch is not None:

@@ -16,11 +16,12 @@ from sockmi.addresses import Endpoint
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind
 from sockmi.exporting.descriptors import Descriptors, let_go
-from sockmi.exporting.export import Export
+from sockmi.exporting.export import Export, copies, owned
 from sockmi.exporting.exports import Exports
 from sockmi.image import Section
 from sockmi.image.native import stamp, with_section
 from sockmi.image.sections import Place as ImagePlace
+from sockmi.importing.onward import Onward
 from sockmi.protocol.actions import Freeze, Thaw
 from sockmi.protocol.events import FreezeDone
 from sockmi.protocol.records import IMAGE_BYTES_MAX, Item, Place
@@ -38,12 +39,16 @@ _AWAKE = Refusal(Code.CHANGED, "A request has come since it was quiet; it stays,
 
 
 class Freezer:
-    """Owns the holds of exports, and which of their owners are stopped."""
+    """Owns the holds of exports, and which of their owners are stopped.
 
-    def __init__(self, shell: Shell, exports: Exports, descriptors: Descriptors) -> None:
+    What waits in an import list (`Onward`) has no owner, and is held already: it is only lent.
+    """
+
+    def __init__(self, shell: Shell, exports: Exports, descriptors: Descriptors, onward: Onward) -> None:
         self._shell = shell
         self._exports = exports
         self._descriptors = descriptors
+        self._onward = onward
         self._to_resume: list[Export] = []
         self._reachability: dict[tuple[Mode, IPv4Address | IPv6Address], tuple[float, str | None]] = {}
 
@@ -60,8 +65,9 @@ class Freezer:
                 Code.INTERNAL, f"The freeze failed ({error}); the daemon's log has the details."
             )
             results = [refusal] * len(exports)
+        refused = [one for one, result in zip(exports, results, strict=True) if isinstance(result, Refusal)]
         # A socket that nobody has but us ends here, as it would have when its owner closed it.
-        let_go([one for one, result in zip(exports, results, strict=True) if isinstance(result, Refusal)])
+        self._let_go(refused)
         self._descriptors.name_passed_on(exports, results)
         self._shell.dispatch(FreezeDone(action.chunk, tuple(results)))
 
@@ -77,7 +83,11 @@ class Freezer:
             _log.exception("holds could not be lifted; they end by themselves")
         reached("thaw.unheld")
         self._resume(exports)
+        self._let_go(exports)
+
+    def _let_go(self, exports: Sequence[Export]) -> None:
         let_go(exports)
+        self._onward.give_back(copies(exports))
 
     def _freeze(self, action: Freeze, exports: list[Export]) -> list[bytes | Refusal]:
         results = self._look(action, exports)
@@ -93,19 +103,11 @@ class Freezer:
         frozen = [index for index, result in enumerate(results) if isinstance(result, bytes)]
         self._hold([exports[index] for index in frozen], action.deadline_s + _HOLD_MARGIN_S)
         reached("freeze.held")
-        captured = self._shell.engine.capture(
-            [exports[index].selected.descriptor for index in frozen], action.deadline_s + _HOLD_MARGIN_S
-        )
-        reached("freeze.captured")
+        captured = self._capture([exports[index] for index in frozen], action.deadline_s + _HOLD_MARGIN_S)
         shipped = 0
-        abandoned = self._descriptors.abandoned([exports[index] for index in frozen])
-        for index, one, closed in zip(frozen, captured, abandoned, strict=True):
+        for index, one in zip(frozen, captured, strict=True):
             outcome: bytes | Refusal
-            if closed is not None:
-                outcome = closed
-            elif isinstance(one, Captured) and exports[index].woke(one.image):
-                outcome = _AWAKE
-            elif isinstance(one, Captured):
+            if isinstance(one, Captured):
                 image = _finish_image(exports[index], action.items[index], one)
                 outcome = self._too_much(len(image), shipped) or image
             else:
@@ -117,11 +119,33 @@ class Freezer:
                 shipped += len(outcome)
         return results
 
+    def _capture(self, exports: Sequence[Export], thaw_after_s: float) -> list[Captured | Refusal]:
+        live = owned(exports)
+        captured = self._shell.engine.capture([one.selected.descriptor for one in live], thaw_after_s)
+        reached("freeze.captured")
+        abandoned = self._descriptors.abandoned(live)
+        found = {
+            export.migration: closed
+            or (_AWAKE if isinstance(one, Captured) and export.woke(one.image) else one)
+            for export, one, closed in zip(live, captured, abandoned, strict=True)
+        }
+        images = self._onward.capture(copies(exports))
+        return [
+            images[copy] if (copy := export.selected.copy) else found[export.migration] for export in exports
+        ]
+
     # -- before anything is stopped
+
+    def _take(self, exports: Sequence[Export]) -> list[Refusal | None]:
+        """Descriptors of what somebody has; the others out of the import lists."""
+        taken = iter(self._descriptors.take(owned(exports)))
+        return [
+            self._onward.lend(copy) if (copy := export.selected.copy) else next(taken) for export in exports
+        ]
 
     def _look(self, action: Freeze, exports: list[Export]) -> list[bytes | Refusal]:
         """What has come against it since it was asked for; empty bytes: nothing."""
-        results: list[bytes | Refusal] = [refusal or b"" for refusal in self._descriptors.take(exports)]
+        results: list[bytes | Refusal] = [refusal or b"" for refusal in self._take(exports)]
         self._refuse_foreign(exports, results)
         for index, place in enumerate(action.places):
             if isinstance(results[index], Refusal):
@@ -177,7 +201,11 @@ class Freezer:
                 self._resume([export])
 
     def _stop(self, exports: list[Export], results: list[bytes | Refusal], timeout_s: float) -> None:
-        going = [index for index, result in enumerate(results) if isinstance(result, bytes)]
+        going = [
+            index
+            for index, result in enumerate(results)
+            if isinstance(result, bytes) and not exports[index].selected.copy
+        ]
         pids = sorted({pid for index in going for pid in exports[index].holders})
         inodes = [exports[index].facts.inode for index in going]
         for index, refusal in zip(going, self._shell.engine.stop(inodes, pids, timeout_s), strict=True):
@@ -204,6 +232,7 @@ class Freezer:
     # -- packets
 
     def _hold(self, exports: Sequence[Export], timeout_s: float) -> None:
+        exports = owned(exports)  # the others are held since they came
         tuples = [export.facts.tuple for export in exports if export.facts.tuple]
         if tuples:
             self._shell.held.want(tuples)
@@ -212,6 +241,7 @@ class Freezer:
             self._shell.holds.hold_listeners(listeners, timeout_s)
 
     def _unhold(self, exports: Sequence[Export]) -> None:
+        exports = owned(exports)
         tuples = [export.facts.tuple for export in exports if export.facts.tuple]
         if tuples:
             self._shell.holds.unhold(tuples)
@@ -223,6 +253,7 @@ class Freezer:
     def hold_again(self, exports: Sequence[Export]) -> None:
         """While redirects are taken back; ``undo`` lifts it."""
         self._hold(exports, _HOLD_MARGIN_S)
+        self._onward.hold_again(copies(exports))
 
     def earliest_safe(self) -> float:
         """What was frozen before this (time.monotonic()) is not committed: its hold may end meanwhile."""

@@ -6,18 +6,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sockmi.exporting.export import Export
-from sockmi.protocol.records import Item
+from sockmi.protocol.records import Holding, Item
 from sockmi.redirecting import Redirecting
 from sockmi.shell import Shell
 
 _GROWTH_BYTES = 1 << 20  # what queues may take between selection and freeze
 
 
+def holding_of(export: Export, redirecting: Redirecting) -> Holding | None:
+    """What this host holds of its connection, if it was imported."""
+    if (copy := export.selected.copy) is not None:
+        return redirecting.holdings.get(copy.arrival.item.connection)
+    return redirecting.holding_of(export.facts)
+
+
 def item_of(export: Export, shell: Shell, redirecting: Redirecting) -> Item:
     """Its migration, as the protocol knows it."""
     facts = export.facts
     migration = export.migration
-    holding = redirecting.holding_of(facts)
+    holding = holding_of(export, redirecting)
     bound = facts.local is not None and (facts.local.port or not facts.local.address.is_unspecified)
     local = facts.local if bound else None
     size_bytes = export.size_bytes

@@ -103,6 +103,7 @@ class Listeners:
             if (
                 results[index] is None
                 and export.facts.kind is Kind.LISTENING
+                and not export.selected.copy
                 and queue_length(export.selected.descriptor)
             ):
                 try:

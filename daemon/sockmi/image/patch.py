@@ -22,7 +22,7 @@ _IDENTITY = struct.Struct(Identity.LAYOUT)
 _ORIGIN = struct.Struct("<16sH2xI")
 _HOP = struct.Struct("<I")
 # Offsets in IDENTITY.
-_MIGRATION_ID, _HOME_ID, _LISTENER_ID, _ORIGIN_AT, _HOP_AT = 0, 16, 32, 96, 120
+_MIGRATION_ID, _HOME_ID, _LISTENER_ID, _LOCAL_AT, _ORIGIN_AT, _HOP_AT = 0, 16, 32, 48, 96, 120
 
 
 class Summary(NamedTuple):
@@ -137,11 +137,13 @@ def stamp(
     listener_id: bytes | None = None,
     origin: Endpoint | None = None,
     hop: int | None = None,
+    local: Endpoint | None = None,
 ) -> bytes:
     """The image with these fields of its identity changed; ImageError if it cannot be read.
 
     ValueError if an id has not 16 bytes or the hop does not fit 32 bits. sockmi.image.native.stamp() does
-    the same in place and in constant time, for large images.
+    the same in place and in constant time, for large images; but for ``local``, where the socket lives
+    by now: its interface stays if its address does.
     """
     at = _identity_at(image, check_header(image, len(image))[0])
     changed = bytearray(image)
@@ -153,6 +155,11 @@ def stamp(
     if origin is not None:
         place = Place.of(origin)
         _ORIGIN.pack_into(changed, at + _ORIGIN_AT, place.address, place.port, place.scope_id)
+    if local is not None:
+        former = Place(*_ORIGIN.unpack_from(changed, at + _LOCAL_AT))
+        place = Place.of(local)
+        scope_id = former.scope_id if former.address == place.address else 0
+        _ORIGIN.pack_into(changed, at + _LOCAL_AT, place.address, place.port, scope_id)
     if hop is not None:
         if not 0 <= hop < 1 << 32:
             raise ValueError(f"hop {hop} does not fit 32 bits")

@@ -10,7 +10,7 @@ Until then its image is in the spool, so that whatever dies, the copy can be mad
 - `handover`: applications wait, are sent descriptors, and say what they keep. It owns who waits and what
   is on its way.
 - `listed`: copies that no application has: put away as images, made again; `delivery` gives them to programs
-  that listen, `ages` ends those that waited for too long.
+  that listen, `ages` ends those that waited for too long, `onward` lets them leave again.
 - `life`: out of repair, and the end of all that this daemon keeps of a copy.
 - `resumption`: after a restart.
 - `stock`: the `copies` that are here, their `images` in the spool, the lists, the `room` for more.
@@ -29,6 +29,7 @@ from sockmi.importing.delivery import Delivery
 from sockmi.importing.handover import Handover
 from sockmi.importing.life import Life
 from sockmi.importing.listed import Listed
+from sockmi.importing.onward import Onward
 from sockmi.importing.preparer import Preparer
 from sockmi.importing.reservations import Reservations
 from sockmi.importing.resumption import Resumption
@@ -68,6 +69,7 @@ class Importing:
             handover=self.handover,
         )
         self.activation = Activation(shell, redirecting, stock, self.listed, self.handover)
+        self.onward = Onward(shell, redirecting, stock, self.listed)
         self.resumption = Resumption(shell, redirecting, placing, stock, self.listed)
 
     def carry_out(self) -> dict[type, Callable[[Any], None]]:

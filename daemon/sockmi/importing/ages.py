@@ -37,6 +37,8 @@ class Ages:
         limits, now = self._shell.config.imports, time.monotonic()
         oldest = dict.fromkeys(Kind, 0.0)
         for candidate in list(self._lists.listed()):
+            if self._lists.is_lent(candidate.migration_id):
+                continue
             copy = self._copies[candidate.migration_id.bytes]
             age_s = now - copy.listed_at
             oldest[candidate.kind] = max(oldest[candidate.kind], age_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -59,6 +59,12 @@ class Copy:
     def migration(self) -> MigrationId:
         """As the protocol has it; ``candidate.migration_id`` is the same as a UUID."""
         return self.arrival.item.migration
+
+    def tag(self) -> None:
+        """The listener in whose queue it waited has another migration id by now: ``arrival`` has it."""
+        listener = self.arrival.item.listener
+        self.candidate = replace(self.candidate, listener=UUID(bytes=listener) if listener else None)
+        self.record["listener"] = str(self.candidate.listener) if self.candidate.listener else None
 
 
 class Copies:

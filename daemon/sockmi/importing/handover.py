@@ -156,7 +156,7 @@ class Handover:
 
     def offer(self, migration: UUID) -> None:
         """Give a listed socket to an application that waits, or to the program that listens for it."""
-        if not self._lists.is_listed(migration):
+        if not self._lists.is_free(migration):
             return
         copy = self._copies[migration.bytes]
         waiting = self._lists.claim(copy.candidate)

@@ -29,6 +29,10 @@ _log = logging.getLogger(__name__)
 AGAIN_S = 0.25
 """After so long a listed socket is tried again whose place was not free."""
 
+_TAKEN = Refusal(
+    Code.CHANGED,
+    "It does not wait in the import list any more: an application has it, or it has ended; see sockmi list.",
+)
 _RESET = Refusal(Code.STATE, "Its peer reset it while it waited for an application.")
 
 
@@ -58,6 +62,11 @@ class Listed:
         self._lists.unreserve(migration)
         self._lists.put(copy.candidate)
         copy.listed_at = copy.listed_at or time.monotonic()
+        self._rest(copy)
+
+    def _rest(self, copy: Copy) -> None:
+        """Its peer is listened to, and so is who may want it."""
+        migration = copy.candidate.migration_id
         if copy.tuple is not None:
             self._shell.held.rest(copy.tuple, copy.expected, functools.partial(self._peer_reset, copy))
         # Not now, as we may be in the middle of handing over.
@@ -66,6 +75,23 @@ class Listed:
     def has(self, copy: Copy) -> bool:
         """Whether it is there, and no application has it."""
         return self._copies.has(copy) and self._lists.is_listed(copy.candidate.migration_id)
+
+    def lend(self, copy: Copy) -> Refusal | None:
+        """It is being moved on, so no application gets it; or why it is not."""
+        migration = copy.candidate.migration_id
+        if not self._copies.has(copy) or not self._lists.is_free(migration):
+            return _TAKEN
+        self._lists.lend(migration)
+        if copy.tuple is not None:
+            self._shell.held.want([copy.tuple])
+        return None
+
+    def give_back(self, copy: Copy) -> None:
+        """The inverse of ``lend``; it changes nothing of what is not lent."""
+        migration = copy.candidate.migration_id
+        if self._lists.is_lent(migration):
+            self._lists.give_back(migration)
+            self._rest(copy)
 
     def put_away(self, copy: Copy) -> None:
         """Keep no more of it than its image in the spool and its hold."""
@@ -109,7 +135,7 @@ class Listed:
     def end(self, copy: Copy, refusal: Refusal) -> None:
         """It is no more, and whoever leads its packets here is told; late ones are dropped for a while."""
         migration = copy.candidate.migration_id
-        if not self.has(copy):
+        if not self.has(copy) or self._lists.is_lent(migration):  # then its peer is heard again later
             return
         shell = self._shell
         _log.warning("%s, which waited for an application, has ended: %s", copy.tuple or migration, refusal)

@@ -98,6 +98,7 @@ class Resumption:
     def _remember(self, name: str, exporter: HostId, arrival: Arrival, image: bytes) -> Copy:
         copy = self._copies.make(name, exporter, arrival, image, peek(image))
         copy.record.update(self._shell.journal.migration(copy.candidate.migration_id, "import") or {})
+        copy.tag()
         self._images.remember(copy)
         self._copies.add(copy)
         self._lists.reserve(copy.candidate.migration_id, copy.candidate.kind)

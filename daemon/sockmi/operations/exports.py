@@ -108,6 +108,16 @@ class Exports:
             refusal=api.Why.of(refusal),
         )
 
+    def _listed(self, client: Client, item: api.ExportItem, listed: UUID) -> Selected | Refusal:
+        """A socket that waits in an import list, for whoever may import it."""
+        copy = self._daemon.importing.onward.find(listed.bytes)
+        if copy is None or not (client.administrator or client.uid == copy.candidate.uid):
+            return Refusal(
+                Code.NO_SUCH_SOCKET,
+                f"Nothing waits in an import list as {listed} that you may have; see sockmi list imports.",
+            )
+        return Selected(-1, None, None, migration_id=item.migration_id, user_id=client.uid, copy=copy)
+
     def _select(
         self,
         client: Client,
@@ -125,6 +135,10 @@ class Exports:
         taken: list[int] = []
         try:
             for item, before in zip(request.sockets, settled, strict=True):
+                if item.listed is not None:
+                    found = before if before is not None else self._listed(client, item, item.listed)
+                    selection.append(found)
+                    continue
                 if item.descriptor:
                     descriptor = next(remaining)
                 elif client.administrator and before is None:
@@ -162,7 +176,7 @@ class Exports:
         except BaseException:
             close_all(taken)
             raise
-        kept = {one.descriptor for one in selection if isinstance(one, Selected)}
+        kept = {one.descriptor for one in selection if isinstance(one, Selected) and one.copy is None}
         descriptors[:] = [one for one in descriptors if one not in kept]
         return selection
 

@@ -10,6 +10,7 @@ from sockmi.control import Client
 from sockmi.operations.answers import pages, respond_pages
 from sockmi.operations.sockets import Sockets
 from sockmi.parts import Parts
+from sockmi.selection import check_filter
 from sockmi.shell import inbound, outbound
 
 
@@ -29,15 +30,15 @@ class Tables:
                 only_uid=None if client.administrator else client.uid,
             )
         elif request.table is api.Table.IMPORTS:
-            respond_pages(client, request, "imports", pages(self._import_rows()))
+            check_filter(request.filter)
+            respond_pages(client, request, "imports", pages(self._import_rows(request.filter)))
         else:
             respond_pages(client, request, "redirects", pages(self._redirect_rows()))
 
-    def _import_rows(self) -> list[api.ImportRow]:
+    def _import_rows(self, wanted: api.SocketFilter) -> list[api.ImportRow]:
         rows = []
-        stock = self._daemon.importing.stock
-        for candidate in stock.lists.listed():
-            copy = stock.copies[candidate.migration_id.bytes]
+        for copy in self._daemon.importing.onward.select(wanted):
+            candidate = copy.candidate
             rows.append(
                 api.ImportRow(
                     migration_id=candidate.migration_id,

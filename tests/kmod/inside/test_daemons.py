@@ -285,6 +285,25 @@ def test_listed_until_an_application_comes(lab: Lab, tmp_path: Path) -> None:
             first.finish()
 
 
+@pytest.mark.parametrize("engine", ["kernel", "repair"])
+def test_listed_moves_on(lab: Lab, tmp_path: Path, engine: str) -> None:
+    """What the module has captured waits at b, whatever b's engine is, and is an application's at c."""
+    with (
+        daemons(lab, "abc", engines={"b": engine}, redirect=NAT),
+        service(lab, "lines", "a", tmp_path) as first,
+    ):
+        first.client(*LINES)
+        first.connected(1)
+        for source, target in ("ab", "bc"):
+            [record] = drain(lab.host(source), target, local_port=7000)
+            assert (record["outcome"], record["listed"]) == ("moved", True), record
+        assert status(lab.host("b"))["import_lists"]["connected"]["length"] == 0
+        with service(lab, "lines", "c", tmp_path):
+            until(lambda: status(lab.host("c"))["import_lists"]["connected"]["length"] == 0)
+            pause(1.0)
+            first.finish()
+
+
 def test_nobody_offers(lab: Lab, tmp_path: Path) -> None:
     """What is not taken goes on as if nothing had happened; also when it is asked for while it is frozen."""
     with daemons(lab, "a", redirect=NAT), service(lab, "lines", "a", tmp_path) as serving:
