@@ -28,12 +28,12 @@ _sockmi() {
 	--state) words="ESTABLISHED SYN-SENT SYN-RECEIVED FIN-WAIT-1 FIN-WAIT-2 TIME-WAIT CLOSED CLOSE-WAIT LAST-ACK LISTEN CLOSING" ;;
 	--interface) words=$(command ls /sys/class/net) ;;
 	--to | --host) words=$(_sockmi_hosts) ;;
-	--pid | --fd | --process | --unit | --count | --limit | --timeout | --rate | --since | --until | --peer | \
+	--pid | --fd | --listed | --process | --unit | --count | --limit | --timeout | --rate | --since | --until | --peer | \
 		--address | --port | --local-address | --local-port | --remote-address | --remote-port | --idle-s) return ;;
 	esac
 	if [ -z "$words" ]; then
 		case $command in
-		export) words="$common $moving --pid --fd" ;;
+		export) words="$common $moving --pid --fd --listed" ;;
 		import) words="$common --kind --count --timeout --exec --local-address --local-port --port --remote-address --remote-port" ;;
 		list) words="$common $select sockets imports redirects" ;;
 		status) words=$common ;;

@@ -546,15 +546,26 @@ def test_drain_of_which_some_are_refused(scene: Scene, lab: Lab) -> None:
 
 
 def test_drain_says_what_it_leaves_in_the_import_lists(scene: Scene, lab: Lab) -> None:
-    """No process has them, so none is selected; whoever then switches the host off must know."""
+    """What was not selected: who switches the host off must know. All goes with --all, one by name."""
     scene.server("a", 5135)
     client = scene.client("a", 5135)
     moved = run("drain", "--port", 5135, "--kind", "connected", "--to", "b", host=lab.host("a"))
     assert moved.status == OK and "import lists" not in moved.out
-    on_b = run("drain", "--all", "--to", "a", host=lab.host("b"))
+    on_b = run("drain", "--process", "nobodys", "--to", "a", host=lab.host("b"))
     assert on_b.status == NOTHING
-    assert "1 in this host's import lists stay: no application has them (sockmi list imports)" in on_b.out
-    assert run("drain", "--all", "--to", "a", "--json", host=lab.host("b")).json["listed"] == 1
+    assert "1 in this host's import lists stay for an application (sockmi list imports)" in on_b.out
+    assert run("drain", "--process", "nobodys", "--json", host=lab.host("b")).json["listed"] == 1
+    plan = run("drain", "--all", "--to", "a", "--dry-run", host=lab.host("b"))
+    assert plan.status == OK and "1 of 1 could be moved" in plan.out and "import lists" not in plan.out
+    all_ = run("drain", "--all", "--to", "a", "--json", host=lab.host("b"))
+    assert all_.status == OK and (all_.json["listed"], all_.json["progress"]["moved"]) == (0, 1)
+    assert run("list", "imports", "--port", 1, host=lab.host("a")).status == NOTHING
+    [row] = scene.rows("a", "imports")
+    assert row["migration_id"] in run("list", "imports", "--port", 5135, host=lab.host("a")).out
+    back = run("export", "--listed", row["migration_id"], "--to", "b", host=lab.host("a"))
+    assert back.status == OK and "moved" in back.out
+    gone = run("export", "--listed", row["migration_id"], "--to", "b", host=lab.host("a"))
+    assert gone.status == NOT_DONE and "no-such-socket" in gone.out
     importer = scene.program("b", "import", "--port", 5135, "--exec", "cat")
     assert client.say("on") == "on"
     client.connection.shutdown(socket.SHUT_WR)
@@ -820,6 +831,7 @@ def test_no_permission_to_connect(lab: Lab, running: Daemons) -> None:
 
 EVERY_COMMAND = (
     ("export", "--pid", str(os.getpid()), "--fd", "0"),
+    ("export", "--listed", "7f0c0f0e-3f0b-4d0f-9f3d-2f1f6a1b7c01"),
     ("import",),
     ("import", "--exec", "cat"),
     ("list",),
@@ -896,7 +908,9 @@ WRONG: list[tuple[str, str]] = [
     ("status extra", "unrecognized arguments: extra"),
     ("status --jso", "unrecognized arguments: --jso"),
     ("status --control", "expected one argument"),
-    ("export", "--pid, --fd"),
+    ("export", "--pid and --fd, or --listed"),
+    ("export --listed 7", "'7' is no id"),
+    ("export --listed 7f0c0f0e-3f0b-4d0f-9f3d-2f1f6a1b7c01 --fd 5", "leave out --pid and --fd"),
     ("export --pid 5", "--fd"),
     ("export --fd 5", "--pid"),
     ("export --pid 0 --fd 5", "'0' is not a process id (1 to"),
@@ -934,7 +948,6 @@ WRONG: list[tuple[str, str]] = [
     ("list --pid x", "'x' is not a process id"),
     ("list --fd 5", "--fd needs --pid"),
     ("list --port 5 --local-port 6", "given twice"),
-    ("list imports --port 80", "not for imports"),
     ("list redirects --pid 80", "not for redirects"),
     ("history --limit 0", "'0' is not a count"),
     ("history --limit many", "'many' is not a count"),

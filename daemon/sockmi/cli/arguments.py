@@ -11,6 +11,7 @@ from datetime import datetime
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, NoReturn
+from uuid import UUID
 
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import Kind
@@ -116,6 +117,13 @@ def _time(text: str) -> str:
         ) from None
 
 
+def _uuid(text: str) -> str:
+    try:
+        return str(UUID(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no id; `sockmi list imports` has them") from None
+
+
 def _name(text: str) -> str:
     if not 1 <= len(text) <= 255:
         raise argparse.ArgumentTypeError("it must have 1 to 255 characters")
@@ -204,8 +212,11 @@ def _common(json: Any, control: Any) -> _Parser:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pid", type=_PID, required=True, help="the process that holds the socket")
-    parser.add_argument("--fd", type=_FD, required=True, help="its descriptor")
+    parser.add_argument("--pid", type=_PID, help="the process that holds the socket")
+    parser.add_argument("--fd", type=_FD, help="its descriptor")
+    parser.add_argument(
+        "--listed", type=_uuid, metavar="ID", help="instead: what waits in an import list (list imports)"
+    )
     _moving(parser)
 
 
@@ -336,6 +347,15 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         parser.exit(2, f"sockmi {options.command}: {complaint}\nTry `sockmi {options.command} --help`.\n")
 
 
+def _check_export(options: argparse.Namespace) -> str | None:
+    named = options.pid is not None, options.fd is not None
+    if options.listed is not None and any(named):
+        return "--listed names a socket that no process has; leave out --pid and --fd"
+    if options.listed is None and not all(named):
+        return "say which socket: --pid and --fd, or --listed"
+    return None
+
+
 def _check_import(options: argparse.Namespace) -> str | None:
     options.kinds = options.kinds or ["connected"]
     if (options.remote_address or options.remote_port) and "connected" not in options.kinds:
@@ -357,8 +377,8 @@ def _check_import(options: argparse.Namespace) -> str | None:
 def _check_list(options: argparse.Namespace) -> str | None:
     if options.fd is not None and options.pid is None:
         return _FD_ALONE
-    if options.table != "sockets" and selection(options):
-        return f"filters are for `list sockets`, not for {options.table}"
+    if options.table == "redirects" and selection(options):
+        return "filters are for `list sockets` and `list imports`, not for redirects"
     return None
 
 
@@ -407,6 +427,7 @@ def _check_groups(options: argparse.Namespace) -> str | None:
 
 
 _CHECKS: dict[str, Callable[[argparse.Namespace], str | None]] = {
+    "export": _check_export,
     "import": _check_import,
     "list": _check_list,
     "history": _check_history,

@@ -81,21 +81,25 @@ def _outcomes(records: list[dict[str, Any]], options: argparse.Namespace) -> int
 async def _exporting(link: Link, options: argparse.Namespace, migration: UUID) -> list[dict[str, Any]]:
     """One export; the duplicate is ours, so that the kernel asks whether we might trace the process."""
     link.allow(options.timeout or _EXPORT_TIMEOUT_S)
-    descriptor = duplicate(Export(options.fd, options.pid))
+    descriptors: list[int] = []
+    if options.listed is None:
+        descriptors.append(duplicate(Export(options.fd, options.pid)))
+        named = {"pid": options.pid, "fd": options.fd, "descriptor": True}
+    else:
+        named = {"listed": options.listed}
     request = {
         "op": "export",
-        "fds": 1,
-        "sockets": [
-            {"pid": options.pid, "fd": options.fd, "descriptor": True, "migration_id": str(migration)}
-        ],
+        "fds": len(descriptors),
+        "sockets": [{**named, "migration_id": str(migration)}],
         "to": options.to,
         "timeout_s": options.timeout,
         "dry_run": options.dry_run,
     }
     try:
-        await link.send(request, [descriptor])
+        await link.send(request, descriptors)
     finally:
-        os.close(descriptor)  # before the daemon looks for the socket's owners
+        for descriptor in descriptors:  # before the daemon looks for the socket's owners
+            os.close(descriptor)
     return await migrations(link)
 
 
@@ -224,6 +228,7 @@ def drain(options: argparse.Namespace) -> int:
         with contextlib.suppress(SockMiError):  # the drain is over, whatever has become of the daemon
             [status] = control.call("status")
             listed = sum(one["length"] for one in status["import_lists"].values())
+        listed -= sum(record["outcome"] == "planned" and record["pid"] is None for record in records)
     done = progress["moved"] + progress["planned"]
     if options.json:
         print_json({"progress": progress, "migrations": records, "listed": listed})
@@ -238,7 +243,7 @@ def drain(options: argparse.Namespace) -> int:
         for host, count in Counter(one["to"] for one in records if one["outcome"] == "planned").items():
             print(f"room for {count} on {host}")
         if listed:
-            print(f"{listed} in this host's import lists stay: no application has them (sockmi list imports)")
+            print(f"{listed} in this host's import lists stay for an application (sockmi list imports)")
     if not progress["selected"]:
         return NOTHING
     return OK if done + progress["closed"] == progress["selected"] else NOT_DONE
@@ -248,7 +253,7 @@ def drain(options: argparse.Namespace) -> int:
 
 
 _SOCKETS = ("pid", "fd", "process", "state", "local", "remote", "recv-q", "send-q", "verdict")
-_IMPORTS = ("kind", "state", "local", "remote", "from", "since", "bytes")
+_IMPORTS = ("kind", "state", "local", "remote", "from", "since", "bytes", "id")
 _REDIRECTS = ("direction", "mode", "local", "remote", "other", "hop")
 
 
@@ -260,8 +265,8 @@ def _socket_cells(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _import_cells(row: dict[str, Any]) -> tuple[Any, ...]:
-    since = row["waiting_since"]
-    return (row["kind"], row["state"], row["origin"], row["remote"], row["from"], since, row["image_bytes"])
+    names = ("kind", "state", "origin", "remote", "from", "waiting_since", "image_bytes", "migration_id")
+    return tuple(row[name] for name in names)
 
 
 def _redirect_cells(row: dict[str, Any]) -> tuple[Any, ...]:
