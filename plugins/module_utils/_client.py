@@ -112,7 +112,7 @@ class ControlClient:
         timeout_s: float | None = None,
         dry_run: bool = False,
     ) -> list[dict[str, Any]]:
-        """Move sockets (dicts of pid, fd and, optionally, migration_id); their records, in order."""
+        """Move sockets (dicts of pid and fd, or listed, and maybe migration_id); their records, in order."""
         records: list[dict[str, Any]] = []
         sockets = list(sockets)
         for first in range(0, len(sockets), EXPORTS_PER_REQUEST):
@@ -129,9 +129,9 @@ class ControlClient:
         """Rows of this host's TCP sockets that ``filter`` (a dict) selects."""
         return _rows(self.one("list", table="sockets", filter=filter), "sockets")
 
-    def imports(self) -> list[dict[str, Any]]:
-        """Rows of the sockets that wait in the import lists."""
-        return _rows(self.one("list", table="imports"), "imports")
+    def imports(self, filter: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Rows of the sockets that wait in the import lists, and that ``filter`` selects."""
+        return _rows(self.one("list", table="imports", filter=filter), "imports")
 
     def redirects(self) -> list[dict[str, Any]]:
         """Rows of this host's redirects."""

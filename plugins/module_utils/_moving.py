@@ -53,10 +53,13 @@ class Mover:
         return ControlClient.when_ready(self.control, self.timeout_s + ANSWER_MARGIN_S, wait_s)
 
     def listed(self, wanted: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-        """A row for each socket that ``wanted`` selects but for this session's, and how many these are."""
+        """A row for each socket that ``wanted`` selects but for this session's, and how many these are.
+
+        Those that wait in the import lists are among them.
+        """
         ours = own_inodes()
         rows: dict[int, dict[str, Any]] = {}
-        for row in self._sockets(wanted):
+        for row in [*self._sockets(wanted), *map(_waiting, self.client.imports(wanted))]:
             rows.setdefault(row["inode"], row)  # one socket may have many descriptors
         others = [row for row in rows.values() if row["inode"] not in ours and not carries_login(row)]
         return others, len(rows) - len(others)
@@ -102,8 +105,17 @@ class Mover:
 
 def named(row: dict[str, Any]) -> dict[str, Any]:
     """The socket of a row of the list, for an export: it, not what has its number by then."""
+    if "listed" in row:
+        return {"listed": row["listed"]}
     names = ("pid", "fd", "inode", "received_bytes")
     return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _waiting(row: dict[str, Any]) -> dict[str, Any]:
+    """What waits in an import list, as a row of sockets; of its own it has neither process nor inode."""
+    listed = row["migration_id"]
+    number = -uuid.UUID(listed).int % (1 << 62)  # no inode is as large
+    return {**row, "listed": listed, "inode": (1 << 62) + number, "pid": None, "fd": None, "movable": True}
 
 
 def code_of(record: dict[str, Any]) -> str:

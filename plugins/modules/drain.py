@@ -19,6 +19,8 @@ description:
     and the others take its share.
   - A socket that did not move stays live where it is, and is not tried again; three times, if the reason
     is one that passes (it had just changed, or the freeze took too long).
+  - What waits in the import lists of the host, for which no application has come, moves too, unless the
+    filter asks for a process.
   - With O(count) it does so a step at a time. The playbook C(sockmi.appliance.drain) shows how far it has
     come after each.
 options:
@@ -56,7 +58,7 @@ options:
         type: int
         default: 0
       refused:
-        description: Inodes of those that did not.
+        description: Inodes of those that did not, or what stands for those of import lists.
         type: list
         elements: int
         default: []
@@ -190,7 +192,7 @@ so_far:
       type: int
       returned: always
     refused:
-      description: Inodes of those that did not.
+      description: Inodes of those that did not, or what stands for those of import lists.
       type: list
       elements: int
       returned: always

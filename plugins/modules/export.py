@@ -16,6 +16,8 @@ description:
   - Moves TCP sockets of processes on the managed host to another host that runs the SockMi daemon.
     The other end of each connection notices nothing.
   - Takes one socket, named by O(pid) and O(fd), or all that a filter selects.
+  - What waits in the import lists of the host, for which no application has come, is among them, unless the
+    filter asks for a process.
   - A socket that cannot be moved whole is refused, and stays live where it is.
 options:
   fd:

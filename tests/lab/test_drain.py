@@ -252,12 +252,16 @@ def test_only_quiet_connections(controller: Controller) -> None:
         assert "that were not quiet for 0.5 s: 1." in result["msg"]
         [moved] = result["migrations"]
         assert moved["remote"].endswith(f":{quiet.getsockname()[1]}")
-        emptied = drain(controller, **{"from": "b", "to": "a"})
+        emptied = drain(controller, **{"from": "b", "to": "a", "local_port": 1})
         assert emptied.returncode == 0, emptied.stdout
         assert "b: 1 sockets stay in its import lists" in " ".join(emptied.stdout.split())
+        emptied = drain(controller, **{"from": "b", "to": "a"})
+        assert emptied.returncode == 0, emptied.stdout
+        assert "stay in its import lists" not in emptied.stdout
+        assert status(lab.host("b"))["import_lists"]["connected"]["length"] == 0
         for connection in (quiet, waiting):  # nobody imports it: a reset is its end
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    until(lambda: status(lab.host("b"))["import_lists"]["connected"]["length"] == 0)
+    until(lambda: status(lab.host("a"))["import_lists"]["connected"]["length"] == 0)
 
 
 def test_drain_says_when_nobody_is_left(controller: Controller) -> None:
