@@ -74,8 +74,11 @@ class Cluster:
         self.drains: list[Drain] = []
         timing = TIMING | overrides.pop("timing", {})
         redirect = {"devices": ["eth0"]} | overrides.pop("redirect", {})
+        engines = overrides.pop("engines", {})
         self.modes = redirect.get("modes", [])
         self.daemons = Daemons(lab, hosts, {"timing": timing, "redirect": redirect} | overrides)
+        for host, engine in engines.items():
+            self.daemons[host].config["engine"] = engine
 
     def start(self, host: str, crash_at: str = "") -> None:
         """Start one; it dies where ``crash_at`` says (sockmi.crashpoints)."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""kill -9 of either daemon at each step, where both have the kernel engine; see tests/lab/test_crash.py.
+"""kill -9 of either daemon at each step, where both or one has the kernel engine; as tests/lab/test_crash.py.
 
 The end of a daemon closes its device file: what it had frozen goes on, its dormant copies are discarded. A
 host may come back with the other engine.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,27 +31,42 @@ PATIENT = {"freeze_deadline_s": 5.0}
 HANDED = {"hand.sent", "taken.admitted", "taken.activated"}
 
 
+@dataclass(frozen=True)
+class Dying:
+    """Connections of two clients, one over IPv4 and one over IPv6, and daemons with these engines."""
+
+    stages: Stages
+    engines: dict[str, str]
+
+    @contextmanager
+    def __call__(self, directory: Path, crash_at: dict[str, str]) -> Iterator[tuple[Cluster, Serving]]:
+        with self.stages("lines", directory, crash_at, "nat", timing=PATIENT, engines=self.engines) as (
+            daemons,
+            serving,
+        ):
+            assert {name: status(daemons.lab.host(name))["engine"] for name in self.engines} == self.engines
+            serving.clients()
+            yield daemons, serving
+
+
+@pytest.fixture(scope="module", params=["kernel-kernel", "kernel-repair", "repair-kernel"])
+def engines(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The exporter's and the importer's."""
+    return dict(zip("ab", request.param.split("-"), strict=True))
+
+
 @pytest.fixture(scope="module")
-def stages(kernel: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
+def dying(kernel: str, engines: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dying]:
     """Daemons and servers that stay for as long as no test fails."""
     serial = itertools.count()
     made = Stages(lambda: f"c{kernel.replace('.', '')[-6:]}{next(serial)}", tmp_path_factory)
-    yield made
+    yield Dying(made, engines)
     made.close()
 
 
-@contextmanager
-def dying(stages: Stages, directory: Path, crash_at: dict[str, str]) -> Iterator[tuple[Cluster, Serving]]:
-    """Connections of two clients, one over IPv4 and one over IPv6."""
-    with stages("lines", directory, crash_at, "nat", timing=PATIENT) as (daemons, serving):
-        assert {status(daemons.lab.host(name))["engine"] for name in "abc"} == {"kernel"}
-        serving.clients()
-        yield daemons, serving
-
-
 @pytest.mark.parametrize("point", [point for point in EXPORTER if point not in UNDONE])
-def test_exporter_dies(stages: Stages, tmp_path: Path, point: str) -> None:
-    with dying(stages, tmp_path, {"a": point}) as (daemons, serving):
+def test_exporter_dies(dying: Dying, tmp_path: Path, point: str) -> None:
+    with dying(tmp_path, {"a": point}) as (daemons, serving):
         moving = daemons.drain("a", "b", serving.port)
         daemons.died("a")
         assert moving.ended() is None
@@ -60,8 +76,8 @@ def test_exporter_dies(stages: Stages, tmp_path: Path, point: str) -> None:
 
 
 @pytest.mark.parametrize("point", [point for point in IMPORTER if point not in UNDONE])
-def test_importer_dies(stages: Stages, tmp_path: Path, point: str) -> None:
-    with dying(stages, tmp_path, {"b": point}) as (daemons, serving):
+def test_importer_dies(dying: Dying, tmp_path: Path, point: str) -> None:
+    with dying(tmp_path, {"b": point}) as (daemons, serving):
         moving = daemons.drain("a", "b", serving.port)
         daemons.died("b")
         daemons.restart_dead()
@@ -70,16 +86,16 @@ def test_importer_dies(stages: Stages, tmp_path: Path, point: str) -> None:
 
 
 @pytest.mark.parametrize(("victim", "point"), [("a", "commit.journalled"), ("b", "taken.admitted")])
-def test_comes_back_with_the_other_engine(stages: Stages, tmp_path: Path, victim: str, point: str) -> None:
-    with dying(stages, tmp_path, {victim: point}) as (daemons, serving):
+def test_comes_back_with_the_other_engine(dying: Dying, tmp_path: Path, victim: str, point: str) -> None:
+    with dying(tmp_path, {victim: point}) as (daemons, serving):
         moving = daemons.drain("a", "b", serving.port)
         daemons.died(victim)
         config = daemons.daemons[victim].config
         before = dict(config)
-        config["engine"] = "repair"
+        config["engine"] = other = {"kernel": "repair", "repair": "kernel"}[dying.engines[victim]]
         try:
             daemons.restart_dead()
-            assert status(daemons.lab.host(victim))["engine"] == "repair"
+            assert status(daemons.lab.host(victim))["engine"] == other
             moving.ended()
             proved(daemons, serving, "a" if point in UNDECIDED else "b")
         finally:
