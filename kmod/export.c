@@ -459,6 +459,9 @@ static void trace_decision(const struct sock *sk, u64 id, u64 frozen_us, int res
 		trace_sockmi_abort(sk, id, frozen_us, result, 0);
 }
 
+/* Claimed, and the caller's: what anybody else had is closed. A system call under way counts as a descriptor. */
+#define REFERENCES_OF_NO_OWNER 2
+
 /* COMMIT or ABORT. */
 static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool is_commit)
 {
@@ -468,7 +471,7 @@ static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool
 
 	if (result)
 		return result;
-	if (a.flags)
+	if (a.flags & ~(is_commit ? SOCKMI_COMMIT_OWNED : 0))
 		return -EINVAL;
 	export = export_get(file, a.id);
 	if (!export) {
@@ -477,6 +480,8 @@ static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool
 	}
 	mutex_lock(&export->lock);
 	result = decidable(export, a.epoch);
+	if (!result && a.flags & SOCKMI_COMMIT_OWNED && file_count(export->claim->file) <= REFERENCES_OF_NO_OWNER)
+		result = -EBADF;
 	if (!result) {
 		if (is_commit)
 			commit(export);

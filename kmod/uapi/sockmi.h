@@ -103,8 +103,11 @@
 
 #define SOCKMI_DEV_PATH "/dev/sockmi"
 #define SOCKMI_DEV_ABI_MAJOR 1
-/* 2: who owns the socket of an EXPORT_REQUEST; ANSWER says if nobody asks. 3: HOLD keeps packets, `kept` */
-#define SOCKMI_DEV_ABI_MINOR 4
+/*
+ * 2: who owns the socket of an EXPORT_REQUEST; ANSWER says if nobody asks. 3: HOLD keeps packets, `kept`.
+ * 5: SOCKMI_COMMIT_OWNED
+ */
+#define SOCKMI_DEV_ABI_MINOR 5
 
 /* An end of a connection; IPv4 addresses are v4-mapped (::ffff:a.b.c.d); all zero: none. */
 struct sockmi_dev_endpoint {
@@ -289,14 +292,20 @@ struct sockmi_ioc_freeze {
 	__aligned_u64 bytes;
 };
 
+/*
+ * Flag of COMMIT: not if the caller has the only descriptor of it: its owner has closed his then, and an end of which the
+ * peer has to hear must not move. The caller has exactly one. Whoever closes later closes what has moved.
+ */
+#define SOCKMI_COMMIT_OWNED (1u << 0)
+
 /**
  * struct sockmi_ioc_decision - COMMIT, ABORT, RELEASE, ACTIVATE, DISCARD, PUBLISH, REMOVE
  * @id: in
  * @epoch: in: of FREEZE, for COMMIT and ABORT
- * @flags: in: 0
+ * @flags: in: SOCKMI_COMMIT_OWNED, for COMMIT; else 0
  *
  * -ENOENT: no such id on this file; -EBUSY: wrong state; COMMIT, ABORT: -ETIMEDOUT the deadline was
- * first, -ESTALE another epoch. REMOVE takes entries of the namespace, also those that another file has published;
+ * first, -ESTALE another epoch; COMMIT: -EBADF its owner has closed it, it stays frozen. REMOVE takes entries of the namespace, also those that another file has published;
  * -EBUSY: an import is trying this one right now, and if it fails the entry stays: ask again.
  */
 struct sockmi_ioc_decision {

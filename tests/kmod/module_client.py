@@ -90,6 +90,7 @@ class ListName(enum.IntEnum):
 ACTIVATE, TRANSPARENT, RESET_PATH = 1, 2, 4
 ANY_UID, PUBLISH = 1, 2
 PROBE = 2
+COMMIT_OWNED = 1
 
 
 class End(ctypes.Structure):
@@ -437,8 +438,8 @@ class Device:
         start = frozen.slot * self.slot_bytes
         return self.memory[start : start + frozen.bytes]
 
-    def commit(self, frozen: Freeze) -> None:
-        self.call("commit", Decision(id=frozen.id, epoch=frozen.epoch))
+    def commit(self, frozen: Freeze, flags: int = 0) -> None:
+        self.call("commit", Decision(id=frozen.id, epoch=frozen.epoch, flags=flags))
 
     def abort(self, frozen: Freeze) -> None:
         self.call("abort", Decision(id=frozen.id, epoch=frozen.epoch))
@@ -446,7 +447,7 @@ class Device:
     def release(self, claim: Claim) -> None:
         self.call("release", Decision(id=claim.id))
 
-    def info(self, claim: Claim) -> ExportInfo:
+    def info(self, claim: Claim | Freeze) -> ExportInfo:
         return self.call("export_info", ExportInfo(id=claim.id))
 
     def restore(

@@ -127,8 +127,10 @@ class Pair:
     def compare(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         return self.exporter.compare(fds, images)
 
-    def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
-        return self.exporter.release(fds, images)
+    def release(
+        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False
+    ) -> list[Refusal | None]:
+        return self.exporter.release(fds, images, owned=owned)
 
     def deaden(self, fd: int) -> Refusal | None:
         return self.exporter.deaden(fd)

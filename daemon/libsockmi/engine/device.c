@@ -10,6 +10,7 @@
 #include "engine_internal.h"
 
 #define NEEDED (SOCKMI_FEATURE_EXPORT | SOCKMI_FEATURE_RESTORE)
+#define ABI_MINOR_OWNED 5 /* knows SOCKMI_COMMIT_OWNED */
 
 /* ---- The device file ---- */
 
@@ -125,6 +126,15 @@ static int decide(const struct sockmi_device *device, unsigned long request, uin
 	struct sockmi_ioc_decision decision = { .id = id, .epoch = epoch };
 
 	return ioctl(device->fd, request, &decision);
+}
+
+static int decide_commit(const struct sockmi_device *device, const struct sockmi_frozen *frozen, int owned)
+{
+	struct sockmi_ioc_decision decision = { .id = frozen->id, .epoch = frozen->epoch };
+
+	if (owned && (device->abi & 0xffff) >= ABI_MINOR_OWNED)
+		decision.flags = SOCKMI_COMMIT_OWNED;
+	return ioctl(device->fd, SOCKMI_IOC_COMMIT, &decision);
 }
 
 static void let_go(const struct sockmi_device *device, struct sockmi_frozen *frozen)
@@ -339,12 +349,13 @@ static int compare(const struct sockmi_device *device, int fd, const struct sock
 }
 
 static int commit(const struct sockmi_device *device, int fd, struct sockmi_frozen *frozen, const void *bytes,
-		  size_t length, struct sockmi_result *result)
+		  size_t length, int owned, struct sockmi_result *result)
 {
 	struct sockmi_ioc_claim claimed;
 	struct sockmi_image image;
+	int error, anew = !frozen->id;
 
-	if (!frozen->id) {
+	if (anew) {
 		if (sockmi_decode_own(bytes, length, &image, result) < 0 ||
 		    freeze(device, fd, 0, &claimed, frozen, result) < 0)
 			return -1;
@@ -353,23 +364,32 @@ static int commit(const struct sockmi_device *device, int fd, struct sockmi_froz
 			return -1;
 		}
 	}
-	if (decide(device, SOCKMI_IOC_COMMIT, frozen->id, frozen->epoch) < 0)
-		/* The kernel has thawed it, when the deadline was over. */
-		return errno == ETIMEDOUT || errno == ESTALE || errno == EBUSY ?
-			       changed(result, SOCKMI_STEP_COMMIT) :
-			       sockmi_fail(result, SOCKMI_RESULT_FAILED, SOCKMI_STEP_COMMIT, errno);
-	let_go(device, frozen);
-	return 0;
+	error = decide_commit(device, frozen, owned) < 0 ? errno : 0;
+	if (!error || anew)
+		let_go(device, frozen);
+	switch (error) {
+	case 0:
+		return 0;
+	case ETIMEDOUT: /* The kernel has thawed it, when the deadline was over. */
+	case ESTALE:
+	case EBUSY:
+		return changed(result, SOCKMI_STEP_COMMIT);
+	case EBADF:
+		return sockmi_fail(result, SOCKMI_RESULT_NO_SOCKET, SOCKMI_STEP_COMMIT, error);
+	default:
+		return sockmi_fail(result, SOCKMI_RESULT_FAILED, SOCKMI_STEP_COMMIT, error);
+	}
 }
 
 int sockmi_device_commit(const struct sockmi_device *device, const int *fds, struct sockmi_frozen *frozen,
-			 const void *const *images, const size_t *lengths, size_t n, struct sockmi_result *results)
+			 const void *const *images, const size_t *lengths, size_t n, int owned,
+			 struct sockmi_result *results)
 {
 	int count = 0;
 
 	memset(results, 0, n * sizeof(*results));
 	for (size_t i = 0; i < n; i++)
-		if (commit(device, fds[i], &frozen[i], images[i], lengths[i], &results[i]) < 0)
+		if (commit(device, fds[i], &frozen[i], images[i], lengths[i], owned, &results[i]) < 0)
 			count++;
 	return count;
 }

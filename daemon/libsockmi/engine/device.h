@@ -47,10 +47,11 @@ SOCKMI_EXPORT int sockmi_device_capture(const struct sockmi_device *device, cons
 
 /*
  * As sockmi_release(). What is still frozen equals its image; what is not is frozen again and compared. Those that
- * are closed are frozen no more, so @frozen[i].id is 0 then.
+ * are closed are frozen no more, so @frozen[i].id is 0 then. With @owned: only if another descriptor than @fds[i] is
+ * left (SOCKMI_RESULT_NO_SOCKET); a module that does not know is not asked.
  */
 SOCKMI_EXPORT int sockmi_device_commit(const struct sockmi_device *device, const int *fds, struct sockmi_frozen *frozen,
-				       const void *const *images, const size_t *lengths, size_t n,
+				       const void *const *images, const size_t *lengths, size_t n, int owned,
 				       struct sockmi_result *results);
 
 /* The inverse of a capture that keeps. */

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from sockmi.engine import preflight
 from sockmi.engine.base import Captured, Kind, Needs, Placement, Restored, SocketFacts
+from sockmi.engine.owners import ABANDONED
 from sockmi.engine.repair import RepairEngine
 from sockmi.engine.results import (
     RESULT,
@@ -93,7 +94,9 @@ def _native() -> Any:
     lib.sockmi_device_capture.argtypes = [
         device, fds, ctypes.c_char_p, size, u32, pointer, size, frozen, pointer,
     ]  # fmt: skip
-    lib.sockmi_device_commit.argtypes = [device, fds, frozen, pointer, pointer, size, pointer]
+    lib.sockmi_device_commit.argtypes = [
+        device, fds, frozen, pointer, pointer, size, ctypes.c_int, pointer,
+    ]  # fmt: skip
     lib.sockmi_device_thaw.argtypes = [device, frozen, size]
     lib.sockmi_device_restore.argtypes = [device, pointer, pointer, pointer, size, fds, ids, pointer]
     lib.sockmi_device_renew.argtypes = [device, fds, ids, pointer, pointer, pointer, size, pointer]
@@ -316,14 +319,16 @@ class KernelEngine:
         held = [self._held.get(_inode(fd)) for fd in fds]
         return [_THAWED if one is not None and one.until_s < soon else None for one in held]
 
-    def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
+    def release(
+        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False
+    ) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image; see the contract."""
         outcomes: list[Refusal | None] = [None] * len(fds)
         held = [self._held.get(_inode(fd)) for fd in fds]
         ordinary = [at for at, one in enumerate(held) if one is None or not one.own]
         for part in (ordinary, *([at] for at in range(len(fds)) if at not in ordinary)):
             if part:
-                self._release(fds, images, held, part, outcomes)
+                self._release(fds, images, held, part, outcomes, owned=owned)
         return outcomes
 
     def _release(
@@ -333,6 +338,8 @@ class KernelEngine:
         held: list[_Held | None],
         part: list[int],
         outcomes: list[Refusal | None],
+        *,
+        owned: bool,
     ) -> None:
         first = held[part[0]]
         device = first.device if first is not None else self._device
@@ -341,11 +348,13 @@ class KernelEngine:
         given = Images([images[at] for at in part])
         _native().sockmi_device_commit(
             ctypes.byref(device), ints([fds[at] for at in part]), frozen, given.pointers, given.lengths,
-            len(part), results,
+            len(part), owned, results,
         )  # fmt: skip
         for at, result in zip(part, RESULT.iter_unpack(results.raw), strict=False):
             if result[0] == Result.NO_ROOM:  # it has grown since
                 outcomes[at] = Refusal(Code.CHANGED, "more is queued than when it was frozen; try again")
+            elif result[0] == Result.NO_SOCKET:
+                outcomes[at] = ABANDONED
             elif result[0] != Result.OK:
                 outcomes[at] = refusal_of(result, Code.INTERNAL)
             elif (one := held[at]) is not None:

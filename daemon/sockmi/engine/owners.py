@@ -34,6 +34,11 @@ from sockmi.refusal import Code, Refusal
 #: Holders by socket: inode -> {pid: [descriptors]}; -1 is a registered file of an io_uring.
 Holders = dict[int, dict[int, list[int]]]
 
+ABANDONED = Refusal(
+    Code.NO_SUCH_SOCKET,
+    "No process has this socket any more: it was closed after it had been selected; see sockmi list.",
+)
+
 _PROC = Path("/proc")
 _PID_MIN = 300  # RESERVED_PIDS: where process ids go on after a wrap (kernel/pid.c)
 # A process in the middle of fork(2) has its id, but cannot be seen yet: look that many ids further back.

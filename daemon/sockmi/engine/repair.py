@@ -132,8 +132,13 @@ class RepairEngine:
         """Refuse what does not equal its image any more; changes nothing."""
         return self._with_images(_native().sockmi_compare, fds, images, Code.INTERNAL)
 
-    def release(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
-        """Close each original without a packet, if it still equals its image; see the contract."""
+    def release(
+        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False
+    ) -> list[Refusal | None]:
+        """Close each original without a packet, if it still equals its image; see the contract.
+
+        ``owned`` is not asked: its owners are stopped.
+        """
         return self._with_images(_native().sockmi_release, fds, images, Code.INTERNAL)
 
     def deaden(self, fd: int) -> Refusal | None:

@@ -94,7 +94,10 @@ class Committer:
         going = [index for index in going if results[index] is None]
         self._listeners.take_queues({index: queue for index, queue in queues.items() if index in going})
         reached("commit.accepted")
-        refusals = self._release([exports[index] for index in going])
+        refusals = self._release(
+            [exports[index] for index in going],
+            together=any(_is_joined(action.routes[index]) for index in going),
+        )
         for position, index in enumerate(going):
             if exports[index].facts.kind is Kind.LISTENING and refusals[position] is not None:
                 refusals[position] = self._listeners.insist(importer, index, exports[index], queues)
@@ -116,12 +119,17 @@ class Committer:
         for index, queue in queues.items():
             self._listeners.begin_to_follow(queue, exports[index], moved=index in going)
 
-    def _release(self, exports: Sequence[Export]) -> list[Refusal | None]:
-        """Close each without a packet; what waited in an import list is there no more."""
+    def _release(self, exports: Sequence[Export], *, together: bool) -> list[Refusal | None]:
+        """Close each without a packet; what waited in an import list is there no more.
+
+        Of what goes only ``together`` nothing can stay when some is closed: nobody asks for its owners then.
+        """
         live = owned(exports)
         waiting = {one.selected.copy: one.migration for one in exports if one.selected.copy}
         closed = iter(
-            self._shell.engine.release([one.selected.descriptor for one in live], [one.image for one in live])
+            self._shell.engine.release(
+                [one.selected.descriptor for one in live], [one.image for one in live], owned=not together
+            )
         )
         unwritten = self._onward.release(waiting) if waiting else None
         return [unwritten if export.selected.copy else next(closed) for export in exports]

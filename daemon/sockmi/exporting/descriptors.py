@@ -18,14 +18,10 @@ from sockmi.engine.base import Kind
 from sockmi.engine.closing import close_all
 from sockmi.engine.duplicate import Duplicator
 from sockmi.engine.listing import bound, listening
-from sockmi.engine.owners import Owners
+from sockmi.engine.owners import ABANDONED, Owners
 from sockmi.exporting.export import Export
 from sockmi.refusal import Code, Refusal
 
-_CLOSED = Refusal(
-    Code.NO_SUCH_SOCKET,
-    "No process has this socket any more: it was closed after it had been selected; see sockmi list.",
-)
 PASSED_ON = Refusal(
     Code.CHANGED,
     "It is on its way from one process to another, or in one that cannot be seen; try again.",
@@ -75,7 +71,7 @@ class Descriptors:
         return results
 
     def _take(self, duplicator: Duplicator, export: Export) -> Refusal | None:
-        refusal = _CLOSED
+        refusal = ABANDONED
         for pid, fd in self._owners.descriptors(export.facts.inode):
             try:
                 export.selected.descriptor = duplicator.duplicate(pid, fd, export.facts.inode)
@@ -102,7 +98,7 @@ class Descriptors:
     def abandoned(self, exports: Sequence[Export]) -> list[Refusal | None]:
         """Of those that are frozen: whether nobody but us has it, as it was closed after ``take``."""
         held = self._owners.held({export.facts.inode for export in exports})
-        return [None if export.facts.inode in held else _CLOSED for export in exports]
+        return [None if export.facts.inode in held else ABANDONED for export in exports]
 
     def name_passed_on(self, exports: Sequence[Export], results: MutableSequence[Any]) -> None:
         """Refuse otherwise what no process has, we neither, and is not closed for all that."""

@@ -143,7 +143,7 @@ class Listeners:
                 self.queues.keep(change, queue)
                 self._shell.journal.write(change)
             self.queues.take(queue)
-            (refusal,) = self._shell.engine.release([descriptor], [export.image])
+            (refusal,) = self._shell.engine.release([descriptor], [export.image], owned=not queue.kept)
             if refusal is None or not queue.kept:
                 return refusal
         _log.error("%s: its queue was taken, and it still does not close: %s", export.facts.local, refusal)

@@ -21,7 +21,8 @@ def lab(kernel: str) -> Iterator[Lab]:
         yield made
 
 
-@pytest.mark.parametrize("point", POINTS)
+#: The last moment is the module's: the daemon has looked for the last time.
+@pytest.mark.parametrize("point", [*POINTS, "commit.accepted"])
 @pytest.mark.parametrize("how", ["closed", "killed", "one of two"])
 def test_ended_while_it_is_frozen(lab: Lab, tmp_path: Path, how: str, point: str) -> None:
     """What another descriptor of the owner's still has is not closed, and moves."""

@@ -19,7 +19,17 @@ from collections.abc import Iterator
 import pytest
 
 from tests.kmod.inside.test_module_core import device, join_all, new_socket, pair, read_exactly, wait_for
-from tests.kmod.module_client import ACTIVATE, Device, EventType, Refusal, Refused, frozen
+from tests.kmod.module_client import (
+    ACTIVATE,
+    COMMIT_OWNED,
+    Decision,
+    Device,
+    EventType,
+    ExportState,
+    Refusal,
+    Refused,
+    frozen,
+)
 
 __all__ = ["device"]
 
@@ -109,6 +119,48 @@ def test_an_abortive_close_is_one_at_the_claim_s_end_too(device: Device) -> None
     peer.settimeout(3)
     with pytest.raises(ConnectionResetError):
         peer.recv(1)
+
+
+def test_a_commit_sees_that_the_owner_has_closed(device: Device) -> None:
+    """The caller's descriptor is the last one: it stays frozen, and its end goes out afterwards."""
+    owners, peer = pair()
+    ours = owners.dup()
+    with frozen(device, ours) as (freeze, _image):
+        owners.close()
+        with pytest.raises(Refused) as caught:
+            device.commit(freeze, COMMIT_OWNED)
+        assert caught.value.errno == errno.EBADF
+        assert device.info(freeze).state == ExportState.FROZEN
+        ours.close()
+    peer.settimeout(3)
+    assert peer.recv(1) == b""
+
+
+def test_a_commit_counts_a_descriptor_on_its_way(device: Device) -> None:
+    """Its owner has passed it on, and nobody has received it yet."""
+    owners, _peer = pair()
+    ours = owners.dup()
+    near, far = socket.socketpair()
+    with near, far, frozen(device, ours) as (freeze, _image):
+        socket.send_fds(near, [b"x"], [owners.fileno()])
+        owners.close()
+        device.commit(freeze, COMMIT_OWNED)
+        assert device.info(freeze).state == ExportState.COMMITTED
+        [passed] = socket.recv_fds(far, 1, 1)[1]
+        with socket.socket(fileno=passed) as dead, pytest.raises(ConnectionAbortedError):
+            dead.recv(1)
+
+
+def test_only_a_commit_asks_for_owners(device: Device) -> None:
+    ours, _peer = pair()
+    with frozen(device, ours) as (freeze, _image):
+        with pytest.raises(Refused) as caught:
+            device.call("abort", Decision(id=freeze.id, epoch=freeze.epoch, flags=COMMIT_OWNED))
+        assert caught.value.errno == errno.EINVAL
+        with pytest.raises(Refused) as caught:
+            device.commit(freeze, COMMIT_OWNED << 1)
+        assert caught.value.errno == errno.EINVAL
+        device.abort(freeze)
 
 
 # ---- Kept busy ----
