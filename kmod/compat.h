@@ -50,6 +50,17 @@ static inline void sockmi_vm_set(struct vm_area_struct *vma, unsigned long flags
 #define sockmi_vm_set vm_flags_set
 #endif
 
+/* ---- Sockets ---- */
+
+/* sk_wait_event() fails when the count has changed. The fix came to the stable kernels as well. */
+static inline void sockmi_count_disconnect(struct sock *sk)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 6, 0) || \
+	(LINUX_VERSION_CODE >= KERNEL_VERSION(6, 1, 59) && LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0))
+	sk->sk_disconnects++;
+#endif
+}
+
 /* ---- sysctl ---- */
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 11, 0)

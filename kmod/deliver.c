@@ -21,6 +21,8 @@
 #include "internal.h"
 #include "trace.h"
 
+#define LISTENER_LOCK_MS 20 /* a program that accepts has it for microseconds */
+
 /**
  * struct delivery - one call
  * @net: where it happens
@@ -253,18 +255,31 @@ static void detach(struct sock *sk)
 	write_unlock_bh(&sk->sk_callback_lock);
 }
 
+/* The inverse of restore(). */
+static void close_child(struct sock *child)
+{
+	sockmi_adopt(child);
+	sockmi_close_silently(child, 0);
+	release_sock(child);
+}
+
 /* The child's lock is held; afterwards it is not, and the child is the queue's or closed. */
 static int enqueue(struct delivery *d)
 {
 	struct sock *listener = d->listener, *child = d->child->sk;
 	int result;
 
-	lock_sock_nested(listener, SINGLE_DEPTH_NESTING);
+	/* Its owner may hold it for as long as he likes, in a system call that waits for his memory. */
+	result = sockmi_lock(listener, LISTENER_LOCK_MS);
+	if (result) {
+		if (result == -EBUSY)
+			d->a->refusal = SOCKMI_REFUSAL_BUSY;
+		close_child(child);
+		return result;
+	}
 	result = check_listener(d);
 	if (result) {
-		sockmi_adopt(child);
-		sockmi_close_silently(child, 0);
-		release_sock(child);
+		close_child(child);
 		goto unlock;
 	}
 	child->sk_reuse = listener->sk_reuse;

@@ -202,7 +202,7 @@ struct sockmi_blob *sockmi_blob_get(struct sockmi_file *file, u32 slot, u64 addr
 	if (!blob)
 		return ERR_PTR(-ENOMEM);
 	refcount_set(&blob->refs, 1);
-	if (sockmi_memory_take(&blob->memory, bytes)) {
+	if (sockmi_memory_take(&blob->memory, bytes + sizeof(*blob))) {
 		kfree(blob);
 		return ERR_PTR(-EDQUOT);
 	}

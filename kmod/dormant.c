@@ -215,7 +215,7 @@ static int register_dormant(struct sockmi_dormant *dormant, unsigned int deadlin
 	 */
 	xa_lock(&dormant->owner->dormants);
 	__xa_store(&dormant->owner->dormants, dormant->id, dormant, GFP_ATOMIC); /* into the place that it has */
-	queue_delayed_work(sockmi_workqueue, &dormant->deadline, msecs_to_jiffies(deadline_ms));
+	queue_delayed_work(sockmi_discards, &dormant->deadline, msecs_to_jiffies(deadline_ms));
 	xa_unlock(&dormant->owner->dormants);
 	return 0;
 }

@@ -28,6 +28,7 @@
 #include "uapi/sockmi.h"
 
 #define SOCKMI_LISTS 3
+#define SOCKMI_LIST_MOST 16384 /* entries of one list, whatever its maximum */
 #define SOCKMI_EVENTS_MAX 1024 /* that wait in one file */
 #define SOCKMI_EXPORTS_MAX 65536 /* of one file */
 
@@ -44,6 +45,8 @@ extern unsigned int sockmi_memory_users_max_mb;
 extern unsigned int sockmi_list_max[SOCKMI_LISTS];
 extern unsigned int sockmi_sysctl_wait_ms;
 extern struct workqueue_struct *sockmi_workqueue;
+/* For work that may wait for a socket's owner: no freeze waits behind it. */
+extern struct workqueue_struct *sockmi_discards;
 
 /**
  * struct sockmi_memory - a share of the memory of all buffers and images

@@ -33,7 +33,7 @@ void sockmi_lists_init(struct sockmi_net *sn)
 	init_waitqueue_head(&sn->wait);
 	for (i = 0; i < SOCKMI_LISTS; i++) {
 		INIT_LIST_HEAD(&sn->lists[i]);
-		sn->max[i] = sockmi_list_max[i];
+		sn->max[i] = min_t(unsigned int, sockmi_list_max[i], SOCKMI_LIST_MOST);
 	}
 }
 

@@ -55,6 +55,7 @@ module_param_named(sysctl_wait_ms, sockmi_sysctl_wait_ms, uint, 0644);
 MODULE_PARM_DESC(sysctl_wait_ms, "How long a write to the sysctl sockmi.export waits for the result, in ms (10000)");
 
 struct workqueue_struct *sockmi_workqueue;
+struct workqueue_struct *sockmi_discards;
 static unsigned int sockmi_net_id __read_mostly;
 static atomic64_t memory_used = ATOMIC64_INIT(0);
 static atomic64_t memory_users_used = ATOMIC64_INIT(0);
@@ -185,9 +186,15 @@ static int __init sockmi_init(void)
 
 	if (sockmi_slots_max > 256)
 		sockmi_slots_max = 256;
-	sockmi_workqueue = alloc_workqueue("sockmi", WQ_UNBOUND | WQ_HIGHPRI, 0);
+	/* A freeze ends in time also when memory is short. */
+	sockmi_workqueue = alloc_workqueue("sockmi", WQ_UNBOUND | WQ_HIGHPRI | WQ_MEM_RECLAIM, 0);
 	if (!sockmi_workqueue)
 		return -ENOMEM;
+	sockmi_discards = alloc_workqueue("sockmi_discards", WQ_UNBOUND, 0);
+	if (!sockmi_discards) {
+		result = -ENOMEM;
+		goto no_discards;
+	}
 	result = sockmi_claims_init();
 	if (result)
 		goto no_claims;
@@ -211,6 +218,8 @@ no_pernet:
 no_nat:
 	sockmi_claims_exit();
 no_claims:
+	destroy_workqueue(sockmi_discards);
+no_discards:
 	destroy_workqueue(sockmi_workqueue);
 	return result;
 }
@@ -219,6 +228,7 @@ static void __exit sockmi_exit(void)
 {
 	misc_deregister(&device);
 	/* The last claim's work may still be on its way out. */
+	destroy_workqueue(sockmi_discards);
 	destroy_workqueue(sockmi_workqueue);
 	sockmi_claims_exit();
 	unregister_pernet_subsys(&net_operations);

@@ -262,7 +262,7 @@ static unsigned int tcp_post(struct sockmi_nat_net *nat, struct sk_buff *skb, in
 static bool idle_in(const struct sockmi_nat_net *nat)
 {
 	return !(READ_ONCE(nat->redirects) | READ_ONCE(nat->holds) | READ_ONCE(nat->ports) |
-		 READ_ONCE(nat->untracked));
+		 READ_ONCE(nat->untracked) | READ_ONCE(nat->translates));
 }
 
 static bool idle_out(const struct sockmi_nat_net *nat)

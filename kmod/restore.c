@@ -23,6 +23,10 @@ static int check_target(struct restore *r)
 	if (r->sk->sk_state != TCP_CLOSE || inet->inet_num || inet->inet_dport || r->sock->state != SS_UNCONNECTED ||
 	    !skb_queue_empty(&r->sk->sk_receive_queue))
 		return refuse(r, SOCKMI_REFUSAL_TARGET);
+	/* One that has had a v4-mapped connection sends by IPv4 for ever: nothing resets its operations. */
+	if (r->id->family == AF_INET6 && r->id->kind == SOCKMI_KIND_CONNECTED && !is_mapped(&r->local) &&
+	    r->icsk->icsk_af_ops->net_header_len != sizeof(struct ipv6hdr))
+		return refuse(r, SOCKMI_REFUSAL_TARGET);
 	r->refusal = sockmi_layers(r->sk);
 	return sockmi_refusal_errno(r->refusal);
 }
@@ -250,6 +254,8 @@ int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const 
 		release_sock(r.sk);
 		goto free;
 	}
+	/* Who still sleeps in a call of its former life must not go on with it in this one. */
+	sockmi_count_disconnect(r.sk);
 	WRITE_ONCE(r.sk->sk_err, 0);
 	WRITE_ONCE(r.sk->sk_shutdown, 0);
 	if (image->identity.kind != SOCKMI_KIND_CONNECTED)

@@ -298,6 +298,7 @@ static int export_handler(SOCKMI_CTL_CONST struct ctl_table *table, int write, v
 	char text[sizeof(sn->last_result)] = "", kept[COMMAND_MAX];
 	struct ctl_table copy = { .procname = table->procname, .data = text, .maxlen = sizeof(text), .mode = table->mode };
 	struct command command;
+	size_t written;
 	int result;
 
 	if (!write) {
@@ -310,11 +311,13 @@ static int export_handler(SOCKMI_CTL_CONST struct ctl_table *table, int write, v
 		pr_notice_ratelimited("sockmi.export: more than %d bytes, or not written at once\n", COMMAND_MAX - 1);
 		return -EINVAL;
 	}
+	written = *length;
 	result = proc_dostring(&copy, 1, buffer, length, position);
 	if (result)
 		return result;
 	strscpy(kept, text, sizeof(kept));
-	if (!parse(text, &command)) {
+	/* proc_dostring() leaves out what follows the first line. */
+	if (written > strlen(kept) + 1 || !parse(text, &command)) {
 		pr_notice_ratelimited("sockmi.export: \"%*pE\" is not \"pid=PID fd=FD [to=ADDRESS]\"\n",
 				      (int)strnlen(kept, sizeof(kept)), kept);
 		return -EINVAL;
@@ -400,11 +403,22 @@ long sockmi_ioctl_answer(struct sockmi_file *file, void __user *arg, size_t size
 
 /* ---- Tables ---- */
 
+/* A list is walked under a lock, so it cannot be of any length that somebody with a namespace of his own likes. */
+static int maximum_handler(SOCKMI_CTL_CONST struct ctl_table *table, int write, void *buffer, size_t *length,
+			   loff_t *position)
+{
+	static const unsigned int most = SOCKMI_LIST_MOST;
+	struct ctl_table copy = *table;
+
+	copy.extra2 = (void *)&most;
+	return proc_douintvec_minmax(&copy, write, buffer, length, position);
+}
+
 static const struct ctl_table template[] = {
 	{ .procname = "export", .mode = 0644, .proc_handler = export_handler },
-	{ .procname = "max_bound", .maxlen = sizeof(int), .mode = 0644, .proc_handler = proc_douintvec },
-	{ .procname = "max_listening", .maxlen = sizeof(int), .mode = 0644, .proc_handler = proc_douintvec },
-	{ .procname = "max_connected", .maxlen = sizeof(int), .mode = 0644, .proc_handler = proc_douintvec },
+	{ .procname = "max_bound", .maxlen = sizeof(int), .mode = 0644, .proc_handler = maximum_handler },
+	{ .procname = "max_listening", .maxlen = sizeof(int), .mode = 0644, .proc_handler = maximum_handler },
+	{ .procname = "max_connected", .maxlen = sizeof(int), .mode = 0644, .proc_handler = maximum_handler },
 };
 
 int sockmi_sysctl_net_init(struct net *net, struct sockmi_net *sn)

@@ -24,6 +24,7 @@
  * that owns the network namespace concerned (that of the socket, or for lists that in which the
  * device was opened): -EPERM. CLAIM of another process's descriptor needs CAP_SYS_PTRACE and
  * CAP_NET_ADMIN in the initial user namespace; others get a duplicate by pidfd_getfd(2) and claim that.
+ * What a claim or a restore has begun is decided by whoever has the device file, whatever his capabilities are.
  *
  * An export
  * ---------
@@ -433,7 +434,7 @@ struct sockmi_ioc_restore {
  * @reserved2: in: 0
  *
  * Needs CAP_NET_ADMIN. Connections that are ESTABLISHED or in CLOSE_WAIT; the others are refused with STATE. -EAGAIN
- * with ACCEPT_QUEUE: full, now. A listener that is closed after the delivery resets the connection, as it does with all
+ * with ACCEPT_QUEUE: full, now. -EBUSY with BUSY: its owner keeps the listener's lock. A listener that is closed after the delivery resets the connection, as it does with all
  * that it has not accepted.
  */
 struct sockmi_ioc_deliver {

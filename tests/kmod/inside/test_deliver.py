@@ -20,6 +20,7 @@ import pytest
 
 from sockmi import image as images
 from tests.kmod import nat_client
+from tests.kmod.inside.test_module_claims import give_page, missing_page
 from tests.kmod.inside.test_module_core import (
     CLOSE_WAIT,
     ESTABLISHED,
@@ -685,3 +686,29 @@ def test_accept_and_close_race_with_deliveries(device: Device) -> None:
         stop.set()
         thread.join()
     assert outcomes[Refusal.NONE] > 5
+
+
+@pytest.mark.kernels("6.*", "7.*")
+def test_a_listener_that_is_kept_busy_holds_nobody_up(device: Device) -> None:
+    """Its owner has its lock for as long as a system call of his waits for a page."""
+    server = listener("ipv4")
+    ours, peer = connected(server, "ipv4")
+    with taken(device, ours) as image:
+        with missing_page() as (_memory, address, descriptor):
+            setting = threading.Thread(
+                target=LIBC.setsockopt,
+                args=(server.fileno(), socket.IPPROTO_IP, socket.IP_OPTIONS, ctypes.c_void_p(address), 4),
+            )
+            setting.start()
+            time.sleep(0.2)
+            started = time.monotonic()
+            with pytest.raises(Refused) as caught:
+                device.deliver(image)
+            assert (caught.value.errno, caught.value.refusal) == (errno.EBUSY, Refusal.BUSY)
+            assert time.monotonic() - started < 2
+            give_page(address, descriptor)
+            setting.join()
+        device.deliver(image)
+    server.settimeout(5)
+    peer.sendall(b"1")
+    assert read_exactly(server.accept()[0], 1) == b"1"

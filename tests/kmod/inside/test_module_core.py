@@ -825,3 +825,51 @@ def test_a_live_stream_moves_many_times(device: Device, family: str) -> None:
     assert results == [True]
     assert bytes(got) == up
     assert done == moves
+
+
+def test_a_socket_that_was_v4_mapped_is_no_target_for_ipv6(device: Device) -> None:
+    """It would send by IPv4 for ever; a v4-mapped connection it takes again."""
+    mapped, peer = pair("mapped")
+    native, _peer = pair("ipv6")
+    target = new_socket("mapped")
+    with held(mapped), frozen(device, mapped) as (freeze, image):
+        device.commit(freeze)
+        mapped.close()
+        for _turn in range(2):
+            device.restore(target, image)
+            with frozen(device, target) as (again, image):
+                device.commit(again)
+        with frozen(device, native) as (freeze, other):
+            with pytest.raises(Refused) as caught:
+                device.restore(target, other)
+            assert caught.value.refusal == Refusal.TARGET
+            device.abort(freeze)
+        device.restore(copy := new_socket("mapped"), image)
+    peer.sendall(b"1")
+    assert read_exactly(copy, 1) == b"1"
+
+
+def test_who_slept_in_a_send_has_no_part_in_the_next_connection(device: Device) -> None:
+    """The socket has another connection before the sender that was woken by COMMIT gets a processor."""
+    ours, peer = pair()
+    other, others_peer = pair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    sending = threading.Thread(target=send_when_idle, args=(ours.fileno(),), daemon=True)
+    with held(other), frozen(device, other) as (freeze, image):
+        sending.start()
+        time.sleep(1)  # until the peer's buffer and its own are full
+        device.commit(freeze)
+        with frozen(device, ours, slot=1) as (begun, _image):
+            device.commit(begun)
+        device.restore(ours, image)
+    sending.join(20)
+    assert not sending.is_alive()
+    ours.sendall(b"1")
+    assert others_peer.recv(100) == b"1"
+    peer.close()
+
+
+def send_when_idle(descriptor: int) -> None:
+    """More than fits; the thread runs only when nobody else wants to."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    ctypes.CDLL(None).send(descriptor, bytes(16 << 20), 16 << 20, 0)

@@ -152,6 +152,19 @@ def test_each_list_has_a_maximum(device: Device) -> None:
         maximum.write_text(before)
 
 
+@pytest.mark.parametrize("name", ["max_bound", "max_listening", "max_connected"])
+def test_a_maximum_is_bounded(name: str) -> None:
+    """Lists are walked under a lock, and a namespace's root sets its maxima."""
+    before = (SYSCTL / name).read_text()
+    try:
+        (SYSCTL / name).write_text("16384")
+        with pytest.raises(OSError, match="Invalid argument"):
+            (SYSCTL / name).write_text("16385")
+        assert int((SYSCTL / name).read_text()) == 16384
+    finally:
+        (SYSCTL / name).write_text(before)
+
+
 def test_the_three_kinds_have_lists_of_their_own(device: Device) -> None:
     bound, listener = socket.socket(), socket.socket()
     bound.bind(("127.0.0.1", 0))

@@ -78,6 +78,8 @@ def reading() -> str:
         "pid=-1 fd=1",
         "pid=1 fd=-1",
         "pid=1 fd=1 fd=2",
+        "pid=1 fd=1\nrubbish",
+        "pid=1 fd=1\0rubbish",
         "pid=1 fd=1 to=",
         "pid=1 fd=1 to=1.2.3",
         "pid=1 fd=1 to=::g",
