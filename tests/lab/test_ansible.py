@@ -314,6 +314,8 @@ def lines_left(lab: Lab) -> int:
         ({"from": "a", "allow_refused": "perhaps"}, "sockmi_allow_refused is 'perhaps'"),
         ({"from": "a", "local_port": 70000}, "local_port is 70000; give a number"),
         ({"from": "d"}, "Start it"),
+        ({"from": "a", "unit": ""}, "unit is empty"),
+        ({"from": "a", "count": 0}, "count is 0"),
         ({"from": "a", "units": "nginx.service"}, "sockmi_units: SockMi has no such variable"),
         ({"from": "a", "to": "nobody"}, "sockmi_to is 'nobody', whom a does not hear; it hears b, c."),
     ],
@@ -327,6 +329,13 @@ def test_migrate_checks_its_variables(
     assert message in " ".join((result.stdout + result.stderr).split())
     assert changed(result, "localhost") == 0
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("name", ["migrate", "drain"])
+def test_a_limit_leaves_out_no_check(controller: Controller, name: str) -> None:
+    result = controller.playbook(name, "--limit", "a", **{"from": "a", "units": "nginx.service"})
+    assert result.returncode != 0
+    assert "--limit leaves out localhost" in " ".join((result.stdout + result.stderr).split())
 
 
 def test_daemon_hosts_are_those_of_the_inventory() -> None:
