@@ -167,10 +167,10 @@ class Daemon:
         self.exporting = Exporting(
             self.shell,
             self.redirecting,
-            holders.find,
-            self.diag.find,
-            self.diag.destroy,
-            self.importing.onward,
+            find_holders=holders.find,
+            find=self.diag.find,
+            destroy=self.diag.destroy,
+            onward=self.importing.onward,
         )
         self.operations = Operations(self)
         self._sysctl = SysctlExports(self)

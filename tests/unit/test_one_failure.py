@@ -243,9 +243,10 @@ def test_a_socket_under_way_is_refused_however_often_it_is_asked_for() -> None:
         journal=SimpleNamespace(write=lambda _unused: None), note=lambda _unused: None,
     )  # fmt: skip
     exporting = Exporting(
-        shell, SimpleNamespace(holding_of=None), lambda *_unused: None, lambda _unused: None,
-        lambda *_unused: True, SimpleNamespace(),
-    )  # type: ignore[arg-type]  # fmt: skip
+        shell, SimpleNamespace(holding_of=None),  # type: ignore[arg-type]
+        find_holders=lambda *_unused: None, find=lambda _unused: None, destroy=lambda *_unused: True,
+        onward=SimpleNamespace(),  # type: ignore[arg-type]
+    )  # fmt: skip
     for _turn in range(3):
         selected = Selected(os.open(os.devnull, os.O_RDONLY), 1, 3)
         exporting.admission.export(

@@ -36,10 +36,11 @@ __all__ = ["Export", "Exporting", "Selected"]
 class Exporting:
     """The parts of this half, put together; see the package's docstring."""
 
-    def __init__(  # noqa: PLR0917 - what it needs of the daemon
+    def __init__(
         self,
         shell: Shell,
         redirecting: Redirecting,
+        *,
         find_holders: FindHolders,
         find: Callable[[FourTuple], Found | None],
         destroy: Callable[[FourTuple, int], bool],
