@@ -316,7 +316,7 @@ def lines_left(lab: Lab) -> int:
         ({"from": "d"}, "Start it"),
         ({"from": "a", "unit": ""}, "unit is empty"),
         ({"from": "a", "count": 0}, "count is 0"),
-        ({"from": "a", "units": "nginx.service"}, "sockmi_units: SockMi has no such variable"),
+        ({"from": "a", "units": "nginx.service"}, "sockmi_units: the playbook migrate has no such variable"),
         ({"from": "a", "to": "nobody"}, "sockmi_to is 'nobody', whom a does not hear; it hears b, c."),
     ],
 )

@@ -140,7 +140,7 @@ def test_drain_stops_and_goes_on(controller: Controller, lines: Service, tmp_pat
         ({"from": "nobody"}, "no host or group"),
         ({"from": "a", "rate": 0}, "numbers above 0"),
         ({"from": "a", "stop_after": "many"}, "a whole number"),
-        ({"from": "a", "port": 443}, "sockmi_port: SockMi has no such variable"),
+        ({"from": "a", "port": 443}, "sockmi_port: the playbook drain has no such variable"),
         ({"from": "a", "to": "b,nobody"}, "names nobody, which a does not hear"),
         ({"from": "a,b", "to": "b"}, "names b, which a does not hear, or which is to be emptied too"),
     ],

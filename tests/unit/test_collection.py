@@ -38,6 +38,23 @@ def test_a_playbook_of_it_does_its_work(installed: Path) -> None:
     assert "sockmi_from is ''" in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("name", ["migrate", "drain"])
+def test_a_playbook_of_it_knows_the_variables_of_the_role(installed: Path, name: str) -> None:
+    words = [
+        f"sockmi.appliance.{name}",
+        "-i",
+        "web1,",
+        "-e",
+        "sockmi_from=web1",
+        "-e",
+        "sockmi_members_min=2",
+    ]
+    done = run(installed, "ansible-playbook", *words, "-e", "sockmi_port=443")
+    assert done.returncode != 0
+    said = " ".join((done.stdout + done.stderr).split())
+    assert f"sockmi_port: the playbook {name} has no such variable" in said
+
+
 def test_the_role_says_that_it_has_no_key(installed: Path) -> None:
     words = ["sockmi.appliance.install", "-i", "web1,", "-e", "sockmi_hosts=web1"]
     done = run(installed, "ansible-playbook", *words)
@@ -45,6 +62,25 @@ def test_the_role_says_that_it_has_no_key(installed: Path) -> None:
     said = " ".join((done.stdout + done.stderr).split())
     assert "the key of the group default is not set" in said
     assert "make one with `openssl rand -hex 32`, keep it in a vault, and set sockmi_group_key" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "ok"),
+    [
+        ("install", "sockmi_prefx", "sockmi_lab_name"),
+        ("install", "sockmi_host", "sockmi_stream_port"),
+        ("uninstall", "sockmi_uninstal_force", "sockmi_members_min"),
+        ("uninstall", "sockmi_from", "sockmi_serial"),
+    ],
+)
+def test_a_variable_that_the_role_has_not_is_refused(installed: Path, name: str, wrong: str, ok: str) -> None:
+    """Before any host is asked, of which there is none."""
+    words = [f"sockmi.appliance.{name}", "-i", "web1,", "-e", "sockmi_hosts=web1"]
+    done = run(installed, "ansible-playbook", *words, "-e", f"{wrong}=1", "-e", f"{ok}=1")
+    assert done.returncode == 2
+    said = " ".join((done.stdout + done.stderr).split())
+    assert f"web1: {wrong}: the role has no such variable. It has sockmi_c_library," in said
+    assert "Nothing was changed" in said
 
 
 def test_the_role_is_documented_under_its_name(installed: Path) -> None:

@@ -23,17 +23,73 @@ pytest.importorskip("ansible")
 REPORT = "report.json"
 
 
-def test_every_variable_is_known() -> None:
-    """What the role and the playbooks ask for, and what the inventories set: a misspelt one is refused."""
-    root = collection.PROJECT
-    known = yaml.safe_load((root / "playbooks/vars/variables.yml").read_text())["__sockmi_variables"]
-    specs = yaml.safe_load((root / "roles/sockmi/meta/argument_specs.yml").read_text())["argument_specs"]
-    asked = {name for spec in specs.values() for name in spec["options"]}
-    files = [*(root / "playbooks").rglob("*.yml"), *(root / "inventories").rglob("*.yml")]
-    for text in (file.read_text() for file in files if file.name != "variables.yml"):
+def _known(name: str) -> set[str]:
+    shared = yaml.safe_load((collection.PROJECT / "playbooks/vars/variables.yml").read_text())
+    [own] = [
+        play["vars"]["__sockmi_own"]
+        for play in yaml.safe_load((collection.PROJECT / f"playbooks/{name}.yml").read_text())
+        if play["name"] == "Variables"
+    ]
+    assert not set(own) & set(shared["__sockmi_both"])
+    return {*own, *shared["__sockmi_both"]}
+
+
+@pytest.mark.parametrize(("name", "more"), [("migrate", set()), ("drain", {"tasks/drain_step.yml"})])
+def test_every_variable_is_known(name: str, more: set[str]) -> None:
+    """A playbook knows what it asks for, and nothing else: what it does not ask for is refused."""
+    folder = collection.PROJECT / "playbooks"
+    asked: set[str] = set()
+    for file in (f"{name}.yml", *more):
+        lines = (folder / file).read_text().splitlines()
+        text = "\n".join(line for line in lines if not re.match(r"\s*#|\s*__sockmi_own:", line))
         asked |= set(re.findall(r"(?<![\w.])sockmi_[a-z_]+\b", text))
-    assert sorted(known) == sorted(set(known))
-    assert asked - {"sockmi_from_is_not_set"} == set(known)
+    assert asked - {"sockmi_from_is_not_set"} == _known(name)
+
+
+def test_variables_of_inventories_are_known_to_all() -> None:
+    """Those of the role, by its specification, and of the lab."""
+    shared = yaml.safe_load((collection.PROJECT / "playbooks/vars/variables.yml").read_text())
+    role = yaml.safe_load((collection.PROJECT / "roles/sockmi/vars/main.yml").read_text())
+    lab = set(
+        re.findall(r"(?<!\w)sockmi_lab_[a-z_]+", (collection.PROJECT / "playbooks/lab.yml").read_text())
+    )
+    assert set(shared["__sockmi_of_labs"]) == set(role["__sockmi_of_labs"]) == lab
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("drain", {"count": 1}),
+        ("drain", {"allow_refused": True}),
+        ("migrate", {"rate": 4}),
+        ("migrate", {"stop_after": 1}),
+        ("migrate", {"hosts": "a"}),
+        ("migrate", {"prot": 1}),
+    ],
+)
+def test_a_variable_of_another_playbook_is_refused(
+    playbook: Callable[[int], Playbook], name: str, wrong: dict[str, Any]
+) -> None:
+    made = playbook(2)
+    code, output = made.run(name, to="b", wait_s=60, **wrong)  # wait_s is the role's, as inventories have it
+    assert code != 0
+    [variable] = wrong
+    assert f"sockmi_{variable}: the playbook {name} has no such variable" in output
+    assert f", sockmi_{variable}" not in output
+    assert len(made.daemon.rows) == 2
+
+
+def test_a_variable_of_a_play_is_refused_too(playbook: Callable[[int], Playbook]) -> None:
+    made = playbook(2)
+    other = made.folder / "mine.yml"
+    other.write_text(
+        "- import_playbook: sockmi.appliance.migrate\n"
+        "  vars: {sockmi_from: a, sockmi_to: b, sockmi_local_prot: 7000}\n"
+    )
+    code, output = made.play(other)
+    assert code != 0
+    assert "sockmi_local_prot: the playbook migrate has no such variable" in output
+    assert len(made.daemon.rows) == 2
 
 
 class Playbook:
@@ -47,7 +103,12 @@ class Playbook:
 
     def begin(self, name: str = "drain", **variables: Any) -> subprocess.Popen[str]:
         """Start it."""
-        extra = {"from": "a", "rate": 4, "step_s": 1, "report_file": REPORT, **variables}
+        pace = {"rate": 4, "step_s": 1} if name == "drain" else {}
+        extra = {"from": "a", "report_file": REPORT, **pace, **variables}
+        words = json.dumps({f"sockmi_{key}": value for key, value in extra.items()})
+        return self._start(f"sockmi.appliance.{name}", "-e", words)
+
+    def _start(self, *words: str | Path) -> subprocess.Popen[str]:
         environment = {
             "SOCKMI_CONTROL": str(self.daemon.path),
             "ANSIBLE_COLLECTIONS_PATH": str(collection.linked()),
@@ -56,9 +117,9 @@ class Playbook:
         }
         return subprocess.Popen(
             [
-                *(Path(sys.executable).with_name("ansible-playbook"), f"sockmi.appliance.{name}"),
+                Path(sys.executable).with_name("ansible-playbook"),
                 *("-i", self.folder / "hosts.yml"),
-                *("-e", json.dumps({f"sockmi_{name}": value for name, value in extra.items()})),
+                *words,
             ],
             cwd=self.folder,
             env=os.environ | environment,
@@ -69,7 +130,14 @@ class Playbook:
 
     def run(self, name: str = "drain", **variables: Any) -> tuple[int, str]:
         """Code and output, as one line."""
-        with self.begin(name, **variables) as process:
+        return self._end(self.begin(name, **variables))
+
+    def play(self, file: Path) -> tuple[int, str]:
+        """The same of a playbook of the user's."""
+        return self._end(self._start(file))
+
+    def _end(self, begun: subprocess.Popen[str]) -> tuple[int, str]:
+        with begun as process:
             output, _unused = process.communicate(timeout=100)
         return process.returncode, " ".join(output.split())
 
