@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -56,6 +57,8 @@ class Redirecting:
         # More than one only until an ended connection is forgotten whose tuple another has by now: the last.
         self._by_tuple: dict[FourTuple, dict[bytes, None]] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
+        for direction, table in (("export", routes), ("import", holdings)):
+            shell.metrics.redirects.labels(direction=direction).set_function(functools.partial(len, table))
 
     # -- what is where
 
@@ -67,7 +70,6 @@ class Redirecting:
             if (one := outbound(route)) is not None:
                 self._routes_by_tuple[one.tuple] = route.connection
         self.miss_listeners(_listeners_of(routes))
-        self._count()
 
     def drop_route(self, connection: bytes) -> Route | None:
         """It came home, or has ended."""
@@ -76,7 +78,6 @@ class Redirecting:
             if (one := self._led(route)) is not None:
                 del self._routes_by_tuple[one.tuple]
             self.listener_found((Record.ROUTE, connection))
-            self._count()
         return route
 
     def _led(self, route: Route) -> Outbound | None:
@@ -93,7 +94,6 @@ class Redirecting:
                 self._by_tuple.setdefault(lives, {})[holding.connection] = None
             elif holding.kind is Kind.LISTENING and holding.local is not None:
                 self._listening.setdefault(holding.local, {})[holding.connection] = None
-        self._count()
 
     def drop_holding(self, connection: bytes) -> Holding | None:
         """It left again, or has ended."""
@@ -104,8 +104,6 @@ class Redirecting:
                 del self._by_tuple[lives]
         if holding is not None and holding.local in self._listening:
             self._drop_listener(holding.local, connection)
-        if holding is not None:
-            self._count()
         return holding
 
     def _drop_listener(self, local: Endpoint, connection: bytes) -> None:
@@ -179,10 +177,6 @@ class Redirecting:
         """The route that leads a connection's packets away."""
         found = self._routes_by_tuple.get(connection)
         return self.routes.get(found) if found else None
-
-    def _count(self) -> None:
-        self._shell.metrics.redirects.labels(direction="export").set(len(self.routes))
-        self._shell.metrics.redirects.labels(direction="import").set(len(self.holdings))
 
     # -- the core's actions
 

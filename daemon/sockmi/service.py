@@ -67,6 +67,9 @@ from sockmi.version import VERSION
 _log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 5.0
+# A peer that sends on must not wake the daemon for each packet, least of all in the middle of a move:
+# what is needed is read at once (HeldPackets.take), a RST is looked for this often.
+_HELD_PAUSE_S = 0.01
 
 
 class DaemonFailed(Exception):
@@ -130,6 +133,7 @@ class Daemon:
             engine=self.engine.name,
         )
         self.held = HeldPackets(config.redirect.log_group, self.tables.settings.inject_mark)
+        self._held_timer: asyncio.TimerHandle | None = None
         self.shell = Shell(
             config=config,
             host_id=self.identity.host_id,
@@ -219,7 +223,7 @@ class Daemon:
         self.loop.add_reader(self._destroyed.socket, self._destroyed.readable)
         for descriptor in self._icmp_relay.filenos():
             self.loop.add_reader(descriptor, self._icmp_relay.work)
-        self.loop.add_reader(self.held, self.held.readable)
+        self.loop.add_reader(self.held, self._packets_held)
         self.members.start()
         self.redirecting.look_at_all()
         if self.config.metrics_port:
@@ -305,6 +309,8 @@ class Daemon:
             self.loop.remove_reader(descriptor)
         self._icmp_relay.close()
         self.loop.remove_reader(self.held)
+        if self._held_timer is not None:
+            self._held_timer.cancel()
         self.held.close()
         self._icmp_injector.close()
         if self._destroyed is not None:
@@ -376,6 +382,15 @@ class Daemon:
 
     def _frame(self, source: HostId, kind: int, content: memoryview) -> None:
         self.messenger.frame(source, kind, content)
+
+    def _packets_held(self) -> None:
+        """The kernel has logged packets that a hold has dropped."""
+        self.loop.remove_reader(self.held)
+        self._held_timer = self.loop.call_later(_HELD_PAUSE_S, self._read_held)
+
+    def _read_held(self) -> None:
+        self.held.readable()
+        self.loop.add_reader(self.held, self._packets_held)
 
     def _send_held(self, importer: HostId, content: bytes) -> bool:
         return self.messenger.send_held(importer, content)

@@ -362,6 +362,9 @@ class Host:
         yield
         self.do(events.CommitDone(action.decision.chunk, tuple(results)))
 
+    def on_letgo(self, _unused: actions.LetGo) -> Iterator[None]:
+        yield from ()
+
     def journal_commit(
         self, decision: Decision, moved: dict[bytes, Route], notices: tuple[Notice, ...]
     ) -> None:

@@ -342,7 +342,9 @@ class TestFlood:
             bob.receive(template[:9] + os.urandom(24) + template[33:], "flood", 0.0)
         assert bob.receive(alice.message(b"through", BOB), "flood", 0.0)
         carol = host(CAROL)
-        assert bob.receive(carol.hello(), "another source", 0.0) is not None
+        # One source in 256 shares the flood's bucket; which, is another one in each process.
+        others = [f"source {number}" for number in range(3)]
+        assert any(bob.receive(carol.hello(), other, 0.0) is not None for other in others)
 
     def test_limits_are_settings(self) -> None:
         bob = Seal(Keyring((KEY,)), BOB, GROUP, limits=Limits(challenges_per_session=0.5))

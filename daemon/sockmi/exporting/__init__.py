@@ -77,6 +77,7 @@ class Exporting:
             actions.Freeze: self.freezer.freeze,
             actions.Thaw: self.freezer.thaw,
             actions.Commit: self.committer.commit,
+            actions.LetGo: self.committer.let_go,
             actions.ForgetDecision: self.decisions.forget,
             actions.Report: self.exports.report,
             actions.BatchDone: self._batch_done,

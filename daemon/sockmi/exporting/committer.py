@@ -20,9 +20,9 @@ from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
 from sockmi.exporting.listeners import Listeners
 from sockmi.importing.onward import Onward
-from sockmi.protocol.actions import Commit
+from sockmi.protocol.actions import Commit, LetGo
 from sockmi.protocol.events import CommitDone
-from sockmi.protocol.records import HostId, Route
+from sockmi.protocol.records import ChunkId, HostId, Route
 from sockmi.protocol.together import stays_too
 from sockmi.redirect.base import Mode
 from sockmi.redirect.held import pack
@@ -39,7 +39,7 @@ _TOO_LATE = Refusal(
 
 
 class Committer:
-    """See the module docstring; it owns nothing."""
+    """See the module docstring; it owns what has been given away since CONFIRM was asked for."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class Committer:
         self._freezer = freezer
         self._listeners = listeners
         self._decisions = decisions
+        self._gone: dict[ChunkId, list[tuple[Route, Export]]] = {}
 
     def commit(self, action: Commit) -> None:
         """Redirect, compare, journal, close; what fails is undone and goes on where it was."""
@@ -113,7 +114,10 @@ class Committer:
             self._decisions.undo(action, exports, going, changed)
             self._take_back(action.routes, exports, results, changed)
             self._descriptors.name_passed_on(exports, results)
-        self._settle([(action.routes[index], exports[index]) for index in going], importer)
+        gone = [(action.routes[index], exports[index]) for index in going]
+        self._ship_held(importer, gone)
+        if gone:
+            self._gone[action.decision.chunk] = gone
         reached("commit.done")
         self._shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))
         for index, queue in queues.items():
@@ -134,12 +138,13 @@ class Committer:
         unwritten = self._onward.release(waiting) if waiting else None
         return [unwritten if export.selected.copy else next(closed) for export in exports]
 
-    def _settle(self, gone: Sequence[tuple[Route, Export]], importer: HostId) -> None:
-        """They are the importer's: their redirects are kept, and what their peers have sent goes after them.
+    def let_go(self, action: LetGo) -> None:
+        """They are the importer's, which knows it by now: their redirects are kept, their owners run.
 
         What had been imported here and left again is held here no more. Its translation needs no removing:
         the redirect that leads it away has replaced it.
         """
+        gone = self._gone.pop(action.chunk)
         for route, _unused in gone:
             self._redirecting.drop_holding(route.connection)
         self._redirecting.add_routes(route for route, _unused in gone if route.durable)
@@ -147,7 +152,6 @@ class Committer:
         # Before its owners run: their epoll forgets it with them.
         let_go(exports)
         self._freezer.resume_soon(exports)
-        self._ship_held(importer, gone)
         self._onward.settle(copies(exports))
 
     def _ship_held(self, importer: HostId, gone: Iterable[tuple[Route, Export]]) -> None:

@@ -82,9 +82,9 @@ class Activation:
             self._handover.hold_back((*early, *by_client))
             raise
         reached("activate.journalled")
+        self._handover.decided(early)
         self._copies.count("failed", results.count(_LOST))
         if not early and not by_client:
             self._room.update()
             # When what is listed has been offered: it may be delivered at once.
             self._shell.loop.call_later(0, answer)
-        self._handover.decided(early)

@@ -148,6 +148,8 @@ class Onward:
 
     def settle(self, copies: Collection[Copy]) -> None:
         """Nothing of them is kept here; the redirects that lead them on are in place."""
+        if not copies:
+            return
         for copy in copies:
             self._lists.remove(copy.candidate.migration_id)
             self._copies.forget(copy)

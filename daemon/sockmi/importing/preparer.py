@@ -90,7 +90,6 @@ class Preparer:
                 continue
             self._copies.add(kept)
             self._lists.claim(kept.candidate)
-        self._room.update()
         self._shell.dispatch(PrepareDone(action.chunk, tuple(results)))
         # When PREPARED is on its way.
         refusals = [result for result in results if isinstance(result, Refusal)]
@@ -104,6 +103,7 @@ class Preparer:
 
     def _prepared(self, copies: list[Copy], refusals: list[Refusal], shipped_bytes: int) -> None:
         self._handover.hand_early(copies)
+        self._room.update()
         metrics = self._shell.metrics
         metrics.image_bytes.labels(direction="import").inc(shipped_bytes)
         for code, count in Counter(refusal.code for refusal in refusals).items():

@@ -158,6 +158,16 @@ class Commit:
 
 
 @frozen
+class LetGo:
+    """CONFIRM is on its way: keep the books of what ``Commit`` has given away, and let the owners run.
+
+    Apart from ``Commit``, as the importer waits for CONFIRM and for none of this. No answer.
+    """
+
+    chunk: ChunkId
+
+
+@frozen
 class ForgetDecision:
     """The importer is ACTIVE: delete the decision from the journal. No answer."""
 
@@ -292,6 +302,7 @@ Action: TypeAlias = (
     | Freeze
     | Thaw
     | Commit
+    | LetGo
     | ForgetDecision
     | Reserve
     | Unreserve

@@ -272,11 +272,12 @@ class Chunks:
                 refused.append(Result(migration, Outcome.REFUSED, refusal=refusal))
         chunk.state = step(EXPORT, chunk.state, "committed" if committed else "none committed")
         chunk.committed = tuple(committed)
-        self._batches.report(chunk.id.batch, results)
-        self._batches.report(chunk.id.batch, refused)
         if committed:
             self._confirm(chunk, Channel.STREAM)
-        else:
+            self._context.out.append(actions.LetGo(chunk.id))
+        self._batches.report(chunk.id.batch, results)
+        self._batches.report(chunk.id.batch, refused)
+        if not committed:
             self._drop(chunk)
             self._context.stream(chunk.host, messages.Abort(chunk.id))
         self._batches.left(chunk.id, chunk.host)

@@ -22,7 +22,7 @@ from typing import Any
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.native import library
-from sockmi.redirect.segment import RST, Expected, parse
+from sockmi.redirect.segment import RST, Expected, key, key_of, parse
 
 _NETLINK_NETFILTER = 12
 _SUBSYS_ULOG = 4
@@ -33,10 +33,12 @@ _ATTRIBUTE_PAYLOAD = 9
 _NLM_F_REQUEST, _NLM_F_ACK, _NLMSG_ERROR = 1, 4, 2
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _ATTRIBUTE = struct.Struct("=HH")
+_BUFFER_BYTES = 1 << 17
 _GROUP = struct.Struct("!16sI")
 _LENGTH = struct.Struct("!I")
 _SO_RCVBUFFORCE = 33
 _MAPPED = bytes(10) + b"\xff\xff"
+_PACKET = struct.Struct("@PN16sHHI")  # struct sockmi_packet, with its struct sockmi_endpoint
 
 PACKETS_PER_CONNECTION_MAX = 256
 BYTES_PER_CONNECTION_MAX = 1 << 20
@@ -46,23 +48,10 @@ RESTING_BYTES_PER_CONNECTION_MAX = 64 << 10
 RESTING_BYTES_MAX = 8 << 20
 
 
-class _Endpoint(ctypes.Structure):
-    _fields_ = (
-        ("address", ctypes.c_ubyte * 16),
-        ("port", ctypes.c_uint16),
-        ("reserved", ctypes.c_uint16),
-        ("scope_id", ctypes.c_uint32),
-    )
-
-
-class _Packet(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("length", ctypes.c_size_t), ("local", _Endpoint))
-
-
 @functools.cache
 def _deliver() -> Any:
     function = library().sockmi_deliver
-    function.argtypes = [ctypes.POINTER(_Packet), ctypes.c_size_t, ctypes.c_uint32]
+    function.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint32]
     function.restype = ctypes.c_int
     return function
 
@@ -92,10 +81,11 @@ class HeldPackets:
     def __init__(self, group: int, inject_mark: int) -> None:
         """``group``: the NFLOG group that the hold's rules name. Raises OSError if it is taken."""
         self._mark = inject_mark
-        self._kept: dict[FourTuple, _Kept] = {}
+        self._kept: dict[bytes, _Kept] = {}  # by segment.key
         self._bytes = 0
-        self._resting: dict[FourTuple, None] = {}  # of which something is kept, in the order of its coming
+        self._resting: dict[bytes, None] = {}  # of which something is kept, in the order of its coming
         self._resting_bytes = 0
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._socket = socket.socket(
             socket.AF_NETLINK,
             socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
@@ -106,7 +96,7 @@ class HeldPackets:
         self._socket.bind((0, 0))
         self._configure(group, _CFG_CMD, struct.pack("=B", _CMD_BIND))
         self._configure(group, _CFG_MODE, struct.pack("!IBx", 0xFFFF, _COPY_PACKET))
-        self._configure(group, _CFG_NLBUFSIZ, struct.pack("!I", 1 << 17))
+        self._configure(group, _CFG_NLBUFSIZ, struct.pack("!I", _BUFFER_BYTES))
         self._configure(group, _CFG_QTHRESH, struct.pack("!I", 1))
         self._configure(group, _CFG_TIMEOUT, struct.pack("!I", 1))
 
@@ -124,10 +114,11 @@ class HeldPackets:
     def want(self, tuples: Iterable[FourTuple]) -> None:
         """Keep packets of these from now on (they are being held, and moved)."""
         for connection in tuples:
-            kept = self._kept.setdefault(connection, _Kept())
+            name = key(connection)
+            kept = self._kept.setdefault(name, _Kept())
             if kept.resting:
                 kept.expected = kept.reset = None
-                self._resting.pop(connection, None)
+                self._resting.pop(name, None)
                 self._resting_bytes -= kept.bytes
 
     def rest(self, connection: FourTuple, expected: Expected | None, reset: Callable[[], None]) -> None:
@@ -137,7 +128,8 @@ class HeldPackets:
         may have come already: ``reset`` must not call back into this object.
         """
         self.want([connection])
-        kept = self._kept[connection]
+        name = key(connection)
+        kept = self._kept[name]
         kept.expected, kept.reset = expected, reset
         for packet in kept.packets:
             self._judge(kept, packet)
@@ -145,37 +137,43 @@ class HeldPackets:
         while kept.bytes > most:
             self._drop(kept, kept.packets.pop())
         if kept.packets:
-            self._resting[connection] = None
+            self._resting[name] = None
             self._resting_bytes += kept.bytes
 
     def forget(self, tuples: Iterable[FourTuple]) -> None:
         """The inverse of ``want`` and ``rest``; what was kept is gone."""
         for connection in tuples:
-            kept = self._kept.pop(connection, None)
-            if kept is None:
-                continue
+            self._forget(key(connection))
+
+    def _forget(self, name: bytes) -> _Kept | None:
+        kept = self._kept.pop(name, None)
+        if kept is not None:
             self._bytes -= kept.bytes
             if kept.resting:
-                self._resting.pop(connection, None)
+                self._resting.pop(name, None)
                 self._resting_bytes -= kept.bytes
+        return kept
 
     def take(self, tuples: Sequence[FourTuple]) -> dict[FourTuple, list[bytes]]:
         """The packets of these, oldest first, and ``forget``."""
         self.readable()
-        found = {one: list(kept.packets) for one in tuples if (kept := self._kept.get(one)) and kept.packets}
-        self.forget(tuples)
-        return found
+        forgotten = ((one, self._forget(key(one))) for one in tuples)
+        return {one: list(kept.packets) for one, kept in forgotten if kept and kept.packets}
 
     def add(self, connection: FourTuple, packets: Iterable[bytes]) -> None:
         """Keep packets of ``connection`` that are wanted here, though they may have come to another host."""
-        kept = self._kept.get(connection)
+        name = key(connection)
+        for packet in packets:
+            self._add(name, packet)
+
+    def _add(self, name: bytes, packet: bytes) -> None:
+        kept = self._kept.get(name)
         if kept is None:
             return
-        for packet in packets:
-            if kept.resting:
-                self._add_resting(connection, kept, packet)
-            else:
-                self._add_moving(kept, packet)
+        if kept.resting:
+            self._add_resting(name, kept, packet)
+        else:
+            self._add_moving(kept, packet)
 
     def _add_moving(self, kept: _Kept, packet: bytes) -> None:
         most = BYTES_PER_CONNECTION_MAX
@@ -188,7 +186,7 @@ class HeldPackets:
         if self._bytes + len(packet) <= BYTES_MAX:
             self._keep(kept, packet)
 
-    def _add_resting(self, connection: FourTuple, kept: _Kept, packet: bytes) -> None:
+    def _add_resting(self, name: bytes, kept: _Kept, packet: bytes) -> None:
         self._judge(kept, packet)
         size = len(packet)
         if (
@@ -199,14 +197,14 @@ class HeldPackets:
             and packet not in kept.packets
         ):
             self._keep(kept, packet)
-            self._resting[connection] = None
+            self._resting[name] = None
             self._resting_bytes += size
 
     def _displace(self) -> None:
         """Give up what is kept for the resting connection of which something has been kept the longest."""
-        connection = next(iter(self._resting))
-        del self._resting[connection]
-        kept = self._kept[connection]
+        name = next(iter(self._resting))
+        del self._resting[name]
+        kept = self._kept[name]
         self._resting_bytes -= kept.bytes
         while kept.packets:
             self._drop(kept, kept.packets.pop())
@@ -230,16 +228,17 @@ class HeldPackets:
 
     def deliver(self, packets: dict[FourTuple, list[bytes]]) -> int:
         """Give packets to this host's sockets; the tuples are as those have them. Returns how many went."""
-        rows = [(packet, connection.local) for connection, several in packets.items() for packet in several]
-        if not rows:
+        content = b"".join([packet for several in packets.values() for packet in several])
+        if not content:
             return 0
-        buffers = [ctypes.create_string_buffer(packet, len(packet)) for packet, _unused in rows]
-        array = (_Packet * len(rows))()
-        for entry, buffer, (packet, local) in zip(array, buffers, rows, strict=True):
-            entry.data = ctypes.addressof(buffer)
-            entry.length = len(packet)
-            entry.local = _native_endpoint(local)
-        return int(_deliver()(array, len(rows), self._mark))
+        buffer = ctypes.create_string_buffer(content, len(content))
+        at, rows = ctypes.addressof(buffer), []
+        for connection, several in packets.items():
+            address, port = _wide(connection.local), connection.local.port
+            for packet in several:
+                rows.append(_PACKET.pack(at, len(packet), address, port, 0, 0))
+                at += len(packet)
+        return int(_deliver()(ctypes.create_string_buffer(b"".join(rows)), len(rows), self._mark))
 
     # -- netlink
 
@@ -247,17 +246,17 @@ class HeldPackets:
         """Take in what the kernel has logged."""
         while True:
             try:
-                data = self._socket.recv(1 << 18)
+                length = self._socket.recv_into(self._buffer)
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno == errno.ENOBUFS:  # some were lost: their senders will repeat them
                     continue
                 raise
-            for packet in _payloads(data):
-                segment = parse(packet)
-                if segment is not None:
-                    self.add(segment.connection, [packet])
+            for packet in _payloads(self._buffer[:length]):
+                name = key_of(packet)
+                if name is not None:
+                    self._add(name, packet)
 
     def _configure(self, group: int, attribute: int, value: bytes) -> None:
         padded = value + bytes(-len(value) % 4)
@@ -266,7 +265,7 @@ class HeldPackets:
         header = _HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST | _NLM_F_ACK, 0, 0)
         self._socket.send(header + body)
         while True:
-            answer = self._socket.recv(1 << 18)
+            answer = self._socket.recv(_BUFFER_BYTES)
             _unused, kind, *_unused = _HEADER.unpack_from(answer)
             if kind == _NLMSG_ERROR:
                 code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
@@ -309,7 +308,7 @@ def unpack(content: bytes) -> dict[bytes, list[bytes]]:
     return found
 
 
-def _payloads(data: bytes) -> Iterator[bytes]:
+def _payloads(data: memoryview) -> Iterator[bytes]:
     """The packets in netlink messages."""
     at = 0
     while at + _HEADER.size <= len(data):
@@ -323,7 +322,7 @@ def _payloads(data: bytes) -> Iterator[bytes]:
                 if size < 4:
                     break
                 if attribute & 0x3FFF == _ATTRIBUTE_PAYLOAD:
-                    yield data[position + 4 : position + size]
+                    yield bytes(data[position + 4 : position + size])
                 position += (size + 3) & ~3
         at += (length + 3) & ~3
 
@@ -334,7 +333,6 @@ def _ends(packet: bytes) -> set[int]:
     return {segment.ends} if segment and segment.ends != segment.sequence else set()
 
 
-def _native_endpoint(endpoint: Endpoint) -> _Endpoint:
+def _wide(endpoint: Endpoint) -> bytes:
     packed = endpoint.address.packed
-    full = _MAPPED + packed if len(packed) == 4 else packed
-    return _Endpoint((ctypes.c_ubyte * 16)(*full), endpoint.port, 0, 0)
+    return _MAPPED + packed if len(packed) == 4 else packed

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from sockmi import native
-from sockmi.frozen import frozen
 
 INET = 1  # NFPROTO_INET
 NETDEV = 5  # NFPROTO_NETDEV
 
+_SET = struct.Struct("=BBBx32s32s")  # struct sockmi_nft_set
 _OP = struct.Struct("=BBxxI40s16s")  # struct sockmi_nft_op
 _ADD, _REMOVE = 0, 1
 _NFNL_SUBSYS_NFTABLES = 10 << 8
@@ -29,28 +29,21 @@ _WALKS_MAX = 20
 _REHASH_S = 0.01
 
 
-class _Set(ctypes.Structure):
-    """struct sockmi_nft_set"""
-
-    _fields_ = (
-        ("family", ctypes.c_uint8),
-        ("key_bytes", ctypes.c_uint8),
-        ("data_bytes", ctypes.c_uint8),
-        ("reserved", ctypes.c_uint8),
-        ("table", ctypes.c_char * 32),
-        ("name", ctypes.c_char * 32),
-    )
-
-
-@frozen
 class NftSet:
-    """A set, or a map if ``data_bytes`` is not 0; fields of a concatenated key are padded to 4 bytes."""
+    """A set, or a map if ``data_bytes`` is not 0; fields of a concatenated key are padded to 4 bytes.
 
-    family: int
-    table: str
-    name: str
-    key_bytes: int
-    data_bytes: int = 0
+    Made once and the key of every batch: so it is hashed by its identity, and ``packed`` for C in advance.
+    """
+
+    __slots__ = ("data_bytes", "family", "key_bytes", "name", "packed", "table")
+
+    def __init__(self, family: int, table: str, name: str, key_bytes: int, data_bytes: int = 0) -> None:
+        self.family = family
+        self.table = table
+        self.name = name
+        self.key_bytes = key_bytes
+        self.data_bytes = data_bytes
+        self.packed = _SET.pack(family, key_bytes, data_bytes, table.encode(), name.encode())
 
 
 @functools.cache
@@ -64,7 +57,7 @@ def _library() -> ctypes.CDLL:
     lib.sockmi_nft_has_destroy.restype = ctypes.c_int
     lib.sockmi_nft_batch.argtypes = (
         ctypes.c_void_p,
-        ctypes.POINTER(_Set),
+        ctypes.c_char_p,
         ctypes.c_size_t,
         ctypes.c_char_p,
         ctypes.c_size_t,
@@ -134,20 +127,15 @@ class NftSocket:
             call()
 
     def _commit(self, batch: Batch) -> None:
-        sets = (_Set * len(batch.sets))(
-            *(
-                _Set(s.family, s.key_bytes, s.data_bytes, 0, s.table.encode(), s.name.encode())
-                for s in batch.sets
-            )
-        )
-        failed = ctypes.c_size_t()
+        sets = b"".join([one.packed for one in batch.sets])
+        ops, failed = batch.ops, ctypes.c_size_t()
         result = self._lib.sockmi_nft_batch(
-            self._handle, sets, len(sets), b"".join(batch.ops), len(batch.ops), ctypes.byref(failed)
+            self._handle, sets, len(batch.sets), b"".join(ops), len(ops), ctypes.byref(failed)
         )
         if result:
             where = "the batch"
-            if failed.value < len(batch.ops):
-                nftset = list(batch.sets)[batch.ops[failed.value][1]]
+            if failed.value < len(ops):
+                nftset = list(batch.sets)[ops[failed.value][1]]
                 where = f"set {nftset.name} of table {nftset.table}"
             hint = "; run setup() first" if result == -errno.ENOENT else ""
             raise OSError(-result, f"nftables: {where}: {os.strerror(-result)}{hint}")

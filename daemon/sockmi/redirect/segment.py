@@ -12,6 +12,7 @@ from sockmi.addresses import Endpoint, FourTuple
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 _IPPROTO_TCP = 6
 _TCP = struct.Struct("!HHIIBBH")
+_PORTS = struct.Struct("!HH")
 _SEQUENCE = 1 << 32
 
 
@@ -29,6 +30,23 @@ class Segment(NamedTuple):
     def ends(self) -> int:
         """See above."""
         return (self.sequence + self.length + bool(self.flags & SYN) + bool(self.flags & FIN)) % _SEQUENCE
+
+
+def key(connection: FourTuple) -> bytes:
+    """Both addresses and both ports, as a packet that comes in for ``connection`` has them."""
+    local, remote = connection.local, connection.remote
+    return remote.address.packed + local.address.packed + _PORTS.pack(remote.port, local.port)
+
+
+def key_of(packet: bytes) -> bytes | None:
+    """The ``key`` of the connection that a packet is of; None if it is not what ``parse`` takes."""
+    version = packet[0] >> 4 if packet else 0
+    if version == 4 and len(packet) >= 40 and packet[9] == _IPPROTO_TCP:
+        start = (packet[0] & 15) * 4
+        return packet[12:20] + packet[start : start + 4]
+    if version == 6 and len(packet) >= 60 and packet[6] == _IPPROTO_TCP:
+        return packet[8:44]
+    return None
 
 
 def parse(packet: bytes) -> Segment | None:
