@@ -31,7 +31,7 @@ DAEMON = {
     "StartError": 0,
 }
 CLIENTS = {"BrokenLink": 0, "SockMiError": 1, "Unanswered": 1}
-MODULES = {"ControlError": 0, "WrongValue": 0}
+MODULES = {"ControlError": 0, "WrongValue": 0, "_fail": 0}
 
 
 def of_daemon() -> set[str]:

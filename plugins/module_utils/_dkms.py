@@ -21,6 +21,7 @@ NAME = "sockmi"
 OLDEST = (6, 1)
 UNKNOWN = (8, 0)
 SOURCES = Path("/usr/src")
+MODULES = Path("/lib/modules")
 
 
 class Dkms:
@@ -70,7 +71,7 @@ class Dkms:
                 if source is not None and not self.module.check_mode:
                     source.write(folder)
                 self.run("add", version)
-            self.run("build", version, "-k", self.kernel)
+            self.run("build", version, "-k", self.kernel, *self._headers_named())
             self.run("install", version, "-k", self.kernel, "--force")
         for old in versions:
             if old != version:
@@ -83,7 +84,12 @@ class Dkms:
         """Other sources of a version that is there take its place, or it is put back for its kernels."""
         kernels = self._installed().get(version)
         if kernels is None:
-            yield
+            try:
+                yield
+            except BaseException:
+                if version not in self._installed():  # sources that DKMS does not know would be nobody's
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
             return
         with tempfile.TemporaryDirectory() as kept:
             former = Path(kept) / folder.name
@@ -110,17 +116,17 @@ class Dkms:
             self.run("remove", version, "--all")
         for folder in sorted(SOURCES.glob(f"{NAME}-*")):
             if (folder / "dkms.conf").exists():
-                self.actions.append(f"delete {folder}")
                 if not self.module.check_mode:
                     shutil.rmtree(folder)
+                self.actions.append(f"delete {folder}")
 
     def run(self, verb: str, version: str, *words: str) -> None:
         """One command of dkms(8) for ``version``; raises Obstacle with what it said if it fails."""
-        self.actions.append(f"{verb} {version}")
-        if self.module.check_mode:
-            return
-        code, out, err = self.module.run_command(["dkms", verb, "-m", NAME, "-v", version, *words])
+        code, out, err = 0, "", ""
+        if not self.module.check_mode:
+            code, out, err = self.module.run_command(["dkms", verb, "-m", NAME, "-v", version, *words])
         if code == 0:
+            self.actions.append(f"{verb} {version}")
             return
         log = Path(f"/var/lib/dkms/{NAME}/{version}/build/make.log")
         made = log.read_text(errors="replace") if verb == "build" and log.exists() else err or out
@@ -136,6 +142,20 @@ class Dkms:
             if verb == "build"
             else "See `dkms status -m sockmi`; state=absent removes what is there, and it can be built anew.",
         )
+
+    def _headers(self) -> Path | None:
+        """The folder with the kernel's headers, if they are here.
+
+        The link in /lib/modules comes with the kernel. The RHEL family's kernel-devel brings only the folder,
+        which a kernel that is still to come may have already.
+        """
+        linked, devel = MODULES / self.kernel / "build", SOURCES / "kernels" / self.kernel
+        return next((folder for folder in (linked, devel) if (folder / "Makefile").exists()), None)
+
+    def _headers_named(self) -> list[str]:
+        """What dkms(8) must be told of them: nothing if they are where it looks."""
+        folder = self._headers()
+        return [] if folder is None or folder.name == "build" else ["--kernelsourcedir", str(folder)]
 
     def _examine(self) -> None:
         """Raise Obstacle for what would make the build fail."""
@@ -156,7 +176,7 @@ class Dkms:
                 raise Obstacle(
                     f"no-{program}", f"There is no {program} here.", f"Install the package {package}."
                 )
-        if not Path(f"/lib/modules/{self.kernel}/build/Makefile").exists():
+        if self._headers() is None:
             package = (
                 f"kernel-devel-{self.kernel}"
                 if self.module.get_bin_path("rpm")

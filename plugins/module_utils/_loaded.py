@@ -80,7 +80,6 @@ class Loaded:
             if file.stat().st_mode & 0o200 == 0:
                 reload_needed = True
                 continue
-            self.actions.append(f"set {name}={value}")
             if not self.module.check_mode:
                 try:
                     file.write_text(value)
@@ -88,6 +87,7 @@ class Loaded:
                     raise WrongValue(
                         f"parameters: {name}={value}: {error.strerror}; see `modinfo -p sockmi`."
                     ) from None
+            self.actions.append(f"set {name}={value}")
         return reload_needed
 
     def load(self) -> None:
@@ -161,8 +161,8 @@ class Loaded:
 
     def _change(self, action: str) -> None:
         """``load`` or ``unload``."""
-        self.actions.append(action)
         if self.module.check_mode:
+            self.actions.append(action)
             return
         words = ["modprobe", NAME] if action == "load" else ["modprobe", "-r", NAME]
         if action == "unload" and not self._srcversion():
@@ -174,11 +174,12 @@ class Loaded:
                 f"{' '.join(words)} ended with {code}: {(err or out).strip()}.",
                 "See the kernel's log (journalctl -k).",
             )
+        self.actions.append(action)
 
     def _flush(self) -> None:
         """Have it forget what keeps it: redirects and waiting images, of all network namespaces."""
-        self.actions.append("drop redirects")
         if self.module.check_mode:
+            self.actions.append("drop redirects")
             return
         try:
             with DEVICE.open("r+b", buffering=0) as device:
@@ -195,6 +196,7 @@ class Loaded:
                 f"The module does not drop its redirects: {error.strerror}.",
                 "Load a module of this release, or reboot.",
             ) from None
+        self.actions.append("drop redirects")
 
 
 def _opened(process: int) -> int:

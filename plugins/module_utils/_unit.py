@@ -40,14 +40,12 @@ class Unit:
         self._systemctl("start")
 
     def _systemctl(self, verb: str) -> None:
-        self.actions.append(f"{verb} {self.name}")
-        if self.module.check_mode:
-            return
         words = ["systemctl", verb, self.name]
-        code, out, err = self.module.run_command(words)
+        code, out, err = (0, "", "") if self.module.check_mode else self.module.run_command(words)
         if code:
             raise Obstacle(
                 "unit-failed",
                 f"{' '.join(words)} ended with {code}: {(err or out).strip()}.",
                 f"See its log (journalctl -u {self.name}).",
             )
+        self.actions.append(f"{verb} {self.name}")

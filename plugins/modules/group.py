@@ -73,7 +73,10 @@ extends_documentation_fragment:
   - sockmi.appliance.common
 attributes:
   check_mode:
-    description: Can run in check mode; neither the group nor the key file is changed.
+    description:
+      - Can run in check mode; neither the group nor the key file is changed.
+      - It fails where a run would be refused, for the key, the interface or the port, or as migrations are
+        under way. What only the kernel knows, such as a port that another program has, is not predicted.
     support: full
   diff_mode:
     description: Shows the settings before and after, and that the key differs, never the key.
@@ -212,6 +215,7 @@ import binascii  # noqa: E402
 import ipaddress  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
+import socket  # noqa: E402
 import stat  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
@@ -227,6 +231,8 @@ from ansible_collections.sockmi.appliance.plugins.module_utils._client import ( 
 
 PORT = 7780
 KEY_BYTES = 32
+KEYS_MAX = 8
+KEY_BYTES_DIFFERENT_MIN = 8  # these three: sockmi/transport/keyring.py; a unit test compares them
 ANSWER_S = 30.0
 POLL_S = 0.2
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -245,6 +251,7 @@ class KeyFile:
         self.mode_differs = False
         if self.wanted is not None:
             self._compare(self.wanted)
+        self._writable()
 
     @property
     def changed(self) -> bool:
@@ -267,6 +274,29 @@ class KeyFile:
             self.before = "absent"
         except OSError as error:
             raise _module.WrongValue(f"key_file {path}: {error.strerror}; is become needed?") from None
+
+    def _writable(self) -> None:
+        """Raise WrongValue if it could not be written."""
+        if (self.content_differs and not os.access(self.path.parent, os.W_OK)) or (
+            self.mode_differs and os.geteuid() not in (0, self.path.stat().st_uid)
+        ):
+            raise _module.WrongValue(f"key_file {self.path} cannot be written; is become needed?")
+
+    def examine(self) -> None:
+        """Raise WrongValue if the daemon would not take what is, or is to be, in it."""
+        if self.wanted is not None:
+            return
+        path = self.path
+        try:
+            status = path.stat()
+            text = path.read_text(errors="replace")
+        except OSError as error:
+            raise _module.WrongValue(
+                f"key_file {path}: {error.strerror}; give key, or copy the file from a member."
+            ) from None
+        if status.st_mode & 0o077 or status.st_uid not in (0, os.geteuid()):
+            raise _module.WrongValue(f"key_file {path}: make it root's, with mode 0600; it is a secret.")
+        _checked_key(text, f"key_file {path}")
 
     def write(self) -> None:
         """Write it, readable by its owner alone at every moment."""
@@ -360,14 +390,17 @@ class Membership:
                 )
             if self.params["key_file"] is None:
                 raise _module.WrongValue(f"To join group {self.name!r}, give key_file, the group's key.")
+            # Before anything is written or left: what the daemon would refuse, in check mode too.
+            key.examine()
+            self._joinable(client, wanted)
+            if row is not None:
+                self._leavable(client, row)
         if self.module.check_mode:
             if not join and row is not None:
                 return row
             self.predicted = True
             configured = bool(row and row["configured"])
             return dict(wanted, name=self.name, configured=configured, members=[])
-        if row is not None and join:
-            self._leavable(client)
         key.write()  # first: the group is not left for a key that cannot be written
         if row is not None and join:
             self._leave(client, row)
@@ -379,25 +412,46 @@ class Membership:
         return row
 
     def _absent(self, client: ControlClient, row: dict[str, Any] | None) -> None:
-        if row is None or self.module.check_mode:
+        if row is None:
             return
-        self._leavable(client)
-        self._leave(client, row)
+        self._leavable(client, row)
+        if not self.module.check_mode:
+            self._leave(client, row)
 
-    def _leavable(self, client: ControlClient) -> None:
+    def _joinable(self, client: ControlClient, wanted: dict[str, Any]) -> None:
+        self._administrator()
+        interface = wanted["interface"]
+        if interface is not None and interface not in [name for _index, name in socket.if_nameindex()]:
+            raise _module.WrongValue(f"interface is {interface!r}, which this host has not (ip link).")
+        for other in client.groups()[0]:
+            if (
+                other["name"] != self.name
+                and (other["port"], other["interface"]) == (wanted["port"], interface)
+                and _versions(other) & _versions(wanted)
+            ):
+                raise _module.WrongValue(
+                    f"port is {wanted['port']}, which group {other['name']!r} of this host has; give another."
+                )
+
+    def _administrator(self) -> None:
+        if os.geteuid():
+            raise _module.WrongValue("Only administrators may join and leave groups; use become.")
+
+    def _leavable(self, client: ControlClient, row: dict[str, Any]) -> None:
+        self._administrator()
         under_way = client.status()["migrations_under_way"]
         if under_way:
             raise _module.WrongValue(
                 f"{under_way} migrations are under way on this host, and group {self.name!r} must be left; "
                 "try again when they have ended (sockmi status)."
             )
-
-    def _leave(self, client: ControlClient, row: dict[str, Any]) -> None:
         if row["configured"]:
             self.module.warn(
                 f"Group {self.name!r} stands in the daemon's configuration; "
                 "it is back as it stands there after the daemon's next start."
             )
+
+    def _leave(self, client: ControlClient, row: dict[str, Any]) -> None:
         client.groups("leave", name=self.name, force=row["configured"])
 
     def _join(self, client: ControlClient, wanted: dict[str, Any], old: dict[str, Any] | None) -> None:
@@ -496,28 +550,49 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _checked_key(text: str) -> list[str]:
-    """The key's lines, each a key or a comment; WrongValue never shows one."""
+def _checked_key(text: str, what: str = "key") -> list[str]:
+    """The key's lines, each a key or a comment, if the daemon takes them; WrongValue never shows one."""
     lines = _lines(text)
-    keys = [line.partition("#")[0].strip() for line in lines]
-    for number, key in enumerate(keys, 1):
-        if key and not _is_key(key):
-            raise _module.WrongValue(
-                f"key, line {number}: not a key; give {KEY_BYTES} bytes as {KEY_BYTES * 2} hexadecimal "
-                "digits or as base64 (sockmi key FILE makes one)."
-            )
-    if not any(keys):
-        raise _module.WrongValue("key is empty; give the group's key (sockmi key FILE makes one).")
+    keys = []
+    for number, line in enumerate(lines, 1):
+        if word := line.partition("#")[0].strip():
+            key = _decoded(word)
+            if key is None:
+                raise _module.WrongValue(
+                    f"{what}, line {number}: not a key; give {KEY_BYTES} bytes as {KEY_BYTES * 2} "
+                    "hexadecimal digits or as base64 (sockmi key FILE makes one)."
+                )
+            if len(set(key)) < KEY_BYTES_DIFFERENT_MIN:
+                raise _module.WrongValue(
+                    f"{what}, line {number}: a key is not random (sockmi key FILE makes one)."
+                )
+            keys.append(key)
+    if not keys:
+        raise _module.WrongValue(f"{what} is empty; give the group's key (sockmi key FILE makes one).")
+    if len(keys) > KEYS_MAX or len(set(keys)) < len(keys):
+        raise _module.WrongValue(f"{what} has {len(keys)} keys; give 1 to {KEYS_MAX}, each once.")
     return lines
 
 
-def _is_key(text: str) -> bool:
-    if re.fullmatch(f"[0-9A-Fa-f]{{{KEY_BYTES * 2}}}", text):
-        return True
+def _decoded(text: str) -> bytes | None:
+    """A key's bytes; None if it is none."""
     try:
-        return len(base64.b64decode(text, validate=True)) == KEY_BYTES
+        if len(text) == KEY_BYTES * 2:
+            return bytes.fromhex(text)
+        key = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        return False
+        return None
+    return key if len(key) == KEY_BYTES else None
+
+
+def _versions(settings: dict[str, Any]) -> set[int]:
+    """Of IP: those that the group's sockets have."""
+    hosts = (
+        [settings["address"]]
+        if settings["address"]
+        else [one.rpartition(":")[0] for one in settings["peers"]]
+    )
+    return {ipaddress.ip_address(host.strip("[]")).version for host in hosts}
 
 
 def argument_spec() -> dict[str, Any]:

@@ -25,7 +25,8 @@ options:
         it.
       - V(built), built and installed; whether it is loaded is left as it is.
       - V(unloaded), not loaded; it stays installed.
-      - V(absent), not loaded, and removed from DKMS with its sources.
+      - V(absent), not loaded, and removed from DKMS with its sources, the parameters and what loads it at
+        boot. While it is in use nothing is removed.
     type: str
     choices: [loaded, built, unloaded, absent]
     default: loaded
@@ -50,7 +51,8 @@ options:
   at_boot:
     description:
       - Whether it is loaded at boot (C(/etc/modules-load.d/sockmi.conf)). The default is true for V(loaded),
-        and otherwise as it is; V(absent) removes the file.
+        and otherwise as it is.
+      - With O(state=absent) the file is removed, whatever is given here.
     type: bool
   force:
     description:
@@ -110,7 +112,7 @@ EXAMPLES = r"""
 RETURN = r"""
 kernel:
   description: The kernel that was built for.
-  returned: success, or when something stands in the way
+  returned: success, or once it has begun
   type: str
   sample: 6.1.0-40-cloud-amd64
 version:
@@ -142,8 +144,10 @@ users:
   type: int
   sample: 0
 actions:
-  description: What was done, or in check mode would be.
-  returned: success
+  description:
+    - What was done, or in check mode would be.
+    - After a failure, what had been done by then, in order.
+  returned: success, or once it has begun
   type: list
   elements: str
   sample: [add 1.0, build 1.0, install 1.0, load]
@@ -221,20 +225,20 @@ class Kmod:
             before = self._now()
             if self.state in ("loaded", "built"):
                 self.dkms.build(Source(Path(self.params["source"])) if self.params["source"] else None)
+            if self.state in ("unloaded", "absent"):
+                self._unload()  # first: if it is in use, all stays as it is
             self._parameters(wanted)
             self._boot()
             if self.state == "loaded":
                 self._load()
-            elif self.state in ("unloaded", "absent"):
-                self._unload()
             if self.state == "absent":
                 self.dkms.remove()
         except Obstacle as obstacle:
-            self.module.fail_json(
-                msg=f"{obstacle} {obstacle.row['mend']}",
-                kernel=self.kernel,
-                obstacles=[obstacle.row],
-            )
+            self._fail(f"{obstacle} {obstacle.row['mend']}", obstacles=[obstacle.row])
+        except _module.WrongValue as error:
+            self._fail(str(error))
+        except OSError as error:
+            self._fail(f"What actions name is done, the rest is not: {error}. Mend that, and run it again.")
         after = self._predicted(before) if self.module.check_mode else self._now()
         result: dict[str, Any] = {
             "changed": bool(self.actions),
@@ -256,6 +260,12 @@ class Kmod:
         if self.module._diff:
             result["diff"] = {"before": _module.pretty(before), "after": _module.pretty(after)}
         self.module.exit_json(**result)
+
+    def _fail(self, message: str, **more: Any) -> None:
+        """Fail, and tell what had been done by then."""
+        self.module.fail_json(
+            msg=message, kernel=self.kernel, changed=bool(self.actions), actions=self.actions, **more
+        )
 
     # -- what is there
 
@@ -322,27 +332,27 @@ class Kmod:
             self.reload_needed = self.loaded.set(wanted)
 
     def _boot(self) -> None:
-        wanted = self.params["at_boot"]
-        if wanted is None:
-            wanted = {"loaded": True, "absent": False}.get(self.state)
+        wanted = False if self.state == "absent" else self.params["at_boot"]
+        if wanted is None and self.state == "loaded":
+            wanted = True
         if self.state == "loaded" and self.kernel != self.running and self.params["at_boot"] is None:
             wanted = None
         if wanted is not None and wanted != AT_BOOT.exists():
             self._file(AT_BOOT, AT_BOOT_TEXT if wanted else None, "at boot" if wanted else "not at boot")
 
     def _file(self, path: Path, text: str | None, action: str) -> None:
-        self.actions.append(action)
         if self.module.check_mode:
-            return
-        if text is None:
+            pass
+        elif text is None:
             path.unlink()
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, fresh = tempfile.mkstemp(dir=str(path.parent))
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        Path(fresh).chmod(0o644)
-        Path(fresh).rename(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, fresh = tempfile.mkstemp(dir=str(path.parent))
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+            Path(fresh).chmod(0o644)
+            Path(fresh).rename(path)
+        self.actions.append(action)
 
     # -- loading
 

@@ -106,14 +106,34 @@ def test_built_once_predicted_and_removed(kernel: str, tmp_path: Path) -> None:
         assert not (chroot.folder / "usr/src/sockmi-1.0").exists()
         assert system.run(state="built", source="/build/tree")["changed"] is False
 
+        whole = (build / "tree/main.c").read_text()
         (build / "tree/main.c").write_text("#error broken on purpose\n")
         broken = system.run(state="built", source="/build/tree")
         assert broken["failed"] is True
         assert broken["obstacles"][0]["code"] == "build-failed"
         assert "broken on purpose" in broken["msg"]
+        back = ["remove 1.1", "add 1.1", "build 1.1", "install 1.1"]
+        assert (broken["changed"], broken["actions"]) == (True, ["remove 1.1", "add 1.1", *back])
         missing = system.run(state="built", kernel="6.1.0-nowhere", source="/build/tree")
         assert missing["obstacles"][0]["code"] == "no-headers"
         assert "linux-headers-6.1.0-nowhere" in missing["msg"]
+
+        # As the RHEL family has them before the kernel itself is installed: without the link in /lib/modules.
+        link = chroot.folder / "lib/modules" / debian.release / "build"
+        devel = chroot.folder / "usr/src/kernels" / debian.release
+        target = link.readlink()
+        devel.parent.mkdir(exist_ok=True)
+        devel.symlink_to(target)
+        link.unlink()
+        try:
+            system.run(state="absent")
+            assert not (chroot.folder / "etc/modules-load.d/sockmi.conf").exists()
+            assert system.run(state="absent", at_boot=True)["changed"] is False
+            (build / "tree/main.c").write_text(whole)
+            assert system.run(state="built", source="/build/tree")["built"] is True
+        finally:
+            link.symlink_to(target)
+            shutil.rmtree(devel.parent)
 
         removed = system.run(state="absent")
         assert removed["changed"] is True

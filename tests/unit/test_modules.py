@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import errno
 import importlib
@@ -23,6 +24,7 @@ import yaml
 
 from sockmi import api
 from sockmi.engine.base import Kind
+from sockmi.transport.keyring import KeyFileError, Keyring
 from tests import returned
 
 pytest.importorskip("ansible")
@@ -542,14 +544,24 @@ HEARD = {
 STATUS = {"migrations_under_way": 0}
 
 
+def key_file(path: Path, content: str = KEY) -> Path:
+    """A file as the daemon takes it."""
+    path.touch(mode=0o600)
+    path.write_text(content)
+    return path
+
+
 def test_group_key_is_written_once_and_never_shown(
     collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path
 ) -> None:
     file = tmp_path / "web.key"
     options = {"name": "web", "address": "239.7.7.7", "port": 7007, "key": KEY, "key_file": str(file)}
-    options["interface"] = "eth0"
-    none, joined = {"groups": []}, {"groups": [WEB]}
-    daemon = odd(none, none, joined, joined, joined, joined, STATUS, joined, joined, joined)
+    options["interface"] = "lo"
+    web = {**WEB, "interface": "lo"}
+    none, joined = {"groups": []}, {"groups": [web]}
+    daemon = odd(
+        none, none, none, none, joined, joined, joined, joined, joined, STATUS, joined, joined, joined
+    )
     options["control"] = str(daemon.path)
 
     predicted = run(collections, "group", check=True, **options)
@@ -598,11 +610,12 @@ def test_group_members(collections: Path, odd: Callable[..., OddDaemon]) -> None
 
 
 def test_group_members_missing(collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path) -> None:
-    found = {"groups": [{**WEB, "members": [HEARD]}]}
-    daemon = odd({"groups": []}, found, *[found] * 10)
+    found = {"groups": [{**WEB, "interface": "lo", "members": [HEARD]}]}
+    daemon = odd({"groups": []}, {"groups": []}, found, *[found] * 10)
+    key_file(tmp_path / "k")
     result = run(
         collections, "group", control=str(daemon.path), name="web", address="239.7.7.7", port=7007,
-        interface="eth0", key_file=str(tmp_path / "k"), members_min=2, wait_s=0.3,
+        interface="lo", key_file=str(tmp_path / "k"), members_min=2, wait_s=0.3,
     )  # fmt: skip
     assert (result["failed"], result["changed"]) == (True, True)
     assert "1 of 2 other members heard within 0.3 s (b)" in result["msg"]
@@ -611,7 +624,9 @@ def test_group_members_missing(collections: Path, odd: Callable[..., OddDaemon],
 def test_group_settings_change(collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path) -> None:
     """What is not given stays; if the new settings do not work, the old ones are back."""
     refused = {"ok": False, "error": {"code": "bad-request", "message": "Not joined.", "errno": "EINVAL"}}
-    daemon = odd({"groups": [WEB]}, STATUS, {"groups": []}, refused, {"groups": [WEB]})
+    web = {"groups": [{**WEB, "interface": "lo"}]}
+    daemon = odd(web, web, STATUS, {"groups": []}, refused, web)
+    key_file(tmp_path / "k")
     options = {"name": "web", "port": 7008, "key_file": str(tmp_path / "k"), "control": str(daemon.path)}
     result = run(collections, "group", **options)
     joins = [request for request in daemon.requests if request.get("action") == "join"]
@@ -648,14 +663,91 @@ def test_group_that_cannot_be_joined(collections: Path, odd: Callable[..., OddDa
 
 def test_group_absent(collections: Path, odd: Callable[..., OddDaemon]) -> None:
     configured = {"groups": [{**WEB, "configured": True}]}
-    daemon = odd(configured, configured, STATUS, {"groups": []}, {"groups": []})
+    daemon = odd(configured, STATUS, configured, STATUS, {"groups": []}, {"groups": []})
     options = {"control": str(daemon.path), "name": "web", "state": "absent"}
     predicted = run(collections, "group", check=True, **options)
     done = run(collections, "group", **options)
     again = run(collections, "group", **options)
     assert [one["changed"] for one in (predicted, done, again)] == [True, True, False]
     assert predicted["diff"] == done["diff"]
+    assert predicted["warnings"] == done["warnings"]
     assert "is back as it stands there" in str(done["warnings"])
+
+
+OTHER = {**WEB, "name": "other", "address": "239.1.1.1", "interface": "lo"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": "absent", "key": None, "key_file": None}, "3 migrations are under way"),
+        ({"port": 7009}, "3 migrations are under way"),
+        ({"key": KEY[::-1]}, "3 migrations are under way"),
+        ({"key": None, "key_file": "/nowhere/web.key", "port": 7009}, "give key, or copy the file"),
+        ({"key": None, "port": 7009, "mode": 0o640}, "with mode 0600"),
+        ({"key": None, "port": 7009, "content": "no key"}, "line 1: not a key"),
+        ({"key": "00" * 32}, "line 1: a key is not random"),
+        ({"key": f"{KEY}\n{KEY}"}, "has 2 keys; give 1 to 8, each once"),
+        ({"interface": "nowhere0"}, "interface is 'nowhere0', which this host has not"),
+        ({"port": 7010}, "which group 'other' of this host has"),
+    ],
+)
+def test_group_check_mode_refuses_as_a_run_does(
+    collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """In the same words, and neither has left the group or written the key."""
+    rows = {"groups": [{**WEB, "interface": "lo"}, {**OTHER, "port": 7010}]}
+    file = key_file(tmp_path / "web.key", change.get("content", KEY))
+    file.chmod(change.get("mode", 0o600))
+    before = file.read_text()
+    options = {"name": "web", "key": KEY, "key_file": str(file), **change}
+    options = {
+        name: one for name, one in options.items() if name not in ("content", "mode") and one is not None
+    }
+    told = []
+    for check in (True, False):
+        joins = "state" not in change
+        daemon = odd(*[rows] * (1 + joins), {"migrations_under_way": 3}, None, None)
+        result = run(collections, "group", check=check, control=str(daemon.path), **options)
+        daemon.close()
+        daemon.path.unlink()
+        told.append(result["msg"])
+        assert result["failed"] is True
+        assert file.read_text() == before
+        assert not {one.get("action") for one in daemon.requests} & {"join", "leave"}
+    assert told[0] == told[1]
+    assert message in told[0]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [KEY],
+        [f"# ours\n{KEY} # new"],
+        [KEY.upper(), KEY],
+        [KEY, KEY[::-1]],
+        ["00" * 32],
+        ["0123" * 16],
+        ["01234567" * 8],
+        [KEY + "00"],
+        [base64.b64encode(bytes(range(32))).decode()],
+        [base64.b64encode(bytes(range(31))).decode()],
+        [f"{number:02x}" + KEY[2:] for number in range(8)],
+        [f"{number:02x}" + KEY[2:] for number in range(9)],
+        ["# nothing"],
+    ],
+)
+def test_group_takes_the_keys_that_the_daemon_takes(
+    load: Callable[[str], Any], tmp_path: Path, lines: list[str]
+) -> None:
+    file = key_file(tmp_path / "key", "\n".join(lines))
+    try:
+        Keyring.load(file)
+    except KeyFileError:
+        with pytest.raises(load("module_utils._module").WrongValue):
+            load("modules.group")._checked_key(file.read_text())
+    else:
+        assert load("modules.group")._checked_key(file.read_text())
 
 
 def test_kmod_speaks_the_ioctls_of_the_header(load: Callable[[str], Any]) -> None:
@@ -745,3 +837,115 @@ def test_kmod_tells_what_dkms_said(load: Callable[[str], Any]) -> None:
     )
     assert "dkms status" in caught.value.row["mend"]
     assert "newer" not in caught.value.row["mend"]
+
+
+class Host:
+    """A managed host's folders, and commands that do what they are asked, but for those in ``fails``."""
+
+    check_mode = False
+    _diff = False
+    tmpdir = None
+
+    def __init__(self, load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.fails: set[str] = set()
+        self.kmod, self.loaded, self.dkms = (
+            load(name) for name in ("modules.kmod", "module_utils._loaded", "module_utils._dkms")
+        )
+        monkeypatch.setattr(self.kmod, "MODPROBE", folder / "modprobe.conf")
+        monkeypatch.setattr(self.kmod, "AT_BOOT", folder / "load.conf")
+        monkeypatch.setattr(self.loaded, "LOADED", folder / "module")
+        monkeypatch.setattr(self.loaded.Loaded, "holders", lambda _self: {})
+        monkeypatch.setattr(self.dkms, "SOURCES", folder / "src")
+        monkeypatch.setattr("os.geteuid", lambda: 0)
+        self.folder = folder
+
+    def load(self, users: int) -> None:
+        """The module is loaded, with so many users, and loaded at boot with parameters."""
+        (self.folder / "module").mkdir()
+        (self.folder / "module/refcnt").write_text(f"{users}\n")
+        (self.folder / "modprobe.conf").write_text("options sockmi list_max=1,2,3\n")
+        (self.folder / "load.conf").write_text("sockmi\n")
+
+    def get_bin_path(self, name: str) -> str:
+        return name
+
+    def run_command(self, words: list[str]) -> tuple[int, str, str]:
+        if words[1] == "status":
+            return 0, f"sockmi/1.0, {os.uname().release}, x86_64: installed\n", ""
+        if words[1] in self.fails:
+            return 1, "", "No."
+        if words[0] in ("modprobe", "rmmod"):
+            (self.folder / "module/refcnt").unlink()
+            (self.folder / "module").rmdir()
+        return 0, "", ""
+
+    def fail_json(self, **result: Any) -> None:
+        raise Told({"failed": True, **result})
+
+    def exit_json(self, **result: Any) -> None:
+        raise Told(result)
+
+    def run(self, **options: Any) -> dict[str, Any]:
+        self.params = {name: entry.get("default") for name, entry in self.kmod.argument_spec().items()}
+        self.params |= options
+        with pytest.raises(Told) as told:
+            self.kmod.Kmod(self).run()
+        assert not returned.differences("kmod", told.value.result)
+        return told.value.result
+
+
+class Told(Exception):
+    """What a module returned."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.result = result
+
+
+@pytest.fixture
+def host(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
+    return Host(load, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_kmod_in_use_keeps_all_of_it(host: Host, check: bool) -> None:
+    host.load(users=1)
+    host.check_mode = check
+    told = host.run(state="absent")
+    assert [row["code"] for row in told["obstacles"]] == ["in-use"]
+    assert (told["failed"], told["changed"], told["actions"]) == (True, False, [])
+    assert {path.name for path in host.folder.iterdir()} == {"module", "modprobe.conf", "load.conf"}
+
+
+def test_kmod_tells_what_was_done_before_it_failed(host: Host) -> None:
+    host.load(users=0)
+    host.fails = {"remove"}
+    told = host.run(state="absent")
+    assert (told["failed"], told["changed"]) == (True, True)
+    assert told["actions"] == ["unload", "parameters", "not at boot"]
+
+
+@pytest.mark.parametrize("at_boot", [True, False, None])
+def test_kmod_absent_is_not_loaded_at_boot(host: Host, at_boot: bool | None) -> None:
+    told = host.run(state="absent", at_boot=at_boot)
+    assert told["actions"] == ["remove 1.0"]
+    assert not list(host.folder.iterdir())
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_kmod_finds_headers_where_packages_put_them(
+    host: Host, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    """Debian's, and the RHEL family's kernel-devel, whose folder is there before the kernel's link to it."""
+    monkeypatch.setattr(host.dkms, "MODULES", host.folder / "modules")
+    release = "6.12.0-55.el10.x86_64"
+    one = host.dkms.Dkms(host, release, [])
+    with pytest.raises(host.dkms.Obstacle):
+        one._examine()
+    devel = host.folder / "src/kernels" / release
+    devel.mkdir(parents=True)
+    (devel / "Makefile").touch()
+    if linked:
+        (host.folder / "modules" / release).mkdir(parents=True)
+        (host.folder / "modules" / release / "build").symlink_to(devel)
+    one._examine()
+    assert one._headers_named() == ([] if linked else ["--kernelsourcedir", str(devel)])

@@ -27,6 +27,7 @@ from tests.kmod.module_client import ANY_UID, PUBLISH, Device, Forget, frozen
 pytestmark = [pytest.mark.no_module, pytest.mark.alone]
 
 LOADED = Path("/sys/module/sockmi")
+KEPT = [Path("/etc/modprobe.d/sockmi.conf"), Path("/etc/modules-load.d/sockmi.conf")]
 SIGNED_ONLY = Path("/sys/module/module/parameters/sig_enforce")
 FLOW = FourTuple(Endpoint(IPv4Address("192.0.2.1"), 80), Endpoint(IPv4Address("192.0.2.2"), 1024))
 # It is asked only what is installed: nothing is built here.
@@ -72,7 +73,8 @@ def kmod(tmp_path: Path) -> Any:
     link.symlink_to(collection.root(None))
 
     def run(state: str, **options: Any) -> dict[str, Any]:
-        flags = {"_ansible_check_mode": options.pop("check", False), "at_boot": False}
+        flags = {"_ansible_check_mode": options.pop("check", False)}
+        options = {"at_boot": False, **options}
         done = subprocess.run(
             [sys.executable, "-m", "ansible_collections.sockmi.appliance.plugins.modules.kmod"],
             input=json.dumps({"ANSIBLE_MODULE_ARGS": {"state": state, **options, **flags}}),
@@ -164,6 +166,22 @@ def test_in_use(kmod: Any) -> None:
     forced = kmod("unloaded", force=True)
     assert (forced["actions"], LOADED.is_dir()) == (["drop redirects", "unload"], False)
     assert kmod("unloaded")["changed"] is False
+
+
+def test_absent_refuses_before_it_removes(kmod: Any) -> None:
+    """What is in use stays whole: loaded at boot with its parameters, and nothing is said to have changed."""
+    kmod("loaded", at_boot=True, parameters={"list_max": "100,100,100"})
+    try:
+        with nat_client.opened():
+            for check in (True, False):
+                refused = kmod("absent", check=check)
+                assert obstacle(refused) == "in-use"
+                assert (refused["changed"], refused["actions"]) == (False, [])
+        assert all(file.exists() for file in KEPT)
+        assert kmod("unloaded", at_boot=True, parameters={})["actions"] == ["unload", "parameters"]
+    finally:
+        for file in KEPT:
+            file.unlink(missing_ok=True)
 
 
 def test_force_reaches_all_namespaces_and_the_lists(kmod: Any) -> None:
@@ -285,6 +303,8 @@ def test_the_daemon_runs_again_if_it_cannot_be_loaded(kmod: Any, daemon: Daemon)
     before = daemon.process
     failed = kmod("loaded", parameters={"list_max": "1,2,3,4,5"}, stop_unit=UNIT)
     assert obstacle(failed) == "load-failed"
+    done = ["parameters", f"stop {UNIT}", "unload", f"start {UNIT}"]
+    assert (failed["changed"], failed["actions"]) == (True, done)
     assert daemon.process not in ("", before)
     assert not LOADED.is_dir()
     daemon.systemctl("stop")
