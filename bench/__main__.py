@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """``python -m bench``: measure, print a table, write JSON. A target that is missed is no failure."""
 
 from __future__ import annotations

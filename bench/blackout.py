@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """(a) What the client of one connection feels of a move, beside the bare system calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """(b) Many connections: moved and verified per second, beside a bare program; how long each was frozen.
 
 The application at the exporter does not read: what the peer has sent stays queued, moves with the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """(d) What the daemon costs while it does nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Figures, targets, and how they are printed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where the benchmark runs: a lab, its daemons, and the programs in C that play application and peer."""
 
 from __future__ import annotations

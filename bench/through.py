@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """(c) Traffic of a moved connection through its redirect, with none, few and many others installed."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# bash completion for sockmi(1); install as /usr/share/bash-completion/completions/sockmi.
+# bash completion for sockmi(1) and sockmid(8); install as /usr/share/bash-completion/completions/sockmi, and link sockmid to it.
 
 _sockmi() {
 	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} command= words= at=1

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The lab: hosts made out of network namespaces, real traffic, captures and reports."""
 
 from __future__ import annotations

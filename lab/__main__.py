@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """``python3 -m lab``: make, remove and look at labs and their daemons, and run commands on their hosts.
 
 Exit codes: 0 done (also if nothing was to do); 1 it failed, the reason is on standard error;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Record what is on the wire at a host (tcpdump), and judge it: did the peer notice anything?
 
 The checker reads a capture made at one end of the connections, the observer's. There every

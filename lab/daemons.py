@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The daemon on each host of a lab: its configuration, start, stop, kill and restart."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """``make demo``: live connections move from host a to b and on to c while real clients use them.
 
 Everything is done as an operator would: playbooks make the lab and move the connections; the

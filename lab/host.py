@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One host of a lab: run programs, functions and sockets in its namespace."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A lab: made whole or not at all, and removed without a trace."""
 
 from __future__ import annotations

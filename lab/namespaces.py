@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Named network namespaces: enter them, and find and end the processes that live in them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Make the network of a lab: namespaces, a bridge, links, addresses, routes, sysctls (pyroute2)."""
 
 from __future__ import annotations

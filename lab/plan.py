@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The plan of a lab: its hosts, links and addresses. Pure: nothing here touches the system.
 
 ::

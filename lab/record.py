@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is written down about labs, so that the next start can clean up after a dead one.
 
 ``/run/sockmi-lab/LAB/lab.json`` is written before the first namespace of a lab is made and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Daemons of a lab that outlive the program which started them: ``python3 -m lab daemons``.
 
 What runs is what answers on a host's control socket; its pid is the kernel's word (SO_PEERCRED).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The collection as Ansible finds it: linked from the checkout, or installed from its tarball."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What all tests share: the C libraries are as new as their sources, and examples can be repeated.
 
 Property tests try the same examples in each run; ``SOCKMI_RANDOM=1 pytest ...`` tries others.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whether what a module returns is what its RETURN says: no key more, none missing, each of its type."""
 
 from __future__ import annotations

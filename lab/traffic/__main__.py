@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Servers and clients: ``python3 -m lab.traffic serve KIND``, ``python3 -m lab.traffic KIND ADDRESS PORT``.
 
 A server prints a line ``ready`` when it listens or waits for imports; SIGUSR1 makes it export

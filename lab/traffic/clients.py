@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The clients: each makes one connection, checks every byte, and writes down what it saw."""
 
 from __future__ import annotations

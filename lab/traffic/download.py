@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A small HTTP/1.1 server of one long, paced download that can be handed over in mid-response.
 
 ``GET /download?bytes=N&pace=BYTES_PER_S&seed=S`` answers with N bytes of `Pattern` (seed, "download"),

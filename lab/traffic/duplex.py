@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Both directions at once, pseudo-random and checked byte by byte.
 
 The client opens with a header that says what both sides send: seed, bytes each way (0: until

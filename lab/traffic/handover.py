@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How a session reaches its next process: the only place that speaks to the library.
 
 A server that exports a connection itself sends its context with the socket. If a connection

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A line-by-line service with a state per connection: who it is, and how many lines it sent.
 
 ``NAME alice`` is answered by ``hello alice``; every other line by ``alice COUNT LINE``;

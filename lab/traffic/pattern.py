@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pseudo-random bytes that can be made, and checked, at any offset."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A rendezvous for servers on different machines: who had a connection keeps its context until asked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A server of sessions: one thread, any number of connections; takes them by accept or by adoption."""
 
 from __future__ import annotations

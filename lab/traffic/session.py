@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One connection as a server or client sees it: a state that can be handed to another process."""
 
 from __future__ import annotations

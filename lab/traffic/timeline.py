@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a client saw, over time: JSON lines, and the longest gap.
 
 First line: ``{"kind", "name", "started_at" (unix s), "started_ns" (monotonic)}``; then

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Valid images of every kind and state, and the C codec built for the tests."""
 
 from __future__ import annotations

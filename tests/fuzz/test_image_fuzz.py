@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """No input makes the image codecs crash, hang, read beyond it, or disagree with each other.
 
 Seeds are printed; ``SOCKMI_FUZZ_SEED`` repeats a run, ``SOCKMI_FUZZ_SECONDS`` makes it longer.

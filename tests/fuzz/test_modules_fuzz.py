@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Ansible modules under any options: a documented result, readable requests, never a traceback."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ansible on a lab: the controller from the checkout or an installed collection, and what its tests share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The three forms of the client API behind one face, so that one test suite runs against all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A small daemon that speaks docs/control.md, for tests of its clients; breaks where it is told to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Labs for tests. Each has a name of its own, and is removed whatever happens."""
 
 from __future__ import annotations

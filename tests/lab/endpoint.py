@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One end of a counting dialogue that can be handed over: each message is the other's number plus one.
 
 ``endpoint.py listen PORT | connect ADDRESS PORT | import PORT``; SIGUSR1 exports the connection (to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Three hosts on one segment for the engine's tests: ``peer``, ``a`` and ``b``.
 
 ``a`` and ``b`` have the same service addresses; a fixed neighbour entry of ``peer`` says which of

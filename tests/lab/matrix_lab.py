@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the matrix tests share: connections in any state, owners, moves through real daemons, proper ends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """All states with a connection, moved in one batch by real daemons, and what is said of them."""
 
 from __future__ import annotations

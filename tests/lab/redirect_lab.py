@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Hosts in network namespaces, live streams between them, and a bare TCP_REPAIR mover.
 
 For the redirects' contract tests only: it knows nothing of the engine, so that a fault there cannot

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A service on a lab host, clients at the peer, and moves between: what the migration tests share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The command line for tests: run it in this process, as another user, or as a program of a lab host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The modules and migrate.yml, run by Ansible on a real lab with real daemons and clients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`sockmi` against real daemons: every command, every bad argument, JSON and exit status."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The C library as a library: header, symbols, ABI, bad arguments, memory, threads, signals, ptrace."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """export_socket() in C, Python and asyncio."""
 
 from __future__ import annotations

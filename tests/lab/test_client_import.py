@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """import_socket() in C, Python and asyncio, against a daemon that breaks everywhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """drain.yml on a real lab: a host is emptied of live connections, and the others take their share."""
 
 from __future__ import annotations

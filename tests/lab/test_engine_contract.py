@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The engine's contract: reading changes nothing, closing says nothing, bad input is refused by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The engine's contract: every option that an application can set and read travels."""
 
 from __future__ import annotations

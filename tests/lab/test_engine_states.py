@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The engine's contract: every state, moved from one host to another, byte-exact."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A held packet is kept and delivered: its sender does not have to repeat it."""
 
 from __future__ import annotations

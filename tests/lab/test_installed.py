@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The collection that its tarball installs moves real connections: by playbooks, and by a module ad hoc."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The lab itself: it is made whole, leaves nothing behind, and its network is what its plan says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The matrix: every state, moved a -> b by real daemons, actively and passively, over each redirect."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every state over the redirects for special cases, takeover and iptables; and what only they do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What owners and peers see and do while and after their connections move: real daemons, real processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every refusal that a daemon can give, made real once: a code, a sentence, and a connection that goes on.
 
 And who may move and take what: docs/control.md, "Who may do what".

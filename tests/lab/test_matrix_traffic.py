@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Moves under traffic: both ends send pieces of random sizes while the socket is taken from its owner."""
 
 from __future__ import annotations

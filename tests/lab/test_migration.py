@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whole migrations: real daemons, servers and clients; every byte checked, the wire recorded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the group says before anything is frozen: room, places, and who else may take what one refused."""
 
 from __future__ import annotations

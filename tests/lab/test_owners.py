@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Owners: found, stopped and resumed; real processes, real system calls."""
 
 from __future__ import annotations

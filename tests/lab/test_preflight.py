@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Preflight: every refusal made real, and what is told of sockets that can be moved."""
 
 from __future__ import annotations

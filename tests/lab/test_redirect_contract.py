@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every redirect keeps the contract of sockmi.redirect.base, with real connections that are really moved."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ICMP errors as bytes: parsed, carried, rebuilt; no input does harm."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The netlink batch: all or nothing, idempotent, on kernels with and without DESTROYSETELEM."""
 
 from __future__ import annotations

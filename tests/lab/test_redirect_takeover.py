@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What only takeover has: who else uses the address, announcements; and iptables' refusals."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Groups between real processes in network namespaces: multicast, lists, attacks, partitions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Streams over loopback: pools that know each other, and all who should not get in. All real but the Wire."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A host of the transport tests: a process in its own network namespace with a group and a stream pool.
 
 As a program it obeys commands, a JSON object a line on its standard input, and tells events

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The protocol in a bad world. A failing seed: ``SOCKMI_SIM_SEED=<seed> pytest tests/simulation``."""
 
 from __future__ import annotations

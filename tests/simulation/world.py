@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Many hosts in one process: real cores, modelled shells, kernels and network.
 
 What survives what: a host's kernel (sockets of applications, redirects, holds until they time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The capture checker: silent about what is in order, and it finds each planted fault."""
 
 from __future__ import annotations

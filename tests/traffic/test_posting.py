@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Contexts go from machine to machine (here addresses of the loopback): who has one gives it, once."""
 
 from __future__ import annotations

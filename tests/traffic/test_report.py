@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The report: every connection and move is in it, right, and it needs nothing from outside."""
 
 from __future__ import annotations

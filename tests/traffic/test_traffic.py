@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The traffic: clean when the network is, and no planted fault goes unnoticed. Over loopback."""
 
 from __future__ import annotations

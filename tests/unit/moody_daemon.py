@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A daemon for tests: it has sockets, hosts that take them, and its moods."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """docs/control.md and the models of the control socket say the same."""
 
 from __future__ import annotations

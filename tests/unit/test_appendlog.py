@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Appended records come back whole and in order, whatever was cut off; none is taken in twice."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The collection as others get it: built into a tarball, installed from there, its parts found by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The control socket's server: lines, descriptors, limits, hostile clients."""
 
 from __future__ import annotations

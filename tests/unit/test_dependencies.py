@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The lock of the daemon's dependencies: hosts get what was locked, not what is newest."""
 
 from __future__ import annotations

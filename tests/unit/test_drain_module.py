@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Ansible module drain, with a daemon that has sockets, hosts that take them, and its moods."""
 
 from __future__ import annotations

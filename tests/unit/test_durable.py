@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every durable record comes back from the journal as it was."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which engine a host gets that has no module; for one that has, tests/kmod/inside/test_daemons.py."""
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ def test_every_finding_of_doctor() -> None:
         ("What commands and programs are told", "it says", sentences.of_clients),
         ("What Ansible says", "a module says", sentences.of_modules),
         ("What Ansible says", "the role or a playbook says", sentences.of_plays),
+        ("What Ansible says", "a program of the role says", sentences.of_tools),
     ],
 )
 def test_every_sentence(heading: str, first: str, said: Callable[[], set[str]]) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Packets on their way between hosts: packed, unpacked, and nothing malformed accepted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The image codec: round trips, the daemon's small changes, and C and Python side by side."""
 
 # ruff: noqa: S311 (repeatable randomness is what a test wants)

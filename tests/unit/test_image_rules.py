@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every rule of docs/image.md: an image that breaks it is refused, with the same class, by both codecs."""
 
 # ruff: noqa: S311 (repeatable randomness is what a test wants)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The waiting room: room, matching, preference, permission, cancelling."""
 
 from __future__ import annotations

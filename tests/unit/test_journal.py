@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The journal outlives its daemon, writes all or nothing, and forgets only what has an outcome."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The manual tells what the code does: man pages, completions, operations, security, versions, licences."""
+# SPDX-License-Identifier: MIT
+"""The manual tells what the code does: man pages, completions, operations, security, versions."""
 
 from __future__ import annotations
 
@@ -191,6 +192,14 @@ def test_bash_completes() -> None:
     assert done.stderr == ""
 
 
+def test_bash_finds_completions_by_the_commands_names() -> None:
+    """It loads the file that is called as the command; the role links one for each."""
+    text = (PROJECT / "completions/sockmi.bash").read_text()
+    links = yaml.safe_load((PROJECT / "roles/sockmi/vars/main.yml").read_text())["__sockmi_links"]
+    there = {Path(link).name for link in links if "bash-completion" in link}
+    assert there == set(re.findall(r"^complete -F \w+ (\w+)$", text, re.MULTILINE)) == {"sockmi", "sockmid"}
+
+
 def test_zsh_can_read_its_completions() -> None:
     if shutil.which("zsh") is None:
         pytest.skip("zsh is not installed, so nothing here can check its syntax")
@@ -303,7 +312,7 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-# -- versions, changelog, licences
+# -- versions, changelog
 
 
 def test_one_version() -> None:
@@ -328,27 +337,3 @@ def test_changelog_fragments() -> None:
         for section, notes in content.items():
             assert isinstance(notes, str if section == "release_summary" else list), fragment
     assert (PROJECT / "changelogs/changelog.yaml").exists()
-
-
-def test_licences() -> None:
-    """Every source file says its licence; the texts are there; plugins are GPL, the rest is MIT."""
-    texts = {path.stem for path in (PROJECT / "LICENSES").iterdir()}
-    overview = (PROJECT / "LICENSE").read_text()
-    assert all(f"LICENSES/{text}.txt" in overview for text in texts)
-    for path in PROJECT.glob("kmod/**/*.[ch]"):
-        if "build" not in path.relative_to(PROJECT).parts:
-            first = path.read_text().partition("\n")[0]
-            wanted = "GPL-2.0 WITH Linux-syscall-note" if path.parent.name == "uapi" else "GPL-2.0"
-            assert re.search(rf"SPDX-License-Identifier: {wanted}(?: \*/)?$", first), path
-    found = set()
-    for pattern in ("daemon/**/*.[ch]", "daemon/**/*.py", "plugins/**/*.py"):
-        for path in PROJECT.glob(pattern):
-            if "build" in path.relative_to(PROJECT).parts or not path.read_text().strip():
-                continue
-            match = re.search(r"SPDX-License-Identifier: (\S.*?)(?: \*/)?$", path.read_text(), re.MULTILINE)
-            name = path.relative_to(PROJECT)
-            assert match, f"{name} has no SPDX-License-Identifier"
-            licences = match[1].split(" OR ")
-            assert ("GPL-3.0-or-later" if name.parts[0] == "plugins" else "MIT") in licences, name
-            found.update(licences)
-    assert found <= texts

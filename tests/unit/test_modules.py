@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Ansible modules: options as documented, old Pythons, ``ansible-doc``, and answers of odd daemons."""
 
 from __future__ import annotations

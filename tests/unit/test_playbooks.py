@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The playbooks drain and migrate: where they stop, and what their reports say then."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Policies: who gets how much."""
 
 from __future__ import annotations

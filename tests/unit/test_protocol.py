@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The core by hand: its rules for imports and tables, and each path through a batch."""
 
 from __future__ import annotations

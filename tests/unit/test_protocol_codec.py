@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The wire: every message there and back, and no bytes that do harm."""
 
 from __future__ import annotations

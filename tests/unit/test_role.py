@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The role `install`: its variables as documented, its programs on old Pythons, no key in the open."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Sealed datagrams, key files, identities and introductions: what must pass, and all that must not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The spool keeps promised images, whole or not at all."""
 
 from __future__ import annotations
