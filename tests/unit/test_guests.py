@@ -31,13 +31,28 @@ def test_an_archive_that_cannot_be_reached_is_said(tmp_path: Path, monkeypatch: 
     assert "SOCKMI_DEBIAN_MIRROR" in str(caught.value)
 
 
+def setup_list(name: str) -> set[str]:
+    """A list of packages of scripts/setup."""
+    text = (PROJECT / "scripts/setup").read_text()
+    found = re.search(rf"^{name}=\((.*?)\)$", re.sub(r"#.*", "", text), re.DOTALL | re.MULTILINE)
+    assert found
+    return set(found[1].split())
+
+
+def test_a_controller_gets_no_servers() -> None:
+    """`make setup` is for whoever installs SockMi elsewhere; tests and demo install what they need."""
+    servers = {"redis-server", "nginx-light", "openssh-server", "iperf3", "qemu-system-x86"}
+    assert servers <= setup_list("tests")
+    assert not setup_list("packages") & (servers | setup_list("tests") | setup_list("demo"))
+    for target, choice in {"setup": "", "demo": "demo", "test": "tests", "molecule": "tests"}.items():
+        words = ["make", "-n", target]
+        said = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+        assert said.split("\n")[0] == f"scripts/setup {choice}".strip()
+
+
 def test_setup_installs_what_the_guests_need() -> None:
-    """The harness installs what is missing when it comes to it, but `make setup` promises to have done so."""
-    setup = re.search(
-        r"^packages=\((.*?)^\)", (PROJECT / "scripts/setup").read_text(), re.DOTALL | re.MULTILINE
-    )
-    assert setup
-    installed = set(re.sub(r"#.*", "", setup[1]).split())
+    """The harness installs what is missing when it comes to it, but `make setup-tests` promises to have."""
+    installed = setup_list("packages") | setup_list("tests")
     needed: set[str] = set()
     for file in (PROJECT / "guests").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

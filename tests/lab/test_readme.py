@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""The README's commands, as they stand: run in a lab, or looked at where they need more than this machine.
+
+Put in place of what is an example in them: the lab's name, a process and a descriptor, a password.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.host import PROJECT
+from lab.labs import Lab
+from sockmi.cli.arguments import build_parser
+from sockmi.config import Config
+from tests.lab.ansible_lab import Controller
+from tests.lab.scenario import daemons
+from tests.lab.terminal import Scene, ended, run
+
+pytest.importorskip("ansible")
+pytestmark = pytest.mark.timeout(400)
+
+README = (PROJECT / "README.md").read_text()
+# What is not run, and why; nothing else may be left out.
+LEFT_OUT = {
+    "make": "the whole of this repository's tests and its demo; tests/lab/test_demo.py runs that",
+    "sysctl": "the kernel module's; tests/kmod/inside/test_sysctl_daemons.py asks for exports that way",
+    "export": "of the shell",
+    "cp": "copies the example, as the test does",
+    "python3": "installs into /opt, from a package index",
+    "/opt/sockmi/bin/pip": "likewise",
+    "mkdir": "writes to /etc",
+    "sockmid": "its configuration is read below; the lab's daemons run",
+}
+
+
+def blocks(language: str = "") -> list[str]:
+    """The fenced blocks of a language; "": of commands."""
+    parts = README.split("```")[1::2]
+    return [part.partition("\n")[2] for part in parts if part.partition("\n")[0] == language]
+
+
+def commands() -> list[list[str]]:
+    """Each command's words, without its comment."""
+    drawing = "peer   "
+    lines = [line for block in blocks() if drawing not in block for line in block.splitlines()]
+    parts = [part for line in lines for part in line.partition("#")[0].split("&&")]
+    return [words for part in parts if (words := shlex.split(part))]
+
+
+@pytest.fixture
+def scene(lab: Lab) -> Iterator[Scene]:
+    """Daemons on a and b, and a server on a with clients."""
+    with daemons(lab, "ab"):
+        one = Scene(lab)
+        try:
+            yield one
+        finally:
+            one.close()
+
+
+def test_every_command_is_tried_here_or_left_out_for_a_reason() -> None:
+    known = {"ansible", "ansible-playbook", "sockmi", *LEFT_OUT}
+    assert len(commands()) > 20
+    assert {words[0] for words in commands()} == known
+    options = {
+        name
+        for action in build_parser()._subparsers._group_actions
+        for name in action.choices or {}  # type: ignore[union-attr]
+    }
+    assert {words[1] for words in commands() if words[0] == "sockmi"} <= options
+    for words in commands():
+        if words[0] == "make":
+            assert (
+                subprocess.run(
+                    ["make", "-n", *words[1:]], cwd=PROJECT, check=False, capture_output=True
+                ).returncode
+                == 0
+            )
+
+
+def test_moves_by_hand(scene: Scene, lab: Lab, tmp_path: Path) -> None:
+    """`list`, `export`, `drain`, `import --exec`: two connections leave a; their clients notice nothing."""
+    a = lab.host("a")
+    [listing, export, drain] = [words[1:] for words in commands() if words[:1] == ["sockmi"]][:3]
+    [imports] = [words[1:] for words in commands() if words[:2] == ["sockmi", "import"]]
+    scene.server("a", 5100, name="nginx")
+    clients = [scene.client("a", 5100) for _turn in range(2)]
+    handler = tmp_path / "handle-connection"
+    handler.write_text("#!/bin/sh\nexec cat\n")
+    handler.chmod(handler.stat().st_mode | stat.S_IXUSR)
+    words = [str(handler) if word == f"./{handler.name}" else word for word in imports]
+    importers = [scene.program("b", *words) for _client in clients]
+    scene.waiting("b", len(clients))
+    assert clients[0].local in run(*listing, host=a).out
+    pid, fd = scene.descriptor_of(clients[0])
+    named = {"510": str(pid), "5": str(fd)}
+    assert run(*[named.get(word, word) for word in export], host=a).status == 0
+    assert run(*drain, host=a).status == 0
+    assert [one.say("there") for one in clients] == ["there"] * 2
+    assert not scene.rows("a", "--kind", "connected")
+    for client in clients:
+        client.connection.close()
+    assert [ended(importer).status for importer in importers] == [0, 0]
+
+
+def test_in_a_lab_by_ansible(lab_name: Callable[[], str]) -> None:
+    """Made, moved in, and removed again."""
+    made = Lab(lab_name(), persistent=True)
+    controller = Controller(made)
+    plays = [
+        words for words in commands() if words[0] == "ansible-playbook" and "inventories/mine" not in words
+    ]
+    assert len(plays) == 3
+    try:
+        for words in plays:
+            done = controller.command(*words)
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert made.missing()
+    finally:
+        made.down()
+
+
+def test_on_hosts_of_your_own(tmp_path: Path) -> None:
+    """The example's key is encrypted: each command asks for the password, and then knows hosts and key."""
+    shutil.copytree(PROJECT / "inventories/example", tmp_path / "mine")
+    (tmp_path / "password").write_text("example\n")
+    ours = [words for words in commands() if "inventories/mine" in words and words[0] != "cp"]
+    assert len(ours) >= 4
+    for words in ours:
+        assert "--ask-vault-pass" in words, words
+        given = {"inventories/mine": str(tmp_path / "mine")}
+        rest = [given.get(word, word) for word in words[1:] if word != "--ask-vault-pass"]
+        rest += ["--vault-password-file", str(tmp_path / "password"), "--list-hosts"]
+        done = subprocess.run(
+            [PROJECT / ".venv/bin" / words[0], *rest],
+            cwd=PROJECT, capture_output=True, text=True, check=False, timeout=100,
+        )  # fmt: skip
+        assert (done.returncode, "web1" in done.stdout or "sockmi_from" in str(words)) == (0, True), (
+            done.stderr
+        )
+
+
+def test_by_hand_there_is_what_is_named() -> None:
+    [example] = [words[1] for words in commands() if words[0] == "cp" and words[1].endswith(".yml")]
+    assert Config.load(PROJECT / example).groups
+    assert (PROJECT / "daemon/systemd/sockmid.service").exists()
+
+
+def test_python_and_c_can_be_compiled(tmp_path: Path) -> None:
+    [python] = blocks("python")
+    compile(python, "README.md", "exec")
+    [code] = blocks("c")
+    source = tmp_path / "example.c"
+    head = "#include <err.h>\n#include <netinet/in.h>\n#include <sockmi.h>\nint main(void)\n{\n"
+    source.write_text(f"{head}{code}return 0;\n}}\n")
+    done = subprocess.run(
+        ["cc", "-Wall", "-Werror", "-fsyntax-only", "-I", PROJECT / "daemon/libsockmi/include", source],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
