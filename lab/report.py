@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the clients saw while their connections moved: a table for the terminal, a page for people.
 
 Input: the clients' timelines, and migration records as the command line and the Ansible modules print them
@@ -86,12 +87,12 @@ class Story:
         return self.track.points[-1][2] if self.track.points else 0
 
     def blackout_us(self, move: Move) -> int:
-        """The longest silence that the client saw around a move; 0 if there is none to see."""
+        """The longest gap that the client saw around a move; 0 if there is none to see."""
         return self.track.gap_us(move.at - SPAN_BEFORE_S, move.at + SPAN_AFTER_S)
 
     @property
     def elsewhere_us(self) -> int:
-        """The longest silence that touches no move: what this client is used to."""
+        """The longest gap that touches no move: what this client is used to."""
         spans = [(move.at - SPAN_BEFORE_S, move.at + SPAN_AFTER_S) for move in self.moves]
         free = [b - a for a, b in self.track.gaps() if not any(b >= x and a <= y for x, y in spans)]
         return round(max(free, default=0.0) * 1e6)
@@ -245,7 +246,7 @@ def page(told: Sequence[Story], title: str = "Live connections, moved") -> str:
         (str(len(moves)), "moves between hosts"),
         (
             _us(seen[len(seen) // 2]) if seen else "-",
-            "median silence around a move, seen by a streaming client",
+            "median blackout: the gap around a move, seen by a streaming client",
         ),
         (_bytes(sum(story.sent + story.received for story in told)), "checked byte by byte"),
         (str(len(failed)), "clients that noticed anything"),
@@ -305,7 +306,8 @@ def _moves_table(story: Story) -> str:
         summary = escape(_fidelity(move))
         detail = f"<details><summary>{summary}</summary>{names}</details>" if names else summary
         rows.append(f'<tr>{row}<td class="wide">{detail}</td></tr>')
-    titles = "".join(f"<th>{name}</th>" for name in (*TITLES[:3], "received", "sent", "silence", *TITLES[3:]))
+    columns = (*TITLES[:3], "received", "sent", "blackout", *TITLES[3:])
+    titles = "".join(f"<th>{name}</th>" for name in columns)
     return f'<div class="scroll"><table><tr>{titles}</tr>{"".join(rows)}</table></div>'
 
 
@@ -359,8 +361,8 @@ def _marks(story: Story, x: Any, bottom: int, colours: Mapping[str, str], end: f
         at = x(move.at)
         parts.append(f'<line class="move" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP - 8}" y2="{bottom + BAR}"/>')
         label = f"{move.source} → {move.target}"
-        silence = _blackout(story, move)
-        label += f"  {silence}" if story.track.kind not in ("idle", "lines") else ""
+        blackout = _blackout(story, move)
+        label += f"  {blackout}" if story.track.kind not in ("idle", "lines") else ""
         parts.append(
             f'<text class="label" x="{at:.1f}" y="{TOP - 13}" text-anchor="middle">{escape(label)}</text>'
         )

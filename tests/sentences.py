@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The sentences with which the daemon, its clients, the Ansible modules, the role and the playbooks fail.
+"""The sentences with which the daemon, its clients, the Ansible modules, the role, its programs and
+the playbooks fail.
 
 Read from the sources: what is put into a sentence when it is said is an ellipsis here. Sentences that only
 pass another's on have no words of their own, and are left out.
@@ -32,6 +33,7 @@ DAEMON = {
 }
 CLIENTS = {"BrokenLink": 0, "SockMiError": 1, "Unanswered": 1}
 MODULES = {"ControlError": 0, "WrongValue": 0, "_fail": 0}
+TOOLS = {"Failed": 0, "WheelhouseError": 0, "exit": 0}
 
 
 def of_daemon() -> set[str]:
@@ -61,23 +63,38 @@ def of_plays() -> set[str]:
     return {sentence for sentence in found if _own_words(sentence)}
 
 
+def of_tools() -> set[str]:
+    """With what the programs fail that the role runs on hosts, and the one that builds what it carries."""
+    found = set(_of_python(PROJECT / "scripts/wheelhouse", TOOLS))
+    for path in sorted((PROJECT / "roles/sockmi/files").glob("*.py")):
+        found |= set(_of_python(path, TOOLS))
+        for node in ast.walk(ast.parse(path.read_text())):  # programs that it has as text
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "sys.exit(f" in node.value:
+                found |= set(_of_source(node.value, TOOLS))
+    return found
+
+
 def _own_words(sentence: str) -> bool:
     return sum(letter.isalpha() for letter in sentence) >= 6
 
 
 def _of_python(where: Path, exceptions: dict[str, int]) -> Iterator[str]:
     for path in sorted(where.rglob("*.py")) if where.is_dir() else [where]:
-        tree = ast.parse(path.read_text())
-        named = {
-            node.targets[0].id: node.value
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        }
-        for node in ast.walk(tree):
-            for said in _said(node, exceptions):
-                sentence = _text(named.get(said.id, said) if isinstance(said, ast.Name) else said)
-                if _own_words(sentence):
-                    yield sentence
+        yield from _of_source(path.read_text(), exceptions)
+
+
+def _of_source(source: str, exceptions: dict[str, int]) -> Iterator[str]:
+    tree = ast.parse(source)
+    named = {
+        node.targets[0].id: node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    for node in ast.walk(tree):
+        for said in _said(node, exceptions):
+            sentence = _text(named.get(said.id, said) if isinstance(said, ast.Name) else said)
+            if _own_words(sentence):
+                yield sentence
 
 
 def _said(node: ast.AST, exceptions: dict[str, int]) -> Iterator[ast.expr]:
@@ -88,6 +105,9 @@ def _said(node: ast.AST, exceptions: dict[str, int]) -> Iterator[ast.expr]:
             yield node.args[exceptions[name]]
         elif name == "fail_json":
             yield from (word.value for word in node.keywords if word.arg == "msg")
+    elif isinstance(node, ast.Dict):  # a result that is printed without an AnsibleModule
+        keys = [getattr(key, "value", None) for key in node.keys]
+        yield from (value for key, value in zip(keys, node.values, strict=True) if key == "msg")
     elif isinstance(node, ast.ClassDef) and node.name in exceptions:  # a text that is always the same
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and method.name == "__init__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Holds of connections that have a place here, set before their exporter freezes them.
 
-A hold costs a transaction of nftables; set when a place is promised, it costs the blackout nothing.
+A hold costs a transaction of nftables; set when a place is promised, it costs the freeze nothing.
 Until the copy is prepared nothing of such a connection concerns this host, so nothing is lost by it.
 But a router between the peer and the exporter must not drop its packets yet, and neither must a host to
 which the connection returns, as it still leads them away: these hold in PREPARE.

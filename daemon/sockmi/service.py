@@ -416,6 +416,19 @@ def _uninstall(config: Config, *, force: bool, check: bool) -> int:
     return 0
 
 
+def _check(config: Config, path: Path) -> int:
+    """``--check``; 0, or 1 if something is wrong. What may still come is told, and no fault of the file's."""
+    from sockmi.checking import examine
+
+    found = examine(config)
+    for sentence in found.wrong:
+        print(f"sockmid: {sentence}", file=sys.stderr)
+    if not found.wrong:
+        print(f"{path}: good")
+        print(*found.used, *(f"but sockmid would not start now: {one}" for one in found.missing), sep="\n")
+    return 1 if found.wrong else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """``sockmid``: 0 after a clean stop, 1 if it cannot start, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
@@ -425,7 +438,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="check the configuration, or whether the redirects can be removed, and exit",
+        help="check the configuration and what it names, or whether the redirects can be removed, and exit",
     )
     parser.add_argument(
         "--remove-redirects",
@@ -442,8 +455,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = Config.load(options.config)
         if options.check and not options.remove_redirects:
-            print(f"{options.config}: good")
-            return 0
+            return _check(config, options.config)
         logs.configure(config)
         if os.geteuid() != 0:
             raise StartError("sockmid needs root (its unit takes all but seven capabilities away)")

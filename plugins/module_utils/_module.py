@@ -84,10 +84,12 @@ def readable() -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, TypeError, ValueError) as error:
-        message = (
-            f"The options cannot be read ({type(error).__name__}: {error}); one is no number, or no text."
-        )
-        sys.stdout.write(json.dumps({"failed": True, "msg": message}) + "\n")
+        result = {
+            "failed": True,
+            "msg": f"The options cannot be read ({type(error).__name__}: {error}); one is no number, "
+            "or no text.",
+        }
+        sys.stdout.write(json.dumps(result) + "\n")
         raise SystemExit(1) from None
 
 

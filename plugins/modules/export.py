@@ -211,7 +211,8 @@ migrations:
           returned: always
     blackout_us:
       description:
-        - How long nobody could answer the other end, in microseconds, as the exporter measured it.
+        - The freeze, how long nobody could answer the other end, in microseconds, as the exporter
+          measured it.
         - Null if it was not frozen.
       type: int
       returned: always

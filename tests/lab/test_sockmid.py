@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`sockmid`: every kind of bad start, reload, key rotation, metrics, logs, capabilities, its unit."""
 
 from __future__ import annotations
@@ -161,11 +162,15 @@ def test_files_that_cannot_be_read(host: Host) -> None:
 def test_check_and_version(host: Host) -> None:
     path = written(host)
     good = sockmid(host, "--config", path, "--check")
-    assert (good.status, good.out) == (0, f"{path}: good\n")
+    assert good.status == 0
+    assert good.out.startswith(f"{path}: good\ngroup lab: 1 key in ")
+    assert "\nengine " in good.out
+    assert "would not start" not in good.out
     bad = sockmid(host, "--config", written(host, policy="x"), "--check")
     assert bad.status == 1 and "policy:" in bad.err
     example = sockmid(host, "--config", PROJECT / "daemon/sockmi.example.yml", "--check")
     assert example.status == 0, example
+    assert "would not start now: group default: /etc/sockmi/group.key: No such file" in example.out
     assert sockmid(host, "--version").out == f"sockmid {VERSION}\n"
     for word in ("--fast", "--vers"):
         wrong = sockmid(host, word)

@@ -81,7 +81,7 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "from": itemgetter("from"),
     "to": itemgetter("to"),
     "outcome": lambda record: record["outcome"] or record["step"],
-    "blackout ms": lambda record: milliseconds(record["blackout_us"]),
+    "freeze ms": lambda record: milliseconds(record["blackout_us"]),
     "mode": itemgetter("mode"),
     "engine": itemgetter("engine"),
     "hop": itemgetter("hop"),
