@@ -60,7 +60,9 @@ def install(folder: Path) -> Path:
     return there
 
 
-def run(installed: Path | None, program: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+def run(
+    installed: Path | None, program: str, *words: str | Path, timeout_s: float = 110
+) -> subprocess.CompletedProcess[str]:
     """Run one of Ansible's programs on the installed collection, far from the checkout; None: on that."""
     folder = installed or linked()
     settings = {
@@ -75,6 +77,6 @@ def run(installed: Path | None, program: str, *words: str | Path) -> subprocess.
         env=os.environ | settings,
         text=True,
         capture_output=True,
-        timeout=110,
+        timeout=timeout_s,
         check=False,
     )
