@@ -18,7 +18,10 @@ from pathlib import Path
 TAG = "import sys; print('cp%d%d' % sys.version_info[:2])"
 QUERIES = (
     ("debian", ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"]),
-    ("redhat", ["rpm", "-qa", "--qf", "%{NAME} installed\n"]),
+    (
+        "redhat",
+        ["rpm", "-qa", "--qf", "%{NAME} installed\n%{NAME}-%{VERSION}-%{RELEASE}.%{ARCH} installed\n"],
+    ),
 )
 
 
