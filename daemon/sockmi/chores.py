@@ -52,6 +52,7 @@ class Chores:
         self._look_at_listeners = look_at_listeners
         self._look_at_ages = look_at_ages
         self._untrimmed = 0  # rows folded since memory was given back
+        self._trim_again = True  # at first: the start is work, too
 
     def start(self) -> None:
         """Do all of them, from now on."""
@@ -80,13 +81,18 @@ class Chores:
         if self._is_calm():
             with contextlib.suppress(sqlite3.Error, OSError):  # a full disk: next time
                 self._shell.catch_up()
-                self._untrimmed += self._shell.journal.fold()
-            if self._untrimmed >= _TRIM_AFTER_ROWS:
-                self._untrimmed = 0
-                gc.collect()
-                trim()
+                self._untrimmed += (rows := self._shell.journal.fold())
+                self._trim(quiet=not rows and not len(self._shell.moves))
         self._tell_moves()
         self._loop.call_later(_FOLD_INTERVAL_S, self._fold)
+
+    def _trim(self, *, quiet: bool) -> None:
+        """After much work, and again when there is none: what the last of it had is free by then."""
+        much = self._untrimmed >= _TRIM_AFTER_ROWS
+        if much or (quiet and self._trim_again):
+            self._untrimmed, self._trim_again = 0, much
+            gc.collect()
+            trim()
 
     def _tell_moves(self) -> None:
         if self._shell.moves.write(calm=self._is_calm()):

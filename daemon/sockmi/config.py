@@ -24,6 +24,7 @@ from sockmi.addresses import Endpoint
 from sockmi.problems import problems
 from sockmi.protocol.records import IMAGE_BYTES_MAX
 from sockmi.redirect.base import Mode
+from sockmi.unread import unread
 
 
 def _absolute(path: Path) -> Path:
@@ -112,10 +113,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class Strict(BaseModel):
-    """Unknown keys are errors: a misspelt option must not be ignored silently."""
+# Whoever makes the first model looks for plugins of pydantic, with 2 MB of modules. We have none.
+with unread("importlib.metadata", entry_points=lambda **_unused: ()):
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    class Strict(BaseModel):
+        """Unknown keys are errors: a misspelt option must not be ignored silently."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class GroupConfig(Strict):

@@ -16,7 +16,6 @@ from sockmi.api import Check, CheckStatus
 from sockmi.engine.listing import unlistable
 from sockmi.parts import Parts
 from sockmi.redirect.base import Mode
-from sockmi.redirect.iptables import unusable
 
 # Bits of linux/capability.h, and what fails without each.
 _CAPABILITIES = {
@@ -246,6 +245,8 @@ def _reverse_path() -> Check:
 def _iptables(modes: Sequence[Mode]) -> list[Check]:
     if Mode.IPTABLES not in modes:
         return []
+    from sockmi.redirect.iptables import unusable  # and pyroute2 with it: only for who uses that mode
+
     if why := unusable():
         return [_bad("iptables", f"Redirects in mode iptables cannot be set up: {why}.", _IPTABLES_MEND)]
     return [_ok("iptables", "iptables is the legacy one, and python-iptables is there.")]

@@ -19,6 +19,10 @@ class MoveLog:
     def __init__(self) -> None:
         self._waiting: deque[dict[str, Any]] = deque()
 
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
     def append(self, record: dict[str, Any]) -> None:
         """A migration that has ended; its record may still change until it is written."""
         if _log.isEnabledFor(logging.INFO) or record["outcome"] == "failed":

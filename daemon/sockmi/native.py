@@ -12,6 +12,7 @@ import functools
 import os
 from pathlib import Path
 
+_M_ARENA_MAX = -8  # malloc.h
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -37,6 +38,12 @@ def library() -> ctypes.CDLL:
     raise FileNotFoundError(
         f"libsockmi-engine.so is not at {tried}; build it with `make -C daemon/libsockmi`"
     )
+
+
+def one_heap() -> None:
+    """Threads take their memory where the others do (mallopt(3)), not each from an arena of its own."""
+    with contextlib.suppress(AttributeError):  # a C library that is not glibc
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def trim() -> None:

@@ -41,7 +41,7 @@ from sockmi.limits import raise_limit
 from sockmi.members import Members
 from sockmi.messenger import Messenger
 from sockmi.metrics import Metrics
-from sockmi.native import library, trim
+from sockmi.native import library, one_heap, trim
 from sockmi.operations import Operations
 from sockmi.placing import Placing
 from sockmi.policy import POLICIES
@@ -462,6 +462,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.remove_redirects:
             return _uninstall(config, force=options.force, check=options.check)
         raise_limit()
+        one_heap()
         daemon = Daemon(config, options.config)
         daemon.start()
     except (*_START_ERRORS, sqlite3.Error, RuntimeError, OSError) as error:

@@ -685,3 +685,15 @@ def _restart_with(daemon: Daemon, prefix: list[str]) -> None:
     with daemon.log_file.open("ab") as log:
         daemon.process = daemon.host.popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     until(daemon.answers)
+
+
+def test_memory_at_rest(lab: Lab) -> None:
+    """Of two that know each other; `make bench` has the figure. Pythons and libraries differ by some."""
+    with daemons(lab, "ab") as running:
+        wait_for_members(lab, "ab")
+        time.sleep(1.5)  # they give back what only the start needed
+        for name in "ab":
+            [resident] = re.findall(
+                r"VmRSS:\s+(\d+) kB", Path(f"/proc/{running[name].pid}/status").read_text()
+            )
+            assert int(resident) * 1024 < 70e6
