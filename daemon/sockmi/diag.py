@@ -43,12 +43,13 @@ _MAPPED = bytes(10) + b"\xff\xff"
 class Found:
     """A connection's socket. ``state``: the kernel's number (TCP_ESTABLISHED is 1, TCP_TIME_WAIT is 6).
 
-    ``inode`` is 0 when no process has it any more; ``cookie`` is its SO_COOKIE.
+    ``inode`` is 0 when no process has it any more; ``cookie`` is its SO_COOKIE; ``queued``: bytes, both ways.
     """
 
     state: int
     inode: int
     cookie: int
+    queued: int = 0
 
 
 class SocketDiag:
@@ -146,9 +147,10 @@ def _found(answer: bytes) -> Found | None:
     body = _HEADER.size
     state = answer[body + 1]
     (cookie,) = struct.unpack_from("=Q", answer, body + 44)
+    received, unsent = struct.unpack_from("=II", answer, body + 56)
     (inode,) = struct.unpack_from("=I", answer, body + 68)
     # The kernel's look-up falls back to a listener.
-    return None if state == _LISTEN else Found(state, inode, cookie)
+    return None if state == _LISTEN else Found(state, inode, cookie, received + unsent)
 
 
 class DestroyedSockets:

@@ -61,6 +61,11 @@ class Metrics:
         self.members = Gauge(
             "sockmi_group_members", "Other daemons heard", ["group"], registry=self._registry
         )
+        self.stuck = Gauge(
+            "sockmi_stuck_inspectors",
+            "Looks at sockets that were given up, as an owner keeps one locked, and have not ended yet",
+            registry=self._registry,
+        )
         self._server: Any = None
 
     def serve(self, address: str, port: int) -> None:

@@ -31,6 +31,7 @@ class Code(StrEnum):
     LINK_LOCAL = "link-local"
     ALREADY_MIGRATING = "already-migrating"
     NO_DESCRIPTORS = "no-descriptors"
+    LOCKED = "locked"
     # the owner
     OWNER_TRACED = "owner-traced"
     OWNER_IO_URING = "owner-io-uring"

@@ -30,6 +30,7 @@ from sockmi.crashpoints import arm
 from sockmi.diag import DestroyedSockets, SocketDiag
 from sockmi.driver import Driver
 from sockmi.engine.choice import choose
+from sockmi.engine.inspector import inspectors
 from sockmi.engine.kernel import ModuleMissing
 from sockmi.engine.listing import listeners
 from sockmi.engine.trial import obstacle
@@ -38,6 +39,7 @@ from sockmi.holders import Holders, duplicates
 from sockmi.importing import Importing
 from sockmi.journal import Journal, JournalError
 from sockmi.limits import raise_limit
+from sockmi.looking import look
 from sockmi.members import Members
 from sockmi.messenger import Messenger
 from sockmi.metrics import Metrics
@@ -120,6 +122,7 @@ class Daemon:
         except ModuleMissing as missing:
             raise StartError(f"engine: kernel is asked for, but {missing}; or set engine: auto") from None
         self.metrics.engine.labels(engine=self.engine.name).set(1)
+        self.metrics.stuck.set_function(inspectors().stuck)
         self.members = Members(
             self.loop,
             config,
@@ -171,6 +174,7 @@ class Daemon:
         self.exporting = Exporting(
             self.shell,
             self.redirecting,
+            look=functools.partial(look, self.loop, self.engine),
             find_holders=holders.find,
             find=self.diag.find,
             destroy=self.diag.destroy,

@@ -20,7 +20,8 @@ import pytest
 
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import Kind, SocketFacts
-from sockmi.engine.preflight import inspect
+from sockmi.engine.preflight import inspect as inspect_aside
+from sockmi.engine.preflight import inspect_here as inspect
 from sockmi.refusal import Code
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -133,6 +134,7 @@ def test_unconnected_bound_and_listening() -> None:
         bound.bind(("::1", 0))
         waiting.connect(("127.0.0.1", listener.getsockname()[1]))
         seen = inspect([fresh.fileno(), bound.fileno(), listener.fileno()])
+        assert inspect_aside([fresh.fileno(), bound.fileno(), listener.fileno()]) == seen
     assert [s.refusal for s in seen] == [None] * 3
     assert [s.kind for s in seen] == [Kind.BOUND, Kind.BOUND, Kind.LISTENING]
     assert [s.state for s in seen] == ["CLOSED", "CLOSED", "LISTEN"]
@@ -158,6 +160,7 @@ def test_syn_sent(namespace: None) -> None:
         opening.setblocking(False)
         assert opening.connect_ex(("192.0.2.9", 9)) == 115
         seen = facts(opening)
+        assert inspect_aside([opening.fileno()]) == [seen]
         assert (seen.state, seen.kind, seen.refusal) == ("SYN-SENT", Kind.CONNECTED, None)
         assert seen.remote == Endpoint.parse("192.0.2.9:9")
 
@@ -167,7 +170,8 @@ def test_a_thousand_at_once(pair: tuple[socket.socket, socket.socket]) -> None:
     seen = inspect(fds)
     assert [s.inode for s in seen] == [os.fstat(fd).st_ino for fd in fds]
     assert all(s.refusal is None for s in seen)
-    assert inspect([]) == []
+    assert inspect_aside(fds) == seen
+    assert inspect([]) == inspect_aside([]) == []
 
 
 def test_traffic_is_not_mistaken_for_urgent_data(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -267,7 +271,7 @@ def test_md5_cannot_be_ruled_out_without_inet_diag() -> None:
     """A seccomp filter takes NETLINK_SOCK_DIAG away, as hardened containers do."""
     ran = in_child("""
         import ctypes, struct
-        from sockmi.engine.preflight import inspect
+        from sockmi.engine.preflight import inspect_here as inspect
         one, other = connected()
         libc = ctypes.CDLL(None)
         NR_SOCKET = {"x86_64": 41, "aarch64": 198}[os.uname().machine]
@@ -295,7 +299,7 @@ def in_child(script: str) -> str:
 def test_no_privilege() -> None:
     ran = in_child("""
         import ctypes
-        from sockmi.engine.preflight import inspect
+        from sockmi.engine.preflight import inspect_here as inspect
         one, other = connected()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             inspect([one.fileno()])

@@ -238,12 +238,13 @@ def test_a_socket_under_way_is_refused_however_often_it_is_asked_for() -> None:
     )  # fmt: skip
     ended: list[dict[str, Any]] = []
     shell, _unused = told(
-        engine=SimpleNamespace(inspect=lambda fds: [facts] * len(fds), name="repair", owners=Owners()),
+        engine=SimpleNamespace(name="repair", owners=Owners()),
         host_name="a",
         journal=SimpleNamespace(write=lambda _unused: None), note=lambda _unused: None,
     )  # fmt: skip
     exporting = Exporting(
         shell, SimpleNamespace(holding_of=None),  # type: ignore[arg-type]
+        look=lambda fds, done: done([facts] * len(fds)),
         find_holders=lambda *_unused: None, find=lambda _unused: None, destroy=lambda *_unused: True,
         onward=SimpleNamespace(),  # type: ignore[arg-type]
     )  # fmt: skip

@@ -99,7 +99,9 @@ class Setting:
         self.loop.set_default_executor(ThreadPoolExecutor(2))
         self.journal = Journal(path / "journal.db")
         self.exporting = Exporting(self.journal)
-        self.engine = SimpleNamespace(inspect=lambda fds: [SimpleNamespace(refusal=None) for _unused in fds])
+        self.engine = SimpleNamespace(
+            look=lambda fds: [SimpleNamespace(refusal=None) for _unused in fds], judge=lambda _fds, seen: seen
+        )
         daemon: Any = SimpleNamespace(
             loop=self.loop,
             journal=self.journal,
@@ -284,7 +286,7 @@ def test_a_look_through_proc_that_fails_is_an_answer(
 def test_an_inspection_that_fails_is_an_answer(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets_operations, "select", lambda *_unused: [found(n) for n in range(500)])
     monkeypatch.setattr(sockets_operations, "duplicate", lambda pid, fd: null())
-    setting.engine.inspect = fails
+    setting.engine.look = fails
     [answer] = setting.ask(api.ListRequest())
     assert answer["error"]["code"] == Code.INTERNAL
 

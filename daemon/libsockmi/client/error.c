@@ -34,6 +34,7 @@ static const struct {
 	{ "link-local", ENOTSUP },
 	{ "already-migrating", EALREADY },
 	{ "no-descriptors", EMFILE },
+	{ "locked", EBUSY },
 	{ "owner-traced", EBUSY },
 	{ "owner-io-uring", ENOTSUP },
 	{ "owner-unstoppable", EBUSY },

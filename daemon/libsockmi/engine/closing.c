@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "process.h"
 
 #ifndef sigev_notify_thread_id
 #define sigev_notify_thread_id _sigev_un._tid
@@ -32,7 +33,7 @@ static void woken(int number)
 	(void)number;
 }
 
-static void listen_to_it(void)
+void sockmi_hear_wake_signal(void)
 {
 	struct sigaction action = { .sa_handler = woken };
 
@@ -50,7 +51,7 @@ void sockmi_close(const int *fds, size_t count)
 	timer_t timer;
 	int armed;
 
-	pthread_once(&once, listen_to_it);
+	pthread_once(&once, sockmi_hear_wake_signal);
 	event.sigev_notify_thread_id = (pid_t)syscall(SYS_gettid);
 	armed = !timer_create(CLOCK_MONOTONIC, &event, &timer);
 	if (armed)

@@ -233,7 +233,7 @@ int sockmi_diag_check(const int *fds, struct sockmi_facts *facts, size_t n)
 		error = check_others(netlink, &c, n);
 	for (size_t i = 0; i < n; i++) {
 		if (c.again && c.again[i])
-			facts[i].findings |= SOCKMI_URGENT;
+			facts[i].findings |= SOCKMI_URGENT_DATA;
 		/* Of a socket that is neither connected nor listening the kernel tells no keys. */
 		if (facts[i].state && (error || (!c.known[i] && facts[i].state != CLOSED)) &&
 		    !(facts[i].findings & SOCKMI_OTHER_NETNS)) {

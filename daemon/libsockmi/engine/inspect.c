@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 #include "inspect.h"
+#include "engine.h"
 
 #include <errno.h>
+#include <linux/sock_diag.h>
 #include <linux/sockios.h>
 #include <linux/tcp.h>
+#include <net/if.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <stdbool.h>
@@ -104,7 +107,7 @@ static void inspect_queues(int fd, struct sockmi_facts *f, const struct tcp_info
 		f->send_queue = (uint32_t)bytes;
 	/* POLLPRI: an unread urgent byte. At the mark: it may have been read, but not what follows. */
 	if ((events & POLLPRI) || (!ioctl(fd, SIOCATMARK, &at_mark) && at_mark))
-		f->findings |= SOCKMI_URGENT;
+		f->findings |= SOCKMI_URGENT_DATA;
 	if (int_option(fd, SOL_SOCKET, SO_ZEROCOPY, 0) && (f->send_queue || (events & POLLERR)))
 		f->findings |= SOCKMI_ZERO_COPY;
 	if (f->state == SYN_SENT && (int_option(fd, IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 0) ||
@@ -112,6 +115,40 @@ static void inspect_queues(int fd, struct sockmi_facts *f, const struct tcp_info
 		f->findings |= SOCKMI_FAST_OPEN;
 	if (f->state == CLOSED && (events & POLLRDHUP))
 		f->findings |= SOCKMI_ENDED;
+}
+
+static uint8_t bind_flags(int fd, const struct sockmi_facts *f)
+{
+	char device[IFNAMSIZ] = "";
+	socklen_t length = sizeof(device);
+	int flags = 0;
+
+	if (int_option(fd, SOL_SOCKET, SO_REUSEADDR, 0))
+		flags |= SOCKMI_BIND_REUSE_ADDRESS;
+	if (int_option(fd, SOL_SOCKET, SO_REUSEPORT, 0))
+		flags |= SOCKMI_BIND_REUSE_PORT;
+	if (f->family == AF_INET6 && int_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 0))
+		flags |= SOCKMI_BIND_V6_ONLY;
+	if (!getsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, device, &length) && length && device[0])
+		flags |= SOCKMI_BIND_DEVICE;
+	return (uint8_t)flags;
+}
+
+static void set_activity(struct sockmi_facts *f, const struct tcp_info *info)
+{
+	f->state = info->tcpi_state;
+	f->received = info->tcpi_bytes_received;
+	f->sent_ms = info->tcpi_last_data_sent;
+	f->received_ms = info->tcpi_last_data_recv;
+}
+
+void sockmi_inspect_briefly(int fd, struct sockmi_facts *f)
+{
+	struct tcp_info info = { 0 };
+	socklen_t length = sizeof(info);
+
+	if (!getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length))
+		set_activity(f, &info);
 }
 
 static bool has_ao(int fd)
@@ -140,6 +177,7 @@ static void inspect_one(int fd, struct sockmi_facts *f, short events, uint64_t n
 		return;
 	}
 	f->inode = status.st_ino;
+	f->uid = status.st_uid;
 	f->family = (uint16_t)(S_ISSOCK(status.st_mode) ? int_option(fd, SOL_SOCKET, SO_DOMAIN, 0) : 0);
 	f->protocol = (uint16_t)(f->family ? int_option(fd, SOL_SOCKET, SO_PROTOCOL, 0) : 0);
 	f->cookie = f->family ? cookie_option(fd, SO_COOKIE) : 0;
@@ -159,11 +197,19 @@ static void inspect_one(int fd, struct sockmi_facts *f, short events, uint64_t n
 		f->error = errno;
 		return;
 	}
-	f->state = info.tcpi_state;
+	set_activity(f, &info);
 	f->send_scale = info.tcpi_snd_wscale;
 	f->receive_scale = info.tcpi_rcv_wscale;
 	/* The low bit of TCP_TIMESTAMP says the same, but before Linux 6.7 it is part of the clock. */
 	f->timestamp_us = !!(info.tcpi_options & OPT_USEC_TS);
+	if (f->state == SYN_SENT) {
+		int offered = sockmi_syn_offered(fd);
+
+		f->receive_scale = (uint8_t)offered;
+		f->timestamp_us = (uint8_t)(offered >> 8);
+	}
+	if (f->state == CLOSED || f->state == LISTEN)
+		f->bind_flags = bind_flags(fd, f);
 	f->receive_buffer = (uint32_t)int_option(fd, SOL_SOCKET, SO_RCVBUF, 0);
 	f->send_buffer = (uint32_t)int_option(fd, SOL_SOCKET, SO_SNDBUF, 0);
 	inspect_names(fd, f);
@@ -230,4 +276,17 @@ API int sockmi_inspect(const int *fds, size_t n, struct sockmi_facts *facts)
 	close(own);
 	sockmi_sockmap_check(facts, n);
 	return sockmi_diag_check(fds, facts, n);
+}
+
+API void sockmi_queued_at_most(const int *fds, size_t n, uint64_t *bytes)
+{
+	for (size_t i = 0; i < n; i++) {
+		uint32_t memory[SK_MEMINFO_VARS] = { 0 };
+		socklen_t length = sizeof(memory);
+		int unsent = 0;
+
+		getsockopt(fds[i], SOL_SOCKET, SO_MEMINFO, memory, &length);
+		ioctl(fds[i], SIOCOUTQ, &unsent);
+		bytes[i] = (uint64_t)memory[SK_MEMINFO_RMEM_ALLOC] + memory[SK_MEMINFO_BACKLOG] + (uint32_t)unsent;
+	}
 }

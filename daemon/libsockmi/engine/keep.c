@@ -5,52 +5,16 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <signal.h>
 #include <stdint.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "engine.h"
+#include "process.h"
 
-#define LISTENER 3
-#define CONTROL 4
-#define TOLD 5 /* only while it starts */
-#define FIRST_FREE 6
-
-/* Between fork() and _exit() of a process with threads: nothing here may use malloc() or stdio. */
-
-static int only_what_is_needed(int listener, int control, int told)
-{
-	/* First out of each other's way. */
-	int high_listener = fcntl(listener, F_DUPFD, FIRST_FREE);
-	int high_control = fcntl(control, F_DUPFD, FIRST_FREE);
-	int high_told = fcntl(told, F_DUPFD, FIRST_FREE);
-	int null = open("/dev/null", O_RDWR);
-
-	if (high_listener < 0 || high_control < 0 || high_told < 0 || null < 0)
-		return -1;
-	for (int fd = 0; fd < LISTENER; fd++)
-		if (dup2(null, fd) < 0)
-			return -1;
-	if (dup2(high_listener, LISTENER) < 0 || dup2(high_control, CONTROL) < 0 || dup2(high_told, TOLD) < 0)
-		return -1;
-	return close_range(FIRST_FREE, ~0U, 0);
-}
-
-/* The daemon's handlers are not ours; whoever wants the queue to be given up sends SIGTERM. */
-static void own_signals(void)
-{
-	struct sigaction as_usual = { .sa_handler = SIG_DFL };
-	sigset_t none;
-
-	for (int number = 1; number < NSIG; number++)
-		sigaction(number, &as_usual, NULL);
-	sigemptyset(&none);
-	sigprocmask(SIG_SETMASK, &none, NULL);
-}
+#define LISTENER SOCKMI_FIRST_GIVEN
+#define CONTROL (SOCKMI_FIRST_GIVEN + 1)
 
 /* The next connection of the queue, or -1: it is empty. */
 static int take(uid_t owner)
@@ -111,44 +75,9 @@ __attribute__((noreturn)) static void keep(void)
 		pause(); /* the daemon has gone; the next one will find us */
 }
 
-/* No child of the daemon's, where nobody waits for its end; and nothing of the daemon's is open in it. */
-__attribute__((noreturn)) static void start(int listener, int control, int told)
-{
-	pid_t pid;
-
-	if (only_what_is_needed(listener, control, told) < 0)
-		_exit(1);
-	pid = fork();
-	if (pid == 0) {
-		close(TOLD);
-		setsid();
-		prctl(PR_SET_NAME, "sockmi-keeper");
-		own_signals();
-		keep();
-	}
-	while (write(TOLD, &pid, sizeof(pid)) < 0 && errno == EINTR)
-		;
-	_exit(0);
-}
-
 int sockmi_keeper_start(int listener, int control)
 {
-	pid_t pid = -1, middle;
-	int told[2], error;
+	const int given[] = { listener, control };
 
-	if (pipe2(told, O_CLOEXEC) < 0)
-		return -errno;
-	middle = fork();
-	error = middle < 0 ? errno : 0;
-	if (middle == 0)
-		start(listener, control, told[1]);
-	close(told[1]);
-	if (!error) {
-		while (waitpid(middle, NULL, 0) < 0 && errno == EINTR)
-			;
-		if (read(told[0], &pid, sizeof(pid)) != sizeof(pid) || pid < 0)
-			error = EAGAIN;
-	}
-	close(told[0]);
-	return error ? -error : (int)pid;
+	return sockmi_process_start(given, 2, "sockmi-keeper", keep);
 }

@@ -32,6 +32,7 @@ ERRNO: dict[Code, str] = {
     Code.LINK_LOCAL: "ENOTSUP",
     Code.ALREADY_MIGRATING: "EALREADY",
     Code.NO_DESCRIPTORS: "EMFILE",
+    Code.LOCKED: "EBUSY",
     Code.OWNER_TRACED: "EBUSY",
     Code.OWNER_IO_URING: "ENOTSUP",
     Code.OWNER_UNSTOPPABLE: "EBUSY",

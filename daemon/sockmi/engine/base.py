@@ -66,7 +66,7 @@ class SocketFacts:
 
     ``state`` is the RFC 9293 name (``ESTABLISHED``, ``FIN-WAIT-1``, ``LISTEN``, ``CLOSED`` ...).
     ``inode`` is the sockfs inode: two descriptors with the same inode share one socket.
-    ``refusal`` is None if it could be moved now.
+    ``refusal`` is None if it could be moved now. ``waiting``: connections in the queue of a listener.
     """
 
     inode: int
@@ -80,6 +80,7 @@ class SocketFacts:
     send_queue_bytes: int
     needs: Needs
     refusal: Refusal | None = None
+    waiting: int = 0
     tuple: FourTuple | None = field(init=False, compare=False, repr=False)
     """Local and remote endpoint of a connected socket, else None: made once, as every step asks for it."""
 
@@ -148,7 +149,13 @@ class Engine(Protocol):
     owners: Owners
 
     def inspect(self, fds: Sequence[int]) -> list[SocketFacts]:
-        """Preflight of each descriptor, in order."""
+        """Preflight of each descriptor, in order. Waits for as long as somebody keeps a socket locked."""
+
+    def look(self, fds: Sequence[int]) -> list[SocketFacts]:
+        """The same for sockets of others: what there is to see in a second (``LOCKED``). For any thread."""
+
+    def judge(self, fds: Sequence[int], seen: list[SocketFacts]) -> list[SocketFacts]:
+        """And what only the engine knows besides what ``look`` has seen; waits for nobody."""
 
     def stop(self, inodes: Sequence[int], pids: Sequence[int], timeout_s: float) -> list[Refusal | None]:
         """Stop every process that holds one of ``inodes``; ``pids`` are the known holders.

@@ -21,7 +21,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -185,16 +185,30 @@ class KernelEngine:
     # -- preflight
 
     def inspect(self, fds: Sequence[int]) -> list[SocketFacts]:
-        """Preflight of each descriptor, in order. What is frozen is not asked: its image says what it is."""
+        """Preflight of each descriptor, in order."""
+        return self.judge(fds, self._seen(fds, preflight.inspect_here))
+
+    def look(self, fds: Sequence[int]) -> list[SocketFacts]:
+        """What there is to see of each descriptor in a second. For any thread."""
+        return self._seen(fds, preflight.inspect)
+
+    def _seen(self, fds: Sequence[int], inspect: Callable[..., list[SocketFacts]]) -> list[SocketFacts]:
+        """What is frozen is not asked: its image says what it is."""
         held = [(fd, self._held.get(_inode(fd))) for fd in fds]
         found = [_facts_of(fd, one.image) if one is not None else None for fd, one in held]
         fresh = [at for at, one in enumerate(found) if one is None]
-        for at, facts in zip(fresh, self._look([fds[at] for at in fresh]), strict=True):
+        seen = inspect([fds[at] for at in fresh], carried=preflight.Finding.URGENT)
+        for at, facts in zip(fresh, seen, strict=True):
             found[at] = facts
         return [one for one in found if one is not None]
 
-    def _look(self, fds: list[int]) -> list[SocketFacts]:
-        facts = preflight.inspect(fds, carried=preflight.Finding.URGENT)
+    def judge(self, fds: Sequence[int], seen: list[SocketFacts]) -> list[SocketFacts]:
+        """What the module says of those against which there is nothing else."""
+        held = [self._held.get(_inode(fd)) for fd in fds]
+        facts = [
+            known if one is None else _facts_of(fd, one.image)
+            for fd, one, known in zip(fds, held, seen, strict=True)
+        ]
         asked = [at for at, one in enumerate(facts) if one.refusal is None]
         results = room(len(asked))
         numbers = ints([fds[at] for at in asked])

@@ -13,10 +13,12 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from sockmi.addresses import Endpoint, FourTuple
+from sockmi.engine.inspector import Look, inspectors
 from sockmi.engine.owners import find_holders, process_name
 from sockmi.engine.preflight import STATES
 from sockmi.frozen import frozen
@@ -30,9 +32,7 @@ _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2
 # struct inet_diag_msg: family, state, ports (network order), addresses, cookie, queues, uid, inode
 _MESSAGE = struct.Struct("=BBxx2s2s16s16s4xQ4xIIII")
-# struct tcp_info: milliseconds since data was last sent and received; bytes received in order
-_INFO_EXTENSION, _INFO = 1 << 1, 2
-_TIMES = struct.Struct("=44xI4xI72xQ")
+_RECEIVED = struct.Struct("=128xQ")  # of struct tcp_info
 _TRIES = 3
 # Of a dump's states: TCP_SYN_RECV, TCP_LISTEN, TCP_BOUND_INACTIVE.
 _SYN_RECV, _LISTEN, _BOUND = 1 << 3, 1 << 10, 1 << 13
@@ -97,7 +97,7 @@ def list_sockets(pids: set[int] | None = None, *, quiet: bool = False) -> list[L
     names: dict[int, str] = {}
     sockets = {}
     for family in (socket.AF_INET, socket.AF_INET6):
-        for *fields, info in _dump_all(family, quiet):
+        for fields in _dump(family):
             inode = fields[-1]
             held = holders.get(inode, {}) if inode else {}
             if pids is not None and not held:
@@ -108,11 +108,25 @@ def list_sockets(pids: set[int] | None = None, *, quiet: bool = False) -> list[L
             by = tuple(
                 Holder(pid, fd, names[pid], pid in rings) for pid in sorted(held) for fd in sorted(held[pid])
             )
-            listed = _listed(
-                tuple(fields), by, _quiet(fields[1], fields[7], fields[8], info) if quiet else None
-            )
+            listed = _listed(fields, by)
             sockets[listed.cookie] = listed
-    return sorted(sockets.values(), key=_order)
+    found = sorted(sockets.values(), key=_order)
+    return _with_quiet(found) if quiet else found
+
+
+def _with_quiet(found: list[ListedSocket]) -> list[ListedSocket]:
+    """By an inspector, as the kernel tells the times only with a socket's lock, which its owner may keep."""
+    looks: list[Look] = []
+    at: list[int] = []
+    for index, one in enumerate(found):
+        by = next((each for each in one.holders if each.fd >= 0), None)
+        if by is not None and one.state == "ESTABLISHED" and not one.receive_queue and not one.send_queue:
+            looks.append(Look(by.pid, by.fd, one.inode))
+            at.append(index)
+    for index, seen in zip(at, inspectors().look(looks, brief=True), strict=True):
+        if not seen.findings and seen.state == 1 and seen.sent_ms <= seen.received_ms:
+            found[index] = replace(found[index], quiet=Quiet(seen.sent_ms / 1000, seen.received))
+    return found
 
 
 def _order(listed: ListedSocket) -> tuple[bool | int, ...]:
@@ -120,6 +134,12 @@ def _order(listed: ListedSocket) -> tuple[bool | int, ...]:
     local, remote = listed.local, listed.remote
     far = (int(remote.address), remote.port) if remote else (-1, -1)
     return listed.state != "LISTEN", local.version, int(local.address), local.port, *far, listed.cookie
+
+
+def known(inodes: Collection[int]) -> dict[int, ListedSocket]:
+    """What there is to see of these sockets without their locks; without their holders."""
+    rows = [row for family in (socket.AF_INET, socket.AF_INET6) for row in _dump(family)]
+    return {row[-1]: _listed(row, ()) for row in rows if row[-1] in inodes}
 
 
 def listeners() -> Counter[Endpoint]:
@@ -160,41 +180,18 @@ def half_open(at: Collection[Endpoint]) -> dict[FourTuple, int]:
 
 
 def _dump(family: int, states: int = 0xFFFFFFFF) -> list[tuple[Any, ...]]:
-    return [row[:-1] for row in _dump_all(family, info=False, states=states)]
-
-
-def _dump_all(family: int, info: bool, states: int = 0xFFFFFFFF) -> list[tuple[Any, ...]]:
-    """As ``_dump``, and last in each row its struct tcp_info, or nothing."""
     for _turn in range(_TRIES):
-        sockets, complete = _dump_once(family, states, _INFO_EXTENSION if info else 0)
+        sockets, complete = _dump_once(family, states)
         if complete:
             break
     return sockets
 
 
-def _quiet(state: int, receive_queue: int, send_queue: int, info: bytes) -> Quiet | None:
-    if state != 1 or receive_queue or send_queue or len(info) < _TIMES.size:
-        return None
-    sent_ms, received_ms, received = _TIMES.unpack_from(info)
-    return Quiet(sent_ms / 1000, received) if sent_ms <= received_ms else None
-
-
 def received_bytes(descriptor: int) -> int:
     """How many bytes have come in order on a connection, as ``Quiet.received`` counts them."""
     with socket.socket(fileno=os.dup(descriptor)) as each:
-        info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TIMES.size)
-    return int(_TIMES.unpack(info)[2])
-
-
-def _info_of(attributes: bytes) -> bytes:
-    """The struct tcp_info among the attributes of a row."""
-    at = 0
-    while at + 4 <= len(attributes):
-        length, kind = struct.unpack_from("=HH", attributes, at)
-        if kind == _INFO:
-            return attributes[at + 4 : at + length]
-        at += (max(length, 4) + 3) & ~3
-    return b""
+        info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED.size)
+    return int(_RECEIVED.unpack(info)[0])
 
 
 def unlistable() -> str | None:
@@ -207,11 +204,11 @@ def unlistable() -> str | None:
     return None
 
 
-def _dump_once(family: int, states: int, extensions: int = 0) -> tuple[list[tuple[Any, ...]], bool]:
-    """One dump (fields of ``_MESSAGE``, and struct tcp_info if it is asked for); the second value is
-    False if the tables changed under it (NLM_F_DUMP_INTR).
+def _dump_once(family: int, states: int) -> tuple[list[tuple[Any, ...]], bool]:
+    """One dump (fields of ``_MESSAGE``, for which no socket is locked); the second value is False if the
+    tables changed under it (NLM_F_DUMP_INTR).
     """
-    body = _REQUEST.pack(family, socket.IPPROTO_TCP, extensions, states)
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states)
     header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0)
     sockets: list[tuple[Any, ...]] = []
     complete = True
@@ -227,8 +224,7 @@ def _dump_once(family: int, states: int, extensions: int = 0) -> tuple[list[tupl
                     if error := -struct.unpack_from("=i", data)[0]:
                         raise OSError(error, f"inet_diag does not list TCP sockets: {os.strerror(error)}")
                     return sockets, complete
-                info = _info_of(data[_MESSAGE.size :]) if extensions else b""
-                sockets.append((*_MESSAGE.unpack_from(data), info))
+                sockets.append(_MESSAGE.unpack_from(data))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -251,7 +247,7 @@ def _endpoint(family: int, address: bytes, port: bytes) -> Endpoint:
     return Endpoint(_address(family, address), int.from_bytes(port, "big"))
 
 
-def _listed(fields: tuple[Any, ...], holders: tuple[Holder, ...], quiet: Quiet | None = None) -> ListedSocket:
+def _listed(fields: tuple[Any, ...], holders: tuple[Holder, ...]) -> ListedSocket:
     family, state, sport, dport, source, destination, cookie, receive, send, uid, inode = fields
     connected = STATES.get(state) not in (None, "CLOSED", "LISTEN")
     return ListedSocket(
@@ -265,5 +261,4 @@ def _listed(fields: tuple[Any, ...], holders: tuple[Holder, ...], quiet: Quiet |
         send,
         uid,
         holders,
-        quiet,
     )

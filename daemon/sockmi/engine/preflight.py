@@ -14,15 +14,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import socket
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntFlag
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import BindFlag, Kind, Needs, SocketFacts
+from sockmi.engine.inspector import FACTS_BYTES, PATIENCE_S, Facts, inspectors, own, unpacked
 from sockmi.native import library
 from sockmi.refusal import Code, Refusal
 
@@ -46,10 +45,8 @@ STATES = {
 #: What an image holds besides the two queues, in bytes, generously.
 IMAGE_OVERHEAD_BYTES = 8192
 
-_SYN_SENT, _CLOSED, _LISTEN = 2, 7, 10
-_SO_REUSEPORT, _SO_BINDTODEVICE = 15, 25
+_CLOSED, _LISTEN = 7, 10
 _IMMOBILE = frozenset({3, 6, 12})
-_FACTS = struct.Struct("=QQIiIIIIHHHHBBBBB3x16s16s16s")  # struct sockmi_facts
 
 
 class Finding(IntFlag):
@@ -72,12 +69,23 @@ class Finding(IntFlag):
     LINK_LOCAL = 1 << 14
     FAST_OPEN = 1 << 15
     ENDED = 1 << 16
+    NOT_TAKEN = 1 << 17
+    LOCKED = 1 << 18
 
 
 _NO_FINDING = Finding(0)
 
 #: In the order in which they are told: the first that applies is the refusal.
 _REFUSALS: dict[Finding, tuple[Code, str]] = {
+    Finding.LOCKED: (
+        Code.LOCKED,
+        f"a call on it, or on another socket of its user, has kept a socket locked for {PATIENCE_S:g} s, so "
+        "that nobody can look at it; try again when the call has returned, or end its process",
+    ),
+    Finding.NOT_TAKEN: (
+        Code.NO_SUCH_SOCKET,
+        "descriptor {fd} cannot be taken ({error}); try again",
+    ),
     Finding.BAD_DESCRIPTOR: (
         Code.NO_SUCH_SOCKET,
         "descriptor {fd} cannot be read ({error}); name an open one",
@@ -185,30 +193,51 @@ def _refusal(fd: int, findings: int, state: int, error: int, ulp: bytes) -> Refu
 
 
 def inspect(fds: Sequence[int], looks: int = 3, carried: Finding = _NO_FINDING) -> list[SocketFacts]:
-    """Look at each descriptor of this process; the facts are in the same order.
+    """Look at each descriptor of this process; the facts are in the same order. For any thread.
 
-    Where there seems to be urgent data, ``looks`` times. ``carried``: what does not stand against a move
-    by this engine.
+    An inspector does it, so that who keeps a socket locked keeps nobody waiting (``LOCKED``). Where there
+    seems to be urgent data, ``looks`` times. ``carried``: what does not stand against a move by this engine.
 
     What is wrong with a descriptor is its ``refusal``; OSError only if none could be looked at
     (no memory, no descriptors left). ``receive_queue_bytes`` and ``send_queue_bytes`` of a listener are 0.
     """
-    if not fds:
-        return []
+    return _inspected(lambda some: inspectors().look(own(some)), fds, looks, carried)
+
+
+def inspect_here(fds: Sequence[int], looks: int = 3, carried: Finding = _NO_FINDING) -> list[SocketFacts]:
+    """The same without an inspector: it waits for as long as somebody keeps a socket locked."""
+    return _inspected(_look_here, fds, looks, carried)
+
+
+def _look_here(fds: Sequence[int]) -> list[Facts]:
     numbers = (ctypes.c_int * len(fds))(*fds)
-    buffer = ctypes.create_string_buffer(_FACTS.size * len(fds))
+    buffer = ctypes.create_string_buffer(FACTS_BYTES * len(fds))
     error = _inspect()(numbers, len(fds), buffer)
     if error < 0:
         raise OSError(-error, f"cannot inspect {len(fds)} sockets: {os.strerror(-error)}")
-    found = [
-        _facts(fd, fields, carried) for fd, fields in zip(fds, _FACTS.iter_unpack(buffer.raw), strict=True)
-    ]
+    return unpacked(buffer.raw)
+
+
+def _inspected(
+    look: Callable[[Sequence[int]], list[Facts]], fds: Sequence[int], looks: int, carried: Finding
+) -> list[SocketFacts]:
+    if not fds:
+        return []
+    found = [_facts(fd, one, carried) for fd, one in zip(fds, look(fds), strict=True)]
     if looks > 1:
         # A segment that comes between two of the calls looks like it; the mark itself stays.
         urgent = [at for at, one in enumerate(found) if one.needs.urgent]
-        for at, again in zip(urgent, inspect([fds[at] for at in urgent], looks - 1, carried), strict=True):
-            found[at] = again
+        again = _inspected(look, [fds[at] for at in urgent], looks - 1, carried)
+        for at, one in zip(urgent, again, strict=True):
+            found[at] = one
     return found
+
+
+def queued_at_most(fds: Sequence[int]) -> list[int]:
+    """How many bytes may be queued at each connection, both ways: more than there are. Waits for no lock."""
+    found = (ctypes.c_uint64 * len(fds))()
+    library().sockmi_queued_at_most((ctypes.c_int * len(fds))(*fds), ctypes.c_size_t(len(fds)), found)
+    return list(found)
 
 
 def syn_offered(fd: int) -> tuple[int, bool]:
@@ -217,57 +246,38 @@ def syn_offered(fd: int) -> tuple[int, bool]:
     return offered & 0xFF, bool(offered >> 8)
 
 
-def _bind_flags(fd: int) -> BindFlag:
-    flags = BindFlag(0)
-    with socket.socket(fileno=os.dup(fd)) as sock:
-        for flag, level, option in (
-            (BindFlag.REUSE_ADDRESS, socket.SOL_SOCKET, socket.SO_REUSEADDR),
-            (BindFlag.REUSE_PORT, socket.SOL_SOCKET, _SO_REUSEPORT),
-            (BindFlag.V6_ONLY, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
-        ):
-            if (level != socket.IPPROTO_IPV6 or sock.family == socket.AF_INET6) and sock.getsockopt(
-                level, option
-            ):
-                flags |= flag
-        if sock.getsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, 16).rstrip(b"\0"):
-            flags |= BindFlag.DEVICE
-    return flags
-
-
-def _facts(fd: int, fields: tuple[Any, ...], carried: Finding) -> SocketFacts:
-    (inode, cookie, findings, error, receive_queue, send_queue, receive_buffer, send_buffer, family, _unused,
-     local_port, remote_port, state, send_scale, receive_scale, timestamp_us, version, local, remote,
-     ulp) = fields  # fmt: skip
+def _facts(fd: int, seen: Facts, carried: Finding) -> SocketFacts:
+    findings, send_queue = seen.findings, seen.send_queue
     urgent = bool(findings & Finding.URGENT)
     findings &= ~carried
-    listening = state == _LISTEN
-    if state == _CLOSED and send_queue:
+    listening = seen.state == _LISTEN
+    if seen.state == _CLOSED and send_queue:
         # tcp_disconnect() moves SND.NXT away from SND.UNA: this socket has had a connection.
         findings |= Finding.ENDED
         send_queue = 0
-    connected = state not in (0, _CLOSED, _LISTEN)
-    unseen = Finding.BAD_DESCRIPTOR | Finding.NOT_TCP | Finding.MPTCP
-    if state == _SYN_SENT:
-        receive_scale, timestamp_us = syn_offered(fd)
+    connected = seen.state not in (0, _CLOSED, _LISTEN)
+    unseen = Finding.BAD_DESCRIPTOR | Finding.NOT_TCP | Finding.MPTCP | Finding.NOT_TAKEN | Finding.LOCKED
+    queued = max(seen.receive_queue, seen.receive_buffer) + max(send_queue, seen.send_buffer)
     needs = Needs(
-        max(send_scale, receive_scale),
-        bool(timestamp_us),
-        max(receive_queue, receive_buffer) + max(send_queue, send_buffer) + IMAGE_OVERHEAD_BYTES
-        if not listening
-        else IMAGE_OVERHEAD_BYTES,
-        BindFlag(0) if connected or findings & unseen else _bind_flags(fd),
+        max(seen.send_scale, seen.receive_scale),
+        bool(seen.timestamp_us),
+        IMAGE_OVERHEAD_BYTES if listening else queued + IMAGE_OVERHEAD_BYTES,
+        BindFlag(0 if connected or findings & unseen else seen.bind_flags),
         urgent,
     )
     return SocketFacts(
-        inode,
-        cookie,
+        seen.inode,
+        seen.cookie,
         Kind.CONNECTED if connected else Kind.LISTENING if listening else Kind.BOUND,
-        STATES.get(state, "CLOSED"),
-        family,
-        None if findings & unseen else Endpoint(_address(local, version), local_port),
-        Endpoint(_address(remote, version), remote_port) if connected else None,
-        0 if listening else receive_queue,
+        STATES.get(seen.state, "CLOSED"),
+        seen.family,
+        None if findings & unseen else Endpoint(_address(seen.local, seen.version), seen.local_port),
+        Endpoint(_address(seen.remote, seen.version), seen.remote_port) if connected else None,
+        0 if listening else seen.receive_queue,
         0 if listening else send_queue,
         needs,
-        _refusal(fd, findings, state, error, ulp) if findings or state in _IMMOBILE else None,
+        _refusal(fd, findings, seen.state, seen.error, seen.ulp)
+        if findings or seen.state in _IMMOBILE
+        else None,
+        seen.receive_queue if listening else 0,
     )

@@ -79,7 +79,15 @@ class RepairEngine:
 
     def inspect(self, fds: Sequence[int]) -> list[SocketFacts]:
         """Preflight of each descriptor, in order."""
+        return preflight.inspect_here(fds)
+
+    def look(self, fds: Sequence[int]) -> list[SocketFacts]:
+        """What there is to see of each descriptor in a second. For any thread."""
         return preflight.inspect(fds)
+
+    def judge(self, fds: Sequence[int], seen: list[SocketFacts]) -> list[SocketFacts]:
+        """As it was seen: there is nothing more to know."""
+        return seen
 
     def stop(self, inodes: Sequence[int], pids: Sequence[int], timeout_s: float) -> list[Refusal | None]:
         """Stop every process that holds one of ``inodes``."""

@@ -26,6 +26,7 @@ from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
 from sockmi.exporting.listeners import Listeners
 from sockmi.importing.onward import Onward
+from sockmi.looking import Look
 from sockmi.protocol import actions
 from sockmi.redirecting import Redirecting
 from sockmi.shell import Shell
@@ -41,20 +42,26 @@ class Exporting:
         shell: Shell,
         redirecting: Redirecting,
         *,
+        look: Look,
         find_holders: FindHolders,
         find: Callable[[FourTuple], Found | None],
         destroy: Callable[[FourTuple, int], bool],
         onward: Onward,
     ) -> None:
-        """``find_holders`` finds the processes of sockets, and what is against stopping them; later.
-
-        ``find``: this kernel's socket of a connection. ``destroy`` ends one, whoever has it; False if
-        this kernel cannot. ``onward``: what waits in the import lists.
+        """``look`` looks at sockets, ``find_holders`` finds their processes, and what is against stopping
+        them; later. ``find``: this kernel's socket of a connection. ``destroy`` ends one, whoever has it;
+        False if this kernel cannot. ``onward``: what waits in the import lists.
         """
         self.batches = Batches()
         self.exports = Exports(shell, self.batches)
         self.admission = Admission(
-            shell, redirecting, self.exports, self.batches, find_holders=find_holders, onward=onward
+            shell,
+            redirecting,
+            self.exports,
+            self.batches,
+            look=look,
+            find_holders=find_holders,
+            onward=onward,
         )
         self.descriptors = Descriptors(shell.engine.owners, find)
         self.freezer = Freezer(shell, self.exports, self.descriptors, onward)

@@ -9,17 +9,16 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 from uuid import UUID, uuid4
 
-from sockmi.engine.base import Kind, SocketFacts
-from sockmi.engine.closing import close_all
+from sockmi.engine.base import SocketFacts
 from sockmi.exporting.batches import Batch, Batches
 from sockmi.exporting.descriptors import let_go
 from sockmi.exporting.export import Export, Selected, owned
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.items import item_of
 from sockmi.importing.onward import Onward
+from sockmi.looking import Look, unseen
 from sockmi.protocol.events import CancelExport, StartExport
 from sockmi.protocol.records import BatchId, HostId, Item
-from sockmi.queues import queue_length
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell, unwritable
@@ -39,15 +38,19 @@ class Admission:
         exports: Exports,
         batches: Batches,
         *,
+        look: Look,
         find_holders: FindHolders,
         onward: Onward,
     ) -> None:
-        """``find_holders`` finds the processes of sockets, and what is against stopping them; later."""
+        """``look`` looks at sockets; ``find_holders`` finds their processes, and what is against stopping
+        them. Both answer later.
+        """
         self._shell = shell
         self._onward = onward
         self._redirecting = redirecting
         self._exports = exports
         self._batches = batches
+        self._look = look
         self._find_holders = find_holders
 
     def export(
@@ -62,16 +65,45 @@ class Admission:
     ) -> BatchId:
         """Move sockets; ``done`` gets one record for each, in order, and ``progress`` each as it ends.
 
-        A descriptor whose socket is already migrating, or cannot move, is refused at once. The descriptors
-        are this method's, also if it raises. Returns the batch id, for ``cancel``.
+        A descriptor whose socket is already migrating, or cannot move, is refused. The descriptors
+        are this method's. Returns the batch id, for ``cancel``.
         """
         batch_id = uuid4().bytes
-        batch = Batch(done, progress)
-        try:
-            facts = self._look_at(selection)
-        except BaseException:
-            close_all([one.descriptor for one in selection if one.copy is None])
-            raise
+        batch = Batch(done, progress, looking=True)
+        self._batches.open(batch_id, batch)
+
+        def looked(seen: list[SocketFacts] | Exception) -> None:
+            batch.looking = False
+            facts = self._facts(selection, seen)
+            going = self._admit(batch_id, batch, selection, facts, dry_run=dry_run)
+            if not going:
+                self._exports.tell()
+                self._batches.close(batch_id)
+                return
+            self._put(batch_id, batch, going, target=target, timeout_s=timeout_s, dry_run=dry_run)
+
+        descriptors = [one.descriptor for one in selection if one.copy is None]
+        self._look(descriptors, looked)
+        return batch_id
+
+    def _facts(self, selection: Sequence[Selected], seen: list[SocketFacts] | Exception) -> list[SocketFacts]:
+        if isinstance(seen, Exception):
+            _log.error("looking at %d sockets", len(selection), exc_info=seen)
+            refusal = Refusal(Code.INTERNAL, f"It cannot be looked at ({seen}); try again.")
+            seen = [unseen(refusal) for one in selection if one.copy is None]
+        facts = iter(seen)
+        return [self._onward.facts(one.copy) if one.copy else next(facts) for one in selection]
+
+    def _admit(
+        self,
+        batch_id: BatchId,
+        batch: Batch,
+        selection: Sequence[Selected],
+        facts: Sequence[SocketFacts],
+        *,
+        dry_run: bool,
+    ) -> list[Export]:
+        """Those against which there is nothing; the others have ended."""
         going: list[Export] = []
         begun: list[dict[str, Any]] = []
         for one, fact in zip(selection, facts, strict=True):
@@ -79,12 +111,12 @@ class Admission:
             batch.records.append(export.record)
             if self._exports.is_registered(export):
                 begun.append(export.record)
-            refusal = fact.refusal or self._obstacle(export)
+            refusal = fact.refusal or batch.called_off or self._obstacle(export)
             if refusal is not None:
                 self._exports.end(export, batch, "refused", refusal)
             else:
-                if dry_run and fact.kind is Kind.LISTENING and one.copy is None:
-                    export.queued = queue_length(one.descriptor)
+                if dry_run:
+                    export.queued = fact.waiting
                 self._exports.claim(export)
                 going.append(export)
         _tag(going)
@@ -96,12 +128,20 @@ class Admission:
             for export in going:
                 self._exports.end(export, batch, "refused", unwritable(error))
             going = []
-        if not going:
-            self._exports.tell()
-            done(batch.records)
-            return batch_id
-        self._batches.open(batch_id, batch)
-        batch.waiting = going
+        return going
+
+    def _put(
+        self,
+        batch_id: BatchId,
+        batch: Batch,
+        going: Sequence[Export],
+        *,
+        target: tuple[HostId | None, IPv4Address | IPv6Address | None],
+        timeout_s: float,
+        dry_run: bool,
+    ) -> None:
+        """To the core, when it is known who has them."""
+        batch.waiting = list(going)
 
         def found(holders: dict[int, list[int]], verdicts: dict[int, Refusal]) -> None:
             if not batch.waiting:
@@ -119,12 +159,6 @@ class Admission:
             )
 
         self._find_holders({export.facts.inode for export in owned(going)}, found)
-        return batch_id
-
-    def _look_at(self, selection: Sequence[Selected]) -> list[SocketFacts]:
-        inspected = self._shell.engine.inspect([one.descriptor for one in selection if one.copy is None])
-        facts = iter(inspected)
-        return [self._onward.facts(one.copy) if one.copy else next(facts) for one in selection]
 
     def _obstacle(self, export: Export) -> Refusal | None:
         """What stands against a migration besides the socket itself."""
@@ -183,7 +217,10 @@ class Admission:
             self._refuse_waiting(batch_id, batch, refusal)
 
     def _refuse_waiting(self, batch_id: BatchId, batch: Batch, refusal: Refusal) -> bool:
-        """End a batch whose holders are still being looked for; False if it is further than that."""
+        """End a batch that the core has not heard of yet; False if it has."""
+        if batch.looking:
+            batch.called_off = refusal
+            return True
         waiting, batch.waiting = batch.waiting, []
         for export in waiting:
             self._exports.end(export, batch, "refused", refusal)

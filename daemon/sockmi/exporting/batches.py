@@ -10,6 +10,7 @@ from typing import Any
 
 from sockmi.exporting.export import Export
 from sockmi.protocol.records import BatchId
+from sockmi.refusal import Refusal
 
 _log = logging.getLogger(__name__)
 
@@ -18,6 +19,7 @@ _log = logging.getLogger(__name__)
 class Batch:
     """``done`` gets all the records once, ``progress`` each as it ends.
 
+    ``looking``: at its sockets; ``called_off``: why none of them shall go, whatever is seen.
     ``waiting``: exports whose holders are being looked for. ``open_ids``: under how many ids it is open;
     what waited in the queue of one of its listeners has a batch id of its own.
     """
@@ -27,6 +29,8 @@ class Batch:
     records: list[dict[str, Any]] = field(default_factory=list)
     open_ids: int = 0
     waiting: list[Export] = field(default_factory=list)
+    looking: bool = False
+    called_off: Refusal | None = None
 
     def tell_progress(self, record: dict[str, Any]) -> None:
         """One of its migrations has ended."""

@@ -45,7 +45,7 @@ class Descriptors:
     def __init__(self, owners: Owners, find: Callable[[FourTuple], Found | None]) -> None:
         """``find``: the kernel's socket of a connection."""
         self._owners = owners
-        self._find = find
+        self.find = find
 
     def take(self, exports: Sequence[Export]) -> list[Refusal | None]:
         """A descriptor for each; None, or why there is none.
@@ -82,7 +82,7 @@ class Descriptors:
         return refusal
 
     def _is_known(self, one: Findable) -> bool:
-        found = self._find(one.tuple) if one.tuple else None
+        found = self.find(one.tuple) if one.tuple else None
         return found is not None and found.inode == one.inode
 
     def passed_on(self, lost: Sequence[Findable]) -> list[bool]:

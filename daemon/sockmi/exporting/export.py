@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import sys
-import termios
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,17 +74,11 @@ class Export:
             return self.selected.copy.facts.total_bytes
         return self._size_with(self.facts.receive_queue_bytes + self.facts.send_queue_bytes)
 
-    @property
-    def size_now_bytes(self) -> int:
-        """The same, of a connection that has been queueing since."""
+    def size_now_bytes(self, queued_bytes: int) -> int:
+        """The same, when so much is queued at it."""
         if self.facts.kind is not Kind.CONNECTED or self.selected.copy:
             return self.size_bytes
-        queued = 0
-        for queue in (termios.FIONREAD, termios.TIOCOUTQ):  # SIOCINQ and SIOCOUTQ, by their other names
-            with contextlib.suppress(OSError):  # it has ended meanwhile: the capture will say so
-                content = fcntl.ioctl(self.selected.descriptor, queue, bytes(4))
-                queued += int.from_bytes(content, sys.byteorder)
-        return self._size_with(queued)
+        return self._size_with(queued_bytes)
 
     def _size_with(self, queued_bytes: int) -> int:
         return queued_bytes + len(self.selected.context or b"") + _IMAGE_OVERHEAD_BYTES

@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from sockmi.addresses import Endpoint
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind
+from sockmi.engine.preflight import queued_at_most
 from sockmi.exporting.descriptors import Descriptors, let_go
 from sockmi.exporting.export import Export, copies, owned
 from sockmi.exporting.exports import Exports
@@ -147,12 +148,13 @@ class Freezer:
         """What has come against it since it was asked for; empty bytes: nothing."""
         results: list[bytes | Refusal] = [refusal or b"" for refusal in self._take(exports)]
         self._refuse_foreign(exports, results)
+        queued = queued_at_most([export.selected.descriptor for export in exports])
         for index, place in enumerate(action.places):
             if isinstance(results[index], Refusal):
                 continue
             if obstacle := self._unreachable(place):
                 results[index] = Refusal(Code.NO_REDIRECT, obstacle)
-            elif too_much := self._too_much(exports[index].size_now_bytes, 0):
+            elif too_much := self._grown(exports[index], queued[index]):
                 results[index] = too_much
         for mode, indices in by_mode(
             (place.mode, index) for index, place in enumerate(action.places)
@@ -162,6 +164,13 @@ class Freezer:
                 refusal = Refusal(Code.REDIRECT, f"The {mode} redirect cannot be set up: {obstacle}.")
                 results = [refusal if index in indices else result for index, result in enumerate(results)]
         return results
+
+    def _grown(self, export: Export, at_most: int) -> Refusal | None:
+        """Why its image will be too large by now; what is queued at it is asked without its lock."""
+        if export.facts.tuple is not None and self._too_much(export.size_now_bytes(at_most), 0):
+            found = self._descriptors.find(export.facts.tuple)
+            at_most = found.queued if found is not None else 0  # it has ended: the capture will say so
+        return self._too_much(export.size_now_bytes(at_most), 0)
 
     def _too_much(self, size: int, before: int) -> Refusal | None:
         """Why an image cannot be shipped after ``before`` bytes of its chunk: queues grow."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from sockmi import api
@@ -30,15 +30,30 @@ def pages(rows: Sequence[T]) -> Iterator[list[T]]:
     return (list(rows[at : at + ROWS_PER_LINE]) for at in range(0, len(rows), ROWS_PER_LINE))
 
 
-def respond_pages(client: Client, request: api.ListRequest, table: str, pages: Iterator[list[Any]]) -> None:
-    """One page a line, made and sent when the client has read the one before."""
+def respond_pages(
+    client: Client,
+    request: api.ListRequest,
+    table: str,
+    pages: Iterator[list[T]],
+    make: Callable[[list[T], Callable[[list[Any] | Exception], None]], None] = lambda page, say: say(page),
+) -> None:
+    """One page a line, made and sent when the client has read the one before.
 
-    def send(rows: list[Any]) -> None:
+    ``make`` makes rows of a page, at once or later, and says them, or what has failed.
+    """
+
+    def begin(page: list[T]) -> None:
         with client.answering(request):
+            make(page, say)
+
+    def say(rows: list[Any] | Exception) -> None:
+        with client.answering(request):
+            if isinstance(rows, Exception):
+                raise rows
             following = next(pages, None)
             response = api.ListResponse(id=request.id, more=following is not None)
             client.respond(response.model_copy(update={table: rows}))
             if following is not None:
-                client.when_read(lambda: send(following))
+                client.when_read(lambda: begin(following))
 
-    send(next(pages, []))
+    begin(next(pages, []))

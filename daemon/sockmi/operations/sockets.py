@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from sockmi import api
 from sockmi.control import Client
+from sockmi.engine.base import SocketFacts
 from sockmi.engine.closing import close_all
 from sockmi.engine.duplicate import duplicate
-from sockmi.engine.listing import Holder
 from sockmi.engine.owners import obstacle_of
-from sockmi.operations.answers import pages
+from sockmi.looking import look
 from sockmi.parts import Parts
 from sockmi.refusal import Refusal
 from sockmi.selection import Found, check_filter, kind_of, select
@@ -46,32 +46,35 @@ class Sockets:
 
         self._daemon.loop.run_in_executor(None, select, request.filter, only_uid).add_done_callback(finish)
 
-    def rows(self, found: list[Found]) -> Iterator[list[api.SocketRow]]:
-        owners: dict[int, Refusal | None] = {}
-        for some in pages(found):
-            verdicts = self._verdicts([one.holder for one in some])
-            yield [
-                _row(one, verdict or _owners_verdict(one, owners))
-                for one, verdict in zip(some, verdicts, strict=True)
-            ]
-
-    def _verdicts(self, holders: list[Holder]) -> list[Refusal | None]:
-        """What stands against moving the sockets of these descriptors."""
-        verdicts: list[Refusal | None] = [None] * len(holders)
+    def rows(self, found: list[Found], say: Callable[[list[api.SocketRow] | Exception], None]) -> None:
+        """Whether each could move; ``say`` gets them later."""
+        refusals: list[Refusal | None] = [None] * len(found)
         duplicates: dict[int, int] = {}
-        try:
-            for index, holder in enumerate(holders):
-                try:
-                    duplicates[index] = duplicate(holder.pid, holder.fd)
-                except Refusal as refusal:
-                    verdicts[index] = refusal
-            for index, facts in zip(
-                duplicates, self._daemon.shell.engine.inspect(list(duplicates.values())), strict=True
-            ):
-                verdicts[index] = facts.refusal
-        finally:
+        for index, one in enumerate(found):
+            try:
+                duplicates[index] = duplicate(one.holder.pid, one.holder.fd)
+            except Refusal as refusal:
+                refusals[index] = refusal
+
+        def seen(facts: list[SocketFacts] | Exception) -> None:
             close_all(list(duplicates.values()))
-        return verdicts
+            if isinstance(facts, Exception):
+                say(facts)
+                return
+            for index, fact in zip(duplicates, facts, strict=True):
+                refusals[index] = fact.refusal
+            owners: dict[int, Refusal | None] = {}
+            try:
+                rows = [
+                    _row(one, refusal or _owners_verdict(one, owners))
+                    for one, refusal in zip(found, refusals, strict=True)
+                ]
+            except Exception as error:
+                say(error)
+                return
+            say(rows)
+
+        look(self._daemon.loop, self._daemon.shell.engine, list(duplicates.values()), seen)
 
 
 def _owners_verdict(found: Found, known: dict[int, Refusal | None]) -> Refusal | None:

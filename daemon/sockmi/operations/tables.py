@@ -26,7 +26,7 @@ class Tables:
             self._sockets.find(
                 client,
                 request,
-                lambda found: respond_pages(client, request, "sockets", self._sockets.rows(found)),
+                lambda found: respond_pages(client, request, "sockets", pages(found), self._sockets.rows),
                 only_uid=None if client.administrator else client.uid,
             )
         elif request.table is api.Table.IMPORTS:
