@@ -212,6 +212,7 @@ def test_killed_and_run_again_everything_is_told_once(playbook: Callable[[int], 
     code, output = made.run()
     assert code == 0, output
     after = made.report()
+    assert after["left"] == 0
     ids = [one["migration_id"] for one in after["migrations"]]
     assert len(set(ids)) == len(ids) == after["moved"]
     assert {one["migration_id"] for one in before["migrations"]} < set(ids)
