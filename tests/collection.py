@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,8 @@ def linked() -> Path:
     return LINKED
 
 
-def install(folder: Path) -> Path:
-    """Build a tarball of the files that git knows (or would), and install it; the folder of collections."""
-    source = folder / "source"
-    source.mkdir()
+def sources() -> list[str]:
+    """The files that git knows, or would."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=PROJECT,
@@ -41,13 +40,25 @@ def install(folder: Path) -> Path:
     )
     if listed.returncode:
         pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.decode().split("\0") if name and (PROJECT / name).exists()]
+
+
+def install(folder: Path, beside: Iterable[str] = ()) -> Path:
+    """Build a tarball of the sources, and install it; the folder of collections.
+
+    ``beside``: files that lie around in the checkout when it is built.
+    """
+    source = folder / "source"
+    source.mkdir()
     archive = folder / "source.tar"
     with tarfile.open(archive, "w") as made:
-        for name in listed.stdout.decode().split("\0"):
-            if name and (PROJECT / name).exists():
-                made.add(PROJECT / name, name, recursive=False)
+        for name in sources():
+            made.add(PROJECT / name, name, recursive=False)
     with tarfile.open(archive) as made:
         made.extractall(source)  # noqa: S202 - made above
+    for name in beside:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("not for others")
     there = folder / "there"
     there.mkdir()
     (there / "ansible.cfg").touch()

@@ -60,7 +60,8 @@ class Dkms:
             if not self.module.get_bin_path("dkms"):
                 raise Obstacle("no-dkms", "There is no dkms here.", "Install the package dkms.")
             raise WrongValue("DKMS has no module sockmi yet; give source, its source tree.")
-        version = source.version if source else sorted(versions)[-1]
+        version = source.version if source else max(versions, key=_in_order)
+        kernels = self._installed()
         folder = SOURCES / f"{NAME}-{version}"
         fresh = source is not None and (version not in versions or digest(folder) != source.digest)
         if not fresh and versions.get(version):
@@ -71,13 +72,40 @@ class Dkms:
                 if source is not None and not self.module.check_mode:
                     source.write(folder)
                 self.run("add", version)
-            self.run("build", version, "-k", self.kernel, *self._headers_named())
-            self.run("install", version, "-k", self.kernel, "--force")
-        for old in versions:
-            if old != version:
+            self._build_and_install(version)
+        self._follow(kernels, version)
+
+    def _follow(self, before: dict[str, list[str]], version: str) -> None:
+        """Have other kernels' modules be of ``version`` too, and forget older ones that none has any more.
+
+        ``before``: what was installed for which kernels. A kernel for which it cannot be built keeps what it
+        has, if that is another version, so that the next boot finds a module.
+        """
+        kept = set()
+        for kernel in sorted({name for names in before.values() for name in names} - {self.kernel}):
+            other = Dkms(self.module, kernel, self.actions)
+            if not (MODULES / kernel).is_dir():
+                continue  # it has been removed
+            try:
+                other._examine()
+                other._build_and_install(version)
+            except Obstacle as obstacle:
+                kept.add(kernel)
+                self.module.warn(f"sockmi {version} was not built for Linux {kernel}: {obstacle}")
+        for old, kernels in before.items():
+            if old == version:
+                continue
+            if not kept & set(kernels):
                 self.run("remove", old, "--all")
                 if not self.module.check_mode:
                     shutil.rmtree(SOURCES / f"{NAME}-{old}", ignore_errors=True)
+            else:
+                for kernel in sorted(set(kernels) - kept):
+                    self.run("remove", old, "-k", kernel)
+
+    def _build_and_install(self, version: str) -> None:
+        self.run("build", version, "-k", self.kernel, *self._headers_named())
+        self.run("install", version, "-k", self.kernel, "--force")
 
     @contextlib.contextmanager
     def _replacing(self, folder: Path, version: str) -> Iterator[None]:
@@ -187,3 +215,8 @@ class Dkms:
                 f"There are no headers of Linux {self.kernel} here.",
                 f"Install the package {package}.",
             )
+
+
+def _in_order(version: str) -> list[tuple[int, str]]:
+    """What versions are sorted by: 1.10 comes after 1.9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.+~-]", version)]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,23 @@ from tests import collection
 pytest.importorskip("ansible")
 
 
+# What a checkout may have that is nobody else's.
+BESIDE = [
+    *(f"inventories/{name}/hosts.yml" for name in ("mine", "production", "ex", "example2", "la")),
+    *("inventories/lab-of-mine/hosts.yml", "inventories/hosts.ini", "inventories/example/host_vars/web1.yml"),
+    *("inventories/example/group_vars/all/vault.yml", "inventories/example/.vault_pass"),
+    *("playbooks/group_vars/all.yml", "host_vars/web1/vault.yml", "group_vars/sockmi.yml"),
+    *(".vault_pass", ".vault-password", "vault_pass.txt", "vault-password", "password.txt", ".env", ".netrc"),
+    *("group.key", "server.pem", "id_ed25519", "keys/id_rsa", ".ssh/id_rsa", ".idea/workspace.xml"),
+    *("report.json", "reports/drain.json", "drain.html", "ansible.log", "install.retry", "trace.pcap"),
+    *("wheelhouse/manifest.json", "wheelhouse/sockmi-0.1.0-cp311-x86_64.tar", "daemon/build/lib/x.py"),
+]
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of collections with what the tarball installs."""
-    return collection.install(tmp_path_factory.mktemp("collection"))
+    return collection.install(tmp_path_factory.mktemp("collection"), BESIDE)
 
 
 def run(installed: Path, program: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -31,6 +46,14 @@ def test_playbooks_run_from_the_installed_collection(installed: Path, name: str)
         installed, "ansible-playbook", f"sockmi.appliance.{name}", "--syntax-check", "-i", "localhost,"
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_it_has_the_sources_and_nothing_that_lies_beside_them(installed: Path) -> None:
+    root = collection.root(installed)
+    found = {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
+    wanted = {name for name in collection.sources() if not re.search(r"(^|/)\.", name)}
+    assert found - wanted == {"FILES.json", "MANIFEST.json"}
+    assert wanted - found == {"galaxy.yml"}
 
 
 def test_a_playbook_of_it_does_its_work(installed: Path) -> None:
@@ -103,3 +126,24 @@ def test_what_the_role_carries_is_in_it(installed: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert '"changed": true' in done.stdout
+
+
+def test_the_wheelhouse_is_where_the_caller_may_write(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the installed collection, whose folder may be the system's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    program = collection.root(installed) / "scripts/wheelhouse"
+    words = [sys.executable, program, "--check"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["folder"] == f"{tmp_path}/.cache/sockmi/wheelhouse"
+    play = tmp_path / "play.yml"
+    role = {"name": "sockmi.appliance.sockmi", "tasks_from": "wheelhouse"}
+    task = {"ansible.builtin.include_role": role}
+    play.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": [task]}]))
+    python = ["-e", f"ansible_python_interpreter={sys.executable}"]
+    done = run(
+        installed, "ansible-playbook", "-i", "localhost,", "-c", "local", play, "--check", "-v", *python
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"{tmp_path}/.cache/sockmi/wheelhouse" in done.stdout

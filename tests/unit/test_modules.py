@@ -822,6 +822,71 @@ def test_kmod_puts_back_what_it_could_not_replace(
     assert done == ["remove", *([] if full else ["add", "build 6.12.1"]), "remove", "add", *again]
 
 
+class Kernels:
+    """A module's view of DKMS, which knows ``rows`` of version, kernel; builds fail for ``bad`` kernels."""
+
+    check_mode = False
+
+    def __init__(self, rows: list[tuple[str, str]], bad: str = "") -> None:
+        self.rows = rows
+        self.bad = bad
+        self.warned: list[str] = []
+        self.done: list[str] = []
+
+    def get_bin_path(self, name: str) -> str:
+        return name
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+    def run_command(self, words: list[str]) -> tuple[int, str, str]:
+        if words[1] == "status":
+            return 0, "".join(f"sockmi/{one}, {kernel}, x86_64: installed\n" for one, kernel in self.rows), ""
+        kernel = words[words.index("-k") + 1] if "-k" in words else ""
+        self.done.append(" ".join([words[1], words[5], kernel]).strip())
+        return int(words[1] == "build" and kernel == self.bad), "", "error: bad"
+
+
+@pytest.mark.parametrize(
+    ("bad", "removed"), [("", ["remove 1.0"]), ("6.1.9", ["remove 1.0 6.12.1"])], ids=["all", "but one"]
+)
+def test_kmod_leaves_no_kernel_without_a_module(
+    load: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    bad: str,
+    removed: list[str],
+) -> None:
+    """An upgrade is for the running kernel, and for those that the host may boot next."""
+    dkms = load("module_utils._dkms")
+    monkeypatch.setattr(dkms, "SOURCES", tmp_path / "src")
+    monkeypatch.setattr(dkms, "MODULES", tmp_path / "modules")
+    for kernel in ("6.1.9", "6.12.1"):
+        (tmp_path / "modules" / kernel).mkdir(parents=True)
+    monkeypatch.setattr(dkms.Dkms, "_examine", lambda _self: None)
+
+    class Later:
+        version, digest = "1.1", "later"
+
+        def write(self, _into: Path) -> None:
+            pass
+
+    module = Kernels([("1.0", "6.1.9"), ("1.0", "6.12.1"), ("1.0", "5.10.3-gone")], bad)
+    dkms.Dkms(module, "6.12.1", []).build(Later())
+    built = ["add 1.1", "build 1.1 6.12.1", "install 1.1 6.12.1", "build 1.1 6.1.9"]
+    built += [] if bad else ["install 1.1 6.1.9"]
+    gone = ["remove 1.0 5.10.3-gone"] if bad else []
+    assert module.done == [*built, *gone, *removed]
+    assert ["6.1.9" in said for said in module.warned] == ([True] if bad else [])
+
+
+def test_kmod_takes_the_latest_version_that_dkms_has(load: Callable[[str], Any]) -> None:
+    dkms = load("module_utils._dkms")
+    versions = ["1.9", "1.10", "1.10.1", "1.2", "99.0.0"]
+    assert sorted(versions, key=dkms._in_order) == ["1.2", "1.9", "1.10", "1.10.1", "99.0.0"]
+    assert max(versions[:2], key=dkms._in_order) == "1.10"
+
+
 def test_kmod_tells_what_dkms_said(load: Callable[[str], Any]) -> None:
     dkms = load("module_utils._dkms")
 

@@ -229,8 +229,37 @@ def test_killed_and_run_again_everything_is_told_once(playbook: Callable[[int], 
 def test_a_move_that_fails_in_the_middle_is_reported(playbook: Callable[[int], Playbook]) -> None:
     made = playbook(501)  # more than go in one request
     made.daemon.say = lambda _number, _target: ValueError("no-such-host") if made.daemon.moves[499:] else None
-    code, output = made.run("migrate", to="b", report_file=str(made.folder / REPORT))
+    code, output = made.run("migrate", to="b")
     assert code != 0
     assert "It said no-such-host." in output
     assert "500 selected, 500 moved" in output
     assert made.report()["moved"] == 500
+
+
+@pytest.mark.parametrize("name", ["migrate", "drain"])
+@pytest.mark.parametrize("where", ["nowhere/report.json", "hosts.yml/report.json", ".", "/proc/report.json"])
+def test_a_report_that_cannot_be_written_is_told_before(
+    playbook: Callable[[int], Playbook], name: str, where: str
+) -> None:
+    made = playbook(2)
+    code, output = made.run(name, to="b", report_file=where)
+    assert code != 0
+    assert "could not be written, and nothing was moved" in output
+    assert (len(made.daemon.rows), made.daemon.moves) == (2, [])
+
+
+def test_a_page_that_cannot_be_written_is_told_before(playbook: Callable[[int], Playbook]) -> None:
+    made = playbook(2)
+    code, output = made.run(to="b", report_page="nowhere/page.html")
+    assert code != 0
+    assert "nowhere/page.html could not be written, and nothing was moved" in output
+    assert len(made.daemon.rows) == 2
+
+
+def test_a_report_is_where_the_caller_is(playbook: Callable[[int], Playbook]) -> None:
+    """Not beside the playbook, which may be in a folder of the system's."""
+    made = playbook(1)
+    code, output = made.run("migrate", to="b")
+    assert code == 0, output
+    assert made.report()["moved"] == 1
+    assert not (collection.PROJECT / "playbooks" / REPORT).exists()

@@ -124,26 +124,40 @@ def test_programs_for_the_host_know_old_pythons(name: str) -> None:
 
 def test_links_are_made_changed_and_removed(tmp_path: Path) -> None:
     program = (ROLE / "files/links.py").read_text()
-    (tmp_path / "old").symlink_to("elsewhere")
-    wanted = {str(tmp_path / "deep/new"): "/target", str(tmp_path / "old"): None}
+    (tmp_path / "old").symlink_to("/ours/current/old")
+    (tmp_path / "changed").symlink_to("/former/current/bin/changed")
+    (tmp_path / "theirs").symlink_to("/oursalike/theirs")
+    (tmp_path / "file").write_text("somebody's")
+    new, old, changed, theirs, file = (
+        str(tmp_path / name) for name in ("deep/new", "old", "changed", "theirs", "file")
+    )
+    wanted = {new: "/ours/current/new", old: None, changed: "/ours/current/changed", theirs: None, file: None}
 
     def run(*flags: str) -> list[str]:
-        command = [sys.executable, "-I", "-c", program, json.dumps(wanted), *flags]
+        question = json.dumps({"links": wanted, "own": ["/ours", "/former/"]})
+        command = [sys.executable, "-I", "-c", program, question, *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        changed: list[str] = json.loads(done.stdout)
-        return changed
+        said: list[str] = json.loads(done.stdout)
+        return said
 
-    assert run("--check") == list(wanted)
+    assert run("--check") == [new, old, changed]
     assert (tmp_path / "old").is_symlink()
-    assert run() == list(wanted)
+    assert run() == [new, old, changed]
     assert run() == []
-    assert str((tmp_path / "deep/new").readlink()) == "/target"
+    assert str((tmp_path / "deep/new").readlink()) == "/ours/current/new"
+    assert str((tmp_path / "changed").readlink()) == "/ours/current/changed"
     assert not (tmp_path / "old").is_symlink()
-    (tmp_path / "deep/new").unlink()
-    (tmp_path / "deep/new").write_text("somebody's")
-    with pytest.raises(subprocess.CalledProcessError):
-        run()
-    assert (tmp_path / "deep/new").read_text() == "somebody's"
+    # What is not ours stays, and nothing changes where one is wanted.
+    assert str((tmp_path / "theirs").readlink()) == "/oursalike/theirs"
+    for foreign in (theirs, file):
+        wanted |= {new: "/ours/current/other", foreign: "/ours/current/theirs"}
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            run()
+        assert f"{foreign} is there, and no link of ours" in failed.value.stderr
+        wanted[foreign] = None
+    assert str((tmp_path / "deep/new").readlink()) == "/ours/current/new"
+    assert str((tmp_path / "theirs").readlink()) == "/oursalike/theirs"
+    assert (tmp_path / "file").read_text() == "somebody's"
 
 
 QUESTION = {"pythons": {}, "sysctls": [], "prefix": "/nowhere", "units": []}
@@ -152,7 +166,11 @@ QUESTION = {"pythons": {}, "sysctls": [], "prefix": "/nowhere", "units": []}
 @pytest.mark.parametrize(
     ("name", "damaged", "said"),
     [
-        ("links.py", lambda _folder: [json.dumps({"/proc/none/link": "target"})], "/proc/none: No such file"),
+        (
+            "links.py",
+            lambda _folder: [json.dumps({"links": {"/proc/none/link": "/own/x"}, "own": ["/own"]})],
+            "/proc/none: No such file",
+        ),
         (
             "install_release.py",
             lambda folder: [folder / "none.tar", folder / "new"],

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Makes symbolic links: {"link": "target"} as JSON in the first argument; --check only says what would be.
+"""Makes symbolic links. JSON in the first argument: `links` ({"link": "target"}) and `own`, folders.
 
-A link whose target is null is removed, if it is a link. Prints the links that changed, as a JSON list.
+A link is SockMi's if it leads into one of the folders `own`; another, and what is no link, is left as it is:
+where one is wanted that is an error, before anything changes. A link whose target is null is removed.
+Prints the links that changed, as a JSON list; --check only says what would be.
 """
 
 import json
@@ -12,25 +14,27 @@ from pathlib import Path
 
 def main():
     """Make them."""
-    check = "--check" in sys.argv[2:]
-    changed = []
-    for name, target in json.loads(sys.argv[1]).items():
+    asked = json.loads(sys.argv[1])
+    own = tuple(folder.rstrip("/") + "/" for folder in asked["own"])
+    wrong = {}
+    for name, target in asked["links"].items():
         link = Path(name)
         # readlink(2), as Path.readlink is not in Python 3.8.
         now = os.readlink(name) if link.is_symlink() else None  # noqa: PTH115
         if now == target:
             continue
-        if now is None and link.exists():
+        if link.exists() if now is None else not now.startswith(own):
+            if target is None:
+                continue
             sys.exit(f"{name} is there, and no link of ours: move it away")
-        changed.append(name)
-        if check:
-            continue
-        if now is not None:
+        wrong[link] = target
+    for link, target in wrong.items() if "--check" not in sys.argv[2:] else ():
+        if link.is_symlink():
             link.unlink()
         if target is not None:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(target)
-    print(json.dumps(changed))
+    print(json.dumps(list(map(str, wrong))))
 
 
 try:

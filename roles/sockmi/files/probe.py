@@ -2,7 +2,7 @@
 """What the host is like, as JSON: all that the role must know before it touches anything.
 
 The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`, the
-file `before`.
+file `before`; with `by_unit` the prefix is that of the installed unit, if there is one.
 Python 3.8 and later.
 """
 
@@ -23,6 +23,19 @@ QUERIES = (
         ["rpm", "-qa", "--qf", "%{NAME} installed\n%{NAME}-%{VERSION}-%{RELEASE}.%{ARCH} installed\n"],
     ),
 )
+UNITS = Path("/etc/systemd/system")
+OWN = ("current", "dkms", "releases")  # what is SockMi's in its prefix
+# Folders that are the system's, hier(7) and file-hierarchy(7), or the daemon's own for other things.
+SYSTEM = {
+    *("/", "/bin", "/boot", "/etc", "/home", "/lib", "/lib32", "/lib64", "/libx32", "/media", "/mnt", "/opt"),
+    *("/root", "/sbin", "/srv", "/usr", "/usr/bin", "/usr/games", "/usr/include", "/usr/lib", "/usr/lib32"),
+    *("/usr/lib64", "/usr/libexec", "/usr/libx32", "/usr/local", "/usr/local/bin", "/usr/local/etc"),
+    *("/usr/local/games", "/usr/local/include", "/usr/local/lib", "/usr/local/man", "/usr/local/sbin"),
+    *("/usr/local/share", "/usr/local/src", "/usr/sbin", "/usr/share", "/usr/src", "/var", "/var/backups"),
+    *("/var/cache", "/var/lib", "/var/local", "/var/log", "/var/mail", "/var/opt", "/var/spool"),
+    *("/etc/sockmi", "/var/lib/sockmi"),
+}
+PASSING = {"dev", "proc", "run", "sys", "tmp"}  # what is there is gone after a boot
 
 
 def text(path):
@@ -109,6 +122,42 @@ def free_mib(folder):
     return shutil.disk_usage(folder).free >> 20
 
 
+def place(prefix):
+    """A prefix, and whose it is: the system's, SockMi's, or with what else in it."""
+    prefix = Path(prefix)
+    true = prefix.resolve()
+    try:
+        names = sorted(path.name for path in true.iterdir())
+    except NotADirectoryError:
+        names = [true.name]
+    except OSError:
+        names = []
+    return {
+        "path": str(prefix),
+        "resolved": str(true),
+        "there": prefix.exists(),
+        "system": str(true) in SYSTEM
+        or bool(PASSING & set(true.parts[1:2]))
+        or true.parts[1:3] == ("var", "tmp"),
+        "own": any(name in OWN for name in names),
+        "foreign": [name for name in names if name not in (*OWN, "lost+found")],
+    }
+
+
+def installed():
+    """The prefix that the installed unit starts the daemon from; None: there is none."""
+    found = re.search(r"^ExecStart=(/.+)/current/bin/sockmid ", text(UNITS / "sockmid.service") or "", re.M)
+    return found.group(1) if found else None
+
+
+def key_files():
+    """Key files that the configuration of an earlier run names, but not those of groups joined by hand."""
+    config = text("/etc/sockmi/sockmi.yml") or ""
+    named = set(re.findall(r"^[ -]*key_file: (/etc/sockmi/[^/\s]+\.key)$", config, re.M))
+    joined = text("/var/lib/sockmi/groups.json") or ""
+    return sorted(name for name in named if "Managed by Ansible" in config and f'"{name}"' not in joined)
+
+
 def process(unit, prefix):
     """Of a unit's main process: when it was started (seconds since 1970), and which release it runs."""
     pid = said("systemctl", "show", "--property=MainPID", "--value", unit)
@@ -137,7 +186,8 @@ def written(path):
 def main():
     """Print it."""
     asked = json.loads(sys.argv[1])
-    prefix = Path(asked["prefix"])
+    former = installed()
+    prefix = Path((former if asked.get("by_unit") else None) or asked["prefix"])
     found = system()
     family = found["family"]
     candidates = asked["pythons"].get(family) or ["python3"]
@@ -151,6 +201,8 @@ def main():
             "systemd": Path("/run/systemd/system").is_dir(),
             "python": python(candidates),
             "packages": packages(family),
+            "place": place(prefix),
+            "former_place": place(former) if former else None,
             "release": text(prefix / "current/release"),
             "releases": sorted(path.parent.name for path in prefix.glob("releases/*/complete")),
             "free_mib": free_mib(prefix),
@@ -162,12 +214,13 @@ def main():
                 name: {
                     "active": said("systemctl", "is-active", name) == "active",
                     "enabled": said("systemctl", "is-enabled", name) == "enabled",
-                    "there": Path("/etc/systemd/system", name).exists(),
-                    "written": written(Path("/etc/systemd/system", name)),
+                    "there": (UNITS / name).exists(),
+                    "written": written(UNITS / name),
                     "process": process(name, prefix),
                 }
                 for name in asked["units"]
             },
+            "key_files": key_files(),
             "configured": Path("/etc/sockmi/sockmi.yml").exists(),
             "firewalld": said("firewall-cmd", "--state") == "running",
             "ufw": "ENABLED=yes" in (text("/etc/ufw/ufw.conf") or ""),

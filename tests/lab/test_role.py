@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""The tasks of the role, on a host of their own without systemd: what they leave, refuse and remove."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.role_host import FOLDERS, RoleHost
+
+pytest.importorskip("ansible")
+
+pytestmark = pytest.mark.timeout(900)  # some runs of Ansible
+KEY = secrets.token_hex(32)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[RoleHost]:
+    """A host on which nothing of SockMi is."""
+    (tmp_path / "host").mkdir()
+    with RoleHost(tmp_path / "host") as made:
+        yield made
+
+
+def test_a_prefix_that_is_not_its_own_is_refused(host: RoleHost) -> None:
+    host.sh("mkdir /opt/theirs; touch /opt/theirs/keep /opt/theirs/data")
+    for prefix, said in {
+        "/opt/": "'/opt/', a folder of the system's",
+        "/usr/../var/lib": "a folder of the system's",
+        "/bin": "a folder of the system's",
+        "/run/sockmi": "a folder of the system's",
+        "/opt/theirs": "'/opt/theirs', where something else is: data, keep",
+    }.items():
+        code, output, changed = host.tasks("preflight", sockmi_prefix=prefix, sockmi_group_key=KEY)
+        assert (code, changed) == (2, 0)
+        assert said in output
+
+
+def test_an_own_prefix_is_taken(host: RoleHost) -> None:
+    host.sh("mkdir -p /opt/empty/lost+found")
+    host.release("/opt/held")
+    host.sh("touch /opt/held/note")
+    for prefix in ("/opt/empty", "/opt/held"):
+        _code, output, _changed = host.tasks("preflight", sockmi_prefix=prefix, sockmi_group_key=KEY)
+        assert "systemd does not run there" in output  # all is looked at
+        assert "sockmi_prefix is" not in output
+
+
+def test_uninstall_finds_where_it_was_installed(host: RoleHost) -> None:
+    """With another prefix than the unit's its redirects stayed in the kernel, its releases on the disk."""
+    host.release("/opt/elsewhere")
+    code, output, _changed = host.tasks(
+        "gather", "host", "configure", sockmi_prefix="/opt/elsewhere", sockmi_group_key=KEY
+    )
+    assert code == 0, output
+    host.sh("nft add table inet sockmi; ln -s /opt/elsewhere/current/bin/sockmi /usr/local/bin/sockmi")
+    host.sh("ln -s /opt/sockmi/current/bin/sockmid /usr/local/sbin/sockmid")  # of somebody else
+    code, output, predicted = host.tasks("uninstall", check=True)
+    assert code == 0, output
+    assert "table inet sockmi" in host.sh("nft list tables; ls /opt/elsewhere/current/bin/sockmid")
+    code, output, changed = host.tasks("uninstall")
+    assert code == 0, output
+    assert predicted == changed > 2
+    host.sh("rm /usr/local/sbin/sockmid")  # which was not its own
+    left = host.sh(f"nft list tables; find {' '.join(FOLDERS)} -xdev -name '*sockmi*'; ls /opt")
+    assert "sockmi" not in left
+    assert "elsewhere" not in left
+    code, output, changed = host.tasks("uninstall")
+    assert (code, changed) == (0, 0), output
+
+
+def test_uninstall_leaves_what_is_not_its_own(host: RoleHost) -> None:
+    """Of an installation into a folder that others use, as earlier releases allowed."""
+    host.sh("mkdir /opt/shared; touch /opt/shared/keep")
+    host.release("/opt/shared")
+    code, output, changed = host.tasks("uninstall")
+    assert (code, changed > 0) == (0, True), output
+    assert host.sh("ls /opt/shared") == "keep\n"
+
+
+def test_keys_of_groups_that_it_left_go(host: RoleHost) -> None:
+    host.release("/opt/sockmi")
+
+    def configure(*names: str, check: bool = False) -> int:
+        groups = [{"name": name, "port": 7780 + number} for number, name in enumerate(names)]
+        code, output, changed = host.tasks(
+            "gather", "host", "configure", check=check, sockmi_group_key=KEY, sockmi_groups=groups
+        )
+        assert code == 0, output
+        return changed
+
+    configure("default", "blue", "red")
+    host.sh("cp /etc/sockmi/blue.key /etc/sockmi/mine.key")
+    by_hand = json.dumps([{"key_file": "/etc/sockmi/red.key"}])
+    host.sh(f"mkdir -p /var/lib/sockmi; echo '{by_hand}' >/var/lib/sockmi/groups.json")
+    predicted = configure("green", check=True)
+    assert configure("green") == predicted
+    assert host.sh("ls /etc/sockmi/*.key").split() == [
+        f"/etc/sockmi/{name}.key" for name in ("green", "mine", "red")
+    ]
+    assert configure("green") == 0
+
+
+def test_the_firewall_base_follows_what_is_chosen(host: RoleHost) -> None:
+    """With every firewall it forwards for SockMi alone, if forwarding was off; its own closes the ports."""
+
+    def firewall(choice: str) -> tuple[int, str]:
+        code, output, changed = host.tasks(
+            "gather",
+            *("host", "firewall"),
+            sockmi_firewall=choice,
+            sockmi_firewall_sources=["192.0.2.1"],
+            sockmi_sysctls={"net.ipv4.ip_forward": 1},
+        )
+        rules = host.sh("cat /etc/sockmi/firewall.nft 2>/dev/null || true")
+        assert code == 0 or "firewall-cmd" in output, output  # which is not here
+        return changed, rules
+
+    changed, rules = firewall("nftables")
+    assert changed > 0
+    assert "chain input" in rules
+    assert "meta nfproto ipv4 drop" in rules
+    assert firewall("nftables")[0] == 0
+    _changed, rules = firewall("firewalld")
+    assert "chain input" not in rules
+    assert "meta nfproto ipv4 drop" in rules
+    changed, rules = firewall("none")
+    assert (changed > 0, rules) == (True, "")
+    assert "sockmi-firewall" not in host.sh("ls /etc/systemd/system")
