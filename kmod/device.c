@@ -45,7 +45,7 @@ static void free_slots(struct sockmi_slots *slots)
 static int make_slots(struct sockmi_slots *slots, unsigned int count, unsigned long slot_pages)
 {
 	unsigned long i, pages = count * slot_pages;
-	int result = sockmi_memory_take(&slots->memory, (u64)pages << PAGE_SHIFT);
+	int result = sockmi_memory_take(&slots->memory, (u64)pages << PAGE_SHIFT, sockmi_memory_users());
 
 	if (result)
 		return result;
@@ -202,7 +202,7 @@ struct sockmi_blob *sockmi_blob_get(struct sockmi_file *file, u32 slot, u64 addr
 	if (!blob)
 		return ERR_PTR(-ENOMEM);
 	refcount_set(&blob->refs, 1);
-	if (sockmi_memory_take(&blob->memory, bytes + sizeof(*blob))) {
+	if (sockmi_memory_take(&blob->memory, bytes + sizeof(*blob), sockmi_memory_users())) {
 		kfree(blob);
 		return ERR_PTR(-EDQUOT);
 	}
@@ -258,6 +258,7 @@ static int device_open(struct inode *inode, struct file *filp)
 		return -ENOMEM;
 	refcount_set(&file->refs, 1);
 	mutex_init(&file->lock);
+	file->users = sockmi_memory_users();
 	file->net = get_net(current->nsproxy->net_ns);
 	file->user_ns = get_user_ns(current_user_ns());
 	file->pid_ns = get_pid_ns(task_active_pid_ns(current));

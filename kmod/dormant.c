@@ -137,7 +137,7 @@ static int restore(struct sockmi_file *file, struct sockmi_dormant *dormant, str
 
 static int activate(struct sockmi_dormant *dormant)
 {
-	int result = sockmi_activate(dormant->sock, dormant->blob ? &dormant->blob->image : NULL);
+	int result = sockmi_activate(dormant->sock, dormant->blob ? &dormant->blob->image : NULL, dormant->kept);
 
 	trace_sockmi_activate(dormant->sock->sk, dormant->id, 0, result, 0);
 	return result;

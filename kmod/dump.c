@@ -619,6 +619,17 @@ static void dump_listener(struct dump *d)
 	sockmi_writer_put(&d->writer, SOCKMI_LISTENER, &l, sizeof(l));
 }
 
+/* A FIN that came too early has no place in the section, which has bytes: the peer sends it again. */
+static bool early_fin(const struct dump *d)
+{
+	struct sk_buff *skb;
+
+	for (skb = skb_rb_first(&d->tp->out_of_order_queue); skb; skb = skb_rb_next(skb))
+		if (TCP_SKB_CB(skb)->tcp_flags & TCPHDR_FIN)
+			return true;
+	return false;
+}
+
 /* What the copy of a connection begins anew, though the image tells something of it. */
 static void dump_approximations(struct dump *d)
 {
@@ -627,6 +638,8 @@ static void dump_approximations(struct dump *d)
 	/* Marks of lost data, and the model of an algorithm that is more than a window and a threshold (BBR). */
 	if (d->icsk->icsk_ca_state != TCP_CA_Open || (algorithm && algorithm->cong_control))
 		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "congestion-state");
+	if (early_fin(d))
+		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "out-of-order-queue");
 	/* How many probes were in vain: the copy counts from zero. */
 	if (d->icsk->icsk_probes_out)
 		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "timers");

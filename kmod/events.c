@@ -6,8 +6,15 @@
 
 #include "internal.h"
 
+/**
+ * struct event - one that waits
+ * @node: in its file's list
+ * @memory: that it takes, a share of what the file's opener may have
+ * @content: what read() gives
+ */
 struct event {
 	struct list_head node;
+	struct sockmi_memory memory;
 	struct sockmi_event content;
 };
 
@@ -17,15 +24,35 @@ static unsigned int room_for(u32 type)
 	return type == SOCKMI_EVENT_TAKEN || type == SOCKMI_EVENT_WAITING ? SOCKMI_EVENTS_MAX / 2 : SOCKMI_EVENTS_MAX;
 }
 
+/* Charged to whoever causes it, who is not in reach of a deadline. NULL: no memory. */
+static struct event *make(const struct sockmi_file *file)
+{
+	struct event *event = kmalloc(sizeof(*event), GFP_ATOMIC | __GFP_ACCOUNT | __GFP_NOWARN);
+
+	if (event && sockmi_memory_take(&event->memory, sizeof(*event), file->users)) {
+		kfree(event);
+		event = NULL;
+	}
+	return event;
+}
+
+static void end(struct event *event)
+{
+	if (!event)
+		return;
+	sockmi_memory_give(&event->memory);
+	kfree(event);
+}
+
 bool sockmi_event(struct sockmi_file *file, const struct sockmi_event *content)
 {
-	struct event *event = kmalloc(sizeof(*event), GFP_ATOMIC | __GFP_NOWARN);
+	struct event *event = make(file);
 
 	spin_lock_bh(&file->events_lock);
 	if (!event || file->events_count >= room_for(content->type)) {
 		file->events_lost++;
 		spin_unlock_bh(&file->events_lock);
-		kfree(event);
+		end(event);
 		return false;
 	}
 	event->content = *content;
@@ -97,7 +124,7 @@ ssize_t sockmi_events_read(struct file *file, char __user *buffer, size_t bytes,
 			put_back(sf, event);
 			return done ? (ssize_t)done : -EFAULT;
 		}
-		kfree(event);
+		end(event);
 		done += sizeof(struct sockmi_event);
 	}
 	return (ssize_t)done;
@@ -108,5 +135,5 @@ void sockmi_events_free(struct sockmi_file *file)
 	struct event *event;
 
 	while ((event = take(file)))
-		kfree(event);
+		end(event);
 }

@@ -74,6 +74,7 @@ static void import_one(struct batch *b, unsigned int i, struct sockmi_entry *ent
 	struct sockmi_ioc_request *request = &b->waiter.requests[i];
 	const struct sockmi_image *image = &entry->blob->image;
 	struct socket *sock = sock_from_file(b->files[i]);
+	struct sockmi_kept *kept = NULL;
 	struct sockmi_losses losses;
 	u32 refusal = SOCKMI_REFUSAL_NONE;
 	int result;
@@ -81,9 +82,10 @@ static void import_one(struct batch *b, unsigned int i, struct sockmi_entry *ent
 	/* What may fault comes before the socket is touched. */
 	result = copy_context(request, &image->context);
 	if (!result)
-		result = sockmi_restore(sock, image, &entry->local, entry->restore_flags, &refusal, &losses, NULL);
+		result = sockmi_restore(sock, image, &entry->local, entry->restore_flags, &refusal, &losses, &kept);
 	if (!result) {
-		result = sockmi_activate(sock, image);
+		result = sockmi_activate(sock, image, kept);
+		sockmi_kept_free(kept);
 		request->approximated = losses.approximated;
 		request->reset = losses.reset;
 	}

@@ -49,7 +49,7 @@ extern struct workqueue_struct *sockmi_workqueue;
 extern struct workqueue_struct *sockmi_discards;
 
 /**
- * struct sockmi_memory - a share of the memory of all buffers and images
+ * struct sockmi_memory - a share of the memory of all buffers, images and events
  * @bytes: how much
  * @users: taken by somebody who does not administer the host
  */
@@ -58,8 +58,10 @@ struct sockmi_memory {
 	bool users;
 };
 
-/* Takes @bytes, or -EDQUOT; gives them back. */
-int sockmi_memory_take(struct sockmi_memory *memory, u64 bytes);
+/* Is the caller one who does not administer the host? */
+bool sockmi_memory_users(void);
+/* Takes @bytes, or -EDQUOT; gives them back. Any context. */
+int sockmi_memory_take(struct sockmi_memory *memory, u64 bytes, bool users);
 void sockmi_memory_give(const struct sockmi_memory *memory);
 
 /* ---- Per network namespace ---- */
@@ -128,6 +130,7 @@ struct sockmi_slots {
  * @net: network namespace of open()
  * @user_ns: of open()
  * @pid_ns: of open()
+ * @users: opened by somebody who does not administer the host
  * @greeted: HELLO succeeded
  * @slots: by SOCKMI_SLOT_* - 1
  * @exports: by id
@@ -147,6 +150,7 @@ struct sockmi_file {
 	struct net *net;
 	struct user_namespace *user_ns;
 	struct pid_namespace *pid_ns;
+	bool users;
 	bool greeted;
 	struct sockmi_slots slots[2];
 	struct xarray exports;
@@ -325,8 +329,11 @@ int sockmi_restore(struct socket *sock, const struct sockmi_image *image, const 
 		   u32 flags, u32 *refusal, struct sockmi_losses *losses, struct sockmi_kept **kept);
 /* Brings a connection to life and releases the lock; its socket may have no struct socket. */
 void sockmi_activate_sock(struct sock *sk);
-/* The same for a socket of any kind. 0 or -errno; of a connection it cannot fail. */
-int sockmi_activate(struct socket *sock, const struct sockmi_image *image);
+/*
+ * The same for a socket of any kind. 0 or -errno, and then it is as it was before the restore, which left @kept; of a
+ * connection it cannot fail.
+ */
+int sockmi_activate(struct socket *sock, const struct sockmi_image *image, struct sockmi_kept *kept);
 
 /* ---- close.c ---- */
 

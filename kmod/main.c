@@ -38,7 +38,7 @@ MODULE_PARM_DESC(slots_max_mb, "Memory of the buffers of one open device file, i
 
 unsigned int sockmi_memory_max_mb = 1024;
 module_param_named(memory_max_mb, sockmi_memory_max_mb, uint, 0644);
-MODULE_PARM_DESC(memory_max_mb, "Memory of all buffers and images of the module, in MiB (1024)");
+MODULE_PARM_DESC(memory_max_mb, "Memory of all buffers, images and events of the module, in MiB (1024)");
 
 unsigned int sockmi_memory_users_max_mb = 512;
 module_param_named(memory_users_max_mb, sockmi_memory_users_max_mb, uint, 0644);
@@ -69,10 +69,15 @@ static bool add_within(atomic64_t *used, u64 bytes, unsigned int limit_mb)
 }
 
 /* Anybody can administer a network namespace of their own; they must leave something for the host's daemon. */
-int sockmi_memory_take(struct sockmi_memory *memory, u64 bytes)
+bool sockmi_memory_users(void)
+{
+	return !ns_capable_noaudit(&init_user_ns, CAP_NET_ADMIN);
+}
+
+int sockmi_memory_take(struct sockmi_memory *memory, u64 bytes, bool users)
 {
 	memory->bytes = bytes;
-	memory->users = !ns_capable_noaudit(&init_user_ns, CAP_NET_ADMIN);
+	memory->users = users;
 	if (memory->users && !add_within(&memory_users_used, bytes, READ_ONCE(sockmi_memory_users_max_mb)))
 		return -EDQUOT;
 	if (add_within(&memory_used, bytes, READ_ONCE(sockmi_memory_max_mb)))
@@ -227,11 +232,12 @@ no_discards:
 static void __exit sockmi_exit(void)
 {
 	misc_deregister(&device);
+	/* Whoever still writes to a sysctl may claim a socket of a daemon that has just ended: its work needs the queues. */
+	unregister_pernet_subsys(&net_operations);
 	/* The last claim's work may still be on its way out. */
 	destroy_workqueue(sockmi_discards);
 	destroy_workqueue(sockmi_workqueue);
 	sockmi_claims_exit();
-	unregister_pernet_subsys(&net_operations);
 	sockmi_nat_exit();
 	rcu_barrier();
 }

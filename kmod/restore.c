@@ -303,7 +303,24 @@ void sockmi_activate_sock(struct sock *sk)
 	release_sock(sk);
 }
 
-int sockmi_activate(struct socket *sock, const struct sockmi_image *image)
+/* What cannot listen goes back to what it was, unless its owner has made something else of it meanwhile. */
+static void undo(struct socket *sock, struct sockmi_kept *kept)
+{
+	struct sock *sk = sock->sk;
+	bool ours;
+
+	lock_sock(sk);
+	ours = sk->sk_state == TCP_CLOSE && sock->state == SS_UNCONNECTED && !inet_sk(sk)->inet_dport;
+	if (ours) {
+		inet_csk(sk)->icsk_accept_queue.fastopenq.max_qlen = 0;
+		sockmi_close_silently(sk, 0);
+	}
+	release_sock(sk);
+	if (ours)
+		sockmi_put_back(sock, kept);
+}
+
+int sockmi_activate(struct socket *sock, const struct sockmi_image *image, struct sockmi_kept *kept)
 {
 	int result;
 
@@ -316,5 +333,7 @@ int sockmi_activate(struct socket *sock, const struct sockmi_image *image)
 		sock->ops->setsockopt(sock, SOL_TCP, TCP_FASTOPEN, KERNEL_SOCKPTR(&length), sizeof(length));
 	}
 	result = sock->ops->listen(sock, image->listener.backlog);
+	if (result)
+		undo(sock, kept);
 	return result;
 }

@@ -94,7 +94,8 @@
  * ------
  * read(2) returns whole struct sockmi_event records, blocking unless O_NONBLOCK; poll(2) says EPOLLIN, and with
  * O_ASYNC the signal chosen by F_SETSIG (the paper's SIGUSR1) is sent to the F_SETOWN owner. When too
- * many wait, new ones are dropped and counted in `lost`, first those about import requests.
+ * many wait, new ones are dropped and counted in `lost`, first those about import requests. Their memory counts as that
+ * of slots does; who causes one is charged for it.
  */
 #ifndef _UAPI_SOCKMI_H
 #define _UAPI_SOCKMI_H
@@ -801,15 +802,18 @@ struct sockmi_event {
  *		to the first exporter's end.
  *
  * HOLD keeps the latest of what comes in for a connection, in order, at most 256 packets or 1 MiB of it, and for all
- * flows as much as the module's parameter nat_kept_max_mb says; of bare ACKs that acknowledge more and more only
- * the last. However a HOLD ends (replaced, removed, flushed, by its time), these packets are received anew, and meet the
- * rule that holds then: REDIRECT leads them to the importer, and without a flow the socket gets them. If
- * it is gone, the host answers with a RST, as to all that would come after: MUTE it. A capture of the host
- * shows such packets twice. Lost are: what finds no room, ICMP errors, what goes out, SYNs to a listener's
- * port, packets of a device that is gone, and those that a bridge hands up (br_netfilter).
+ * flows as much as the module's parameter nat_kept_max_mb says, of which nobody gets more than he leaves free (one alone a
+ * half, each of two a third): a network namespace of the host, a container, or all namespaces of a user; of bare
+ * ACKs that acknowledge more and more only the last. However a HOLD ends (replaced, removed, flushed, by its time),
+ * these packets go through netfilter anew, and meet the rule that holds then: REDIRECT leads them to the importer, and
+ * without a flow the socket gets them. What comes before all of them have gone follows behind them. If the socket is
+ * gone, the host answers with a RST, as to all that would come after: MUTE it. Lost are: what finds no room, ICMP
+ * errors, what goes out, SYNs to a listener's port, packets of a device that is gone or down, and those that a bridge
+ * hands up (br_netfilter) or VRF shows a second time.
  *
- * Errors of ICMP and ICMPv6 about the connection are translated with it. Fragments of IPv4 are put together; those
- * of IPv6 only if conntrack does it. Packets between a peer and a socket on one and the same host are held and muted,
+ * Errors of ICMP and ICMPv6 about the connection are translated with it. Fragments of IPv4 are put together while
+ * anything is held or redirected; those of IPv6 only if conntrack does it. Without it the first of them is held or
+ * redirected alone, so that the packet is lost, and the peer must send smaller ones. Packets between a peer and a socket on one and the same host are held and muted,
  * but not redirected.
  */
 #define SOCKMI_NAT_HOLD (1u << 0)      /* nothing comes in or goes out, ICMP errors about it included */

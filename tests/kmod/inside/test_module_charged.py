@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -19,11 +20,13 @@ import pytest
 from sockmi.addresses import Endpoint, FourTuple
 from tests.kmod import nat_client
 from tests.kmod.inside.test_module_core import pair, read_exactly, wait_for
-from tests.kmod.module_client import ANY_UID, Device, frozen
+from tests.kmod.module_client import ANY_UID, Device, ListName, Request, frozen
 
 MIB = 1 << 20
 FLOWS = 10_000
 FLOW_BYTES = 200  # at least, of the helper's own memory
+EVENTS, REQUESTS = 512, 64  # so many about import requests can wait; of one call
+EVENT_BYTES = 128  # at least
 NOISE = 1 * MIB  # what else the kernel allocates meanwhile
 
 
@@ -109,6 +112,36 @@ def unreclaimable() -> int:
     """The kernel's own memory by slab and kmalloc(), bytes, whoever it is charged to."""
     [line] = [one for one in Path("/proc/meminfo").read_text().splitlines() if one.startswith("SUnreclaim:")]
     return int(line.split()[1]) << 10
+
+
+def slab(group: Path) -> int:
+    """Bytes of the group's that the kernel cannot take back."""
+    lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(dict(lines)["slab_unreclaimable"])
+
+
+def test_events_are_charged(group: Path) -> None:
+    def use() -> None:
+        with Device(slots=0) as device:
+            device.serve()
+            sockets = [socket.socket() for _turn in range(REQUESTS)]
+
+            def ask() -> None:
+                asked = [Request(fd=one.fileno(), list=ListName.CONNECTED) for one in sockets]
+                assert device.take(*asked, timeout_ms=1)[0] == 0
+
+            ask()  # what else that takes, it takes now
+            for _event in range(REQUESTS // 16):
+                device.events()
+            before = slab(group)
+            for _turn in range(EVENTS // REQUESTS):
+                ask()
+            wait_for(lambda: slab(group) - before >= EVENTS * EVENT_BYTES)
+            for _event in range(EVENTS // 16):
+                device.events()
+            wait_for(lambda: slab(group) - before < EVENTS * EVENT_BYTES // 2)
+
+    assert inside(group, use) == 0
 
 
 @pytest.mark.kernels("6.1", "6.12", "7.2")  # kmemleak of the debug kernel has something for each allocation

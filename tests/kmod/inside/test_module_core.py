@@ -619,6 +619,33 @@ def test_sockets_without_a_connection_move(device: Device, kind: str, family: st
         assert read_exactly(child, 5) == b"hello"
 
 
+def test_a_copy_that_cannot_listen_is_as_it_was(device: Device) -> None:
+    listener = new_socket("ipv4")
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    name = listener.getsockname()
+    with frozen(device, listener) as (freeze, image):
+        device.commit(freeze)
+    listener.close()
+    rival, copy = new_socket("ipv4"), new_socket("ipv4")
+    rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    rival.bind(name)
+    made = device.restore(copy, image, flags=0)
+    rival.listen()
+    with pytest.raises(Refused) as caught:
+        device.decide("activate", made.id)
+    assert caught.value.errno == errno.EADDRINUSE
+    assert copy.getsockname()[1] == 0
+    assert not copy.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    rival.close()
+    device.restore(copy, image)
+    client = socket.create_connection(name)
+    child, _unused = copy.accept()
+    client.sendall(b"x")
+    assert read_exactly(child, 1) == b"x"
+
+
 def test_children_nobody_accepted_are_not_reset(device: Device) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     clients = [socket.create_connection(listener.getsockname()) for _turn in range(3)]
@@ -730,6 +757,7 @@ def test_another_process_s_socket_is_found_by_pid(device: Device) -> None:
         os.waitpid(child, 0)
 
 
+@pytest.mark.processors(2)
 def test_freezes_under_threads_that_hammer(device: Device) -> None:
     ours, peer = pair()
     stop = threading.Event()
@@ -849,6 +877,7 @@ def test_a_socket_that_was_v4_mapped_is_no_target_for_ipv6(device: Device) -> No
     assert read_exactly(copy, 1) == b"1"
 
 
+@pytest.mark.processors(2)
 def test_who_slept_in_a_send_has_no_part_in_the_next_connection(device: Device) -> None:
     """The socket has another connection before the sender that was woken by COMMIT gets a processor."""
     ours, peer = pair()

@@ -19,6 +19,7 @@ from tests.kmod.module_client import Device, frozen
 
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS, TCP_REPAIR_WINDOW = 19, 20, 21, 22, 29
 RECEIVE_QUEUE, SEND_QUEUE = 1, 2
+FIN, ACK = 1, 0x10
 ECN_OPTION = 8  # TCPI_OPT_ECN
 
 
@@ -48,7 +49,7 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def inject(peer: images.Image, offset: int, data: bytes) -> None:
+def inject(peer: images.Image, offset: int, data: bytes, flags: int = 0) -> None:
     """A segment of the peer's that overtakes ``offset`` bytes: on the wire, with the peer's timestamps."""
     sequence, ends = peer.sequence, peer.identity
     assert sequence
@@ -61,7 +62,7 @@ def inject(peer: images.Image, offset: int, data: bytes) -> None:
         (sequence.snd_nxt + offset) & 0xFFFFFFFF,
         sequence.rcv_nxt,
         (20 + len(options)) << 2,
-        0x10,
+        ACK | flags,
         512,
         0,
         0,
@@ -104,6 +105,24 @@ def test_the_out_of_order_queue_is_carried_byte_for_byte(device: Device) -> None
     peer.sendall(stream[100:])
     assert read_exactly(copy, len(stream) - 100) == stream[100:]
     assert not looked_at(device, copy).out_of_order
+
+
+def test_a_fin_that_came_too_early_is_told(device: Device) -> None:
+    """The section has bytes, no FIN: the peer, which has not had it acknowledged, sends it again."""
+    ours, peer = pair()
+    peer.sendall(b"ab")
+    assert read_exactly(ours, 2) == b"ab"
+    state = looked_at(device, peer)
+    inject(state, 10, b"x" * 10)
+    assert not looked_at(device, ours).fidelity
+    inject(state, 20, b"", FIN)
+    told = looked_at(device, ours).fidelity_names(images.FidelityClass.APPROXIMATED)
+    assert told == ["out-of-order-queue"]
+    copy = move(device, ours, "ipv4")
+    peer.sendall(b"y" * 10 + b"x" * 10)
+    peer.shutdown(socket.SHUT_WR)
+    assert read_exactly(copy, 20) == b"y" * 10 + b"x" * 10
+    assert copy.recv(1) == b""
 
 
 # ---- ECN, timestamps ----

@@ -50,6 +50,7 @@ from tests.kmod.module_client import (
     Decision,
     Device,
     End,
+    EventType,
     Freeze,
     ListName,
     Refusal,
@@ -329,6 +330,7 @@ def test_slots_are_bounded() -> None:
     device.close()
 
 
+@pytest.mark.processors(2)
 def test_an_import_slot_is_copied_once() -> None:
     """A writer that changes the slot while it is read gets at most a refusal."""
     ours, peer = pair()
@@ -375,6 +377,7 @@ def attempt(device: Device, name: str, freeze: Freeze, outcomes: list[int]) -> N
         outcomes.append(error.errno or 0)
 
 
+@pytest.mark.processors(2)
 def test_two_threads_decide_at_once() -> None:
     """Commit, abort, release and the deadline race; exactly one of them decides."""
     for turn in range(60):
@@ -522,6 +525,22 @@ def test_users_leave_memory_to_the_host_s_daemon() -> None:
         for descriptor in (*ready, *done):
             os.close(descriptor)
     assert status == errno.EDQUOT
+
+
+def test_events_take_of_the_module_s_memory() -> None:
+    limit = Path("/sys/module/sockmi/parameters/memory_max_mb")
+    before = limit.read_text()
+    with Device(slots=0) as device, socket.socket() as copy:
+        device.serve()
+        request = Request(fd=copy.fileno(), list=ListName.CONNECTED)
+        limit.write_text("0")
+        try:
+            device.take(request, timeout_ms=1)
+        finally:
+            limit.write_text(before)
+        device.take(request, timeout_ms=1)
+        (event,) = device.events()
+        assert (event.type, event.lost) == (EventType.WAITING, 1)
 
 
 def test_the_module_s_memory_is_bounded() -> None:

@@ -197,6 +197,35 @@ def test_lists() -> None:
     assert copy2.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
 
 
+def test_a_listener_is_imported_or_not() -> None:
+    """With SO_REUSEPORT it is listen() that allocates, after bind()."""
+    listener = new_socket("ipv4")
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    name = listener.getsockname()
+    with Device() as device:
+        with frozen(device, listener) as (freeze, image):
+            device.commit(freeze)
+        listener.close()
+        copy = new_socket("ipv4")
+        device.list_add(image, flags=ANY_UID | PUBLISH)
+
+        def take() -> bool | None:
+            count, (request,) = device.take(Request(fd=copy.fileno(), list=ListName.LISTENING))
+            if request.result < 0:
+                assert copy.getsockname()[1] == 0
+                assert not copy.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+                raise Refused(-request.result, "import", request)
+            return count == 1 or None
+
+        assert each_failing(take) >= 2
+        client = socket.create_connection(name)
+        child, _unused = copy.accept()
+        client.sendall(b"x")
+        assert read_exactly(child, 1) == b"x"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_delivery(family: str) -> None:
     """Of what the call itself allocates; the socket is made by a worker, see the next test."""
