@@ -8,7 +8,9 @@ that ran when it came; a kernel that died fails that test, and the rest of the f
 
 Markers: ``kernels("uml-*", "6.1")`` (patterns) limits a test to some kernels, ``complains("pattern")`` says
 which complaint of the kernel a test provokes, ``no_module`` on a file's ``pytestmark`` means that the tests
-load the module themselves from $SOCKMI_KO, ``alone`` that the file wants a guest of its own.
+load the module themselves from $SOCKMI_KO, ``alone`` that the file wants a guest of its own,
+``processors(2)`` that a test is about what several processors do at the same time: those share a guest that
+has so many, and whose kernel may be preempted anywhere. (User-Mode Linux has one processor.)
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ PER_TEST = 60  # seconds, on top of START, that a batch may take for each of its
 START = 240
 HANDED = ("SOCKMI_FUZZ_", "SOCKMI_CYCLES")
 """Beginnings of the environment variables that tests inside see as well."""
+PREEMPTIBLE = "preempt=full"
+"""For the command line of Debian's kernels, which otherwise change tasks only where they ask for it."""
 OWN_INSTANCE = ("no_module", "parameters", "alone")
 """Markers by which the tests of a file do not share a guest with those of others."""
 
@@ -112,9 +116,8 @@ class Repeater:
 
     def _run(self, items: Sequence[pytest.Item]) -> None:
         left = list(items)
-        kernel, _unused = _batch(left[0])
         while left:
-            batch = Batch(kernel, left, self._config)
+            batch = Batch(left, self._config)
             try:
                 batch.run()
             except HarnessError as error:
@@ -124,23 +127,25 @@ class Repeater:
             left = [item for item in left if item.nodeid not in done]
 
 
-def _batch(item: pytest.Item) -> tuple[str, Path]:
+def _batch(item: pytest.Item) -> tuple[str, Path, int]:
     """What shares an instance.
 
     UML boots in a second, and looks for lost memory when a file is done; a guest takes half a minute until
-    its first test, so it runs them all, but for files that load the module otherwise.
+    its first test, so it runs them all, but for files that load the module otherwise, and tests that want
+    more processors.
     """
     callspec = getattr(item, "callspec", None)
     kernel = str(callspec.params.get("kernel", "")) if callspec else ""
     own = kernel in UML_KERNELS or any(item.get_closest_marker(name) for name in OWN_INSTANCE)
-    return (kernel, item.path if own else FOLDER)
+    processors = 1 if kernel in UML_KERNELS else max([1, *_processors(item)])
+    return (kernel, item.path if own else FOLDER, processors)
 
 
 class Batch:
     """Tests of one file that run in one instance of one kernel."""
 
-    def __init__(self, kernel: str, items: Sequence[pytest.Item], config: pytest.Config) -> None:
-        self._kernel = kernel
+    def __init__(self, items: Sequence[pytest.Item], config: pytest.Config) -> None:
+        self._kernel, _unused, self._processors = _batch(items[0])
         self._items = {item.nodeid: item for item in items}
         self._config = config
         self._told: list[pytest.TestReport] = []
@@ -196,7 +201,9 @@ class Batch:
     def _run_guest(self) -> None:
         debian = DEBIAN_KERNELS[self._kernel]
         module = debian.module(self._source)
-        plan = Plan(debian, memory=512, boot=["ignore_loglevel"])
+        several = self._processors > 1
+        boot = ["ignore_loglevel", *([PREEMPTIBLE] if several else [])]
+        plan = Plan(debian, memory=512, processors=self._processors, boot=boot)
         with Guest(plan).wait() as guest:
             guest.put(f"/run/{module.name}", module.read_bytes())
             if self._load:
@@ -295,6 +302,10 @@ def _handed() -> dict[str, str]:
 
 def _complains(item: pytest.Item) -> list[str]:
     return [str(pattern) for mark in item.iter_markers("complains") for pattern in mark.args]
+
+
+def _processors(item: pytest.Item) -> list[int]:
+    return [int(mark.args[0]) for mark in item.iter_markers("processors")]
 
 
 def _parameters(item: pytest.Item) -> list[str]:

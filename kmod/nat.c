@@ -56,9 +56,12 @@ int sockmi_nat_arm(struct sockmi_nat_net *nat)
 	lockdep_assert_held(&nat->lock);
 	if (nat->armed)
 		return 0;
+	nat->share = sockmi_nat_share_get(nat->net);
+	if (!nat->share)
+		return -ENOMEM;
 	error = rhashtable_init(&nat->tuples, &sockmi_nat_tuple_params);
 	if (error)
-		return error;
+		goto put_share;
 	error = rhashtable_init(&nat->wires, &sockmi_nat_wire_params);
 	if (error)
 		goto destroy_tuples;
@@ -75,6 +78,8 @@ destroy_wires:
 	rhashtable_destroy(&nat->wires);
 destroy_tuples:
 	rhashtable_destroy(&nat->tuples);
+put_share:
+	sockmi_nat_share_put(nat->share);
 	return error;
 }
 
@@ -96,6 +101,7 @@ void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn)
 		synchronize_rcu();
 		rhashtable_destroy(&nat->wires);
 		rhashtable_free_and_destroy(&nat->tuples, free_flow, NULL);
+		sockmi_nat_share_put(nat->share);
 		if (nat->flows)
 			module_put(THIS_MODULE);
 	}

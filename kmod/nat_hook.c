@@ -109,12 +109,21 @@ static unsigned int drop(struct sockmi_nat_flow *flow, atomic64_t *why)
 	return NF_DROP;
 }
 
-/* What came in for a connection waits; the SYNs to a listener are many, and their senders repeat them. */
-static unsigned int hold(struct sockmi_nat_flow *flow, struct sk_buff *skb, int offset)
+/*
+ * What came in for a connection waits: NF_STOLEN, or NF_DROP for want of room. NF_ACCEPT: it waits no more.
+ * The SYNs to a listener are many, and their senders repeat them.
+ */
+static unsigned int hold(struct sockmi_nat_flow *flow, struct sk_buff *skb, int offset,
+			 const struct nf_hook_state *state)
 {
-	unsigned int verdict = drop(flow, &flow->count->held);
+	enum sockmi_nat_fate fate = SOCKMI_NAT_LOST;
 
-	return flow->tuple.remote_port && sockmi_nat_keep(&flow->count->kept, skb, offset) ? NF_STOLEN : verdict;
+	if (flow->tuple.remote_port)
+		fate = sockmi_nat_keep(&flow->count->kept, skb, offset, state);
+	if (fate == SOCKMI_NAT_GOES_ON)
+		return NF_ACCEPT;
+	drop(flow, &flow->count->held);
+	return fate == SOCKMI_NAT_KEPT ? NF_STOLEN : NF_DROP;
 }
 
 static void note(struct sockmi_nat_count *count, int seen)
@@ -174,16 +183,19 @@ static struct sockmi_nat_flow *held_port(struct sockmi_nat_net *nat, const struc
 	return look_up(nat, &key);
 }
 
-static unsigned int tcp_in(struct sockmi_nat_net *nat, struct sk_buff *skb, int family, int offset)
+static unsigned int tcp_in(struct sockmi_nat_net *nat, struct sk_buff *skb, int family, int offset,
+			   const struct nf_hook_state *state)
 {
 	struct sockmi_nat_flow *flow;
 	struct sockmi_nat_key key;
+	unsigned int verdict;
 	struct packet packet;
 	u32 flags;
 
 	if (!read_tcp(skb, family, offset, &packet))
 		return NF_ACCEPT;
 	key_in(skb, &packet, &key);
+again:
 	flow = look_up(nat, &key);
 	if (!flow) {
 		if (!READ_ONCE(nat->ports) || !packet.syn || packet.ack || packet.rst)
@@ -195,8 +207,13 @@ static unsigned int tcp_in(struct sockmi_nat_net *nat, struct sk_buff *skb, int 
 	flags = READ_ONCE(flow->flags);
 	note(flow->count, (packet.syn && !packet.ack ? SOCKMI_NAT_SEEN_SYN_IN : 0) |
 			  (packet.fin ? SOCKMI_NAT_SEEN_FIN_IN : 0) | (packet.rst ? SOCKMI_NAT_SEEN_RST_IN : 0));
-	if (flags & SOCKMI_NAT_HOLD)
-		return hold(flow, skb, offset);
+	if (flags & SOCKMI_NAT_HOLD || (READ_ONCE(flow->count->kept.open) && flow->tuple.remote_port)) {
+		verdict = hold(flow, skb, offset, state);
+		if (verdict != NF_ACCEPT)
+			return verdict;
+		if (flags & SOCKMI_NAT_HOLD)
+			goto again; /* it has just ended, so there is another rule by now */
+	}
 	if (flags & SOCKMI_NAT_REDIRECT) {
 		if (!rewrite(skb, flow, &packet, true))
 			return NF_DROP;
@@ -296,8 +313,9 @@ static int transport6(const struct sk_buff *skb, u8 *protocol)
 }
 
 /*
- * Fragments of a redirected connection must be put together, since only the first has ports. Where conntrack is at
- * work it has done so already, and its queues are otherwise unused. False: the packet is gone, for now or for ever.
+ * Fragments of a connection that is held or redirected must be put together, since only the first has ports. Where
+ * conntrack is at work it has done so already, and its queues are otherwise unused. For IPv6 nobody else can: what does
+ * so belongs to a module of its own. False: the packet is gone, for now or for ever.
  */
 static bool gathered(struct net *net, struct sk_buff *skb)
 {
@@ -320,14 +338,14 @@ static unsigned int in4(void *priv, struct sk_buff *skb, const struct nf_hook_st
 	if (idle_in(nat))
 		return NF_ACCEPT;
 	if (unlikely(ip_is_fragment(ip_hdr(skb))) && ip_hdr(skb)->protocol == IPPROTO_TCP) {
-		if (READ_ONCE(nat->redirects) && !gathered(state->net, skb))
+		if ((READ_ONCE(nat->redirects) | READ_ONCE(nat->holds)) && !gathered(state->net, skb))
 			return NF_STOLEN;
 	}
 	offset = transport4(skb);
 	if (offset < 0)
 		return NF_ACCEPT;
 	if (likely(ip_hdr(skb)->protocol == IPPROTO_TCP))
-		return tcp_in(nat, skb, AF_INET, offset);
+		return tcp_in(nat, skb, AF_INET, offset, state);
 	if (ip_hdr(skb)->protocol == IPPROTO_ICMP)
 		return sockmi_nat_error_in(nat, skb, AF_INET, offset);
 	return NF_ACCEPT;
@@ -372,7 +390,7 @@ static unsigned int in6(void *priv, struct sk_buff *skb, const struct nf_hook_st
 	if (offset < 0)
 		return NF_ACCEPT;
 	if (likely(protocol == IPPROTO_TCP))
-		return tcp_in(nat, skb, AF_INET6, offset);
+		return tcp_in(nat, skb, AF_INET6, offset, state);
 	if (protocol == IPPROTO_ICMPV6)
 		return sockmi_nat_error_in(nat, skb, AF_INET6, offset);
 	return NF_ACCEPT;

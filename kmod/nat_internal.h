@@ -20,16 +20,24 @@
 #define SOCKMI_NAT_REWRITES (SOCKMI_NAT_REDIRECT | SOCKMI_NAT_TRANSLATE)
 #define SOCKMI_NAT_HOOKS 6
 
+struct sockmi_nat_share;
+
 /**
  * struct sockmi_nat_kept - packets of a held flow that wait for the hold's end
- * @packets: in the order of their coming; its lock guards all
+ * @open: what comes waits: the hold goes on, or what it has kept is not yet all on its way
  * @bytes: memory that they take
- * @open: the hold goes on
+ * @passer: who is passing one of them on just now, with softirqs off
+ * @share: of whose memory
+ * @okfn: netfilter's, which takes them on
+ * @packets: in the order of their coming; its lock guards all
  */
 struct sockmi_nat_kept {
-	struct sk_buff_head packets;
-	unsigned int bytes;
 	bool open;
+	unsigned int bytes;
+	struct task_struct *passer;
+	struct sockmi_nat_share *share;
+	int (*okfn)(struct net *net, struct sock *sk, struct sk_buff *skb);
+	struct sk_buff_head packets;
 };
 
 /**
@@ -91,6 +99,7 @@ struct sockmi_nat_flow {
  * struct sockmi_nat_net - the NAT helper of a network namespace
  * @net: the namespace
  * @lock: serialises all changes
+ * @share: who pays for the packets that it keeps; set while @armed
  * @armed: tables and hooks are there; set by the first flow, cleared by the namespace's end
  * @tuples: flows by tuple
  * @wires: flows that rewrite, by wire
@@ -113,6 +122,7 @@ struct sockmi_nat_flow {
 struct sockmi_nat_net {
 	struct net *net;
 	struct mutex lock;
+	struct sockmi_nat_share *share;
 	bool armed;
 	struct rhashtable tuples;
 	struct rhashtable wires;
@@ -159,15 +169,22 @@ void sockmi_nat_lapse(struct work_struct *work);
 
 /* ---- nat_kept.c ---- */
 
-/*
- * Takes @skb, which came in for a held flow, its TCP header at @offset: true. False: it is still the caller's, for the
- * hold has just ended, or there is no room. In a hook.
- */
-bool sockmi_nat_keep(struct sockmi_nat_kept *all, struct sk_buff *skb, int offset);
+/* What becomes of a packet of a held flow: it is kept; it is lost, for want of room; it meets the rule of now. */
+enum sockmi_nat_fate { SOCKMI_NAT_KEPT, SOCKMI_NAT_LOST, SOCKMI_NAT_GOES_ON };
+
+/* Whose share of the memory @net's kept packets take; NULL: no memory. And the way back. */
+struct sockmi_nat_share *sockmi_nat_share_get(const struct net *net);
+void sockmi_nat_share_put(struct sockmi_nat_share *share);
+/* Decides about @skb, which came in, its TCP header at @offset; it is the caller's unless it is kept. In a hook. */
+enum sockmi_nat_fate sockmi_nat_keep(struct sockmi_nat_kept *all, struct sk_buff *skb, int offset,
+				     const struct nf_hook_state *state);
 void sockmi_nat_kept_init(struct sockmi_nat_kept *all, bool open);
 /* Before a hold begins. */
 void sockmi_nat_kept_open(struct sockmi_nat_kept *all);
-/* After a hold has ended: what it kept is received again, under the rule that packets meet now. May be repeated. */
+/*
+ * After a hold has ended: what it kept meets the rule that packets meet now, and whatever comes meanwhile follows
+ * behind. May be repeated.
+ */
 void sockmi_nat_kept_hand_on(struct sockmi_nat_net *nat, const struct sockmi_nat_flow *flow);
 /* Without that. */
 void sockmi_nat_kept_drop(struct sockmi_nat_kept *all);

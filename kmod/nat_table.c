@@ -143,6 +143,7 @@ int sockmi_nat_add(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow, u32
 	error = sockmi_nat_arm(nat);
 	if (error)
 		return error;
+	flow->count->kept.share = nat->share;
 	tally(nat, &flow->tuple, flow->flags, 1);
 	if (rewrites) {
 		error = insert_wire(nat, flow);
@@ -181,8 +182,6 @@ int sockmi_nat_replace(struct sockmi_nat_net *nat, struct sockmi_nat_flow *old, 
 	lockdep_assert_held(&nat->lock);
 	tally(nat, &flow->tuple, flow->flags, 1);
 	flow->count = old->count;
-	if (flow->flags & SOCKMI_NAT_HOLD)
-		sockmi_nat_kept_open(&flow->count->kept);
 	if (same_wire)
 		error = rhashtable_replace_fast(&nat->wires, &old->by_wire, &flow->by_wire, sockmi_nat_wire_params);
 	else
@@ -192,18 +191,20 @@ int sockmi_nat_replace(struct sockmi_nat_net *nat, struct sockmi_nat_flow *old, 
 		flow->count = unused;
 		return error;
 	}
+	if (flow->flags & SOCKMI_NAT_HOLD)
+		sockmi_nat_kept_open(&flow->count->kept);
 	/* Cannot fail: @old is in the table, and only holders of the lock change that. */
 	WARN_ON_ONCE(rhashtable_replace_fast(&nat->tuples, &old->by_tuple, &flow->by_tuple,
 					     sockmi_nat_tuple_params));
 	if (old_rewrites && !same_wire)
 		rhashtable_remove_fast(&nat->wires, &old->by_wire, sockmi_nat_wire_params);
-	tally(nat, &old->tuple, old->flags, -1);
 	flow->id = old->id;
 	rb_replace_node(&old->by_id, &flow->by_id, &nat->ids);
 	clear_lapse(nat, old);
 	set_lapse(nat, flow, hold_ms);
 	if (!(flow->flags & SOCKMI_NAT_HOLD))
 		sockmi_nat_kept_hand_on(nat, flow);
+	tally(nat, &old->tuple, old->flags, -1);
 	kfree(unused);
 	kfree_rcu(old, rcu);
 	return 0;
@@ -211,14 +212,18 @@ int sockmi_nat_replace(struct sockmi_nat_net *nat, struct sockmi_nat_flow *old, 
 
 void sockmi_nat_remove(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow)
 {
+	u32 flags = flow->flags;
+
 	lockdep_assert_held(&nat->lock);
+	/* A rule without effect, until all that was kept has gone on: what comes must find it, and wait behind that. */
+	WRITE_ONCE(flow->flags, 0);
+	sockmi_nat_kept_hand_on(nat, flow);
 	rhashtable_remove_fast(&nat->tuples, &flow->by_tuple, sockmi_nat_tuple_params);
-	if (flow->flags & SOCKMI_NAT_REWRITES)
+	if (flags & SOCKMI_NAT_REWRITES)
 		rhashtable_remove_fast(&nat->wires, &flow->by_wire, sockmi_nat_wire_params);
-	tally(nat, &flow->tuple, flow->flags, -1);
+	tally(nat, &flow->tuple, flags, -1);
 	rb_erase(&flow->by_id, &nat->ids);
 	clear_lapse(nat, flow);
-	sockmi_nat_kept_hand_on(nat, flow);
 	kfree_rcu(flow->count, rcu);
 	kfree_rcu(flow, rcu);
 	if (!--nat->flows)
@@ -236,9 +241,9 @@ static void unhold(struct sockmi_nat_net *nat, struct sockmi_nat_flow *flow)
 	}
 	tally(nat, &flow->tuple, flags, 1);
 	WRITE_ONCE(flow->flags, flags);
-	tally(nat, &flow->tuple, before, -1);
 	clear_lapse(nat, flow);
 	sockmi_nat_kept_hand_on(nat, flow);
+	tally(nat, &flow->tuple, before, -1);
 }
 
 /* Ends the HOLDs whose time has come. */

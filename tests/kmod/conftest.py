@@ -22,6 +22,7 @@ MARKERS = (
     "no_module: the file's tests load the module themselves, from $SOCKMI_KO",
     "parameters(*words): the module's, for all tests of the file",
     "alone: the file's tests share no guest with others",
+    "processors(number): the test runs in a guest with so many, and a kernel that may be preempted anywhere",
     "slow: left to make test-kmod",
 )
 

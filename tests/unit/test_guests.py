@@ -69,7 +69,7 @@ from guests.inside_pytest import Batch
 
 class Told:
     def pytest_collection_finish(self, session):
-        told.append(Batch("uml-6.1-debug", session.items, session.config).limit_s)
+        told.append(Batch(session.items, session.config).limit_s)
 
 told = []
 pytest.main(["--collect-only", "-q", *sys.argv[1:], "--kernel", "uml-6.1-debug"], plugins=[Told()])

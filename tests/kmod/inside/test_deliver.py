@@ -638,6 +638,7 @@ def test_a_namespace_that_ends_with_a_delivery_in_the_queue() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.processors(2)
 def test_accept_and_close_race_with_deliveries(device: Device) -> None:
     """Listeners come and go while connections are delivered; each ends in an accept() or a clear refusal."""
     stop = threading.Event()

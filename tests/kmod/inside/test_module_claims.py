@@ -254,6 +254,7 @@ def test_freezes_that_wait_stop_no_deadline() -> None:
 # ---- Deadlines ----
 
 
+@pytest.mark.processors(2)
 def test_dormant_copies_are_decided_as_soon_as_they_are_known(device: Device) -> None:
     """One thread restores, another discards what it can guess: no deadline is left behind."""
     ours, peer = pair()

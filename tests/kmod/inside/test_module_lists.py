@@ -224,6 +224,7 @@ def test_an_entry_that_an_import_tries_is_still_there(device: Device) -> None:
     assert read_exactly(copy, 1) == b"1"
 
 
+@pytest.mark.processors(2)
 def test_ids_are_those_of_the_entries_though_they_go_at_once(device: Device) -> None:
     """One thread removes what another has hardly added (KASAN, several processors: no use after free)."""
     ours, _peer = pair()

@@ -344,6 +344,7 @@ def test_more_than_the_limit(nat: Nat) -> None:
         limit.write_text(before)
 
 
+@pytest.mark.processors(2)
 def test_many_change_at_once() -> None:
     """Adding, replacing, lapsing, listing and flushing from several threads."""
     failures: list[BaseException] = []

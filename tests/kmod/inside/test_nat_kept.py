@@ -234,12 +234,11 @@ def test_end_of_the_peer_is_kept_too(pair: Pair) -> None:
 
 
 class Forger:
-    """Sends whatever it likes under the peer's name, by a raw socket; IPv4 only."""
+    """Sends whatever it likes under the peer's name, by a raw socket of its host; IPv4 only."""
 
-    def __init__(self, pair: Pair) -> None:
-        self.ends = pair.ends
-        with pair.lab.peer.inside():
-            self.sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+    def __init__(self, ends_: FourTuple) -> None:
+        self.ends = ends_
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
 
     def send(self, ack: int, seq: int = 1, flags: int = 0x10, data: bytes = b"") -> None:
         local, remote = self.ends.local, self.ends.remote
@@ -261,7 +260,8 @@ class Forger:
 def forged() -> Iterator[tuple[Pair, Forger]]:
     with triangle(4) as of:
         pair = Pair(of)
-        forger = Forger(pair)
+        with of.lab.peer.inside():
+            forger = Forger(pair.ends)
         pair.nat.add(held(pair.ends))
         try:
             yield pair, forger
