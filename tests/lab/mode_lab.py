@@ -39,6 +39,13 @@ def give_service(lab: Lab, name: str = "a") -> None:
     lab.host("peer").run(["ip", "neigh", "flush", "dev", "eth0"])
 
 
+def take_service(lab: Lab, names: str = "ab") -> None:
+    """The inverse of `give_service`, wherever among these the addresses are."""
+    for name in names:
+        for address in SERVICE.values():
+            lab.host(name).run(["ip", "addr", "flush", "dev", "eth0", "to", address], check=False)
+
+
 def has_address(host: Host, address: str) -> bool:
     """Whether the kernel of a host has it."""
     return bool(host.run(["ip", "-o", "addr", "show", "to", address]).stdout)

@@ -140,7 +140,7 @@ class Service:
 
     def client(self, command: str, *options: str | Path) -> subprocess.Popen[str]:
         """Start a client at the peer."""
-        address = self.lab.host(self.hosts[0]).address(self.version)
+        address = self.listen or self.lab.host(self.hosts[0]).address(self.version)
         timeline = self.directory / f"{self.kind}-{len(self.clients)}.jsonl"
         process = self.lab.host("peer").python_popen(
             "lab.traffic", command, address, str(self.port), "--timeline", timeline, *options,

@@ -24,7 +24,7 @@ from lab.capture import Trouble
 from lab.labs import Lab
 from sockmi.client import Export, export_sockets
 from tests.lab.matrix_lab import Bench, Case, Keeper, Later, bench, copy_of, moved, receive, same, state
-from tests.lab.mode_lab import SERVICE, WITHOUT_LEGACY, give_service, legacy_iptables
+from tests.lab.mode_lab import SERVICE, WITHOUT_LEGACY, give_service, legacy_iptables, take_service
 from tests.lab.scenario import daemons, until
 from tests.lab.test_matrix_traffic import STATES, End, Stream, go_on_and_end
 
@@ -56,13 +56,6 @@ def scene(lab: Lab, mode: str, directory: Path) -> Iterator[Bench]:
         it.service = SERVICE if mode == "takeover" else {}
         stack.callback(it.clear)
         yield it
-
-
-def take_service(lab: Lab) -> None:
-    """The inverse of `give_service`, wherever the addresses are."""
-    for name in "ab":
-        for address in SERVICE.values():
-            lab.host(name).run(["ip", "addr", "flush", "dev", "eth0", "to", address], check=False)
 
 
 @dataclass(slots=True)
