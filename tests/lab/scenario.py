@@ -212,7 +212,7 @@ class Service:
 def service(lab: Lab, kind: str, hosts: str, directory: Path, **options: Any) -> Iterator[Service]:
     """A running service, and a capture at the peer that must be clean at the end."""
     one = Service(lab, kind, hosts, directory, **options)
-    with Capture(lab.host("peer"), f"tcp port {one.port}", directory / "peer.pcap") as capture:
+    with Capture(lab.host("peer"), f"tcp port {one.port}", directory / f"peer-{hosts}.pcap") as capture:
         try:
             one.start()
             yield one
