@@ -76,8 +76,9 @@ def test_keys_written(tmp_path: Path) -> None:
     etc.mkdir()
     variables: dict[str, object] = {"sockmi_group_key": shared}
     variables["sockmi_groups"] = [{"name": "default"}, {"name": "web", "key": own, "port": 7790}]
-    # Of these the role has its own, which an inventory does not change.
-    extra = json.dumps({"__sockmi_etc": str(etc), "sockmi_prefix": str(tmp_path / "prefix")})
+    # Of these the role has its own, which an inventory does not change; its first look finds no former keys.
+    own_facts = {"__sockmi_etc": str(etc), "__sockmi_probe": {"key_files": []}}
+    extra = json.dumps(own_facts | {"sockmi_prefix": str(tmp_path / "prefix")})
     status, output = told(tmp_path, CONFIGURE, variables, "-e", extra)
     assert status == 0, output.replace(shared, "SHARED").replace(own, "OWN")
     assert [(etc / f"{name}.key").read_text().strip() for name in ("default", "web")] == [shared, own]
