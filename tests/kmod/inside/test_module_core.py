@@ -884,7 +884,7 @@ def test_who_slept_in_a_send_has_no_part_in_the_next_connection(device: Device) 
     other, others_peer = pair()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
     sending = threading.Thread(target=send_when_idle, args=(ours.fileno(),), daemon=True)
-    with held(other), frozen(device, other, deadline_ms=10_000) as (freeze, image):
+    with held(other), frozen(device, other, deadline_ms=5000) as (freeze, image):
         sending.start()
         time.sleep(1)  # until the peer's buffer and its own are full
         device.commit(freeze)
