@@ -58,7 +58,7 @@ static int make_slots(struct sockmi_slots *slots, unsigned int count, unsigned l
 		return -ENOMEM;
 	}
 	for (i = 0; i < pages; i++) {
-		if (signal_pending(current)) {
+		if (fatal_signal_pending(current)) {
 			free_slots(slots);
 			return -EINTR;
 		}
@@ -99,7 +99,7 @@ static long ioctl_slots(struct sockmi_file *file, void __user *arg, size_t size)
 		return -EPERM;
 	pages = PAGE_ALIGN(a.bytes) >> PAGE_SHIFT;
 	slots = &file->slots[a.kind - 1];
-	result = mutex_lock_interruptible(&file->lock);
+	result = mutex_lock_killable(&file->lock);
 	if (result)
 		return result;
 	if (slots->pages)

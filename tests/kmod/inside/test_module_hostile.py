@@ -330,6 +330,18 @@ def test_slots_are_bounded() -> None:
     device.close()
 
 
+def test_a_signal_with_a_handler_does_not_interrupt_the_making_of_slots() -> None:
+    came = []
+    before = signal.signal(signal.SIGALRM, lambda *_unused: came.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        while len(came) < 50:
+            Device(slots=1, slot_bytes=16 << 20).close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.processors(2)
 def test_an_import_slot_is_copied_once() -> None:
     """A writer that changes the slot while it is read gets at most a refusal."""
