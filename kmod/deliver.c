@@ -273,7 +273,7 @@ static int enqueue(struct delivery *d)
 	result = sockmi_lock(listener, LISTENER_LOCK_MS);
 	if (result) {
 		if (result == -EBUSY)
-			d->a->refusal = SOCKMI_REFUSAL_BUSY;
+			d->a->refusal = SOCKMI_REFUSAL_LOCKED;
 		close_child(child);
 		return result;
 	}

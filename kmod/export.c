@@ -40,6 +40,7 @@ struct sockmi_export {
 };
 
 #define BUSY_RETRY_MS 100 /* until a deadline that found FREEZE at work looks again */
+#define LOCK_WAIT_MS 250 /* a system call has it for microseconds, or, preempted, for some milliseconds */
 
 /* ---- Claims ---- */
 
@@ -354,9 +355,10 @@ static int freeze(struct sockmi_export *export, void *place, size_t room, unsign
 	size_t needed = 0;
 	ssize_t length;
 
-	length = sockmi_lock(sk, deadline_ms);
+	/* Meanwhile the caller does nothing else, and what it has frozen before waits. */
+	length = sockmi_lock(sk, min(deadline_ms, LOCK_WAIT_MS));
 	if (length) {
-		a->refusal = length == -EBUSY ? SOCKMI_REFUSAL_BUSY : SOCKMI_REFUSAL_NONE;
+		a->refusal = length == -EBUSY ? SOCKMI_REFUSAL_LOCKED : SOCKMI_REFUSAL_NONE;
 		trace_sockmi_freeze(sk, export->id, 0, length, a->refusal);
 		return length;
 	}

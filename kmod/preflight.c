@@ -126,6 +126,7 @@ int sockmi_refusal_errno(u32 refusal)
 	case SOCKMI_REFUSAL_NO_SOCKET:
 		return -ENOTSOCK;
 	case SOCKMI_REFUSAL_BUSY:
+	case SOCKMI_REFUSAL_LOCKED:
 		return -EBUSY;
 	case SOCKMI_REFUSAL_TOO_LARGE:
 	case SOCKMI_REFUSAL_LIST_FULL:

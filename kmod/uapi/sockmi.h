@@ -202,7 +202,7 @@ enum sockmi_refusal {
 	SOCKMI_REFUSAL_FASTOPEN = 9,	    /* a fast open is under way, or a child without its ACK */
 	SOCKMI_REFUSAL_ACCECN = 10,	    /* accurate ECN is negotiated, and this kernel cannot carry it */
 	SOCKMI_REFUSAL_URGENT = 11,	    /* urgent data that this kernel cannot carry exactly */
-	SOCKMI_REFUSAL_BUSY = 12,	    /* -EBUSY: claimed by somebody else, or busy with a system call that cannot be carried */
+	SOCKMI_REFUSAL_BUSY = 12,	    /* -EBUSY: claimed by somebody else */
 	SOCKMI_REFUSAL_INCONSISTENT = 13,   /* queues and sequence numbers do not fit each other: a bug, or memory not readable */
 	SOCKMI_REFUSAL_TOO_LARGE = 14,	    /* -ENOSPC: `bytes` says how large the slot must be */
 	SOCKMI_REFUSAL_IMAGE = 15,	    /* -EBADMSG: see image_error (enum sockmi_image_error) */
@@ -223,6 +223,7 @@ enum sockmi_refusal {
 	SOCKMI_REFUSAL_LISTENER = 30,	    /* whoever listens is multipath TCP, has keys, a filter, or is the kernel's own */
 	SOCKMI_REFUSAL_OWNER = 31,	    /* -EACCES: the listener is another user's */
 	SOCKMI_REFUSAL_ACCEPT_QUEUE = 32,   /* -EAGAIN: the listener's accept queue is full */
+	SOCKMI_REFUSAL_LOCKED = 33,	    /* -EBUSY: a system call keeps its lock; it may wait for memory that somebody withholds */
 };
 
 /* ---- Exports ---- */
@@ -280,8 +281,8 @@ struct sockmi_ioc_claim {
  * @reserved: 0
  * @bytes: out: of the image; with -ENOSPC: that would have been needed (and the socket is thawed)
  *
- * From CLAIMED or THAWED; -EBUSY in other states, and (SOCKMI_REFUSAL_BUSY) if a system call on the socket has not
- * ended within deadline_ms: it may wait for memory that somebody withholds. A refusal leaves the socket thawed.
+ * From CLAIMED or THAWED; -EBUSY in other states, and (SOCKMI_REFUSAL_LOCKED) if a system call on the socket has not
+ * ended within 250 ms, or within deadline_ms if that is less. A refusal leaves the socket thawed.
  */
 struct sockmi_ioc_freeze {
 	__aligned_u64 id;
@@ -435,7 +436,7 @@ struct sockmi_ioc_restore {
  * @reserved2: in: 0
  *
  * Needs CAP_NET_ADMIN. Connections that are ESTABLISHED or in CLOSE_WAIT; the others are refused with STATE. -EAGAIN
- * with ACCEPT_QUEUE: full, now. -EBUSY with BUSY: its owner keeps the listener's lock. A listener that is closed after the delivery resets the connection, as it does with all
+ * with ACCEPT_QUEUE: full, now. -EBUSY with LOCKED: its owner keeps the listener's lock. A listener that is closed after the delivery resets the connection, as it does with all
  * that it has not accepted.
  */
 struct sockmi_ioc_deliver {

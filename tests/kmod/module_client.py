@@ -55,6 +55,7 @@ class Refusal(enum.IntEnum):
     LISTENER = 30
     OWNER = 31
     ACCEPT_QUEUE = 32
+    LOCKED = 33
 
 
 class EventType(enum.IntEnum):

@@ -148,6 +148,10 @@ _MODULE_WORDS: dict[int, tuple[Code, str]] = {
         Code.LIST_FULL,
         "the accept queue of who listens for it is full; let that accept, or raise its backlog",
     ),
+    33: (
+        Code.LOCKED,
+        "a call keeps the socket, or that of who listens for it, locked; try again when it has returned",
+    ),
 }
 
 

@@ -705,7 +705,7 @@ def test_a_listener_that_is_kept_busy_holds_nobody_up(device: Device) -> None:
             started = time.monotonic()
             with pytest.raises(Refused) as caught:
                 device.deliver(image)
-            assert (caught.value.errno, caught.value.refusal) == (errno.EBUSY, Refusal.BUSY)
+            assert (caught.value.errno, caught.value.refusal) == (errno.EBUSY, Refusal.LOCKED)
             assert time.monotonic() - started < 2
             give_page(address, descriptor)
             setting.join()
