@@ -5,6 +5,7 @@
  * else the socket is refused.
  */
 #include <linux/tcp.h>
+#include <net/sock_reuseport.h>
 
 #include "internal.h"
 
@@ -630,19 +631,54 @@ static bool early_fin(const struct dump *d)
 	return false;
 }
 
-/* What the copy of a connection begins anew, though the image tells something of it. */
-static void dump_approximations(struct dump *d)
+/*
+ * Has the congestion control more than a window and a threshold? BBR has a model of the path; CUBIC, once it has left the
+ * first slow start, knows the window at which data was lost, and when that was. What it has before is soon seen again.
+ */
+static bool has_private_state(const struct dump *d)
 {
 	const struct tcp_congestion_ops *algorithm = d->icsk->icsk_ca_ops;
 
-	/* Marks of lost data, and the model of an algorithm that is more than a window and a threshold (BBR). */
-	if (d->icsk->icsk_ca_state != TCP_CA_Open || (algorithm && algorithm->cong_control))
+	if (algorithm && algorithm->cong_control)
+		return true;
+	return !tcp_in_initial_slowstart(d->tp) &&
+	       memchr_inv(d->icsk->icsk_ca_priv, 0, sizeof(d->icsk->icsk_ca_priv));
+}
+
+/* What the copy of a connection begins anew, though the image tells something of it. */
+static void dump_approximations(struct dump *d)
+{
+	/* Marks of lost data, and what is the algorithm's own. */
+	if (d->icsk->icsk_ca_state != TCP_CA_Open || has_private_state(d))
 		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "congestion-state");
 	if (early_fin(d))
 		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "out-of-order-queue");
 	/* How many probes were in vain: the copy counts from zero. */
 	if (d->icsk->icsk_probes_out)
 		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "timers");
+}
+
+/* Does a program choose among the sockets of its SO_REUSEPORT group? */
+static bool has_group_program(const struct sock *sk)
+{
+	const struct sock_reuseport *group;
+	bool has;
+
+	rcu_read_lock();
+	group = rcu_dereference(sk->sk_reuseport_cb);
+	has = group && rcu_access_pointer(group->prog);
+	rcu_read_unlock();
+	return has;
+}
+
+/* Have BPF programs stored something with it (BPF_MAP_TYPE_SK_STORAGE)? */
+static bool has_bpf_storage(const struct sock *sk)
+{
+#ifdef CONFIG_BPF_SYSCALL
+	return rcu_access_pointer(sk->sk_bpf_storage);
+#else
+	return false;
+#endif
 }
 
 /* What this image leaves out. */
@@ -657,6 +693,10 @@ static void dump_fidelity(struct dump *d)
 		sockmi_writer_fidelity(w, SOCKMI_RESET, "saved-syn");
 	if (rcu_access_pointer(d->sk->sk_filter))
 		sockmi_writer_fidelity(w, SOCKMI_RESET, "ebpf-filter");
+	if (has_group_program(d->sk))
+		sockmi_writer_fidelity(w, SOCKMI_RESET, "reuseport-program");
+	if (has_bpf_storage(d->sk))
+		sockmi_writer_fidelity(w, SOCKMI_RESET, "bpf-storage");
 	if (d->identity.kind == SOCKMI_KIND_CONNECTED)
 		dump_approximations(d);
 	sockmi_options_left_out(d->sk, w);

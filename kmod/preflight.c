@@ -67,6 +67,16 @@ struct sock *sockmi_tcp_sock(struct file *file, u32 *refusal)
 	return sk;
 }
 
+/* One of its own (IP_XFRM_POLICY): what is to be encrypted must not go out in the clear elsewhere. */
+static bool has_ipsec_policy(const struct sock *sk)
+{
+#ifdef CONFIG_XFRM
+	return rcu_access_pointer(sk->sk_policy[0]) || rcu_access_pointer(sk->sk_policy[1]);
+#else
+	return false;
+#endif
+}
+
 u32 sockmi_layers(const struct sock *sk)
 {
 	const struct tcp_sock *tp = tcp_sk(sk);
@@ -81,6 +91,8 @@ u32 sockmi_layers(const struct sock *sk)
 		return SOCKMI_REFUSAL_REPAIR;
 	if (sockmi_authenticated(tp))
 		return SOCKMI_REFUSAL_AUTHENTICATED;
+	if (has_ipsec_policy(sk))
+		return SOCKMI_REFUSAL_IPSEC;
 	return SOCKMI_REFUSAL_NONE;
 }
 

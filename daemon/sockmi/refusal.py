@@ -24,6 +24,7 @@ class Code(StrEnum):
     MPTCP = "mptcp"
     TCP_MD5 = "tcp-md5"
     TCP_AO = "tcp-ao"
+    IPSEC = "ipsec"
     SOCKMAP = "sockmap"
     IN_REPAIR = "in-repair"
     ZERO_COPY = "zero-copy"

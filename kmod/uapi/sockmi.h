@@ -220,10 +220,11 @@ enum sockmi_refusal {
 	SOCKMI_REFUSAL_ZEROCOPY = 27,	    /* send data lives in a device's or another's memory */
 	SOCKMI_REFUSAL_ERROR = 28,	    /* the socket has a pending error that cannot be carried */
 	SOCKMI_REFUSAL_NO_LISTENER = 29,    /* -ECONNREFUSED: nobody here listens for that connection */
-	SOCKMI_REFUSAL_LISTENER = 30,	    /* whoever listens is multipath TCP, has keys, a filter, or is the kernel's own */
+	SOCKMI_REFUSAL_LISTENER = 30,	    /* whoever listens is multipath TCP, has keys, a filter or an IPsec policy, or is the kernel's own */
 	SOCKMI_REFUSAL_OWNER = 31,	    /* -EACCES: the listener is another user's */
 	SOCKMI_REFUSAL_ACCEPT_QUEUE = 32,   /* -EAGAIN: the listener's accept queue is full */
 	SOCKMI_REFUSAL_LOCKED = 33,	    /* -EBUSY: a system call keeps its lock; it may wait for memory that somebody withholds */
+	SOCKMI_REFUSAL_IPSEC = 34,	    /* it has an IPsec policy of its own (IP_XFRM_POLICY) */
 };
 
 /* ---- Exports ---- */

@@ -56,6 +56,7 @@ class Refusal(enum.IntEnum):
     OWNER = 31
     ACCEPT_QUEUE = 32
     LOCKED = 33
+    IPSEC = 34
 
 
 class EventType(enum.IntEnum):

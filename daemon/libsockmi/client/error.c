@@ -27,6 +27,7 @@ static const struct {
 	{ "mptcp", ENOTSUP },
 	{ "tcp-md5", ENOTSUP },
 	{ "tcp-ao", ENOTSUP },
+	{ "ipsec", ENOTSUP },
 	{ "sockmap", ENOTSUP },
 	{ "in-repair", EBUSY },
 	{ "zero-copy", ENOTSUP },

@@ -95,6 +95,8 @@ enum sockmi_fidelity_bit {
 	SOCKMI_FIDELITY_FILTER,		/* an eBPF filter cannot be read */
 	SOCKMI_FIDELITY_RARE_OPTIONS,	/* not looked at: sockmi_capture_common() */
 	SOCKMI_FIDELITY_URGENT,		/* urgent pointers, and the urgent byte */
+	SOCKMI_FIDELITY_REUSEPORT_PROGRAM, /* chooses among the sockets of a SO_REUSEPORT group */
+	SOCKMI_FIDELITY_BPF_STORAGE,	/* what BPF programs have stored with the socket */
 	SOCKMI_FIDELITY_END
 };
 #define SOCKMI_FIDELITY_BIT(name) ((uint64_t)1 << SOCKMI_FIDELITY_##name)

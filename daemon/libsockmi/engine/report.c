@@ -30,6 +30,8 @@ static const char *const fidelity_names[SOCKMI_FIDELITY_END] = {
 	[SOCKMI_FIDELITY_FILTER] = "ebpf-filter",
 	[SOCKMI_FIDELITY_RARE_OPTIONS] = "rare-options",
 	[SOCKMI_FIDELITY_URGENT] = "urgent-data",
+	[SOCKMI_FIDELITY_REUSEPORT_PROGRAM] = "reuseport-program",
+	[SOCKMI_FIDELITY_BPF_STORAGE] = "bpf-storage",
 };
 
 static const char *const step_names[] = {

@@ -25,6 +25,7 @@ ERRNO: dict[Code, str] = {
     Code.MPTCP: "ENOTSUP",
     Code.TCP_MD5: "ENOTSUP",
     Code.TCP_AO: "ENOTSUP",
+    Code.IPSEC: "ENOTSUP",
     Code.SOCKMAP: "ENOTSUP",
     Code.IN_REPAIR: "EBUSY",
     Code.ZERO_COPY: "ENOTSUP",

@@ -141,7 +141,8 @@ _MODULE_WORDS: dict[int, tuple[Code, str]] = {
     29: (Code.RESTORE, "no program of this host listens for it; start one, or import it"),
     30: (
         Code.RESTORE,
-        "who listens for it is multipath TCP, has keys or a filter, or is the kernel's own; import it",
+        "who listens for it is multipath TCP, has keys, a filter or an IPsec policy, or is the kernel's own; "
+        "import it",
     ),
     31: (Code.NO_PRIVILEGE, "who listens for it is neither root's nor of the user who had it; import it"),
     32: (
@@ -152,6 +153,7 @@ _MODULE_WORDS: dict[int, tuple[Code, str]] = {
         Code.LOCKED,
         "a call keeps the socket, or that of who listens for it, locked; try again when it has returned",
     ),
+    34: (Code.IPSEC, "it has an IPsec policy of its own, and would go on in the clear; end it instead"),
 }
 
 
