@@ -131,7 +131,7 @@ static int dump_queue(struct dump *d, u16 type, u32 seq, u32 bytes, bool (*walk)
 	if (!f.place)
 		return 0; /* the writer remembers it */
 	if (!walk(d, &f) || f.seq != f.end)
-		return inconsistent(d);
+		return d->refusal ? -EOPNOTSUPP : inconsistent(d);
 	sockmi_writer_commit(&d->writer, bytes);
 	return 0;
 }
@@ -146,12 +146,21 @@ static bool walk_received(struct dump *d, struct filler *f)
 	return true;
 }
 
+/* Sent from its owner's memory: he waits for the word that it is his again, and the copy's owner would never hear it. */
+static bool is_lent(struct dump *d, struct sk_buff *skb)
+{
+	if (!skb_zcopy(skb))
+		return false;
+	d->refusal = SOCKMI_REFUSAL_ZEROCOPY;
+	return true;
+}
+
 static bool walk_sent(struct dump *d, struct filler *f)
 {
 	struct sk_buff *skb;
 
 	for (skb = skb_rb_first(&d->sk->tcp_rtx_queue); skb; skb = skb_rb_next(skb))
-		if (!fill(f, skb))
+		if (is_lent(d, skb) || !fill(f, skb))
 			return false;
 	return true;
 }
@@ -161,7 +170,7 @@ static bool walk_unsent(struct dump *d, struct filler *f)
 	struct sk_buff *skb;
 
 	skb_queue_walk(&d->sk->sk_write_queue, skb)
-		if (!fill(f, skb))
+		if (is_lent(d, skb) || !fill(f, skb))
 			return false;
 	return true;
 }
@@ -510,12 +519,33 @@ static noinline_for_stack void dump_receive_autotune(struct dump *d)
 	sockmi_writer_put(&d->writer, SOCKMI_RECEIVE_AUTOTUNE, &a, sizeof(a));
 }
 
-static void dump_urgent(struct dump *d)
+/*
+ * Does the mark lie where the image has no place for it? Beyond what is in order, if its segment came too early, or at a byte
+ * that had come before its mark. What lies behind the reader, or at the peer's FIN, is over.
+ */
+static bool urgent_elsewhere(const struct dump *d)
+{
+	const struct sockmi_sequence *s = &d->sequence;
+	const struct tcp_sock *tp = d->tp;
+
+	if (!tp->urg_data || before(tp->urg_seq, s->copied_seq))
+		return false;
+	if (tp->urg_data & TCP_URG_NOTYET)
+		return tp->urg_seq - s->rcv_nxt > 65535 &&
+		       !(s->flags & SOCKMI_PEER_FIN && tp->urg_seq + 1 == s->rcv_nxt);
+	return !before(tp->urg_seq, s->rcv_nxt);
+}
+
+static int dump_urgent(struct dump *d)
 {
 	const struct sockmi_sequence *s = &d->sequence;
 	struct tcp_sock *tp = d->tp;
 	struct sockmi_urgent u = {};
 
+	if (urgent_elsewhere(d)) {
+		d->refusal = SOCKMI_REFUSAL_URGENT;
+		return -EOPNOTSUPP;
+	}
 	if (tp->snd_una != tp->snd_up && before(tp->snd_una, tp->snd_up) && !after(tp->snd_up, tp->write_seq)) {
 		u.flags |= SOCKMI_URGENT_SEND;
 		u.snd_up = tp->snd_up;
@@ -532,6 +562,7 @@ static void dump_urgent(struct dump *d)
 	}
 	if (u.flags)
 		sockmi_writer_put(&d->writer, SOCKMI_URGENT, &u, sizeof(u));
+	return 0;
 }
 
 static void dump_ecn(struct dump *d)
@@ -724,7 +755,9 @@ static int dump_connection(struct dump *d)
 		if (!(d->sequence.flags & SOCKMI_PEER_FIN))
 			dump_receive_sack(d, edge);
 		dump_scoreboard(d);
-		dump_urgent(d);
+		result = dump_urgent(d);
+		if (result)
+			return result;
 		dump_receive_autotune(d);
 	}
 	dump_path_model(d);

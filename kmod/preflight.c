@@ -96,6 +96,21 @@ u32 sockmi_layers(const struct sock *sk)
 	return SOCKMI_REFUSAL_NONE;
 }
 
+/* Completions of MSG_ZEROCOPY that its owner has not read: the copy's owner would wait for them. */
+static bool has_completions(struct sock *sk)
+{
+	struct sk_buff_head *queue = &sk->sk_error_queue;
+	struct sk_buff *skb;
+	unsigned long flags;
+	bool has = false;
+
+	spin_lock_irqsave(&queue->lock, flags);
+	skb_queue_walk(queue, skb)
+		has |= SKB_EXT_ERR(skb)->ee.ee_origin == SO_EE_ORIGIN_ZEROCOPY;
+	spin_unlock_irqrestore(&queue->lock, flags);
+	return has;
+}
+
 u32 sockmi_preflight(struct sock *sk)
 {
 	const struct tcp_sock *tp = tcp_sk(sk);
@@ -127,6 +142,8 @@ u32 sockmi_preflight(struct sock *sk)
 		return SOCKMI_REFUSAL_FASTOPEN;
 	if (sockmi_accecn(tp))
 		return SOCKMI_REFUSAL_ACCECN;
+	if (has_completions(sk))
+		return SOCKMI_REFUSAL_ZEROCOPY;
 	return SOCKMI_REFUSAL_NONE;
 }
 

@@ -201,7 +201,7 @@ enum sockmi_refusal {
 	SOCKMI_REFUSAL_AUTHENTICATED = 8,   /* TCP MD5 or TCP-AO keys */
 	SOCKMI_REFUSAL_FASTOPEN = 9,	    /* a fast open is under way, or a child without its ACK */
 	SOCKMI_REFUSAL_ACCECN = 10,	    /* accurate ECN is negotiated, and this kernel cannot carry it */
-	SOCKMI_REFUSAL_URGENT = 11,	    /* urgent data that this kernel cannot carry exactly */
+	SOCKMI_REFUSAL_URGENT = 11,	    /* urgent data whose mark is not in what has come in order */
 	SOCKMI_REFUSAL_BUSY = 12,	    /* -EBUSY: claimed by somebody else */
 	SOCKMI_REFUSAL_INCONSISTENT = 13,   /* queues and sequence numbers do not fit each other: a bug, or memory not readable */
 	SOCKMI_REFUSAL_TOO_LARGE = 14,	    /* -ENOSPC: `bytes` says how large the slot must be */
@@ -217,8 +217,8 @@ enum sockmi_refusal {
 	SOCKMI_REFUSAL_NAMESPACE = 24,	    /* -EXDEV: the socket is of another network namespace than the device file */
 	SOCKMI_REFUSAL_LIST_FULL = 25,	    /* -ENOSPC */
 	SOCKMI_REFUSAL_KTLS = 26,	    /* the image has kernel TLS keys */
-	SOCKMI_REFUSAL_ZEROCOPY = 27,	    /* send data lives in a device's or another's memory */
-	SOCKMI_REFUSAL_ERROR = 28,	    /* the socket has a pending error that cannot be carried */
+	SOCKMI_REFUSAL_ZEROCOPY = 27,	    /* sends of MSG_ZEROCOPY are under way, or their completions not read */
+	SOCKMI_REFUSAL_ERROR = 28,	    /* never given: a pending error is lost, and named in the image's fidelity report */
 	SOCKMI_REFUSAL_NO_LISTENER = 29,    /* -ECONNREFUSED: nobody here listens for that connection */
 	SOCKMI_REFUSAL_LISTENER = 30,	    /* whoever listens is multipath TCP, has keys, a filter or an IPsec policy, or is the kernel's own */
 	SOCKMI_REFUSAL_OWNER = 31,	    /* -EACCES: the listener is another user's */

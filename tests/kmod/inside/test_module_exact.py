@@ -49,7 +49,7 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def inject(peer: images.Image, offset: int, data: bytes, flags: int = 0) -> None:
+def inject(peer: images.Image, offset: int, data: bytes, flags: int = 0, urgent: int = 0) -> None:
     """A segment of the peer's that overtakes ``offset`` bytes: on the wire, with the peer's timestamps."""
     sequence, ends = peer.sequence, peer.identity
     assert sequence
@@ -65,7 +65,7 @@ def inject(peer: images.Image, offset: int, data: bytes, flags: int = 0) -> None
         ACK | flags,
         512,
         0,
-        0,
+        urgent,
     )
     addresses = socket.inet_aton("127.0.0.1") * 2
     pseudo = addresses + struct.pack(">BBH", 0, 6, len(header) + len(options) + len(data))

@@ -13,17 +13,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kmod.inside.test_module_core import held, new_socket, pair, tcp_info, wait_for
+from tests.kmod.inside.test_module_core import held, move, new_socket, pair, read_exactly, tcp_info, wait_for
+from tests.kmod.inside.test_module_exact import inject
 from tests.kmod.inside.test_module_timers import APPROXIMATED, names
 from tests.kmod.inside.test_module_windows import looked_at
 from tests.kmod.inside.test_nat_kept import LIMIT
 from tests.kmod.module_client import Device, Refusal, Refused
-from tests.lab.test_preflight import bpf
+from tests.lab.test_preflight import MSG_ZEROCOPY, SO_ZEROCOPY, bpf, drain_errors
 
 RESET = 3  # of docs/image.md, section 23
 SO_ATTACH_REUSEPORT_CBPF = 51
 BPF_MAP_CREATE, BPF_MAP_UPDATE, BPF_MAP_DELETE, BPF_BTF_LOAD = 0, 2, 3, 18
 SK_STORAGE, NO_PREALLOC = 24, 1
+URG = 0x20
 IP_XFRM_POLICY, IPV6_XFRM_POLICY = 17, 35
 
 
@@ -137,4 +139,66 @@ def test_ipsec_policies_of_a_socket_stay(device: Device, family: str, direction:
     ours.setsockopt(level, option, None, 0)
     assert not looked_at(device, ours).fidelity
     for one in (ours, peer):
+        one.close()
+
+
+def refusal(device: Device, sock: socket.socket) -> Refusal | None:
+    """Of claim or freeze, after which it goes on; None: it could move now."""
+    try:
+        looked_at(device, sock)
+    except Refused as refused:
+        return refused.refusal
+    return None
+
+
+def test_an_urgent_byte_that_overtook_others(device: Device) -> None:
+    """The image has no place for its mark until it is in order; without it the copy would read it in line."""
+    ours, peer = pair()
+    stream = b"in order, !urgent"
+    at = stream.index(b"!")
+    state = looked_at(device, peer)
+    inject(state, at, stream[at:], URG, urgent=1)
+    wait_for(lambda: refusal(device, ours) == Refusal.URGENT)
+    assert ours.recv(1, socket.MSG_OOB) == b"!"
+    assert refusal(device, ours) == Refusal.URGENT, "read, but not to be read again"
+    inject(state, 0, stream[:at])
+    assert read_exactly(ours, at) == stream[:at]
+    assert refusal(device, ours) is None
+    copy = move(device, ours, "ipv4")
+    assert read_exactly(copy, 6) == stream[at + 1 :]
+    for one in (copy, ours, peer):
+        one.close()
+
+
+def test_a_byte_that_came_before_its_mark(device: Device) -> None:
+    """Linux then skips it without ever having it; so would not the copy."""
+    ours, peer = pair()
+    state = looked_at(device, peer)
+    inject(state, 4, b"4567")
+    inject(state, 0, b"0", URG, urgent=6)  # the mark: 5
+    inject(state, 1, b"123")
+    wait_for(lambda: refusal(device, ours) == Refusal.URGENT)
+    assert read_exactly(ours, 5) + read_exactly(ours, 2) == b"0123467"
+    assert refusal(device, ours) is None
+    for one in (ours, peer):
+        one.close()
+
+
+def test_sends_from_the_owner_s_memory(device: Device) -> None:
+    """Under way, and until he has read that they are over; then it moves."""
+    ours, peer = pair()
+    ours.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
+    assert refusal(device, ours) is None, "allowed, but nothing is under way"
+    data = bytes(range(256)) * 64
+    with held(peer):
+        assert ours.send(data, MSG_ZEROCOPY) == len(data)
+        assert refusal(device, ours) == Refusal.ZEROCOPY
+    assert read_exactly(peer, len(data)) == data
+    wait_for(lambda: tcp_info(ours)["unacked"] == 0)
+    assert refusal(device, ours) == Refusal.ZEROCOPY, "over, but he has not read it"
+    wait_for(lambda: drain_errors(ours) and refusal(device, ours) is None)
+    copy = move(device, ours, "ipv4")
+    copy.sendall(b"on")
+    assert read_exactly(peer, 2) == b"on"
+    for one in (copy, ours, peer):
         one.close()

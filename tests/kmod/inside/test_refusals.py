@@ -34,7 +34,7 @@ globals().update(
 )
 
 #: What the daemon alone looks for: the image would be right, but not what became of it.
-_DAEMONS = {Code.ZERO_COPY, Code.LINK_LOCAL, Code.SOCKMAP}
+_DAEMONS = {Code.LINK_LOCAL, Code.SOCKMAP}
 _NO_SOCKET = {Code.NO_SUCH_SOCKET, Code.NOT_TCP}
 
 
