@@ -6,14 +6,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import os
 import socket
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.kmod import forked
 from tests.kmod.inside.test_module_core import new_socket, pair, wait_for
 from tests.kmod.module_client import ANY_UID, PUBLISH, Device, ListName, Refusal, Refused, Request, frozen
 
@@ -34,26 +33,16 @@ def image() -> bytes:
 @contextlib.contextmanager
 def elsewhere(action: Callable[[socket.socket], None]) -> Iterator[tuple[int, socket.socket]]:
     """``action`` in a process with a network namespace of its own, and a socket to us; its pid, our end."""
-    ours, theirs = socket.socketpair()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            ours.close()
-            assert not ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET)
-            action(theirs)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    theirs.close()
-    ours.settimeout(20)
+
+    def act(theirs: socket.socket) -> None:
+        assert not ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET)
+        action(theirs)
+
+    child, ours = forked.start(act, 20)
     try:
         yield child, ours
     finally:
-        ours.close()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        forked.end(child, ours)
 
 
 def count(device: Device) -> int:

@@ -16,6 +16,7 @@ from ipaddress import ip_address
 import pytest
 
 from sockmi.addresses import Endpoint, FourTuple
+from tests.kmod import forked
 from tests.kmod.inside.test_nat_kept import NEWEST, Forger
 from tests.kmod.nat_client import Flag, Flow, Nat, held, redirect
 from tests.kmod.nat_lab import Triangle, triangle
@@ -65,33 +66,25 @@ def sender(of: Triangle, tuple_: FourTuple) -> Iterator[socket.socket]:
     """A process that sends a burst for each byte; one comes back when it is done."""
     with of.lab.peer.inside():
         forger = Forger(tuple_)
-    ours, theirs = socket.socketpair()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            ours.close()
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-            number = 0
-            while theirs.recv(1):
-                for _turn in range(BURST):
-                    forger.send(1, seq=number, data=b"x")
-                    number += 1
-                theirs.sendall(b"x")
-            code = 0
-        finally:
-            os._exit(code)
-    theirs.close()
-    ours.settimeout(60)
+
+    def send(theirs: socket.socket) -> None:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        number = 0
+        while theirs.recv(1):
+            for _turn in range(BURST):
+                forger.send(1, seq=number, data=b"x")
+                number += 1
+            theirs.sendall(b"x")
+
+    child, ours = forked.start(send, 60)
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     try:
         yield ours
     finally:
         os.sched_setaffinity(0, before)
-        ours.close()
         forger.close()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        forked.end(child, ours)
 
 
 def end_hold(nat: Nat, how: str, hold: Flow, to: Endpoint) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import os
 import socket
 import struct
-import traceback
 from collections.abc import Callable
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from sockmi.addresses import Endpoint, FourTuple
+from tests.kmod import forked
 from tests.kmod.inside.test_nat_kept import LIMIT, Forger
 from tests.kmod.nat_client import held, opened
 from tests.lab.redirect_lab import until
@@ -59,22 +60,7 @@ def filler() -> Callable[[int], int]:
     children: list[tuple[int, socket.socket]] = []
 
     def start(uid: int) -> int:
-        ours, theirs = socket.socketpair()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                ours.close()
-                for _other, sock in children:
-                    sock.close()
-                fill(uid, theirs)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        theirs.close()
-        ours.settimeout(50)
+        child, ours = forked.start(functools.partial(fill, uid), 50, *(sock for _child, sock in children))
         children.append((child, ours))
         return int.from_bytes(ours.recv(4))
 
@@ -82,8 +68,7 @@ def filler() -> Callable[[int], int]:
     LIMIT.write_text("2")
     yield start
     for child, sock in children:
-        sock.close()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        forked.end(child, sock)
     LIMIT.write_text(before)
 
 
