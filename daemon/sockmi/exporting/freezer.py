@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from sockmi.addresses import Endpoint
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind
+from sockmi.engine.listing import half_open
 from sockmi.engine.preflight import queued_at_most
 from sockmi.exporting.descriptors import Descriptors, let_go
 from sockmi.exporting.export import Export, copies, owned
@@ -36,6 +37,7 @@ _STOP_TIMEOUT_MAX_S = 0.5
 # The kernel's hold outlasts the freeze by this much; a commit that comes later than half of it is undone.
 _HOLD_MARGIN_S = 1.0
 _REACHABILITY_TTL_S = 2.0
+_HANDSHAKE_LOOKS_S = 0.01
 _AWAKE = Refusal(Code.CHANGED, "A request has come since it was quiet; it stays, try again when it is idle.")
 
 
@@ -54,9 +56,31 @@ class Freezer:
         self._reachability: dict[tuple[Mode, IPv4Address | IPv6Address], tuple[float, str | None]] = {}
 
     def freeze(self, action: Freeze) -> None:
-        """Stop the owners, hold the packets, capture; whatever goes wrong is undone and answered."""
+        """Stop the owners, hold the packets, capture; whatever goes wrong is undone and answered.
+
+        Who is just connecting to a listener gets half of the time to end the handshake: it cannot be carried,
+        but the connection that comes of it can. Whoever comes later is held, and tries again.
+        """
         self._resume_released()
         exports = [self._exports[item.migration] for item in action.items]
+        listeners = _listening_at(owned(exports))
+        if listeners and self._hold_new(listeners, action.deadline_s + _HOLD_MARGIN_S):
+            self._when_connected(action, exports, listeners, time.monotonic() + action.deadline_s / 2)
+        else:
+            self._freeze_now(action, exports)
+
+    def _when_connected(
+        self, action: Freeze, exports: list[Export], listeners: list[Endpoint], until: float
+    ) -> None:
+        """Freeze as soon as no handshake with a listener is half done, or it is ``until``."""
+        if time.monotonic() < until and _connecting(listeners):
+            self._shell.loop.call_later(
+                _HANDSHAKE_LOOKS_S, self._when_connected, action, exports, listeners, until
+            )
+        else:
+            self._freeze_now(action, exports)
+
+    def _freeze_now(self, action: Freeze, exports: list[Export]) -> None:
         try:
             results = self._freeze(action, exports)
         except Exception as error:
@@ -67,6 +91,8 @@ class Freezer:
             )
             results = [refusal] * len(exports)
         refused = [one for one, result in zip(exports, results, strict=True) if isinstance(result, Refusal)]
+        if listeners := _listening_at(owned(refused)):
+            self._let_new_come(listeners)
         # A socket that nobody has but us ends here, as it would have when its owner closed it.
         self._let_go(refused)
         self._descriptors.name_passed_on(exports, results)
@@ -259,6 +285,21 @@ class Freezer:
             self._shell.holds.unhold_listeners(listeners)
             self._shell.holds.unhold([one for export in exports for one in export.half_open])
 
+    def _hold_new(self, listeners: list[Endpoint], timeout_s: float) -> bool:
+        try:
+            self._shell.holds.hold_listeners(listeners, timeout_s)
+        except OSError:  # the freeze will find the same, and say so
+            _log.exception("new connections to %s cannot be held", listeners)
+            return False
+        return True
+
+    def _let_new_come(self, listeners: list[Endpoint]) -> None:
+        """The inverse of ``_hold_new``."""
+        try:
+            self._shell.holds.unhold_listeners(listeners)
+        except OSError:
+            _log.exception("new connections to %s are held until that ends by itself", listeners)
+
     def hold_again(self, exports: Sequence[Export]) -> None:
         """While redirects are taken back; ``undo`` lifts it."""
         self._hold(exports, _HOLD_MARGIN_S)
@@ -267,6 +308,14 @@ class Freezer:
     def earliest_safe(self) -> float:
         """What was frozen before this (time.monotonic()) is not committed: its hold may end meanwhile."""
         return time.monotonic() - self._shell.config.timing.freeze_deadline_s - _HOLD_MARGIN_S / 2
+
+
+def _connecting(listeners: list[Endpoint]) -> bool:
+    try:
+        return bool(half_open(listeners))
+    except OSError:
+        _log.exception("who is connecting to %s cannot be listed", listeners)
+        return False
 
 
 def _listening_at(exports: Sequence[Export]) -> list[Endpoint]:
