@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /* The NAT helper of a network namespace: its beginning and its end. */
+#include <linux/kmod.h>
 #include <linux/module.h>
 #include <linux/slab.h>
+#include <net/netfilter/ipv6/nf_defrag_ipv6.h>
 
 #include "nat_internal.h"
 
@@ -23,15 +25,43 @@ const struct rhashtable_params sockmi_nat_wire_params = {
 	.automatic_shrinking = true,
 };
 
+/* What puts fragments of IPv6 together: a module of the kernel's own, used if it can be had. */
+static typeof(&nf_defrag_ipv6_enable) gather6;
+static typeof(&nf_defrag_ipv6_disable) let_go6;
+
+void sockmi_nat_gather6(struct sockmi_nat_net *nat, int step)
+{
+	lockdep_assert_held(&nat->lock);
+	nat->fragile6 += step;
+	/* Without memory for it fragments are lost; the next flow tries again. */
+	if (nat->fragile6 && !nat->gathers6 && gather6)
+		nat->gathers6 = !gather6(nat->net);
+	if (nat->fragile6 || !nat->gathers6)
+		return;
+	let_go6(nat->net);
+	nat->gathers6 = false;
+}
+
 int sockmi_nat_init(void)
 {
 	/* A hole in the key would be hashed with whatever a stack held before. */
 	BUILD_BUG_ON(sizeof(struct sockmi_nat_key) != 2 * 16 + 2 * 2 + 4);
+	gather6 = symbol_get(nf_defrag_ipv6_enable);
+	if (!gather6) {
+		request_module("nf_defrag_ipv6");
+		gather6 = symbol_get(nf_defrag_ipv6_enable);
+	}
+	if (gather6)
+		let_go6 = symbol_get(nf_defrag_ipv6_disable);
 	return 0;
 }
 
 void sockmi_nat_exit(void)
 {
+	if (!gather6)
+		return;
+	symbol_put(nf_defrag_ipv6_disable);
+	symbol_put(nf_defrag_ipv6_enable);
 }
 
 int sockmi_nat_net_init(struct net *net, struct sockmi_net *sn)
@@ -98,6 +128,8 @@ void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn)
 	cancel_delayed_work_sync(&nat->work);
 	if (nat->armed) {
 		nf_unregister_net_hooks(net, nat->ops, ARRAY_SIZE(nat->ops));
+		if (nat->gathers6)
+			let_go6(net);
 		synchronize_rcu();
 		rhashtable_destroy(&nat->wires);
 		rhashtable_free_and_destroy(&nat->tuples, free_flow, NULL);

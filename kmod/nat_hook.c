@@ -314,8 +314,8 @@ static int transport6(const struct sk_buff *skb, u8 *protocol)
 
 /*
  * Fragments of a connection that is held or redirected must be put together, since only the first has ports. Where
- * conntrack is at work it has done so already, and its queues are otherwise unused. For IPv6 nobody else can: what does
- * so belongs to a module of its own. False: the packet is gone, for now or for ever.
+ * conntrack is at work it has done so already, and its queues are otherwise unused. For IPv6 a module of the kernel's does
+ * it, before these hooks (sockmi_nat_gather6()). False: the packet is gone, for now or for ever.
  */
 static bool gathered(struct net *net, struct sk_buff *skb)
 {

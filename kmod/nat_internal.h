@@ -112,6 +112,8 @@ struct sockmi_nat_flow {
  * @translates: flows with TRANSLATE
  * @untracked: flows with UNTRACKED
  * @mutes: flows that drop what would end the connection: MUTE or REDIRECT
+ * @fragile6: flows of IPv6 whose fragments must be put together: HOLD or REDIRECT
+ * @gathers6: so they are
  * @lapses: flows whose HOLD ends by itself
  * @work: ends them
  * @ops: the registered hooks
@@ -135,6 +137,8 @@ struct sockmi_nat_net {
 	unsigned int translates;
 	unsigned int untracked;
 	unsigned int mutes;
+	unsigned int fragile6;
+	bool gathers6;
 	struct timerqueue_head lapses;
 	struct delayed_work work;
 	struct nf_hook_ops ops[SOCKMI_NAT_HOOKS];
@@ -149,6 +153,9 @@ extern unsigned int sockmi_nat_flows_max;
 
 /* Makes tables and hooks; under the lock. 0 or -errno. */
 int sockmi_nat_arm(struct sockmi_nat_net *nat);
+
+/* @step more flows (or fewer) whose fragments must be put together; under the lock. */
+void sockmi_nat_gather6(struct sockmi_nat_net *nat, int step);
 
 /* ---- nat_table.c; all but the first two under the lock ---- */
 

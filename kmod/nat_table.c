@@ -56,6 +56,8 @@ static void tally(struct sockmi_nat_net *nat, const struct sockmi_nat_key *key, 
 		WRITE_ONCE(nat->untracked, nat->untracked + step);
 	if (flags & (SOCKMI_NAT_MUTE | SOCKMI_NAT_REDIRECT))
 		WRITE_ONCE(nat->mutes, nat->mutes + step);
+	if ((u16)key->kind == AF_INET6 && key->remote_port && flags & (SOCKMI_NAT_HOLD | SOCKMI_NAT_REDIRECT))
+		sockmi_nat_gather6(nat, step);
 }
 
 /* Runs the work at the earliest deadline, if there is any. */

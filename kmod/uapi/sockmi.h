@@ -813,9 +813,10 @@ struct sockmi_event {
  * errors, what goes out, SYNs to a listener's port, packets of a device that is gone or down, and those that a bridge
  * hands up (br_netfilter) or VRF shows a second time.
  *
- * Errors of ICMP and ICMPv6 about the connection are translated with it. Fragments of IPv4 are put together while
- * anything is held or redirected; those of IPv6 only if conntrack does it. Without it the first of them is held or
- * redirected alone, so that the packet is lost, and the peer must send smaller ones. Packets between a peer and a socket on one and the same host are held and muted,
+ * Errors of ICMP and ICMPv6 about the connection are translated with it. Fragments are put together while anything of their
+ * IP version is held or redirected; those of IPv6 by the kernel's nf_defrag_ipv6, which is loaded with this module. On a
+ * kernel without it the first of them is held or redirected alone, so that the packet is lost, and the peer must send
+ * smaller ones. Packets between a peer and a socket on one and the same host are held and muted,
  * but not redirected.
  */
 #define SOCKMI_NAT_HOLD (1u << 0)      /* nothing comes in or goes out, ICMP errors about it included */

@@ -69,20 +69,14 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
         yield made
 
 
-def gathers(wire: Wire) -> bool:
-    """IPv6 needs conntrack for it."""
-    return wire.of.version == 4
-
-
 def test_redirected(wire: Wire) -> None:
     wire.nat.add(redirect(wire.ends, wire.copy))
     wire.send(LARGE)
     wire.send(WHOLE)
-    expected = [LARGE, WHOLE] if gathers(wire) else [WHOLE]
     found: list[int] = []
     until(lambda: found.extend(wire.arrived()) or WHOLE in found, "the whole packet")
     time.sleep(0.1)
-    assert found + wire.arrived() == expected
+    assert found + wire.arrived() == [LARGE, WHOLE]
 
 
 def test_held_and_then_redirected(wire: Wire) -> None:
@@ -91,11 +85,10 @@ def test_held_and_then_redirected(wire: Wire) -> None:
     wire.send(WHOLE)
     until(lambda: wire.nat.one(wire.ends).kept == 2, "two packets that wait")
     wire.nat.replace(redirect(wire.ends, wire.copy))
-    expected = [LARGE, WHOLE] if gathers(wire) else [WHOLE]
     found: list[int] = []
     until(lambda: found.extend(wire.arrived()) or WHOLE in found, "the whole packet")
     time.sleep(0.1)
-    assert found + wire.arrived() == expected
+    assert found + wire.arrived() == [LARGE, WHOLE]
 
 
 def test_where_conntrack_is_at_work_they_are_whole(wire: Wire) -> None:
