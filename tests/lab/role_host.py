@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,47 +77,82 @@ class RoleHost:
 
     def tasks(self, *tasks: str, check: bool = False, **variables: Any) -> tuple[int, str, int]:
         """Run files of the role's tasks; code, output as one line, and how many changed something."""
-        play = [
-            {
-                "hosts": "localhost",
-                "connection": "local",
-                "gather_facts": False,
-                "tasks": [
-                    {
-                        "ansible.builtin.include_role": {
-                            "name": "sockmi.appliance.sockmi",
-                            "tasks_from": one,
-                        }
-                    }
-                    for one in tasks
-                ],
-            }
-        ]
-        file = Path(f"{self.scratch}.yml")
-        file.write_text(json.dumps(play))
-        settings = {
-            "ANSIBLE_COLLECTIONS_PATH": str(collection.linked()),
-            "ANSIBLE_CONFIG": str(collection.PROJECT / "ansible.cfg"),
-            "ANSIBLE_NOCOLOR": "1",
-            "ANSIBLE_LOCAL_TEMP": f"{self.scratch}/ansible",
-            "SYSTEMD_OFFLINE": "1",
-        }
-        words = ["--check"] if check else []
-        words += ["-e", json.dumps(variables | {"ansible_python_interpreter": sys.executable})]
-        program = Path(sys.executable).with_name("ansible-playbook")
-        done = self.run(program, "-i", "localhost,", file, *words, env=os.environ | settings)
+        done = self.run_tasks(*tasks, check=check, **variables)
         said = " ".join((done.stdout + done.stderr).split())
         changed = int(said.rpartition("changed=")[2].split()[0]) if "changed=" in said else 0
         return done.returncode, said, changed
 
-    def release(self, prefix: str) -> None:
+    def run_tasks(
+        self, *tasks: str, check: bool = False, **variables: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """The same, with its output as it is."""
+        play = {**LOCAL, "hosts": "localhost", "tasks": _including(*tasks)}
+        return self.play("-i", "localhost,", self._playbook([play]), check=check, **variables)
+
+    def cases(self, cases: list[tuple[tuple[str, ...], dict[str, Any]]]) -> list[str]:
+        """Run each case's tasks with its variables, all in one run of Ansible; with what each failed."""
+        told = {"msg": f"told {FAILURES} end"}
+        plays = [
+            {
+                **LOCAL,
+                "hosts": "localhost",
+                "vars": variables,
+                "tasks": [{"block": _including(*tasks), "rescue": [{"ansible.builtin.debug": told}]}],
+            }
+            for tasks, variables in cases
+        ]
+        done = self.play("-i", "localhost,", self._playbook(plays))
+        _before, *each = re.split(r"^PLAY \[", done.stdout, flags=re.MULTILINE)
+        assert len(each) == len(cases), done.stdout + done.stderr
+        return [" ".join(one.partition('"told ')[2].rpartition(' end"')[0].split()) for one in each]
+
+    def play(
+        self, *words: str | Path, check: bool = False, **variables: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """``ansible-playbook`` in it."""
+        settings = {
+            "ANSIBLE_COLLECTIONS_PATH": str(collection.linked()),
+            "ANSIBLE_CONFIG": str(collection.PROJECT / "ansible.cfg"),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
+            "ANSIBLE_LOCAL_TEMP": f"{self.scratch}/ansible",
+            "SYSTEMD_OFFLINE": "1",
+        }
+        more = ["--check", "--diff"] if check else []
+        more += ["-e", json.dumps(variables | {"ansible_python_interpreter": sys.executable})]
+        program = Path(sys.executable).with_name("ansible-playbook")
+        return self.run(program, *words, *more, env=os.environ | settings)
+
+    def _playbook(self, plays: list[dict[str, Any]]) -> Path:
+        file = Path(f"{self.scratch}.yml")
+        file.write_text(json.dumps(plays))
+        return file
+
+    def release(self, prefix: str, *, unit: bool = True) -> None:
         """A release in use below ``prefix``, whose programs are those of the tests, and the unit for it."""
         there = f"{prefix}/releases/1.0-abc"
         self.sh(
             f"mkdir -p {there}/bin; touch {there}/complete; echo 1.0-abc >{there}/release;"
             f"ln -s {Path(sys.executable).with_name('sockmid')} {there}/bin/sockmid;"
-            f"ln -sfn releases/1.0-abc {prefix}/current;"
-            f"cd {collection.PROJECT}/daemon/systemd;"
-            f"sed s,/opt/sockmi/bin/,{prefix}/current/bin/, sockmid.service"
-            " >/etc/systemd/system/sockmid.service"
+            f"ln -sfn releases/1.0-abc {prefix}/current"
         )
+        if unit:
+            self.sh(
+                f"cd {collection.PROJECT}/daemon/systemd;"
+                f"sed s,/opt/sockmi/bin/,{prefix}/current/bin/, sockmid.service"
+                " >/etc/systemd/system/sockmid.service"
+            )
+
+
+# Of a loop only what failed of it: what is right has a text, too, for the case that it is wrong.
+FAILURES = (
+    "{{ ([ansible_failed_result] + ansible_failed_result.results | default([])) "
+    "| selectattr('failed', 'true') | map('dict2items') | flatten "
+    "| selectattr('key', 'in', ['msg', 'stderr']) | map(attribute='value') | join(' ') }}"
+)
+LOCAL = {"connection": "local", "gather_facts": False}
+
+
+def _including(*tasks: str) -> list[dict[str, Any]]:
+    role = "sockmi.appliance.sockmi"
+    return [{"ansible.builtin.include_role": {"name": role, "tasks_from": one}} for one in tasks]

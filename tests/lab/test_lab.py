@@ -389,10 +389,19 @@ def test_playbook_is_idempotent(ansible: Ansible, lab_name: Names) -> None:
         Lab(name, persistent=True).down()
 
 
-def test_playbook_refuses_a_bad_state(ansible: Ansible) -> None:
-    result = ansible("ansible-playbook", "playbooks/lab.yml", "-e", "sockmi_lab_state=sideways")
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("sockmi_lab_state=sideways", "set it to present or absent"),
+        ("sockmi_lab_daemon=false", "sockmi_lab_daemon: the playbook lab has no such variable. It has"),
+    ],
+)
+def test_playbook_refuses_what_it_does_not_know(ansible: Ansible, wrong: str, said: str) -> None:
+    # What inventories have for the role is not its own, but known.
+    words = ["-e", wrong, "-e", "sockmi_stream_port=7781"]
+    result = ansible("ansible-playbook", "playbooks/lab.yml", *words)
     assert result.returncode != 0
-    assert "set it to present or absent" in result.stdout
+    assert said in " ".join(result.stdout.split())
 
 
 def test_connection_to_no_namespace(ansible: Ansible) -> None:

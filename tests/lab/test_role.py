@@ -28,26 +28,31 @@ def host(tmp_path: Path) -> Iterator[RoleHost]:
 
 def test_a_prefix_that_is_not_its_own_is_refused(host: RoleHost) -> None:
     host.sh("mkdir /opt/theirs; touch /opt/theirs/keep /opt/theirs/data")
-    for prefix, said in {
+    refused = {
         "/opt/": "'/opt/', a folder of the system's",
         "/usr/../var/lib": "a folder of the system's",
         "/bin": "a folder of the system's",
         "/run/sockmi": "a folder of the system's",
         "/opt/theirs": "'/opt/theirs', where something else is: data, keep",
-    }.items():
-        code, output, changed = host.tasks("preflight", sockmi_prefix=prefix, sockmi_group_key=KEY)
-        assert (code, changed) == (2, 0)
-        assert said in output
+    }
+    before = host.sh(f"find {host.scratch}/upper | sort")
+    for said, answer in zip(refused.values(), looked_at(host, *refused), strict=True):
+        assert said in answer
+    assert host.sh(f"find {host.scratch}/upper | sort") == before
 
 
 def test_an_own_prefix_is_taken(host: RoleHost) -> None:
     host.sh("mkdir -p /opt/empty/lost+found")
     host.release("/opt/held")
     host.sh("touch /opt/held/note")
-    for prefix in ("/opt/empty", "/opt/held"):
-        _code, output, _changed = host.tasks("preflight", sockmi_prefix=prefix, sockmi_group_key=KEY)
-        assert "systemd does not run there" in output  # all is looked at
-        assert "sockmi_prefix is" not in output
+    for answer in looked_at(host, "/opt/empty", "/opt/held"):
+        assert "systemd does not run there" in answer  # all is looked at
+        assert "sockmi_prefix is" not in answer
+
+
+def looked_at(host: RoleHost, *prefixes: str) -> list[str]:
+    """What the role says of each before it begins."""
+    return host.cases([(("preflight",), {"sockmi_prefix": one, "sockmi_group_key": KEY}) for one in prefixes])
 
 
 def test_uninstall_finds_where_it_was_installed(host: RoleHost) -> None:

@@ -7,6 +7,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -93,28 +94,76 @@ def test_tasks_that_see_a_key_are_not_logged() -> None:
     assert options["sockmi_groups"]["options"]["key"]["no_log"] is True
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"sockmi_firewall": "iptables"}, {"sockmi_groups": [{"name": "x", "key": KEY, "port": "many"}]}]
-)
-def test_a_wrong_value_does_not_show_the_key(tmp_path: Path, wrong: dict[str, Any]) -> None:
+# A value that each variable must not have, and what is said of it before any host is asked.
+WRONG: list[tuple[str, Any, str]] = [
+    ("group_key", "", "the key of the group default is not set, or not 64 hexadecimal digits"),
+    ("group_key", KEY[:-1], "the key of the group default is not set, or not 64 hexadecimal digits"),
+    ("groups", [{"name": "x", "key": KEY, "port": "many"}], "sockmi_groups"),
+    ("groups", [{"port": 7780}], "missing required arguments: name found in sockmi_groups"),
+    ("groups", [{"name": "x", "prot": 7780}], "sockmi_groups.prot"),
+    ("groups", [], "sockmi_groups has the names ''; give at least one group"),
+    ("groups", [{"name": "../x"}], "sockmi_groups has the names '../x'"),
+    ("groups", [{"name": "x"}, {"name": "x"}], "sockmi_groups has the names 'x', 'x'"),
+    ("groups", [{"name": "x", "port": 0}], "ports of sockmi_groups are 7781, 0; give 1 to 65535"),
+    ("stream_port", "many", "sockmi_stream_port"),
+    ("stream_port", 65536, "sockmi_stream_port and the ports of sockmi_groups are 65536, 7780"),
+    ("redirect_modes", ["nat", "teleport"], "sockmi_redirect_modes must be one or more of"),
+    ("settings", "timing", "sockmi_settings"),
+    ("kernel_module", "maybe", "sockmi_kernel_module must be one of: auto, required, none"),
+    ("kernel_module_parameters", "fast", "sockmi_kernel_module_parameters"),
+    ("prefix", "opt/sockmi", "sockmi_prefix is 'opt/sockmi'; give an absolute path without spaces"),
+    ("prefix", "~/sockmi", "sockmi_prefix is '~/sockmi'; give an absolute path"),
+    ("prefix", "/opt/sock mi", "sockmi_prefix is '/opt/sock mi'; give an absolute path without spaces"),
+    ("prefix", "/opt/100%", "sockmi_prefix is '/opt/100%'; give an absolute path without spaces"),
+    ("packages", "perhaps", "sockmi_packages"),
+    ("c_library", "perhaps", "sockmi_c_library"),
+    ("sysctls", "net.ipv4.ip_forward", "sockmi_sysctls"),
+    ("firewall", "iptables", "sockmi_firewall must be one of: auto, nftables, firewalld, ufw, none"),
+    (
+        "firewall_sources",
+        ["192.0.2.1", "web2"],
+        "sockmi_firewall_sources has '192.0.2.1', 'web2'; give addresses",
+    ),
+    ("wheelhouse_build", "perhaps", "sockmi_wheelhouse_build"),
+    ("verify", "sometimes", "sockmi_verify must be one of: changed, always, never"),
+    ("members_min", -1, "sockmi_wait_s is 60 and sockmi_members_min -1; give at least 1 and 0"),
+    ("wait_s", 0, "sockmi_wait_s is 0 and sockmi_members_min 0; give at least 1 and 0"),
+    ("wait_s", "long", "sockmi_wait_s"),
+    ("uninstall_force", "perhaps", "sockmi_uninstall_force"),
+    ("group_kye", KEY, "sockmi_group_kye: the role has no such variable"),
+]
+ANY_TEXT = {"sockmi_host_name", "sockmi_python", "sockmi_wheelhouse"}  # see tests/lab/test_role_variables.py
+
+
+def test_wrong_values_are_named_before_any_host_is_asked(tmp_path: Path) -> None:
+    """And show no key. There are no such hosts."""
     (tmp_path / "install.yml").write_text(
-        "- hosts: localhost\n  gather_facts: false\n  roles: [{role: "
-        + str(PROJECT / "roles/install")
-        + "}]\n"
+        "- hosts: all\n  gather_facts: false\n  roles: [{role: " + str(PROJECT / "roles/install") + "}]\n"
     )
-    command = [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", "-c", "local", "-vvv"]
-    values = json.dumps({"sockmi_group_key": KEY, **wrong})
+    hosts = {f"case{number}": {f"sockmi_{name}": value} for number, (name, value, _said) in enumerate(WRONG)}
+    inventory = {"all": {"hosts": hosts, "vars": {"sockmi_group_key": KEY, "ansible_host": "192.0.2.1"}}}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump(inventory))
     done = subprocess.run(
-        [*command, "-e", values, tmp_path / "install.yml"],
+        [
+            Path(sys.executable).with_name("ansible-playbook"),
+            *("-i", tmp_path / "hosts.yml", "--forks", "4", "-vvv", tmp_path / "install.yml"),
+        ],
         capture_output=True,
         text=True,
         check=False,
         cwd=PROJECT,
-        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
+        env=os.environ | {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_CALLBACK_RESULT_FORMAT": "json"},
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == 2 and "Validation of arguments failed" in said
-    assert KEY not in said
+    assert done.returncode == 2, done.stderr
+    assert KEY not in done.stdout + done.stderr
+    failures: dict[str, str] = {}
+    for host, rest in re.findall(r"^(?:fatal|failed): \[(case\d+)\](.*?\n\})", done.stdout, re.M | re.S):
+        failures[host] = failures.get(host, "") + rest.replace('\\"', '"')
+    for number, (name, value, said) in enumerate(WRONG):
+        assert said in failures[f"case{number}"], (name, value)
+    assert "UNREACHABLE" not in done.stdout
+    options = set(_yaml("meta/argument_specs.yml")["argument_specs"]["main"]["options"])
+    assert options - {f"sockmi_{name}" for name, _value, _said in WRONG} == ANY_TEXT
 
 
 @pytest.mark.parametrize("name", ["probe.py", "links.py", "install_release.py"])

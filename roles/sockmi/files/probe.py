@@ -115,6 +115,12 @@ def before(path):
         )
 
 
+def setting(name):
+    """Where the kernel has it; sysctl(8) writes a dot in a name as a slash, or has slashes only."""
+    slashes = re.match("[^.]*/", name)
+    return "/proc/sys/" + (name if slashes else name.translate(str.maketrans("./", "/.")))
+
+
 def free_mib(folder):
     """Room where a folder is, or will be."""
     while not folder.exists():
@@ -206,7 +212,7 @@ def main():
             "release": text(prefix / "current/release"),
             "releases": sorted(path.parent.name for path in prefix.glob("releases/*/complete")),
             "free_mib": free_mib(prefix),
-            "sysctls": {name: text("/proc/sys/" + name.replace(".", "/")) for name in asked["sysctls"]},
+            "sysctls": {name: text(setting(name)) for name in asked["sysctls"]},
             "ptrace_scope": text("/proc/sys/kernel/yama/ptrace_scope"),
             "mtu": {path.parent.name: int(text(path) or 0) for path in Path("/sys/class/net").glob("*/mtu")},
             "module_there": Path("/sys/module/sockmi").is_dir() or any(Path("/usr/src").glob("sockmi-*")),
