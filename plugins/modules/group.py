@@ -76,7 +76,7 @@ attributes:
     description:
       - Can run in check mode; neither the group nor the key file is changed.
       - It fails where a run would be refused, for the key, the interface or the port, or as migrations are
-        under way. What only the kernel knows, such as a port that another program has, is not predicted.
+        under way. So it does if another socket of the host has the port, but where the group keeps its own.
     support: full
   diff_mode:
     description: Shows the settings before and after, and that the key differs, never the key.
@@ -212,11 +212,14 @@ code:
 
 import base64  # noqa: E402
 import binascii  # noqa: E402
+import errno  # noqa: E402
+import fcntl  # noqa: E402
 import ipaddress  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import socket  # noqa: E402
 import stat  # noqa: E402
+import struct  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -235,6 +238,7 @@ KEYS_MAX = 8
 KEY_BYTES_DIFFERENT_MIN = 8  # these three: sockmi/transport/keyring.py; a unit test compares them
 ANSWER_S = 30.0
 POLL_S = 0.2
+SIOCGIFADDR = 0x8915  # linux/sockios.h
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 SETTINGS = ("address", "port", "interface", "peers")
 
@@ -392,7 +396,7 @@ class Membership:
                 raise _module.WrongValue(f"To join group {self.name!r}, give key_file, the group's key.")
             # Before anything is written or left: what the daemon would refuse, in check mode too.
             key.examine()
-            self._joinable(client, wanted)
+            self._joinable(client, wanted, row)
             if row is not None:
                 self._leavable(client, row)
         if self.module.check_mode:
@@ -418,7 +422,7 @@ class Membership:
         if not self.module.check_mode:
             self._leave(client, row)
 
-    def _joinable(self, client: ControlClient, wanted: dict[str, Any]) -> None:
+    def _joinable(self, client: ControlClient, wanted: dict[str, Any], row: dict[str, Any] | None) -> None:
         self._administrator()
         interface = wanted["interface"]
         if interface is not None and interface not in [name for _index, name in socket.if_nameindex()]:
@@ -432,6 +436,20 @@ class Membership:
                 raise _module.WrongValue(
                     f"port is {wanted['port']}, which group {other['name']!r} of this host has; give another."
                 )
+        if row is None or row["port"] != wanted["port"]:  # else it is this group's own, until it is left
+            self._port_free(wanted)
+
+    def _port_free(self, wanted: dict[str, Any]) -> None:
+        """Raise WrongValue if somebody has the port; what else is in the daemon's way it says itself."""
+        for version in sorted(_versions(wanted)):
+            try:
+                _bind(version, wanted)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise _module.WrongValue(
+                        f"port is {wanted['port']}, which another socket of this host has (ss -ulpn); "
+                        "give another."
+                    ) from None
 
     def _administrator(self) -> None:
         if os.geteuid():
@@ -583,6 +601,45 @@ def _decoded(text: str) -> bytes | None:
     except (binascii.Error, ValueError):
         return None
     return key if len(key) == KEY_BYTES else None
+
+
+def _bind(version: int, settings: dict[str, Any]) -> None:
+    """Bind sockets as the daemon would (sockmi/transport/group.py; a test compares them), and close them."""
+    address, port, interface = settings["address"], settings["port"], settings["interface"]
+    scope = (0, socket.if_nametoindex(interface) if interface else 0) if version == 6 else ()
+    where: tuple[Any, ...] = ("0.0.0.0" if version == 4 else "::", port)  # noqa: S104
+    with _udp(version) as own, _udp(version) as listener:
+        if address:
+            where = (_source(version, (address, port, *scope), interface), port, *scope)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        elif interface:
+            _to_device(own, interface)
+        own.bind(where)
+        if address:
+            listener.bind((address, port, *scope))
+
+
+def _source(version: int, group: tuple[Any, ...], interface: str | None) -> str:
+    """From where the daemon would send to a multicast group; OSError if there is no such address."""
+    with _udp(version) as probe:
+        if interface and version == 4:
+            request = struct.pack("16sH14s", interface.encode(), socket.AF_INET, b"")
+            return socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24])
+        if interface:
+            _to_device(probe, interface)
+        probe.connect(group)
+        return str(probe.getsockname()[0])
+
+
+def _udp(version: int) -> socket.socket:
+    made = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
+    if version == 6:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    return made
+
+
+def _to_device(one: socket.socket, interface: str) -> None:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
 
 
 def _versions(settings: dict[str, Any]) -> set[int]:

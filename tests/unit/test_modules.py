@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import contextlib
 import errno
 import importlib
+import ipaddress
 import json
 import os
 import re
@@ -24,8 +26,13 @@ import pytest
 import yaml
 
 from sockmi import api
+from sockmi.addresses import Endpoint
 from sockmi.engine.base import Kind
+from sockmi.transport.group import Group, GroupError, GroupSettings
+from sockmi.transport.hello import Introduction
+from sockmi.transport.identity import Identity
 from sockmi.transport.keyring import KeyFileError, Keyring
+from sockmi.transport.sockaddr import routed_address
 from tests import returned
 
 pytest.importorskip("ansible")
@@ -691,6 +698,7 @@ OTHER = {**WEB, "name": "other", "address": "239.1.1.1", "interface": "lo"}
         ({"key": f"{KEY}\n{KEY}"}, "has 2 keys; give 1 to 8, each once"),
         ({"interface": "nowhere0"}, "interface is 'nowhere0', which this host has not"),
         ({"port": 7010}, "which group 'other' of this host has"),
+        ({"port": "taken"}, "which another socket of this host has (ss -ulpn)"),
     ],
 )
 def test_group_check_mode_refuses_as_a_run_does(
@@ -701,7 +709,11 @@ def test_group_check_mode_refuses_as_a_run_does(
     file = key_file(tmp_path / "web.key", change.get("content", KEY))
     file.chmod(change.get("mode", 0o600))
     before = file.read_text()
+    taken = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    taken.bind(("127.0.0.1", 0))
     options = {"name": "web", "key": KEY, "key_file": str(file), **change}
+    if change.get("port") == "taken":
+        options["port"] = taken.getsockname()[1]
     options = {
         name: one for name, one in options.items() if name not in ("content", "mode") and one is not None
     }
@@ -716,8 +728,68 @@ def test_group_check_mode_refuses_as_a_run_does(
         assert result["failed"] is True
         assert file.read_text() == before
         assert not {one.get("action") for one in daemon.requests} & {"join", "leave"}
+    taken.close()
     assert told[0] == told[1]
     assert message in told[0]
+
+
+EVERY = "0.0.0.0"  # noqa: S104
+
+
+@pytest.mark.parametrize("holder", [EVERY, "127.0.0.1", "127.0.0.2", "239.7.7.7", "239.7.7.8", "::", None])
+@pytest.mark.parametrize("other", ["239.7.7.7", "127.0.0.1", "::1"])
+@pytest.mark.parametrize("interface", ["lo", None])
+def test_group_sees_a_port_that_is_taken_as_the_daemon_does(
+    load: Callable[[str], Any], tmp_path: Path, holder: str | None, other: str, interface: str | None
+) -> None:
+    """The group is one of multicast, or lists another member."""
+    address = other if other.startswith("239.") else None
+    peers = [] if address else [f"[{other}]:7" if ":" in other else f"{other}:7"]
+    if address and not interface and not routed_address(ipaddress.IPv4Address(address)):
+        pytest.skip("no route to a multicast group")
+    taken = socket.socket(socket.AF_INET6 if holder == "::" else socket.AF_INET, socket.SOCK_DGRAM)
+    if holder == "::":
+        taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    with taken:
+        taken.bind((holder or "127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        if holder is None:
+            taken.close()
+        settings = GroupSettings(
+            port=port,
+            multicast=ipaddress.IPv4Address(address) if address else None,
+            members=tuple(Endpoint.parse(one) for one in peers),
+            interface=interface,
+        )
+        loop = asyncio.new_event_loop()
+        group = Group(
+            loop,
+            settings,
+            Keyring.load(key_file(tmp_path / "key")),
+            Identity.load_or_create(tmp_path),
+            Introduction(b"certificate", 7781),
+            on_message=lambda *_unused: None,
+        )
+        module = load("modules.group")
+        wanted = {"address": address, "port": port, "interface": interface, "peers": peers}
+        seen = real = False
+        try:
+            [version] = module._versions(wanted)
+            module._bind(version, wanted)
+        except OSError as error:
+            seen = error.errno == errno.EADDRINUSE
+        try:
+            group.start()
+        except GroupError as error:
+            real = "Address already in use" in str(error)
+        finally:
+            group.close()
+            loop.close()
+        assert seen == real
+        if holder is None:
+            assert not seen
+        elif holder == ("::" if other == "::1" else EVERY):
+            assert seen
 
 
 @pytest.mark.parametrize(
