@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from sockmi.addresses import Endpoint
+from sockmi.engine import inspector
 from sockmi.engine.base import Kind, SocketFacts
 from sockmi.engine.preflight import inspect as inspect_aside
 from sockmi.engine.preflight import inspect_here as inspect
@@ -172,6 +173,19 @@ def test_a_thousand_at_once(pair: tuple[socket.socket, socket.socket]) -> None:
     assert all(s.refusal is None for s in seen)
     assert inspect_aside(fds) == seen
     assert inspect([]) == inspect_aside([]) == []
+
+
+def test_out_of_time_is_locked_and_nothing_else(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy host an inspector is not through in time; what it left off it does not take for gone."""
+    monkeypatch.setattr(inspector, "PATIENCE_S", 0.001)
+    fds = [sock.fileno() for sock in pair] * 2000
+    refusals = set()
+    for _turn in range(30):
+        eventually(lambda: not inspector.inspectors().stuck(), "who was left behind has ended")
+        refusals |= {one.refusal.code for one in inspect_aside(fds) if one.refusal}
+    assert refusals == {Code.LOCKED}
 
 
 def test_traffic_is_not_mistaken_for_urgent_data(pair: tuple[socket.socket, socket.socket]) -> None:

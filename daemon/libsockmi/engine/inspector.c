@@ -225,8 +225,10 @@ static unsigned int carry_out(long patience_ns)
 		}
 	}
 	for (size_t i = 0; i < job.count; i++)
-		if (job.state[i] != DONE)
+		if (job.state[i] != DONE) {
 			job.facts[i].findings = SOCKMI_LOCKED;
+			job.state[i] = DONE; /* whoever is at it goes on, without its descriptor */
+		}
 	stuck = job.busy;
 	pthread_mutex_unlock(&job.lock);
 	return stuck;

@@ -19,8 +19,10 @@ from tests.lab import test_preflight
 
 #: Of urgent data; or in processes of their own, which look without an engine.
 _OTHERS = {
+    "test_a_thousand_at_once",
     "test_md5_cannot_be_ruled_out_without_inet_diag",
     "test_no_privilege",
+    "test_out_of_time_is_locked_and_nothing_else",
     "test_traffic_is_not_mistaken_for_urgent_data",
     "test_urgent_byte",
     "test_urgent_byte_inline",
