@@ -10,8 +10,9 @@ from pathlib import Path
 
 from bench import bulk
 from bench.report import Report, percentile
-from bench.site import ECHO_PORT, SINK_PORT, Site, ask
+from bench.site import ECHO_PORT, SINK_PORT, Site, ask, until
 from lab.daemons import Daemon
+from sockmi.redirect.routes_worker import IDLE_S
 
 STARTS = 5
 
@@ -26,6 +27,7 @@ def run(site: Site, report: Report, *, quick: bool) -> None:
         ratio = percentile(starts, 50) / percentile(bare, 50)
         report.add("d", "start, beside that of the bare interpreter", ratio, "x")
         site.acquainted()
+        _rested(daemons["a"])
         rest = _memory_mb(daemons["a"])
         for name, value in rest.items():
             report.add("d", f"memory at rest, {name}", value, "MB")
@@ -38,6 +40,8 @@ def run(site: Site, report: Report, *, quick: bool) -> None:
             peer.lines(redirects)
             [status] = ask(site.a, "status")
             time.sleep(2)  # the journal is folded once a second
+            for host in (site.a, site.b):
+                _rested(daemons[host.name])
             full = {host.name: _memory_mb(daemons[host.name]) for host in (site.a, site.b)}
         for host, memory in full.items():
             for name, value in memory.items():
@@ -62,8 +66,17 @@ def _python_s(site: Site) -> float:
     return time.monotonic() - begun
 
 
+def _rested(daemon: Daemon) -> None:
+    """Wait until it has been idle for so long that the process that asks for routes has ended."""
+    until(lambda: not any("routes_worker" in one for one in daemon.children().values()), "rest", IDLE_S + 20)
+
+
 def _memory_mb(daemon: Daemon) -> dict[str, float]:
-    """Resident and proportional set size."""
-    rows = Path(f"/proc/{daemon.pid}/smaps_rollup").read_text().splitlines()[1:]
-    sizes = {row.split(":")[0]: int(row.split()[1]) for row in rows}
+    """Resident and proportional set size of all its processes."""
+    sizes = {"Rss": 0, "Pss": 0}
+    for pid in (daemon.pid, *daemon.children()):
+        for row in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            name, value = row.split()[:2]
+            if name[:-1] in sizes:
+                sizes[name[:-1]] += int(value)
     return {"RSS": sizes["Rss"] * 1024 / 1e6, "PSS": sizes["Pss"] * 1024 / 1e6}

@@ -140,6 +140,15 @@ class Daemon:
             raise LabError(f"the daemon on {self.host.name} was not started")
         return self.process.pid
 
+    def children(self) -> dict[int, str]:
+        """The command lines of its processes, by process id."""
+        found = {}
+        for thread in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            for pid in thread.read_text().split():
+                with contextlib.suppress(FileNotFoundError):  # it has just ended
+                    found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        return found
+
     def log(self, lines: int = 40) -> str:
         """The end of what the daemon wrote."""
         with contextlib.suppress(FileNotFoundError):

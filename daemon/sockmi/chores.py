@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
+import socket
 import sqlite3
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 
 from sockmi import notify
 from sockmi.native import trim
-from sockmi.placing import local_addresses
 from sockmi.protocol.context import Capacity
 from sockmi.shell import Shell
 
@@ -21,7 +22,8 @@ _log = logging.getLogger(__name__)
 
 _FOLD_INTERVAL_S = 1.0
 _TRIM_AFTER_ROWS = 100
-_ADDRESSES_INTERVAL_S = 10.0
+_ADDRESSES_PAUSE_S = 1.0  # they come and go in numbers
+_RTMGRP_ADDRESSES = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 _AGES_INTERVAL_S = 1.0
 _KEEP_HISTORY = 100_000
 _PRUNE_INTERVAL_S = 60.0
@@ -40,6 +42,7 @@ class Chores:
         is_calm: Callable[[], bool],
         look_at_listeners: Callable[[], None],
         look_at_ages: Callable[[], None],
+        local_addresses: Callable[[], frozenset[IPv4Address | IPv6Address]],
     ) -> None:
         """``look_at_listeners``: the kernel has no news of a socket that only stops listening.
 
@@ -51,6 +54,12 @@ class Chores:
         self._is_calm = is_calm
         self._look_at_listeners = look_at_listeners
         self._look_at_ages = look_at_ages
+        self._local_addresses = local_addresses
+        self._address_news = socket.socket(
+            socket.AF_NETLINK,
+            socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
+            socket.NETLINK_ROUTE,
+        )
         self._untrimmed = 0  # rows folded since memory was given back
         self._trim_again = True  # at first: the start is work, too
 
@@ -58,12 +67,15 @@ class Chores:
         """Do all of them, from now on."""
         self._fold()
         self._prune()
+        self._address_news.bind((0, _RTMGRP_ADDRESSES))
         self._learn_addresses()
         self._listeners()
         self._ages()
 
     def finish(self) -> None:
         """What must not be left undone when the daemon ends."""
+        self._loop.remove_reader(self._address_news)
+        self._address_news.close()
         while self._shell.moves.write(calm=True):
             pass
         try:
@@ -109,14 +121,25 @@ class Chores:
 
     def _learn_addresses(self) -> None:
         """An exporter may name its target by any address of that host."""
-        future = self._loop.run_in_executor(None, local_addresses)
+        self._loop.add_reader(self._address_news, self._addresses_changed)
+        future = self._loop.run_in_executor(None, self._local_addresses)
 
         def learnt(one: asyncio.Future[frozenset[IPv4Address | IPv6Address]]) -> None:
             if not one.cancelled() and one.exception() is None:
                 self._capacity.addresses = one.result()
 
         future.add_done_callback(learnt)
-        self._loop.call_later(_ADDRESSES_INTERVAL_S, self._learn_addresses)
+
+    def _addresses_changed(self) -> None:
+        """What has changed is no matter, nor whether the kernel had room to tell all (ENOBUFS)."""
+        self._loop.remove_reader(self._address_news)
+        try:
+            while self._address_news.recv(65536):
+                pass
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
+                raise
+        self._loop.call_later(_ADDRESSES_PAUSE_S, self._learn_addresses)
 
     def _listeners(self) -> None:
         self._look_at_listeners()

@@ -9,22 +9,28 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
-
 from sockmi.addresses import Endpoint
 from sockmi.problems import problems
 from sockmi.protocol.records import IMAGE_BYTES_MAX
 from sockmi.redirect.base import Mode
 from sockmi.unread import unread
+
+with unread("zoneinfo", ZoneInfo=type("ZoneInfo", (), {}), ZoneInfoNotFoundError=KeyError):
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        ValidationError,
+        model_validator,
+    )
+
+with unread("yaml"):  # no writer, no libyaml
+    from yaml.constructor import ConstructorError
+    from yaml.error import YAMLError
+    from yaml.loader import SafeLoader
+    from yaml.nodes import MappingNode, ScalarNode
 
 
 def _absolute(path: Path) -> Path:
@@ -97,16 +103,16 @@ class ConfigError(Exception):
     """The configuration cannot be used; the text says where, why and what to do."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(SafeLoader):
     """SafeLoader, but an option that stands there twice is an error: which one is meant?"""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """As SafeLoader."""
         seen: set[Any] = set()
         for key, _unused in node.value:
-            if isinstance(key, yaml.ScalarNode):
+            if isinstance(key, ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
+                    raise ConstructorError(
                         None, None, f"option {key.value!r} stands there twice", key.start_mark
                     )
                 seen.add(key.value)
@@ -261,10 +267,10 @@ class Config(Strict):
     def load(cls, path: Path) -> Config:
         """Read and check a YAML file; raise ConfigError with file, place and reason."""
         try:
-            document = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader
+            document = _Loader(path.read_text()).get_single_data()
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; create it or name another with --config") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not usable as YAML: {' '.join(str(error).split())}") from error
         if document is None:
             document = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import mmap
 import os
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def library() -> ctypes.CDLL:
     raise FileNotFoundError(
         f"libsockmi-engine.so is not at {tried}; build it with `make -C daemon/libsockmi`"
     )
+
+
+def buffer_of(length: int) -> mmap.mmap:
+    """``length`` bytes, of which only those that have been written take memory."""
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def one_heap() -> None:

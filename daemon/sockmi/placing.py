@@ -6,15 +6,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Any
+from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.engine.base import Kind, Needs, Placement
 from sockmi.ports import Ports
 from sockmi.protocol.records import Item, MigrationId, Place
 from sockmi.redirect.base import Mode
-from sockmi.redirect.routes import ARPHRD_ETHER, RTN_LOCAL, RTN_UNICAST, Way, apart
+from sockmi.redirect.routes import ARPHRD_ETHER, RTN_LOCAL, RTN_UNICAST, Way
 from sockmi.refusal import Code, Refusal
 
 _PATH_TTL_S = 2.0
@@ -201,15 +200,6 @@ class Placing:
                 self._paths.clear()
             known = self._paths[address] = (now + _PATH_TTL_S, self._path_to(address))
         return known[1]
-
-
-def local_addresses() -> frozenset[IPv4Address | IPv6Address]:
-    """All addresses of this host."""
-
-    def work(ip: Any) -> frozenset[IPv4Address | IPv6Address]:
-        return frozenset(ip_address(one.get("local") or one.get("address")) for one in ip.get_addr())
-
-    return apart(work)
 
 
 def _ports(preferred: int) -> list[int]:

@@ -55,6 +55,7 @@ from sockmi.recovery import Recovery
 from sockmi.redirect.factory import make_redirects
 from sockmi.redirect.held import HeldPackets
 from sockmi.redirect.icmp import IcmpInjector, IcmpRelay
+from sockmi.redirect.routes_worker import RoutesWorker
 from sockmi.redirecting import Redirecting
 from sockmi.shell import Shell
 from sockmi.spool import Spool, SpoolError
@@ -106,6 +107,7 @@ class Daemon:
         self.identity = Identity.load_or_create(config.state_dir)
         self.host_name = config.host_name or socket.gethostname()
         self.redirects, self.tables = make_redirects(config.redirect, durable.modes_in_use(self.journal))
+        self._routes_worker = self.tables.routes.worker = RoutesWorker(self.tables.settings)
         self.diag = SocketDiag()
         self.capacity = Capacity(
             modes=config.redirect.modes,
@@ -198,6 +200,7 @@ class Daemon:
             is_calm=lambda: self.core.calm,
             look_at_listeners=self.redirecting.look_at_listeners,
             look_at_ages=self.importing.ages.look,
+            local_addresses=self.tables.routes.addresses,
         )
         self._destroyed: DestroyedSockets | None = None
         self._control: ControlServer | None = None
@@ -323,6 +326,7 @@ class Daemon:
         self.metrics.close()
         self.diag.close()
         self._chores.finish()
+        self._routes_worker.close()
         self.journal.close()
         self.loop.close()
 

@@ -10,11 +10,14 @@ UNUSED = (
     "http.server",
     "importlib.metadata",
     "prometheus_client.exposition",
-    "pyroute2.iproute.bsd",
-    "pyroute2.ndb",
+    "pyroute2",
     "sockmi.redirect.iptables",
+    "unittest",
     "urllib.request",
+    "yaml.cyaml",
+    "yaml.dumper",
     "zipfile",
+    "zoneinfo",
 )
 
 

@@ -41,7 +41,7 @@ from sockmi.engine.results import (
 )
 from sockmi.image import Family, peek
 from sockmi.image import Kind as ImageKind
-from sockmi.native import library
+from sockmi.native import buffer_of, library
 from sockmi.refusal import Code, Refusal
 
 DEVICE = "/dev/sockmi"
@@ -163,7 +163,7 @@ class KernelEngine:
         self._repair = repair or RepairEngine()
         self.owners = self._repair.owners
         self._device = _open(_SLOT_BYTES)
-        self._buffer = bytearray(_SLOT_BYTES)
+        self._buffer = buffer_of(_SLOT_BYTES)
         self._stops: Counter[int] = Counter()
         self._held: dict[int, _Held] = {}
         self._dormant: dict[int, _Dormant] = {}
@@ -259,7 +259,7 @@ class KernelEngine:
             for at in large:
                 captured[at] = self._capture_large(fds[at], needed.pop(at), deadline_ms)
             if sum(needed.values()) > len(self._buffer):
-                self._buffer = bytearray(sum(needed.values()))
+                self._buffer = buffer_of(sum(needed.values()))
             todo = list(needed)
         return [item for item in captured if item is not None]
 
@@ -308,7 +308,7 @@ class KernelEngine:
         for _turn in range(_LARGE_TRIES):
             wanted = needed + needed // 4  # it goes on until it is frozen
             if len(self._buffer) < wanted:
-                self._buffer = bytearray(wanted)
+                self._buffer = buffer_of(wanted)
             try:
                 device = _open(wanted)
             except ModuleMissing as missing:

@@ -29,7 +29,7 @@ from sockmi.engine.results import (
     refusal_of,
     room,
 )
-from sockmi.native import library
+from sockmi.native import buffer_of, library
 from sockmi.refusal import Code, Refusal
 
 #: SO_MARK of the segments that tell a copy what its peer has closed; a hold lets it in.
@@ -75,7 +75,7 @@ class RepairEngine:
         self.owners = owners or Owners()
         self._inject_mark = inject_mark
         self._rare_options = rare_options
-        self._buffer = bytearray(_FIRST_BUFFER_BYTES)
+        self._buffer = buffer_of(_FIRST_BUFFER_BYTES)
 
     def inspect(self, fds: Sequence[int]) -> list[SocketFacts]:
         """Preflight of each descriptor, in order."""
@@ -133,7 +133,7 @@ class RepairEngine:
                 captured[i] = refusal_of(result, Code.INTERNAL)
         view.release()
         if again and wanted > len(self._buffer):
-            self._buffer = bytearray(wanted)
+            self._buffer = buffer_of(wanted)
         return again
 
     def compare(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:

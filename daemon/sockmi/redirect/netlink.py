@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from sockmi.unread import unread
 
-with unread("pyroute2"):
+# unittest: for a method that only pyroute2's own tests call.
+with unread("unittest", mock=SimpleNamespace(Mock=object)), unread("pyroute2"):
     from pyroute2.iproute.linux import IPRoute
     from pyroute2.netlink.exceptions import NetlinkError
 

@@ -3,24 +3,26 @@
 
 None of this is done per connection. Each call runs in a thread of its own, in the
 caller's network namespace, because pyroute2's synchronous classes refuse to run inside an
-asyncio loop.
+asyncio loop; or in the daemon's worker (routes_worker.py).
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import socket
 import threading
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from sockmi.frozen import frozen
-from sockmi.redirect.netlink import IPRoute, NetlinkError
+from sockmi.redirect.routes_worker import RoutesWorker
 from sockmi.redirect.settings import Settings, Tag
 
 Address: TypeAlias = IPv4Address | IPv6Address
+P = ParamSpec("P")
 T = TypeVar("T")
 
 ARPHRD_ETHER = 1
@@ -60,6 +62,8 @@ class Held:
 
 def apart(work: Callable[[Any], T]) -> T:
     """Run ``work`` with a fresh IPRoute outside any asyncio loop of the caller."""
+    from sockmi.redirect.netlink import IPRoute
+
     results: list[T] = []
     failures: list[BaseException] = []
 
@@ -80,6 +84,8 @@ def apart(work: Callable[[Any], T]) -> T:
 
 def _unless(code: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Call; a kernel answer of ``code`` (errno) is as good as success."""
+    from sockmi.redirect.netlink import NetlinkError
+
     try:
         call(*args, **kwargs)
     except NetlinkError as error:
@@ -95,12 +101,27 @@ def read_sysctl(name: str) -> int | None:
         return None
 
 
+def _asked(method: Callable[Concatenate[Routes, P], T]) -> Callable[Concatenate[Routes, P], T]:
+    """Done by the worker, if there is one."""
+
+    @functools.wraps(method)
+    def ask(self: Routes, /, *arguments: P.args, **named: P.kwargs) -> T:
+        if self.worker is None:
+            return method(self, *arguments, **named)
+        answer: T = self.worker.call(method.__name__, *arguments, **named)
+        return answer
+
+    return ask
+
+
 class Routes:
-    """What the redirects change in this host's routing."""
+    """What the redirects change in this host's routing. ``worker``: who does it instead of this process."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self.worker: RoutesWorker | None = None
 
+    @_asked
     def devices(self) -> list[str]:
         """Devices at which peers' packets arrive: the configured ones, which must exist, or all fit ones."""
 
@@ -125,6 +146,7 @@ class Routes:
 
         return apart(work)
 
+    @_asked
     def install(self, devices: list[str]) -> None:
         """Imported connections' packets are delivered locally, whatever their destination; idempotent.
 
@@ -192,6 +214,7 @@ class Routes:
             **match,
         )
 
+    @_asked
     def remove(self) -> None:
         """Remove all rules and routes that are ours."""
 
@@ -204,8 +227,11 @@ class Routes:
 
         apart(work)
 
+    @_asked
     def path(self, address: Address) -> Way | None:
         """The route to ``address``, or None if there is none."""
+
+        from sockmi.redirect.netlink import NetlinkError
 
         def work(ip: Any) -> Way | None:
             try:
@@ -226,6 +252,7 @@ class Routes:
 
         return apart(work)
 
+    @_asked
     def warm(self, address: Address, device: str) -> None:
         """Have the kernel resolve the link-layer address now, so that no packet waits for it later."""
 
@@ -235,6 +262,7 @@ class Routes:
 
         apart(work)
 
+    @_asked
     def lock_mtu(self, address: Address, mtu_bytes: int, path: Way) -> None:
         """A host route whose MTU also binds packets that are only forwarded to ``address``."""
 
@@ -253,6 +281,7 @@ class Routes:
 
         apart(work)
 
+    @_asked
     def held(self, address: Address) -> Held | None:
         """Where this host has ``address``, or None."""
 
@@ -279,6 +308,7 @@ class Routes:
 
         return apart(work)
 
+    @_asked
     def add_address(self, address: Address, device: str, prefix_length: int) -> None:
         """Add an alias, usable at once (no duplicate address detection); present is no error."""
 
@@ -299,6 +329,7 @@ class Routes:
 
         apart(work)
 
+    @_asked
     def remove_address(self, address: Address) -> None:
         """Remove an address; absent is no error."""
 
@@ -309,6 +340,7 @@ class Routes:
 
         apart(work)
 
+    @_asked
     def hardware_address(self, device: str) -> tuple[int, bytes]:
         """Interface index and MAC of a device."""
 
@@ -318,6 +350,15 @@ class Routes:
                 raise OSError(errno.ENODEV, f"no device {device}; see `ip link`")
             text = ip.get_links(found[0])[0].get("address") or ""
             return found[0], bytes.fromhex(text.replace(":", ""))
+
+        return apart(work)
+
+    @_asked
+    def addresses(self) -> frozenset[Address]:
+        """All addresses of this host."""
+
+        def work(ip: Any) -> frozenset[Address]:
+            return frozenset(ip_address(one.get("local") or one.get("address")) for one in ip.get_addr())
 
         return apart(work)
 

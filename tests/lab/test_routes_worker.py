@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""The process in which the daemon uses pyroute2: the same answers, and there only while it is asked."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from lab.daemons import Daemon
+from lab.host import Host
+from lab.labs import Lab
+from sockmi.redirect.routes import Routes
+from sockmi.redirect.routes_worker import IDLE_S, RoutesWorker
+from sockmi.redirect.settings import Settings
+from tests.lab.scenario import ask, daemons, until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def ours() -> list[int]:
+    """Children of this process that are one."""
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(one) for one in found if b"routes_worker" in Path(f"/proc/{one}/cmdline").read_bytes()]
+
+
+def has_one(daemon: Daemon) -> bool:
+    return any("routes_worker" in one for one in daemon.children().values())
+
+
+@pytest.fixture
+def host(lab: Lab) -> Host:
+    return lab.host("a")
+
+
+@pytest.fixture
+def routes(host: Host) -> Iterator[Routes]:
+    with host.entered():
+        made = Routes(Settings())
+        made.worker = RoutesWorker(Settings(), idle_s=0.3)
+        yield made
+        made.worker.close()
+
+
+def test_it_answers_as_without(routes: Routes, lab: Lab) -> None:
+    here, there = Routes(Settings()), ip_address(lab.host("b").address(4))
+    assert routes.path(there) == here.path(there) is not None
+    assert routes.addresses() == here.addresses()
+    assert routes.hardware_address("eth0") == here.hardware_address("eth0")
+    assert routes.held(there) is None
+
+
+def test_its_errors_are_errors_of_the_system(routes: Routes) -> None:
+    with pytest.raises(OSError, match="no device missing; see `ip link`") as raised:
+        routes.hardware_address("missing")
+    assert raised.value.errno == errno.ENODEV
+    with pytest.raises(OSError, match=r"netlink: Invalid argument") as raised:
+        routes.add_address(ip_address("192.0.2.9"), "eth0", 77)
+    assert raised.value.errno == errno.EINVAL
+
+
+def test_it_ends_when_it_is_not_asked_and_comes_back(routes: Routes) -> None:
+    addresses = routes.addresses()
+    [first] = ours()
+    until(lambda: not ours())
+    assert not Path(f"/proc/{first}").exists(), "a zombie"
+    assert routes.addresses() == addresses
+    [second] = ours()
+    os.kill(second, 9)
+    assert routes.addresses() == addresses
+
+
+def connection(lab: Lab) -> tuple[socket.socket, socket.socket]:
+    """(a's end, the peer's end)"""
+    host = lab.host("a")
+    with host.socket() as listener:
+        listener.bind((host.address(4), 0))
+        listener.listen()
+        peer = lab.host("peer").socket()
+        peer.connect(listener.getsockname())
+        return listener.accept()[0], peer
+
+
+def test_a_daemon_at_rest_has_none_and_hears_of_new_addresses(lab: Lab) -> None:
+    """An exporter may name the importer by an address that came a moment ago."""
+    with daemons(lab, "ab") as running:
+        assert has_one(running["b"])
+        until(lambda: not has_one(running["b"]), timeout_s=IDLE_S + 15)
+        conn, peer = connection(lab)
+        with conn, peer:
+            one = {"pid": os.getpid(), "fd": conn.fileno()}
+            named = {"sockets": [one], "to": "192.0.2.7", "timeout_s": 1.0}
+            lab.host("b").run(["ip", "addr", "add", "192.0.2.7/32", "dev", "eth0"])
+            until(lambda: '"moved"' in json.dumps(ask(lab.host("a"), "export", **named)))
+            assert has_one(running["b"])
