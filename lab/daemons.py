@@ -145,8 +145,9 @@ class Daemon:
         found = {}
         for thread in Path(f"/proc/{self.pid}/task").glob("*/children"):
             for pid in thread.read_text().split():
-                with contextlib.suppress(FileNotFoundError):  # it has just ended
-                    found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                    if line := Path(f"/proc/{pid}/cmdline").read_text():  # none: it is about to
+                        found[int(pid)] = line.replace("\0", " ")
         return found
 
     def log(self, lines: int = 40) -> str:
