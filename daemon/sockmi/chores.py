@@ -43,8 +43,10 @@ class Chores:
         look_at_listeners: Callable[[], None],
         look_at_ages: Callable[[], None],
         local_addresses: Callable[[], frozenset[IPv4Address | IPv6Address]],
+        keep_workers: Callable[[], None],
     ) -> None:
         """``look_at_listeners``: the kernel has no news of a socket that only stops listening.
+        ``keep_workers``: called once a second while something is frozen, or about to be.
 
         ``look_at_ages``: of what waits in the import lists. ``is_calm``: nothing is frozen, nor about to be.
         """
@@ -55,6 +57,7 @@ class Chores:
         self._look_at_listeners = look_at_listeners
         self._look_at_ages = look_at_ages
         self._local_addresses = local_addresses
+        self._keep_workers = keep_workers
         self._address_news = socket.socket(
             socket.AF_NETLINK,
             socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
@@ -95,6 +98,8 @@ class Chores:
                 self._shell.catch_up()
                 self._untrimmed += (rows := self._shell.journal.fold())
                 self._trim(quiet=not rows and not len(self._shell.moves))
+        else:
+            self._keep_workers()
         self._tell_moves()
         self._loop.call_later(_FOLD_INTERVAL_S, self._fold)
 

@@ -13,7 +13,8 @@ from sockmi.engine.base import Kind, Needs, Placement
 from sockmi.ports import Ports
 from sockmi.protocol.records import Item, MigrationId, Place
 from sockmi.redirect.base import Mode
-from sockmi.redirect.routes import ARPHRD_ETHER, RTN_LOCAL, RTN_UNICAST, Way
+from sockmi.redirect.routes import ARPHRD_ETHER, RTN_LOCAL, RTN_UNICAST
+from sockmi.redirect.ways import Way
 from sockmi.refusal import Code, Refusal
 
 _PATH_TTL_S = 2.0

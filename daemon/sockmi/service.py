@@ -201,6 +201,7 @@ class Daemon:
             look_at_listeners=self.redirecting.look_at_listeners,
             look_at_ages=self.importing.ages.look,
             local_addresses=self.tables.routes.addresses,
+            keep_workers=self._routes_worker.stay,
         )
         self._destroyed: DestroyedSockets | None = None
         self._control: ControlServer | None = None

@@ -419,7 +419,7 @@ def test_late_packet(lab: Lab, mode: Mode, version: int) -> None:
             c.peer_sock.close()
         if mode is Mode.TAKEOVER:  # of a peer that has not heard of the address's new host
             with lab.a.inside():
-                _unused, mac = lab.a.tables.routes.hardware_address("eth0")
+                mac = lab.a.tables.routes.hardware_address("eth0")
             to = (str(c.home.local.address), "lladdr", mac.hex(":"), "dev", "eth0")
             lab.peer.ip("neigh", "replace", *to, "nud", "permanent")
             for _turn in range(5):  # before expire() it is as silent

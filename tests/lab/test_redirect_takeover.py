@@ -122,7 +122,7 @@ def test_announced_at_once_and_again(lab: Lab, version: int) -> None:
     with lab.b.inside():
         takeover = Takeover(lab.b.tables, clock)
         takeover.setup()
-        _unused, mac = lab.b.tables.routes.hardware_address("eth0")
+        mac = lab.b.tables.routes.hardware_address("eth0")
     client, served = connect(lab.peer, lab.a, version, str(address))
     t = ends(served)
     heard = frames(lab.peer)

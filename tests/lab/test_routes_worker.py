@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,8 +18,9 @@ from lab.daemons import Daemon
 from lab.host import Host
 from lab.labs import Lab
 from sockmi.redirect.routes import Routes
-from sockmi.redirect.routes_worker import IDLE_S, RoutesWorker
+from sockmi.redirect.routes_worker import IDLE_S, RoutesWorker, _line, _typed
 from sockmi.redirect.settings import Settings
+from sockmi.redirect.ways import Held, Way
 from tests.lab.scenario import ask, daemons, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -56,6 +58,24 @@ def test_it_answers_as_without(routes: Routes, lab: Lab) -> None:
     assert routes.held(there) is None
 
 
+def test_values_survive_the_pipe() -> None:
+    """All that is asked and answered, by its type."""
+    one, six = ip_address("192.0.2.1"), ip_address("2001:db8::1")
+    for value in (
+        Settings(devices=("eth0", "eth1"), forward=False),
+        Way(1, "eth0", 1, None, six, 1500),
+        Held(one, "eth0", 24, alone=True, has_dependents=False),
+        frozenset({one, six}),
+        b"\x00\xff",
+        ["eth0"],
+        None,
+    ):
+        came = json.loads(_line(value), object_hook=_typed)
+        assert came == value and type(came) is type(value)
+    with pytest.raises(TypeError, match="set has no words here"):
+        _line({one})
+
+
 def test_its_errors_are_errors_of_the_system(routes: Routes) -> None:
     with pytest.raises(OSError, match="no device missing; see `ip link`") as raised:
         routes.hardware_address("missing")
@@ -65,11 +85,26 @@ def test_its_errors_are_errors_of_the_system(routes: Routes) -> None:
     assert raised.value.errno == errno.EINVAL
 
 
+def test_it_stays_while_something_is_under_way(routes: Routes) -> None:
+    assert routes.worker
+    routes.worker.stay()
+    assert not ours(), "it is not started for that"
+    routes.addresses()
+    [first] = ours()
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        time.sleep(0.02)
+        routes.worker.stay()
+        assert ours() == [first]
+    until(lambda: not ours())
+    routes.worker.stay()
+
+
 def test_it_ends_when_it_is_not_asked_and_comes_back(routes: Routes) -> None:
     addresses = routes.addresses()
     [first] = ours()
     until(lambda: not ours())
-    assert not Path(f"/proc/{first}").exists(), "a zombie"
+    until(lambda: not Path(f"/proc/{first}").exists())  # not even a zombie
     assert routes.addresses() == addresses
     [second] = ours()
     os.kill(second, 9)

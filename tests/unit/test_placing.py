@@ -12,7 +12,8 @@ from sockmi.engine.base import Kind
 from sockmi.placing import Placing
 from sockmi.protocol.records import Item, Place
 from sockmi.redirect.base import Mode
-from sockmi.redirect.routes import ARPHRD_ETHER, RTN_UNICAST, Way
+from sockmi.redirect.routes import ARPHRD_ETHER, RTN_UNICAST
+from sockmi.redirect.ways import Way
 from sockmi.refusal import Code, Refusal
 
 OURS = IPv4Address("192.0.2.2")

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sockmi.redirect.icmp import checksum
-from sockmi.redirect.routes import Address, Routes
+from sockmi.redirect.routes import Routes
+from sockmi.redirect.ways import Address
 
 BURST = 5
 AGAIN_AFTER_S = 5.0
@@ -72,11 +73,10 @@ class Announcer:
 
     def announce(self, address: Address, device: str) -> None:
         """A burst now, a burst after ``AGAIN_AFTER_S`` seconds."""
-        index, mac = self._routes.hardware_address(device)
-        message = frame(address, mac)
+        message = frame(address, self._routes.hardware_address(device))
         # one socket for both bursts: the second comes from a thread that may be in another namespace
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-        sock.bind((socket.if_indextoname(index), 0))
+        sock.bind((device, 0))
         for _turn in range(BURST):
             sock.send(message)
 

@@ -27,9 +27,9 @@ from ipaddress import ip_address
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.frozen import frozen
 from sockmi.redirect.base import Outbound, Redirect
-from sockmi.redirect.routes import Address
 from sockmi.redirect.settings import Tag
 from sockmi.redirect.tables import Tables
+from sockmi.redirect.ways import Address
 
 TCP = socket.IPPROTO_TCP
 ICMP6 = socket.IPPROTO_ICMPV6

@@ -15,9 +15,10 @@ from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.redirect.base import Inbound, Mode, Outbound
-from sockmi.redirect.routes import RTN_UNICAST, Address, Way, read_sysctl
+from sockmi.redirect.routes import RTN_UNICAST, read_sysctl
 from sockmi.redirect.settings import Tag
 from sockmi.redirect.tables import Tables, by_version
+from sockmi.redirect.ways import Address, Way
 
 _MTU_DISCOVER = {4: (socket.IPPROTO_IP, 10, 3, 14), 6: (socket.IPPROTO_IPV6, 23, 3, 24)}
 _DISCARD_PORT = 9

@@ -13,15 +13,14 @@ import functools
 import socket
 import threading
 from collections.abc import Callable
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sockmi.frozen import frozen
 from sockmi.redirect.routes_worker import RoutesWorker
 from sockmi.redirect.settings import Settings, Tag
+from sockmi.redirect.ways import Address, Held, Way
 
-Address: TypeAlias = IPv4Address | IPv6Address
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -35,29 +34,6 @@ _IFA_F_NODAD = 0x02
 _NTF_USE = 0x01
 _TAG_MASK = 0xFFFF0000
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
-
-
-@frozen
-class Way:
-    """How packets to an address leave this host: ``kind`` is the kernel's RTN_* number."""
-
-    kind: int
-    device: str
-    device_type: int
-    gateway: Address | None
-    source: Address | None
-    mtu_bytes: int
-
-
-@frozen
-class Held:
-    """An address of this host, as it must be put back."""
-
-    address: Address
-    device: str
-    prefix_length: int
-    alone: bool
-    has_dependents: bool
 
 
 def apart(work: Callable[[Any], T]) -> T:
@@ -341,15 +317,15 @@ class Routes:
         apart(work)
 
     @_asked
-    def hardware_address(self, device: str) -> tuple[int, bytes]:
-        """Interface index and MAC of a device."""
+    def hardware_address(self, device: str) -> bytes:
+        """MAC of a device."""
 
-        def work(ip: Any) -> tuple[int, bytes]:
+        def work(ip: Any) -> bytes:
             found = ip.link_lookup(ifname=device)
             if not found:
                 raise OSError(errno.ENODEV, f"no device {device}; see `ip link`")
             text = ip.get_links(found[0])[0].get("address") or ""
-            return found[0], bytes.fromhex(text.replace(":", ""))
+            return bytes.fromhex(text.replace(":", ""))
 
         return apart(work)
 

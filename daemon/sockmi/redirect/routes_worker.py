@@ -3,24 +3,27 @@
 
 That is: at the daemon's start, when addresses change, and in negotiations, before a freeze. The process is
 started when there is something to ask (0.1 s, for which the daemon waits), in the caller's network namespace,
-and ends by itself when it has not been asked for ``IDLE_S``: it is still there when an address is taken over.
-A request ``(settings, method, arguments, named ones)`` is pickled to standard input; ``(True, result)`` or
-``(False, error)`` comes back.
+and ends by itself when it has not been asked for ``IDLE_S``. While something is frozen it is told to stay.
+JSON lines: a request ``[settings, method, arguments, named ones]`` on standard input, ``{"result": ...}`` or
+``{"error": text, "errno": number or null}`` back; what JSON has no word for is in ``_plain``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
-import pickle
 import select
 import subprocess
 import sys
 import threading
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
 from sockmi.redirect.settings import Settings
+from sockmi.redirect.ways import Held, Way
 
 IDLE_S = 30.0
 _PACKAGES = str(Path(__file__).resolve().parents[2])
@@ -38,21 +41,29 @@ class RoutesWorker:
 
     def call(self, method: str, *arguments: Any, **named: Any) -> Any:
         """What ``Routes.method`` returns or raises. It may be done twice, if the process dies over it."""
+        request = [method, self._settings, arguments, named]
         with self._lock:
             try:
-                good, answer = self._asked((self._settings, method, arguments, named))
+                answer = self._asked(request)
             except (BrokenPipeError, EOFError):  # it has ended
                 self._close()
                 try:
-                    good, answer = self._asked((self._settings, method, arguments, named))
+                    answer = self._asked(request)
                 except (BrokenPipeError, EOFError):
                     self._close()
                     raise ChildProcessError(
                         f"routes: sockmi.redirect.routes_worker ended twice over {method}; see sockmid's log"
                     ) from None
-        if not good:
-            raise answer
-        return answer
+        if "error" in answer:
+            number, text = answer["errno"], answer["error"]
+            raise OSError(text) if number is None else OSError(number, text)
+        return answer["result"]
+
+    def stay(self) -> None:
+        """If it is there it stays for another while: to start it anew would hold up what is frozen."""
+        with self._lock, contextlib.suppress(BrokenPipeError, EOFError):
+            if self._process is not None:
+                self._asked(["stay"])
 
     def close(self) -> None:
         """End the process, and wait until it has: none is to be left when the daemon ends."""
@@ -63,13 +74,15 @@ class RoutesWorker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
 
-    def _asked(self, request: tuple[Any, ...]) -> tuple[bool, Any]:
+    def _asked(self, request: list[Any]) -> dict[str, Any]:
         process = self._process = self._process or _start(self._idle_s)
         assert process.stdin and process.stdout
-        process.stdin.write(pickle.dumps(request))
+        process.stdin.write(_line(request))
         process.stdin.flush()
-        good, answer = pickle.load(process.stdout)  # noqa: S301 - what our own program has written
-        return good, answer
+        if not (line := process.stdout.readline()):
+            raise EOFError
+        answer: dict[str, Any] = json.loads(line, object_hook=_typed)
+        return answer
 
     def _close(self) -> None:
         process, self._process = self._process, None
@@ -94,6 +107,42 @@ def _start(idle_s: float) -> subprocess.Popen[bytes]:
     return process
 
 
+def _line(value: Any) -> bytes:
+    return json.dumps(value, default=_plain).encode() + b"\n"
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """The inverse of ``_typed``: ``{"its type": what it is made of}``."""
+    match value:
+        case IPv4Address() | IPv6Address():
+            return {"ip_address": str(value)}
+        case bytes():
+            return {"bytes": value.hex()}
+        case frozenset():
+            return {"frozenset": list(value)}
+        case Settings() | Way() | Held():
+            names = (each.name for each in dataclasses.fields(value))
+            return {type(value).__name__: {name: getattr(value, name) for name in names}}
+    raise TypeError(f"{type(value).__name__} has no words here")
+
+
+def _typed(found: dict[str, Any]) -> Any:
+    match found:
+        case {"ip_address": str(text)}:
+            return ip_address(text)
+        case {"bytes": str(text)}:
+            return bytes.fromhex(text)
+        case {"frozenset": list(members)}:
+            return frozenset(members)
+        case {"Settings": dict(fields)}:
+            return Settings(**fields | {"devices": tuple(fields["devices"])})
+        case {"Way": dict(fields)}:
+            return Way(**fields)
+        case {"Held": dict(fields)}:
+            return Held(**fields)
+    return found
+
+
 def main(idle_s: float) -> None:
     """Serve until standard input ends, or nothing has come for ``idle_s``."""
     from sockmi.redirect.netlink import NetlinkError
@@ -101,18 +150,23 @@ def main(idle_s: float) -> None:
 
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     while select.select([requests], [], [], idle_s)[0]:
-        try:
-            settings, method, arguments, named = pickle.load(requests)  # noqa: S301 - what the daemon has written
-        except EOFError:
+        if not (line := requests.readline()):
             return
-        answer: tuple[bool, Any]
+        answer: dict[str, Any]
         try:
-            answer = True, getattr(Routes(settings), method)(*arguments, **named)
+            method, *settings_and_arguments = json.loads(line, object_hook=_typed)
+            if method == "stay":
+                answer = {"result": None}
+            else:
+                settings, arguments, named = settings_and_arguments
+                answer = {"result": getattr(Routes(settings), method)(*arguments, **named)}
         except NetlinkError as error:  # of a package that the daemon does not load
-            answer = False, OSError(error.code, f"netlink: {os.strerror(error.code)}")
+            answer = {"errno": error.code, "error": f"netlink: {os.strerror(error.code)}"}
+        except OSError as error:
+            answer = {"errno": error.errno, "error": error.strerror or str(error)}
         except Exception as error:  # the caller reports it
-            answer = False, error
-        answers.write(pickle.dumps(answer))
+            answer = {"errno": None, "error": f"{type(error).__name__}: {error}"}
+        answers.write(_line(answer))
         answers.flush()
 
 

@@ -20,8 +20,9 @@ from sockmi.addresses import Endpoint, FourTuple
 from sockmi.redirect import ruleset
 from sockmi.redirect.base import Inbound, Mode, Outbound
 from sockmi.redirect.nftset import INET, NETDEV, Batch, NftSet, NftSocket
-from sockmi.redirect.routes import Address, Routes
+from sockmi.redirect.routes import Routes
 from sockmi.redirect.settings import Settings, Tag
+from sockmi.redirect.ways import Address
 
 _KEY4 = struct.Struct("!4sHxx4sHxx")
 _KEY6 = struct.Struct("!16sHxx16sHxx")

@@ -21,9 +21,9 @@ from sockmi.addresses import Endpoint, FourTuple
 from sockmi.redirect.announce import Announcer, Scheduler, in_thread
 from sockmi.redirect.base import Inbound, Mode, Outbound
 from sockmi.redirect.forward import off_segment
-from sockmi.redirect.routes import Address, Held
 from sockmi.redirect.settings import Tag
 from sockmi.redirect.tables import Tables, by_version
+from sockmi.redirect.ways import Address, Held
 
 _LISTEN, _TIME_WAIT, _CLOSE = 0x0A, 0x06, 0x07
 
