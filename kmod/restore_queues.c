@@ -8,7 +8,8 @@
 #include "restore.h"
 
 #define CHUNK_BYTES 65536 /* the receive queue gets one buffer for each */
-#define PIECE_BYTES 16384 /* of one out-of-order buffer */
+/* Of an out-of-order buffer: with what the kernel puts behind it, just what is allocated; a byte more would be counted twice. */
+#define PIECE_BYTES SKB_WITH_OVERHEAD(16384)
 
 /* sendmsg() of all of it to whichever queue is chosen. */
 static int queue_bytes(struct restore *r, const struct sockmi_view *queue)

@@ -386,8 +386,8 @@ def test_syn_sent_captured_with_stops(lab: el.Lab, engine: el.Pair, tmp_path: Pa
         lab.unhold("a", port, "in")
         first = next(s for s in lab.recorded(port) if s.flags & SYN)
         with ThreadPoolExecutor(2) as pool:
-            pool.submit(write_late)
             begun = time.monotonic()
+            pool.submit(write_late)
             image = codec.decode(pool.submit(capture, ours).result(timeout=20).image)
             assert time.monotonic() - begun > stop_s
     listener.close()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -105,6 +106,40 @@ def test_the_out_of_order_queue_is_carried_byte_for_byte(device: Device) -> None
     peer.sendall(stream[100:])
     assert read_exactly(copy, len(stream) - 100) == stream[100:]
     assert not looked_at(device, copy).out_of_order
+
+
+@contextlib.contextmanager
+def sysctl(name: str, value: str) -> Iterator[None]:
+    path = Path("/proc/sys", *name.split("."))
+    before = path.read_text()
+    path.write_text(value)
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+def test_as_much_out_of_order_as_the_window_allows(device: Device) -> None:
+    """Its buffers take no more memory at the copy: what the peer was told of would be dropped."""
+    with sysctl(
+        "net.ipv4.tcp_adv_win_scale", "2"
+    ):  # until Linux 6.6: three quarters of the buffer are offered
+        ours, peer = pair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        for _turn in range(100):  # the window grows with what is read
+            peer.sendall(bytes(50_000))
+            read_exactly(ours, 50_000)
+        state = looked_at(device, peer)
+        window = looked_at(device, ours).window
+        assert window
+        assert window.rcv_wnd > 60_000
+        piece = bytes(12_000)
+        for at in range(100, window.rcv_wnd - len(piece), len(piece)):
+            inject(state, at, piece)
+        [before] = looked_at(device, ours).out_of_order
+        assert len(before.data) > window.rcv_wnd - 3 * len(piece)
+        copy = move(device, ours, "ipv4")
+        assert [len(one.data) for one in looked_at(device, copy).out_of_order] == [len(before.data)]
 
 
 def test_a_fin_that_came_too_early_is_told(device: Device) -> None:
