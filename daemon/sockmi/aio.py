@@ -138,7 +138,7 @@ async def export_sockets(
 
 
 async def export_socket(
-    sock: socket.socket | int,
+    sock: socket.socket | int | UUID,
     *,
     pid: int | None = None,
     to: str | None = None,

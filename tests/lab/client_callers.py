@@ -56,7 +56,7 @@ class Caller(Protocol):
 
     def take(self, requests: list[dict[str, Any]], timeout_s: float | None = None) -> list[Got]: ...
 
-    def export(self, fd: int, pid: int | None = None, **options: Any) -> UUID: ...
+    def export(self, fd: int | UUID, pid: int | None = None, **options: Any) -> UUID: ...
 
 
 class _Python:
@@ -92,7 +92,7 @@ class Synchronous(_Python):
     def take(self, requests: list[dict[str, Any]], timeout_s: float | None = None) -> list[Got]:
         return self._got(sockmi.import_socket(self._requests(requests), timeout_s))
 
-    def export(self, fd: int, pid: int | None = None, **options: Any) -> UUID:
+    def export(self, fd: int | UUID, pid: int | None = None, **options: Any) -> UUID:
         return sockmi.export_socket(fd, pid=pid, **options).migration_id
 
 
@@ -107,7 +107,7 @@ class Asynchronous(_Python):
             os.set_blocking(one.fd, blocking[one.request])
         return got
 
-    def export(self, fd: int, pid: int | None = None, **options: Any) -> UUID:
+    def export(self, fd: int | UUID, pid: int | None = None, **options: Any) -> UUID:
         return asyncio.run(aio.export_socket(fd, pid=pid, **options)).migration_id
 
 
@@ -250,7 +250,7 @@ class C:
         assert len(got) == n
         return got
 
-    def export(self, fd: int, pid: int | None = None, **options: Any) -> UUID:
+    def export(self, fd: int | UUID, pid: int | None = None, **options: Any) -> UUID:
         given = ExportOptions(ctypes.sizeof(ExportOptions))
         address, af = None, 0
         if "to" in options:
@@ -266,9 +266,11 @@ class C:
         if "migration_id" in options:
             given.migration[:] = options["migration_id"].bytes
         result = Result(ctypes.sizeof(Result))
-        n = self.library.export_socket_ex(
-            -1 if pid is None else pid, fd, af, address, ctypes.byref(given), ctypes.byref(result)
-        )
+        more = af, address, ctypes.byref(given), ctypes.byref(result)
+        if isinstance(fd, UUID):
+            n = self.library.export_listed(fd.bytes, *more)
+        else:
+            n = self.library.export_socket_ex(-1 if pid is None else pid, fd, *more)
         if n < 0:
             raise self.fail()
         return UUID(bytes=bytes(result.migration))

@@ -107,6 +107,7 @@ def test_only_the_interface_is_exported() -> None:
             "import_socket",
             "import_socket_ex",
             "export_socket",
+            "export_listed",
             "export_socket_ex",
             "sockmi_last_error",
             "sockmi_version",
@@ -190,6 +191,8 @@ def test_bad_structs(daemon: FakeDaemon) -> None:
     assert library.export_socket(-1, fd, 99, b"\0" * 16) == -1
     assert with_text.fail().errno == errno.EAFNOSUPPORT
     assert library.export_socket_ex(-1, fd, 0, None, None, ctypes.byref(Result(size=1))) == -1
+    assert with_text.fail().errno == errno.EINVAL
+    assert library.export_listed(None, 0, None, None, None) == -1
     assert with_text.fail().errno == errno.EINVAL
     small = Result(size=24, host=b"untouched")
     assert library.export_socket_ex(-1, fd, 0, None, None, ctypes.byref(small)) == 0

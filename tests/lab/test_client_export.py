@@ -96,6 +96,29 @@ def test_contexts(daemon: FakeDaemon, caller: Caller, here: socket.socket, size:
     assert daemon.contexts == ([context] if size else [])
 
 
+def test_what_is_listed(daemon: FakeDaemon, caller: Caller, here: socket.socket) -> None:
+    """It has no descriptor, and its context already."""
+    listed, identity = uuid4(), uuid4()
+    assert caller.export(listed, to="c", migration_id=identity) == identity
+    [item] = daemon.requests[0].sockets
+    assert (item.listed, item.migration_id, item.descriptor) == (listed, identity, False)
+    with pytest.raises(OSError, match="keeps its context") as caught:
+        caller.export(listed, context=b"another")
+    assert caught.value.errno == errno.EINVAL
+    assert len(daemon.requests) == 1
+
+
+def test_what_is_listed_among_others(daemon: FakeDaemon, here: socket.socket) -> None:
+    listed = uuid4()
+    sockets = [sockmi.Export(listed), sockmi.Export(here, context=b"here"), sockmi.Export(listed)]
+    records = sockmi.export_sockets(sockets, "c")
+    assert [one.migration_id for one in records] == [one.migration_id for one in sockets]
+    assert [one.listed for one in daemon.requests[0].sockets] == [listed, None, listed]
+    assert daemon.contexts == [b"here"]
+    with pytest.raises(sockmi.SockMiError, match="no process"):
+        sockmi.export_socket(listed, pid=os.getpid())
+
+
 @pytest.mark.parametrize("code", list(Code))
 def test_every_refusal_has_its_errno(
     daemon: FakeDaemon, caller: Caller, here: socket.socket, code: Code

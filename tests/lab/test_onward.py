@@ -8,6 +8,7 @@ move is listed at b as before.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from lab.labs import Lab
 from sockmi.client import ImportRequest
 from sockmi.crashpoints import EXPORTER, IMPORTER
 from sockmi.journal import Record
+from tests.lab.client_callers import CALLERS, Caller
 from tests.lab.crash_lab import Cluster, cluster, elements, journal_of, spooled
 from tests.lab.matrix_lab import (
     EVERYWHERE,
@@ -279,6 +281,33 @@ def test_one_is_named(lab: Lab, tmp_path: Path) -> None:
         ]
         assert (record["outcome"], record["refusal"]["code"]) == ("refused", "no-such-socket")
         assert len(rows(it, "b")) == len(rows(it, "c")) == 1
+        take(it, one, "c")
+        take(it, other, "b")
+        nothing_left(it)
+
+
+@pytest.mark.parametrize("form", CALLERS)
+def test_a_program_names_one(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """In each form of the API: by the id that its exporter had from the move before."""
+    caller: Caller = CALLERS[form]()
+    with scene(lab, "forward") as (_unused, it), it.watched(tmp_path):
+        one, other = it.pair("v4"), it.pair("v4")
+        send(it, other)
+        monkeypatch.setenv("SOCKMI_CONTROL", str(it.host("a").control_socket))
+        listed = caller.export(one.ours.fileno(), to="b", context=b"what a knew")
+        until(lambda: len(rows(it, "b")) == 2)
+        monkeypatch.setenv("SOCKMI_CONTROL", str(it.host("b").control_socket))
+        caller.export(listed, to="c", dry_run=True)
+        assert len(rows(it, "b")) == 2
+        again = uuid4()
+        for _turn in range(2):
+            assert caller.export(listed, to="c", migration_id=again) == again
+        with pytest.raises(OSError, match="Nothing waits") as caught:
+            caller.export(listed, to="c")
+        assert caught.value.errno == errno.EBADF
+        [row] = rows(it, "c")
+        assert (row["migration_id"], row["context_bytes"]) == (str(again), 11)
+        assert len(rows(it, "b")) == 1
         take(it, one, "c")
         take(it, other, "b")
         nothing_left(it)

@@ -18,12 +18,29 @@
 #define RECONNECT_MS 10000	/* how long to ask for an outcome, of a daemon that restarts or is slow */
 #define RECONNECT_PAUSE_NS 50000000
 
-static int check(int pid, int fd, int af, const void *to, const struct sockmi_export_options *options)
+/* What is to be moved: pid's fd, or, if listed is not NULL, what waits in an import list as this migration. */
+struct subject {
+	int pid;
+	int fd;
+	const unsigned char *listed;
+};
+
+static int check_subject(const struct subject *subject, const struct sockmi_export_options *options)
 {
-	if (pid == 0)
+	if (subject->listed) {
+		if (options->context_bytes)
+			return fail(EINVAL, "What waits in an import list keeps its context; give none.");
+		return 0;
+	}
+	if (subject->pid == 0)
 		return fail(EINVAL, "pid 0: give a process's id, or a negative one for the caller.");
-	if (fd < 0)
-		return fail(EBADF, "fd %d is not a descriptor.", fd);
+	if (subject->fd < 0)
+		return fail(EBADF, "fd %d is not a descriptor.", subject->fd);
+	return 0;
+}
+
+static int check(int af, const void *to, const struct sockmi_export_options *options)
+{
 	if (to && af != AF_INET && af != AF_INET6)
 		return fail(EAFNOSUPPORT, "af is %d: use AF_INET or AF_INET6, or no target.", af);
 	if (to && options->host)
@@ -89,14 +106,21 @@ static json_t *target(int af, const void *to, const char *host)
 	return json_string(inet_ntop(af, to, text, sizeof(text)));
 }
 
-static json_t *request(int pid, int fd, int af, const void *to,
+static json_t *item(const struct subject *subject, const struct sockmi_export_options *options)
+{
+	if (subject->listed)
+		return json_pack("{s:o,s:o}", "listed", id_text(subject->listed), "migration_id",
+				 id_text(options->migration));
+	return json_pack("{s:i,s:i,s:b,s:b,s:o}", "pid", subject->pid, "fd", subject->fd, "descriptor", 1,
+			 "context", options->context_bytes > 0, "migration_id",
+			 id_text(options->migration));
+}
+
+static json_t *request(const struct subject *subject, unsigned int nfds, int af, const void *to,
 		       const struct sockmi_export_options *options)
 {
-	bool context = options->context_bytes > 0;
-	json_t *socket = json_pack("{s:i,s:i,s:b,s:b,s:o}", "pid", pid, "fd", fd, "descriptor", 1,
-				   "context", context, "migration_id", id_text(options->migration));
-
-	return json_pack("{s:s,s:i,s:[o],s:o,s:o,s:b}", "op", "export", "fds", 1 + context, "sockets", socket,
+	return json_pack("{s:s,s:i,s:[o],s:o,s:o,s:b}", "op", "export", "fds", (int)nfds, "sockets",
+			 item(subject, options),
 			 "to", target(af, to, options->host), "timeout_s",
 			 options->timeout ? json_real(options->timeout / 1000.0) : json_null(), "dry_run",
 			 (options->flags & SOCKMI_DRY_RUN) != 0);
@@ -224,13 +248,25 @@ static int ask(const struct sockmi_export_options *options, int why, struct sock
 		    why == ETIMEDOUT ? "does not answer" : "went away and does not come back");
 }
 
-static int run(int pid, int fd, int af, const void *to, const struct sockmi_export_options *options,
-	       struct sockmi_result *result)
+/* What goes with the request: the socket and its context, into fds. */
+static int descriptors(const struct subject *subject, const struct sockmi_export_options *options, int fds[2])
+{
+	fds[0] = subject->pid == getpid() ? duplicate_own(subject->fd) : duplicate(subject->pid, subject->fd);
+	if (fds[0] < 0 || check_socket(subject->pid, subject->fd, fds[0]))
+		return -1;
+	if (options->context_bytes)
+		fds[1] = context_seal(options->context, options->context_bytes);
+	return options->context_bytes && fds[1] < 0 ? -1 : 0;
+}
+
+static int run(const struct subject *subject, int af, const void *to,
+	       const struct sockmi_export_options *options, struct sockmi_result *result)
 {
 	long long deadline = options->timeout ? deadline_after(options->timeout) : -1;
 	struct connection connection;
 	json_t *message;
 	int fds[2] = { -1, -1 };
+	unsigned int nfds;
 	int done;
 
 	if (deadline >= 0)
@@ -238,20 +274,15 @@ static int run(int pid, int fd, int af, const void *to, const struct sockmi_expo
 	/* Connect first: descriptors are duplicated as shortly as can be. */
 	if (connection_open(&connection, options->control, deadline))
 		return -1;
-	fds[0] = pid == getpid() ? duplicate_own(fd) : duplicate(pid, fd);
-	if (fds[0] < 0 || check_socket(pid, fd, fds[0]))
+	if (!subject->listed && descriptors(subject, options, fds))
 		goto failed;
-	if (options->context_bytes) {
-		fds[1] = context_seal(options->context, options->context_bytes);
-		if (fds[1] < 0)
-			goto failed;
-	}
-	message = request(pid, fd, af, to, options);
+	nfds = (fds[0] >= 0 ? 1U : 0U) + (fds[1] >= 0 ? 1U : 0U);
+	message = request(subject, nfds, af, to, options);
 	if (!message) {
 		fail(ENOMEM, "No memory for a request.");
 		goto failed;
 	}
-	done = converse(&connection, message, fds, fds[1] < 0 ? 1 : 2, deadline, options->migration, result);
+	done = converse(&connection, message, fds, nfds, deadline, options->migration, result);
 	json_decref(message);
 	connection_close(&connection);
 	if (done == 1)
@@ -267,8 +298,8 @@ failed:
 	return -1;
 }
 
-int export_socket_ex(int pid, int fd, int af, const void *to,
-		     const struct sockmi_export_options *given, struct sockmi_result *wanted)
+static int export_subject(const struct subject *subject, int af, const void *to,
+			  const struct sockmi_export_options *given, struct sockmi_result *wanted)
 {
 	struct sockmi_export_options options;
 	struct sockmi_result result = { .size = sizeof(result) };
@@ -277,12 +308,13 @@ int export_socket_ex(int pid, int fd, int af, const void *to,
 
 	if (wanted && wanted->size < sizeof(wanted->size))
 		return fail(EINVAL, "result.size is %zu: set it to sizeof(the struct).", wanted->size);
-	if (options_copy(&options, sizeof(options), given, "options") || check(pid, fd, af, to, &options))
+	if (options_copy(&options, sizeof(options), given, "options") || check_subject(subject, &options) ||
+	    check(af, to, &options))
 		return -1;
 	if (id_is_zero(options.migration))
 		id_new(options.migration);
 	memcpy(result.migration, options.migration, sizeof(result.migration));
-	done = run(pid < 0 ? getpid() : pid, fd, af, to, &options, &result);
+	done = run(subject, af, to, &options, &result);
 	if (wanted) {
 		size_t size = wanted->size < sizeof(result) ? wanted->size : sizeof(result);
 
@@ -294,6 +326,24 @@ int export_socket_ex(int pid, int fd, int af, const void *to,
 		errno = saved;
 	}
 	return done;
+}
+
+int export_socket_ex(int pid, int fd, int af, const void *to,
+		     const struct sockmi_export_options *options, struct sockmi_result *result)
+{
+	const struct subject subject = { .pid = pid < 0 ? getpid() : pid, .fd = fd };
+
+	return export_subject(&subject, af, to, options, result);
+}
+
+int export_listed(const unsigned char listed[16], int af, const void *to,
+		  const struct sockmi_export_options *options, struct sockmi_result *result)
+{
+	const struct subject subject = { .listed = listed };
+
+	if (!listed)
+		return fail(EINVAL, "listed is NULL: give the id of a migration.");
+	return export_subject(&subject, af, to, options, result);
 }
 
 int export_socket(int pid, int fd, int af, const void *to)

@@ -144,6 +144,15 @@ SOCKMI_API int export_socket_ex(int pid, int fd, int af, const void *to,
 				const struct sockmi_export_options *options,
 				struct sockmi_result *result);
 
+/*
+ * Move on what waits in an import list of this host, because no application has asked for it, as
+ * export_socket_ex() does a descriptor. listed: the id (UUID) of the migration that brought it, as in
+ * sockmi_result of who exported it. It keeps its context: options have none.
+ */
+SOCKMI_API int export_listed(const unsigned char listed[16], int af, const void *to,
+			     const struct sockmi_export_options *options,
+			     struct sockmi_result *result);
+
 /* Why the last call of this thread failed; strings that last until its next call. */
 struct sockmi_error {
 	int errnum;		/* errno, 0: it did not fail */

@@ -117,9 +117,9 @@ def _time(text: str) -> str:
         ) from None
 
 
-def _uuid(text: str) -> str:
+def _uuid(text: str) -> UUID:
     try:
-        return str(UUID(text))
+        return UUID(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no id; `sockmi list imports` has them") from None
 

@@ -27,7 +27,7 @@ from sockmi.cli.relay import relay
 from sockmi.client import Control, Export, Imported, ImportRequest, SockMiError
 from sockmi.client.control import learn_outcomes
 from sockmi.client.errors import Unanswered
-from sockmi.client.exports import duplicate, migrations
+from sockmi.client.exports import ask, migrations
 from sockmi.client.imports import importing
 from sockmi.client.link import Link
 
@@ -79,27 +79,9 @@ def _outcomes(records: list[dict[str, Any]], options: argparse.Namespace) -> int
 
 
 async def _exporting(link: Link, options: argparse.Namespace, migration: UUID) -> list[dict[str, Any]]:
-    """One export; the duplicate is ours, so that the kernel asks whether we might trace the process."""
     link.allow(options.timeout or _EXPORT_TIMEOUT_S)
-    descriptors: list[int] = []
-    if options.listed is None:
-        descriptors.append(duplicate(Export(options.fd, options.pid)))
-        named = {"pid": options.pid, "fd": options.fd, "descriptor": True}
-    else:
-        named = {"listed": options.listed}
-    request = {
-        "op": "export",
-        "fds": len(descriptors),
-        "sockets": [{**named, "migration_id": str(migration)}],
-        "to": options.to,
-        "timeout_s": options.timeout,
-        "dry_run": options.dry_run,
-    }
-    try:
-        await link.send(request, descriptors)
-    finally:
-        for descriptor in descriptors:  # before the daemon looks for the socket's owners
-            os.close(descriptor)
+    one = Export(options.listed or options.fd, options.pid, migration_id=migration)
+    await ask(link, [one], options.to, timeout_s=options.timeout, dry_run=options.dry_run)
     return await migrations(link)
 
 

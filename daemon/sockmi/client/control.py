@@ -135,7 +135,7 @@ def export_sockets(
 
 
 def export_socket(
-    sock: socket.socket | int,
+    sock: socket.socket | int | UUID,
     *,
     pid: int | None = None,
     to: str | None = None,
@@ -147,6 +147,7 @@ def export_socket(
 ) -> MigrationRecord:
     """Move one socket: ``sock`` of this process, or descriptor ``sock`` of process ``pid``.
 
+    Or on, if ``sock`` is a UUID: what waits in an import list of this host under this migration id.
     Raises MigrationError if it has not moved, SockMiError if the daemon could not be asked.
     After it moved, ``sock`` is a dead descriptor, still to be closed.
     """

@@ -29,9 +29,12 @@ _RECONNECT_S = 10.0  # how long to ask for an outcome, of a daemon that restarts
 
 @frozen
 class Export:
-    """One socket to export: a socket or descriptor, of this process or of ``pid``."""
+    """One socket to export: a socket or descriptor, of this process or of ``pid``.
 
-    socket: socket.socket | int
+    A UUID: what waits in an import list of this host under this migration id; it has its context already.
+    """
+
+    socket: socket.socket | int | UUID
     pid: int | None = None
     context: bytes | bytearray | memoryview = b""
     migration_id: UUID = field(default_factory=uuid4)
@@ -50,23 +53,30 @@ async def export_on(
     try:
         async with await links.open(control) as link:
             link.allow(timeout_s)
-            return await _exporting(link, exports, to, timeout_s, dry_run)
+            await ask(link, exports, to, timeout_s=timeout_s, dry_run=dry_run)
+            records = [MigrationRecord.from_json(one) for one in await migrations(link)]
     except Unanswered as unanswered:
         if dry_run and not isinstance(unanswered, BrokenLink):
             raise
         ids = [one.migration_id for one in exports]
         rows = await outcomes(links, ids, control, unanswered)
         return [MigrationRecord.from_json(one) for one in rows]
+    if [one.migration_id for one in records] != [one.migration_id for one in exports]:
+        raise strange("its records are not those of the sockets")
+    return records
 
 
-async def _exporting(
-    link: Link, exports: Sequence[Export], to: str | None, timeout_s: float | None, dry_run: bool
-) -> list[MigrationRecord]:
+async def ask(
+    link: Link, exports: Sequence[Export], to: str | None, *, timeout_s: float | None, dry_run: bool
+) -> None:
     """All in one request: at most `DESCRIPTORS_MAX` with their contexts."""
     with contextlib.ExitStack() as duplicates:
         sockets, contexts, items = [], [], []
         for export in exports:
-            sockets.append(duplicate(export))
+            if isinstance(export.socket, UUID):
+                items.append(_listed(export.socket, export))
+                continue
+            sockets.append(_duplicate(export.socket, export.pid))
             duplicates.callback(close_quietly, sockets[-1])
             if len(export.context):
                 contexts.append(seal_context(export.context))
@@ -81,7 +91,7 @@ async def _exporting(
                 }
             )
         fds = [*sockets, *contexts]
-        if not 1 <= len(fds) <= DESCRIPTORS_MAX:
+        if not items or len(fds) > DESCRIPTORS_MAX:
             raise SockMiError(
                 errno.EINVAL, f"{len(fds)} descriptors: 1 to {DESCRIPTORS_MAX} fit in one export"
             )
@@ -97,10 +107,6 @@ async def _exporting(
             fds,
         )
         # Here the duplicates are closed: the daemon must not find us among the sockets' owners.
-    records = await _records(link)
-    if [one.migration_id for one in records] != [one.migration_id for one in exports]:
-        raise strange("its records are not those of the sockets")
-    return records
 
 
 async def migrations(link: Link) -> list[dict[str, Any]]:
@@ -112,10 +118,6 @@ async def migrations(link: Link) -> list[dict[str, Any]]:
         records += answer.get("migrations", ())
         more = bool(answer.get("more"))
     return records
-
-
-async def _records(link: Link) -> list[MigrationRecord]:
-    return [MigrationRecord.from_json(one) for one in await migrations(link)]
 
 
 async def outcomes(
@@ -163,17 +165,25 @@ def _known(
     return [known[one] for one in names]
 
 
-def duplicate(export: Export) -> int:
+def _listed(listed: UUID, export: Export) -> dict[str, Any]:
+    if export.pid is not None or len(export.context):
+        raise SockMiError(
+            errno.EINVAL, "What waits in an import list has no process, and keeps its context: give neither."
+        )
+    return {"listed": str(listed), "migration_id": str(export.migration_id)}
+
+
+def _duplicate(sock: socket.socket | int, pid: int | None) -> int:
     """A descriptor of ours for the socket: the kernel asks whether we might trace its process."""
-    fd = fileno(export.socket)
-    what = f"Descriptor {fd}" + (f" of process {export.pid}" if export.pid else "")
-    if export.pid is not None and export.pid <= 0:
-        raise SockMiError(errno.EINVAL, f"pid is {export.pid}: give a process's id, or None for this process")
+    fd = fileno(sock)
+    what = f"Descriptor {fd}" + (f" of process {pid}" if pid else "")
+    if pid is not None and pid <= 0:
+        raise SockMiError(errno.EINVAL, f"pid is {pid}: give a process's id, or None for this process")
     try:
-        if export.pid in (None, os.getpid()):
+        if pid in (None, os.getpid()):
             copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
         else:
-            copy = pidfd_getfd(export.pid or 0, fd)
+            copy = pidfd_getfd(pid or 0, fd)
     except OSError as error:
         hint = ": you may not trace that process" if error.errno == errno.EPERM else f": {error.strerror}"
         raise SockMiError(error.errno or errno.EIO, what + hint) from None

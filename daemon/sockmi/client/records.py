@@ -20,6 +20,7 @@ class MigrationRecord:
 
     ``source`` and ``target`` are the hosts' names (``from`` and ``to`` in JSON); ``outcome`` is moved,
     refused, aborted, failed, planned, or None while under way; ``code`` and ``message`` say why not moved.
+    ``listed``: when it had moved it waited in the target's import list, as ``migration_id``.
     """
 
     migration_id: UUID
@@ -45,6 +46,7 @@ class MigrationRecord:
     engine: str | None
     hop: int
     listener: UUID | None
+    listed: bool
     fidelity: Fidelity
 
     @classmethod
@@ -76,6 +78,7 @@ class MigrationRecord:
                 engine=record.get("engine"),
                 hop=record.get("hop", 0),
                 listener=_uuid(record.get("listener")),
+                listed=record.get("listed", False),
                 fidelity=Fidelity(**(record.get("fidelity") or {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
