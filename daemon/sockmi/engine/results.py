@@ -137,7 +137,6 @@ _MODULE_WORDS: dict[int, tuple[Code, str]] = {
     23: (Code.RESTORE, "the kernel has no memory for it ({errno}); try again"),
     26: (Code.ULP, "the image has kernel TLS keys, which this module does not take"),
     27: (Code.ZERO_COPY, "its owner has completions of MSG_ZEROCOPY to come; try again when they are read"),
-    28: (Code.STATE, "the socket has a pending error; let the application read it"),
     29: (Code.RESTORE, "no program of this host listens for it; start one, or import it"),
     30: (
         Code.RESTORE,

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 from sockmi.engine.base import SocketFacts
 from sockmi.exporting.batches import Batch, Batches
-from sockmi.exporting.descriptors import let_go
+from sockmi.exporting.descriptors import close_ours
 from sockmi.exporting.export import Export, Selected, owned
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.items import item_of
@@ -120,7 +120,7 @@ class Admission:
                 self._exports.claim(export)
                 going.append(export)
         _tag(going)
-        let_go(going)  # until the freeze the socket is its owner's alone, who may close it
+        close_ours(going)  # until the freeze the socket is its owner's alone, who may close it
         try:
             self._exports.journal_start(begun)
         except Exception as error:  # a full disk

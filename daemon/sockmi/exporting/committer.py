@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Kind
 from sockmi.exporting.decisions import Decisions
-from sockmi.exporting.descriptors import Descriptors, let_go
+from sockmi.exporting.descriptors import Descriptors, close_ours
 from sockmi.exporting.export import Export, copies, owned
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
@@ -150,7 +150,7 @@ class Committer:
         self._redirecting.add_routes(route for route, _unused in gone if route.durable)
         exports = [export for _unused, export in gone]
         # Before its owners run: their epoll forgets it with them.
-        let_go(exports)
+        close_ours(exports)
         self._freezer.resume_soon(exports)
         self._onward.settle(copies(exports))
 

@@ -40,7 +40,7 @@ class Findable(Protocol):
 
 
 class Descriptors:
-    """``take`` stands beside its inverse, ``let_go``."""
+    """``take`` stands beside its inverse, ``close_ours``."""
 
     def __init__(self, owners: Owners, find: Callable[[FourTuple], Found | None]) -> None:
         """``find``: the kernel's socket of a connection."""
@@ -114,7 +114,7 @@ class Descriptors:
                 results[index] = PASSED_ON
 
 
-def let_go(exports: Sequence[Export]) -> None:
+def close_ours(exports: Sequence[Export]) -> None:
     """Close our descriptors, if there are any."""
     close_all([one.selected.descriptor for one in exports if one.selected.descriptor >= 0])
     for export in exports:

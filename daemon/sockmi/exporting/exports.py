@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 from sockmi.engine.base import SocketFacts
 from sockmi.exporting import fidelity
 from sockmi.exporting.batches import Batch, Batches
-from sockmi.exporting.descriptors import let_go
+from sockmi.exporting.descriptors import close_ours
 from sockmi.exporting.export import Export, Selected
 from sockmi.exporting.tally import Tally
 from sockmi.image import queue_bytes
@@ -114,7 +114,7 @@ class Exports:
             del self._by_migration[export.migration]
             if self._by_socket.get(export.socket) is export:  # else another one's is under way
                 del self._by_socket[export.socket]
-        let_go([export])
+        close_ours([export])
         export.image = b""
         if batch is not None:
             batch.tell_progress(record)

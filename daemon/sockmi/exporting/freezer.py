@@ -17,7 +17,7 @@ from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind
 from sockmi.engine.listing import half_open
 from sockmi.engine.preflight import queued_at_most
-from sockmi.exporting.descriptors import Descriptors, let_go
+from sockmi.exporting.descriptors import Descriptors, close_ours
 from sockmi.exporting.export import Export, copies, owned
 from sockmi.exporting.exports import Exports
 from sockmi.image import Section
@@ -113,7 +113,7 @@ class Freezer:
         self._let_go(exports)
 
     def _let_go(self, exports: Sequence[Export]) -> None:
-        let_go(exports)
+        close_ours(exports)
         self._onward.give_back(copies(exports))
 
     def _freeze(self, action: Freeze, exports: list[Export]) -> list[bytes | Refusal]:

@@ -15,7 +15,7 @@ from sockmi.addresses import FourTuple
 from sockmi.engine.base import Kind
 from sockmi.engine.listing import half_open
 from sockmi.exporting.batches import Batches
-from sockmi.exporting.descriptors import let_go
+from sockmi.exporting.descriptors import close_ours
 from sockmi.exporting.export import Export, Selected
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.items import item_of
@@ -171,7 +171,7 @@ class Listeners:
             child.listener = queue.listener
             child.record["listener"] = str(UUID(bytes=queue.listener))
             self._exports.claim(child)
-            let_go([child])  # the keeper has it
+            close_ours([child])  # the keeper has it
             items.append(item_of(child, shell, self._redirecting))
             children.append(child.record)
         if parent:
