@@ -10,9 +10,10 @@ which the connection returns, as it still leads them away: these hold in PREPARE
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from sockmi.addresses import FourTuple
+from sockmi.placing import Placing
 from sockmi.protocol.records import MigrationId
 from sockmi.redirecting import Redirecting
 from sockmi.shell import Shell
@@ -23,20 +24,23 @@ _log = logging.getLogger(__name__)
 class EarlyHolds:
     """See the module docstring. Each method stands beside its inverse: ``promise`` and ``drop``."""
 
-    def __init__(self, shell: Shell, redirecting: Redirecting) -> None:
+    def __init__(self, shell: Shell, redirecting: Redirecting, placing: Placing) -> None:
         self._shell = shell
         self._redirecting = redirecting
-        self._promised: dict[MigrationId, FourTuple] = {}
+        self._placing = placing
+        self._promised: set[MigrationId] = set()
         self._held: dict[MigrationId, FourTuple] = {}
 
-    def promise(self, places: Mapping[MigrationId, FourTuple]) -> None:
-        """Hold these soon: not now, as RESERVED is to be sent first."""
-        if places:
+    def promise(self, migrations: Iterable[MigrationId]) -> None:
+        """Hold the strangers among these soon: not now, as RESERVED is to be sent first."""
+        if places := tuple(migrations):
             self._promised.update(places)
-            self._shell.loop.call_later(0, self._hold, tuple(places))
+            self._shell.loop.call_later(0, self._hold, places)
 
     def _hold(self, migrations: Iterable[MigrationId]) -> None:
-        due = {one: found for one in migrations if (found := self._promised.pop(one, None))}
+        promised = [one for one in migrations if one in self._promised]
+        self._promised.difference_update(promised)
+        due = {one: found for one in promised if (found := self._placing.stranger(one))}
         due = {one: found for one, found in due.items() if self._redirecting.route_of(found) is None}
         if not due:
             return
@@ -54,7 +58,7 @@ class EarlyHolds:
         """Those that are held already; they are the caller's from now on."""
         held = set()
         for migration in migrations:
-            self._promised.pop(migration, None)
+            self._promised.discard(migration)
             if (found := self._held.pop(migration, None)) is not None:
                 held.add(found)
         return held

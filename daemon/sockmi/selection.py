@@ -30,12 +30,17 @@ def select(wanted: api.SocketFilter, only_uid: int | None = None) -> list[Found]
     """All that match; of one user's sockets alone, if ``only_uid`` is given. Takes milliseconds."""
     units: dict[int, str | None] = {}
     found = []
-    for one in list_sockets(quiet=wanted.idle_s is not None):
+
+    def fits(one: ListedSocket) -> bool:
+        by_uid = only_uid in (None, one.uid)
+        return by_uid and _is_like(wanted, kind_of(one), one.state, one.local, one.remote)
+
+    for one in list_sockets(wanted=fits, quiet=wanted.idle_s is not None):
         for holder in one.holders:
             if holder.pid not in units:
                 units[holder.pid] = unit_of(holder.pid)
             unit = units[holder.pid]
-            if only_uid in (None, one.uid) and _matches(wanted, one, holder, unit):
+            if _matches(wanted, one, holder, unit):
                 found.append(Found(one, holder, unit))
     return found
 
@@ -64,7 +69,6 @@ def _matches(wanted: api.SocketFilter, listed: ListedSocket, holder: Holder, uni
         and (wanted.idle_s is None or (listed.quiet is not None and listed.quiet.since_s >= wanted.idle_s))
         and (wanted.process is None or fnmatch.fnmatchcase(holder.name, wanted.process))
         and (wanted.unit is None or (unit is not None and fnmatch.fnmatchcase(unit, wanted.unit)))
-        and _is_like(wanted, kind_of(listed), listed.state, listed.local, listed.remote)
     )
 
 

@@ -64,6 +64,7 @@ from sockmi.sysctl_exports import SysctlExports
 from sockmi.transport.group import GroupError
 from sockmi.transport.identity import Identity, IdentityError
 from sockmi.transport.keyring import KeyFileError
+from sockmi.transport.sockaddr import to_endpoint
 from sockmi.transport.stream import StreamError
 from sockmi.version import VERSION
 
@@ -132,11 +133,12 @@ class Daemon:
             self.host_name,
             on_datagram=self._datagram,
             on_frame=self._frame,
-            on_opened=lambda host: self.driver.dispatch(events.StreamOpened(host)),
+            on_opened=self._stream_opened,
             on_lost=lambda host, reason: self.driver.dispatch(events.StreamLost(host, reason)),
             on_count=self._members_changed,
             engine=self.engine.name,
         )
+        self._opening: set[HostId] = set()
         self.held = HeldPackets(config.redirect.log_group, self.tables.settings.inject_mark)
         self._held_timer: asyncio.TimerHandle | None = None
         self.shell = Shell(
@@ -208,7 +210,7 @@ class Daemon:
         self.driver.carry_out = {
             actions.Send: self.messenger.send,
             actions.Ignored: self.messenger.ignored,
-            actions.OpenStream: lambda action: self.members.open(action.host),
+            actions.OpenStream: self._open_stream,
             actions.Quiet: lambda action: self.loop.stop(),
             **self.exporting.carry_out(),
             **self.importing.carry_out(),
@@ -379,6 +381,17 @@ class Daemon:
         _log.warning("host %s is forgotten, as it will never come back", host.hex())
         self.driver.dispatch(events.Forget(host))
         return waited
+
+    def _open_stream(self, action: actions.OpenStream) -> None:
+        self._opening.add(action.host)
+        self.members.open(action.host)
+
+    def _stream_opened(self, host: HostId) -> None:
+        """When RESERVE is on its way there is time, if it was us who wanted the stream."""
+        self.driver.dispatch(events.StreamOpened(host))
+        if host in self._opening and (member := self.members.member(host)):
+            self.loop.call_later(0, self.exporting.freezer.foresee, to_endpoint(member.address).address)
+        self._opening.discard(host)
 
     def _members_changed(self, group: str, count: int) -> None:
         self.metrics.members.labels(group=group).set(count)

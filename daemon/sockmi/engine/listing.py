@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
@@ -85,31 +85,32 @@ class Quiet:
     received: int
 
 
-def list_sockets(pids: set[int] | None = None, *, quiet: bool = False) -> list[ListedSocket]:
+def list_sockets(
+    pids: set[int] | None = None,
+    *,
+    wanted: Callable[[ListedSocket], bool] = lambda _unused: True,
+    quiet: bool = False,
+) -> list[ListedSocket]:
     """Every TCP socket of this thread's network namespace, by tuple; only those of ``pids`` if given.
 
-    ``quiet``: look for that too, which takes longer. Holders without this process. A socket that changes
-    its state meanwhile may be missing. OSError if the kernel refuses the dump.
+    ``wanted``: which of them, asked before their holders are looked for, as that takes longest. ``quiet``:
+    look for that too, which takes longer. Holders without this process. A socket that changes its state
+    meanwhile may be missing. OSError if the kernel refuses the dump.
     """
     if pids is not None and not pids:
         return []
-    holders, rings = find_holders(None, sorted(pids or ()))
-    names: dict[int, str] = {}
-    sockets = {}
-    for family in (socket.AF_INET, socket.AF_INET6):
-        for fields in _dump(family):
-            inode = fields[-1]
-            held = holders.get(inode, {}) if inode else {}
-            if pids is not None and not held:
-                continue
-            for pid in held:
-                if pid not in names:
-                    names[pid] = process_name(pid)
+    listed = (_listed(row, ()) for family in (socket.AF_INET, socket.AF_INET6) for row in _dump(family))
+    sockets = {one.cookie: one for one in listed if wanted(one)}
+    holders, rings = find_holders({one.inode for one in sockets.values()} - {0}, sorted(pids or ()))
+    names = {pid: process_name(pid) for pid in {pid for held in holders.values() for pid in held}}
+    for cookie, one in list(sockets.items()):
+        if held := holders.get(one.inode):
             by = tuple(
                 Holder(pid, fd, names[pid], pid in rings) for pid in sorted(held) for fd in sorted(held[pid])
             )
-            listed = _listed(fields, by)
-            sockets[listed.cookie] = listed
+            sockets[cookie] = replace(one, holders=by)
+        elif pids is not None:
+            del sockets[cookie]
     found = sorted(sockets.values(), key=_order)
     return _with_quiet(found) if quiet else found
 

@@ -7,6 +7,7 @@ round, holds are lifted first, as a resumed owner's packets must not be dropped.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -215,12 +216,20 @@ class Freezer:
         """Why packets cannot be led to a place; the routing tables are asked now and then, not each time."""
         if place.mode is None or place.endpoint is None:
             return None
-        key, now = (place.mode, place.endpoint.address), time.monotonic()
-        known = self._reachability.get(key)
-        if known is None or known[0] < now:
-            obstacle = self._shell.redirects[place.mode].reachable(place.endpoint.address)
-            known = self._reachability[key] = (time.monotonic() + _REACHABILITY_TTL_S, obstacle)
+        return self._unreachable_by(place.mode, place.endpoint.address)
+
+    def _unreachable_by(self, mode: Mode, importer: IPv4Address | IPv6Address) -> str | None:
+        known = self._reachability.get((mode, importer))
+        if known is None or known[0] < time.monotonic():
+            obstacle = self._shell.redirects[mode].reachable(importer)
+            known = time.monotonic() + _REACHABILITY_TTL_S, obstacle
+            self._reachability[mode, importer] = known
         return known[1]
+
+    def foresee(self, importer: IPv4Address | IPv6Address) -> None:
+        """Ask the routing tables already while the importer looks for places: the freeze knows it then."""
+        with contextlib.suppress(OSError):  # it will find the same, and say so
+            self._unreachable_by(self._shell.config.redirect.modes[0], importer)
 
     # -- owners
 

@@ -51,7 +51,7 @@ class Importing:
         capacity: Capacity,
         redirecting: Redirecting,
     ) -> None:
-        early = EarlyHolds(shell, redirecting)
+        early = EarlyHolds(shell, redirecting, placing)
         self.stock = stock = Stock(shell, placing, capacity)
         self.reservations = Reservations(shell, placing, early)
         self.listed = Listed(shell, redirecting, stock, self._offer)

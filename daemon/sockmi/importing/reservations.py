@@ -40,11 +40,7 @@ class Reservations:
         self._shell.dispatch(ReserveDone(action.batch, action.exporter, action.page, tuple(places)))
         self._shell.loop.call_later(0, self._shell.spool.provide)  # when RESERVED is on its way
         self._early.promise(
-            {
-                item.migration: stranger
-                for item, former in zip(action.items, action.former, strict=True)
-                if former is None and (stranger := self._placing.stranger(item.migration))
-            }
+            item.migration for item, former in zip(action.items, action.former, strict=True) if former is None
         )
 
     def unreserve(self, action: Unreserve) -> None:

@@ -18,10 +18,11 @@ from sockmi.redirect.base import Inbound, Mode, Outbound
 from sockmi.redirect.routes import ARPHRD_ETHER, RTN_UNICAST, Routes
 from sockmi.redirect.settings import Tag
 from sockmi.redirect.tables import Tables, by_version
+from sockmi.redirect.ways import Way
 
 
-def off_segment(routes: Routes, importer: IPv4Address | IPv6Address) -> str | None:
-    """None if ``importer`` is on a segment of ours, else why its link-layer address is of no use."""
+def on_segment(routes: Routes, importer: IPv4Address | IPv6Address) -> Way | str:
+    """The way to ``importer`` if it is on a segment of ours, else why its link-layer address is of no use."""
     way = routes.path(importer)
     if way is None:
         return f"no route to {importer}; see `ip route get {importer}`"
@@ -34,7 +35,7 @@ def off_segment(routes: Routes, importer: IPv4Address | IPv6Address) -> str | No
         return f"{importer} is reached by {way.device}, but redirects use {', '.join(devices) or 'no device'}"
     if way.device_type != ARPHRD_ETHER:
         return f"{way.device} has no link-layer addresses; use nat"
-    return None
+    return way
 
 
 class Forward:
@@ -55,12 +56,11 @@ class Forward:
 
     def reachable(self, importer: IPv4Address | IPv6Address) -> str | None:
         """None if ``importer`` is on-link by one of our devices; has the kernel resolve its MAC."""
-        reason = off_segment(self._tables.routes, importer)
-        if reason is None:
-            way = self._tables.routes.path(importer)
-            if way is not None:
-                self._tables.routes.warm(importer, way.device)
-        return reason
+        way = on_segment(self._tables.routes, importer)
+        if isinstance(way, str):
+            return way
+        self._tables.routes.warm(importer, way.device)
+        return None
 
     def obstacle(self, leaving: Sequence[FourTuple]) -> None:
         """See base.Redirect; each connection goes for itself."""

@@ -3,7 +3,7 @@
 
 None of this is done per connection. Each call runs in a thread of its own, in the
 caller's network namespace, because pyroute2's synchronous classes refuse to run inside an
-asyncio loop; or in the daemon's worker (routes_worker.py).
+asyncio loop; or in the daemon's worker (routes_worker.py), which has no loop, and keeps its socket.
 """
 
 from __future__ import annotations
@@ -91,11 +91,18 @@ def _asked(method: Callable[Concatenate[Routes, P], T]) -> Callable[Concatenate[
 
 
 class Routes:
-    """What the redirects change in this host's routing. ``worker``: who does it instead of this process."""
+    """What the redirects change in this host's routing. ``worker``: who does it instead of this process.
 
-    def __init__(self, settings: Settings) -> None:
+    ``ip``: the IPRoute that all calls use, in a process that has no asyncio loop; else each opens its own.
+    """
+
+    def __init__(self, settings: Settings, ip: Any = None) -> None:
         self._settings = settings
+        self._ip = ip
         self.worker: RoutesWorker | None = None
+
+    def _done(self, work: Callable[[Any], T]) -> T:
+        return work(self._ip) if self._ip else apart(work)
 
     @_asked
     def devices(self) -> list[str]:
@@ -120,7 +127,7 @@ class Routes:
                 and link["index"] in addressed
             ]
 
-        return apart(work)
+        return self._done(work)
 
     @_asked
     def install(self, devices: list[str]) -> None:
@@ -165,7 +172,7 @@ class Routes:
                         priority=s.rule_priority,
                     )
 
-        apart(work)
+        self._done(work)
 
     def _rules(self, ip: Any, family: int) -> list[Any]:
         s = self._settings
@@ -201,7 +208,7 @@ class Routes:
                 ip.flush_routes(family=family, table=self._settings.route_table)
                 ip.flush_routes(family=family, table=254, proto=_PROTOCOL)
 
-        apart(work)
+        self._done(work)
 
     @_asked
     def path(self, address: Address) -> Way | None:
@@ -226,7 +233,7 @@ class Routes:
                 (metrics.get("mtu") if metrics else None) or link.get("mtu"),
             )
 
-        return apart(work)
+        return self._done(work)
 
     @_asked
     def warm(self, address: Address, device: str) -> None:
@@ -236,7 +243,7 @@ class Routes:
             index = ip.link_lookup(ifname=device)[0]
             _unless(errno.EEXIST, ip.neigh, "add", dst=str(address), ifindex=index, state=0, flags=_NTF_USE)
 
-        apart(work)
+        self._done(work)
 
     @_asked
     def lock_mtu(self, address: Address, mtu_bytes: int, path: Way) -> None:
@@ -255,7 +262,7 @@ class Routes:
                 **via,
             )
 
-        apart(work)
+        self._done(work)
 
     @_asked
     def held(self, address: Address) -> Held | None:
@@ -282,7 +289,7 @@ class Routes:
             )
             return Held(address, device, length, not routable, dependents)
 
-        return apart(work)
+        return self._done(work)
 
     @_asked
     def add_address(self, address: Address, device: str, prefix_length: int) -> None:
@@ -303,7 +310,7 @@ class Routes:
                 **flags,
             )
 
-        apart(work)
+        self._done(work)
 
     @_asked
     def remove_address(self, address: Address) -> None:
@@ -314,7 +321,7 @@ class Routes:
             if found is not None:
                 ip.addr("del", index=found["index"], address=str(address), prefixlen=found["prefixlen"])
 
-        apart(work)
+        self._done(work)
 
     @_asked
     def hardware_address(self, device: str) -> bytes:
@@ -327,7 +334,7 @@ class Routes:
             text = ip.get_links(found[0])[0].get("address") or ""
             return bytes.fromhex(text.replace(":", ""))
 
-        return apart(work)
+        return self._done(work)
 
     @_asked
     def addresses(self) -> frozenset[Address]:
@@ -336,7 +343,7 @@ class Routes:
         def work(ip: Any) -> frozenset[Address]:
             return frozenset(ip_address(one.get("local") or one.get("address")) for one in ip.get_addr())
 
-        return apart(work)
+        return self._done(work)
 
 
 def _address_message(ip: Any, address: Address) -> Any:

@@ -145,10 +145,11 @@ def _typed(found: dict[str, Any]) -> Any:
 
 def main(idle_s: float) -> None:
     """Serve until standard input ends, or nothing has come for ``idle_s``."""
-    from sockmi.redirect.netlink import NetlinkError
+    from sockmi.redirect.netlink import IPRoute, NetlinkError
     from sockmi.redirect.routes import Routes
 
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    ip = IPRoute()
     while select.select([requests], [], [], idle_s)[0]:
         if not (line := requests.readline()):
             return
@@ -159,15 +160,21 @@ def main(idle_s: float) -> None:
                 answer = {"result": None}
             else:
                 settings, arguments, named = settings_and_arguments
-                answer = {"result": getattr(Routes(settings), method)(*arguments, **named)}
+                answer = {"result": getattr(Routes(settings, ip), method)(*arguments, **named)}
         except NetlinkError as error:  # of a package that the daemon does not load
             answer = {"errno": error.code, "error": f"netlink: {os.strerror(error.code)}"}
-        except OSError as error:
-            answer = {"errno": error.errno, "error": error.strerror or str(error)}
         except Exception as error:  # the caller reports it
-            answer = {"errno": None, "error": f"{type(error).__name__}: {error}"}
+            answer = _failure(error)
+            ip.close()  # what it has not read would be taken for the answer to the next request
+            ip = IPRoute()
         answers.write(_line(answer))
         answers.flush()
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    if isinstance(error, OSError):
+        return {"errno": error.errno, "error": error.strerror or str(error)}
+    return {"errno": None, "error": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":

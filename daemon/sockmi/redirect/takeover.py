@@ -20,7 +20,7 @@ from pathlib import Path
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.redirect.announce import Announcer, Scheduler, in_thread
 from sockmi.redirect.base import Inbound, Mode, Outbound
-from sockmi.redirect.forward import off_segment
+from sockmi.redirect.forward import on_segment
 from sockmi.redirect.settings import Tag
 from sockmi.redirect.tables import Tables, by_version
 from sockmi.redirect.ways import Address, Held
@@ -75,7 +75,8 @@ class Takeover:
 
     def reachable(self, importer: IPv4Address | IPv6Address) -> str | None:
         """None if ``importer`` is on a segment of ours, where it can be heard announcing an address."""
-        return off_segment(self._tables.routes, importer)
+        way = on_segment(self._tables.routes, importer)
+        return way if isinstance(way, str) else None
 
     def conflicts(self, leaving: Collection[FourTuple], listeners: Collection[Endpoint] = ()) -> list[str]:
         """Why the local addresses of ``leaving`` cannot be given up; empty if they can.
