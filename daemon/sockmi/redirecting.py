@@ -173,6 +173,16 @@ class Redirecting:
         for mode, group in by_mode((holding.place.mode, holding) for holding in holdings).items():
             self._shell.redirects[mode].admit([one for holding in group if (one := inbound(holding))])
 
+    def expect(self, holding: Holding) -> None:
+        """What waits for its application: its peer's packets come to this host, where they are held."""
+        mode, one = holding.place.mode, inbound(holding)
+        if mode not in self._shell.redirects or one is None:
+            return
+        try:
+            self._shell.redirects[mode].expect([one])
+        except Exception:  # it goes on waiting; its application will be told if that cannot be mended
+            _log.exception("what the peer of %s sends does not come here now", one.tuple)
+
     def route_of(self, connection: FourTuple) -> Route | None:
         """The route that leads a connection's packets away."""
         found = self._routes_by_tuple.get(connection)

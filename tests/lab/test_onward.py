@@ -36,7 +36,14 @@ from tests.lab.matrix_lab import (
     moved,
     verdict,
 )
-from tests.lab.mode_lab import SERVICE, give_service, legacy_iptables, needs_legacy
+from tests.lab.mode_lab import (
+    SERVICE,
+    give_service,
+    has_address,
+    legacy_iptables,
+    needs_legacy,
+    take_service,
+)
 from tests.lab.scenario import ask, status, until
 from tests.laws import LawBroken
 
@@ -49,6 +56,10 @@ UNDECIDED = {
 }  # fmt: skip
 AT_B = [point for point in EXPORTER if point not in {"thaw.unheld", "queue.ended"}]
 AT_C = [point for point in IMPORTER if point.startswith(("prepare", "activate"))]
+BY_TAKEOVER = [
+    ("b", "freeze.held"), ("b", "commit.led-away"), ("b", "commit.journalled"), ("b", "commit.released"),
+    ("c", "prepare.journalled"), ("c", "activate.journalled"),
+]  # fmt: skip
 SHORT = {"freeze_deadline_s": 1.0, "linger_s": 1.0}
 RESTING = b"sent while it was nobody's " * 300
 
@@ -68,12 +79,16 @@ def scene(
         cluster(lab, HOSTS, crash_at, **(options | more)) as daemons,
         bench(lab, mode, daemons.daemons) as it,
     ):
+        if mode == "takeover":
+            give_service(lab)
+            it.service = SERVICE
         try:
             yield daemons, it
         finally:
             daemons.go_on()
             daemons.restart_dead()
             it.clear(HOSTS)
+            take_service(lab, HOSTS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -314,7 +329,7 @@ def test_a_program_names_one(lab: Lab, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_is_refused_is_listed_as_before(lab: Lab, tmp_path: Path) -> None:
-    """No room, no such host; and takeover, whose address nobody has before an application has it."""
+    """No room, no such host."""
     with scene(lab, "forward", imports={"max_connected": 1}) as (_unused, it), it.watched(tmp_path):
         cases = [it.pair("v4"), it.pair("v6")]
         send(it, cases[0])
@@ -328,17 +343,64 @@ def test_what_is_refused_is_listed_as_before(lab: Lab, tmp_path: Path) -> None:
         nothing_left(it)
 
 
-def test_takeover_is_refused_by_name(lab: Lab) -> None:
-    with scene(lab, "takeover") as (_unused, it):
-        give_service(lab)
-        it.service = SERVICE
-        case = it.pair("v4")
+def owners_of(lab: Lab, address: str) -> str:
+    return "".join(name for name in HOSTS if has_address(lab.host(name), address))
+
+
+@pytest.mark.parametrize("kind", ["v4", "v6"])
+@pytest.mark.parametrize("to", ["c", "a"])
+def test_takeover_brings_the_address_at_once(lab: Lab, tmp_path: Path, kind: str, to: str) -> None:
+    """Before an application has it, so what the peer says is kept; and it moves on, with its address."""
+    address = SERVICE[6 if kind == "v6" else 4]
+    with scene(lab, "takeover") as (daemons, it), it.watched(tmp_path):
+        case = it.make(kind, "ESTABLISHED", True)
         send(it, case)
-        [record] = onward(it)
-        assert verdict(record)[:2] == ("refused", "no-redirect"), record
-        assert "takeover" in verdict(record)[2]
+        until(lambda: owners_of(lab, address) == "b")
+        rest(case)
+        daemons.daemons["b"].restart()
+        daemons.ready()
         assert len(rows(it, "b")) == 1
-        take(it, case, "b")
+        moved(onward(it, to))
+        until(lambda: len(rows(it, to)) == 1)
+        assert owners_of(lab, address) == to
+        rest(case)
+        take(it, case, to)
+
+
+def test_takeover_leaves_with_all_or_none(lab: Lab, tmp_path: Path) -> None:
+    """One that an application has, and one that waits: neither goes without the other."""
+    with scene(lab, "takeover") as (_unused, it), it.watched(tmp_path):
+        cases = [it.pair("v4"), it.pair("v4")]
+        moved(it.export_actively([case.ours for case in cases]))
+        until(lambda: len(rows(it, "b")) == 2)
+        [came] = it.take([it.request(cases[0], it.target())])
+        copy = copy_of(came)
+        for case in cases:
+            [record] = onward(it, remote_port=case.remote[1])
+            assert verdict(record)[:2] == ("refused", "redirect"), record
+            assert "is not in the batch" in verdict(record)[2]
+        assert owners_of(lab, SERVICE[4]) == "b" and len(rows(it, "b")) == 1
+        exchange(copy, cases[0].peer, 10_000)
+        moved(onward(it))
+        until(lambda: len(rows(it, "c")) == 2)
+        assert owners_of(lab, SERVICE[4]) == "c"
+        copy.close()
+        for case in cases:
+            take(it, case, "c")
+
+
+def test_takeover_ends_with_the_last_that_waits(lab: Lab) -> None:
+    """An alias stays for as long as something waits at it."""
+    with scene(lab, "takeover") as (_unused, it):
+        cases = [it.pair("v4"), it.pair("v4")]
+        moved(it.export_actively([case.ours for case in cases]))
+        until(lambda: len(rows(it, "b")) == 2)
+        for left, case in zip((1, 0), cases, strict=True):
+            assert case.peer is not None and owners_of(lab, SERVICE[4]) == "b"
+            case.peer.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")  # SO_LINGER: 0 s
+            case.peer.close()
+            until(lambda left=left: len(rows(it, "b")) == left)  # type: ignore[misc]
+        until(lambda: owners_of(lab, SERVICE[4]) == "")
 
 
 @pytest.mark.parametrize("mode", ["forward", "nat"])
@@ -406,7 +468,8 @@ def test_an_abort_and_a_reset(lab: Lab) -> None:
 
 def _crashes() -> list[Any]:
     found: list[Any] = [("b", point, mode) for point in AT_B for mode in ("forward", "nat")]
-    return found + [("c", point, mode) for point in AT_C for mode in ("forward", "nat")]
+    found += [("c", point, mode) for point in AT_C for mode in ("forward", "nat")]
+    return found + [(*each, "takeover") for each in BY_TAKEOVER]
 
 
 @pytest.mark.parametrize(("host", "point", "mode"), _crashes())
@@ -430,6 +493,8 @@ def test_a_daemon_dies(lab: Lab, tmp_path: Path, host: str, point: str, mode: st
         if host == "b":
             assert where == (["b"] if point in UNDECIDED else ["c"]), where
         assert _where(it, second) == ["b"]
+        if mode == "takeover":
+            assert [owners_of(lab, SERVICE[version]) for version in (4, 6)] == [where[0], "b"]
         take(it, first, where[0])
         moved(onward(it))
         take(it, second, "c")

@@ -124,18 +124,20 @@ class Committer:
             self._listeners.begin_to_follow(queue, exports[index], moved=index in going)
 
     def _release(self, exports: Sequence[Export], *, together: bool) -> list[Refusal | None]:
-        """Close each without a packet; what waited in an import list is there no more.
+        """What waited in an import list is there no more; close each of the others without a packet.
 
         Of what goes only ``together`` nothing can stay when some is closed: nobody asks for its owners then.
         """
         live = owned(exports)
         waiting = {one.selected.copy: one.migration for one in exports if one.selected.copy}
+        unwritten = self._onward.release(waiting) if waiting else None
+        if unwritten is not None and together:
+            return [unwritten] * len(exports)
         closed = iter(
             self._shell.engine.release(
                 [one.selected.descriptor for one in live], [one.image for one in live], owned=not together
             )
         )
-        unwritten = self._onward.release(waiting) if waiting else None
         return [unwritten if export.selected.copy else next(closed) for export in exports]
 
     def let_go(self, action: LetGo) -> None:

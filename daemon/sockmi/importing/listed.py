@@ -62,6 +62,8 @@ class Listed:
         self._lists.unreserve(migration)
         self._lists.put(copy.candidate)
         copy.listed_at = copy.listed_at or time.monotonic()
+        if copy.holding is not None:
+            self._redirecting.expect(copy.holding)
         self._rest(copy)
 
     def _rest(self, copy: Copy) -> None:

@@ -20,17 +20,11 @@ from sockmi.importing.listed_record import drop_listed, keep_listed
 from sockmi.importing.stock import Stock
 from sockmi.journal import Change, Record
 from sockmi.protocol.records import Arrival, MigrationId
-from sockmi.redirect.base import Mode
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
 from sockmi.selection import fits_waiting
 from sockmi.shell import Shell, now_text, unwritable
 
-_AT_NOBODY = Refusal(
-    Code.NO_REDIRECT,
-    "It came by takeover: no host has its address before an application has it; import it first, or let its "
-    "program listen here.",
-)
 _LOST = Refusal(Code.IMAGE, "Its image cannot be read from the spool; see the daemon's log.")
 
 
@@ -76,7 +70,6 @@ class Onward:
             receive_queue_bytes=summary.receive_bytes,
             send_queue_bytes=summary.sent_bytes + summary.unsent_bytes,
             needs=item.needs,
-            refusal=_AT_NOBODY if copy.arrival.place.mode is Mode.TAKEOVER else None,
         )
 
     # -- frozen, or as before

@@ -118,6 +118,9 @@ class Redirect(Protocol):
         """Exporter: the connection has ended; stop diverting, but go on dropping late packets
         silently for ``linger_s`` (no RST), then nothing is left."""
 
+    def expect(self, connections: Sequence[Inbound]) -> None:
+        """Importer, of what waits for its application under a hold: the peer's packets come here."""
+
     def admit(self, connections: Sequence[Inbound]) -> None:
         """Importer, at activation: translation or marking in place, the hold lifted, in one transaction.
 

@@ -85,6 +85,9 @@ class Forward:
         """See base.Redirect."""
         self._tables.expire(self.mode, tuples, linger_s, self._tables.nexts)
 
+    def expect(self, connections: Sequence[Inbound]) -> None:
+        """See base.Redirect; their packets come here already."""
+
     def admit(self, connections: Sequence[Inbound]) -> None:
         """See base.Redirect; an own entry of ``send_away`` goes, as the connection is back."""
         t = self._tables

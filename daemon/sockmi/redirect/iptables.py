@@ -223,6 +223,9 @@ class Iptables:
         self._tables.expire(self.mode, tuples, linger_s)
         self._drop(tuples)
 
+    def expect(self, connections: Sequence[Inbound]) -> None:
+        """See base.Redirect; their packets come here already."""
+
     def admit(self, connections: Sequence[Inbound]) -> None:
         """See base.Redirect; a connection that is home again has no rules."""
         home = [c.tuple for c in connections if c.origin == c.tuple.local]

@@ -144,6 +144,9 @@ class Nat:
         """See base.Redirect."""
         self._tables.expire(self.mode, tuples, linger_s, self._tables.addresses)
 
+    def expect(self, connections: Sequence[Inbound]) -> None:
+        """See base.Redirect; their packets come here already."""
+
     def admit(self, connections: Sequence[Inbound]) -> None:
         """See base.Redirect; a connection that is home again (origin is its own) is not translated."""
         t = self._tables

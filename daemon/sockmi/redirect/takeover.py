@@ -54,6 +54,11 @@ def users(addresses: Collection[Address]) -> list[tuple[Endpoint, Endpoint, bool
     return found
 
 
+def _peers(connections: Sequence[Inbound]) -> dict[Address, Address]:
+    """By address of this host: one that it is to be reached from."""
+    return {c.tuple.local.address: c.tuple.remote.address for c in connections}
+
+
 class Takeover:
     """base.Redirect"""
 
@@ -82,7 +87,8 @@ class Takeover:
         """Why the local addresses of ``leaving`` cannot be given up; empty if they can.
 
         ``leaving``, ``listeners``: all that is in the batch. A listener on the unspecified
-        address is no obstacle: it goes on serving the other addresses.
+        address is no obstacle: it goes on serving the other addresses. What waits for its application has no
+        socket, and a hold.
         """
         reasons = []
         addresses = {t.local.address for t in leaving}
@@ -104,6 +110,11 @@ class Takeover:
                 reasons.append(f"a listener on {local} is not in the batch; move or close it too")
             elif not listening and FourTuple(local, remote) not in tuples | gone:
                 reasons.append(f"connection {local} <-> {remote} is not in the batch; move or close it too")
+        reasons += [
+            f"{one} waits in an import list and is not in the batch; move or import it too"
+            for one in self._tables.unsettled()
+            if one.local.address in addresses and one not in tuples
+        ]
         return reasons
 
     def _here(self, leaving: Sequence[FourTuple]) -> list[FourTuple]:
@@ -163,6 +174,12 @@ class Takeover:
         """See base.Redirect."""
         self._tables.expire(self.mode, tuples, linger_s, self._tables.addresses)
 
+    def expect(self, connections: Sequence[Inbound]) -> None:
+        """See base.Redirect; the address comes before its first application does."""
+        for address, remote in _peers(connections).items():
+            if self._tables.routes.held(address) is None:
+                self._take(address, remote)
+
     def admit(self, connections: Sequence[Inbound]) -> None:
         """See base.Redirect; the address is announced once the packets would be received."""
         t = self._tables
@@ -172,7 +189,7 @@ class Takeover:
                 batch.remove(t.addresses[version], keys)
                 batch.put(t.flows[version], keys, [local] * len(keys))
                 batch.remove(t.holds[version], keys)
-        for address, remote in {c.tuple.local.address: c.tuple.remote.address for c in connections}.items():
+        for address, remote in _peers(connections).items():
             self._take(address, remote)
 
     def _take(self, address: Address, towards: Address | None = None) -> None:
@@ -204,12 +221,13 @@ class Takeover:
         return None
 
     def evict(self, connections: Sequence[Inbound]) -> None:
-        """See base.Redirect; an alias goes with its last connection, if nothing else uses it by then.
+        """See base.Redirect; an alias goes with its last connection, if nothing uses or awaits it by then.
 
         A listener may have come after its connections, and have new ones.
         """
         self._tables.forget([c.tuple for c in connections], self._tables.addresses)
         left = {c.tuple.local.address for c in self.inbound()}
+        left |= {one.local.address for one in self._tables.unsettled()}
         for address in {c.tuple.local.address for c in connections} - left:
             held = self._tables.routes.held(address)
             if held is None or held.prefix_length != address.max_prefixlen:
