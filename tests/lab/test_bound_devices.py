@@ -6,9 +6,12 @@ The kernel shows such a socket only to who names its device (sockmi/diag.py).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import time
+from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -19,7 +22,9 @@ from sockmi.addresses import Endpoint, FourTuple
 from sockmi.diag import SocketDiag
 from tests.lab.crash_lab import cluster
 from tests.lab.matrix_lab import Bench, Case, Held, Later, bench, copy_of, exchange, moved
+from tests.lab.mode_lab import SERVICE, give_service, take_service
 from tests.lab.scenario import ask, daemons, status, until
+from tests.lab.test_held import retransmissions
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -97,6 +102,58 @@ def test_it_survives_both_daemons(lab: Lab, tmp_path: Path) -> None:
         assert copy.recv(1) == b""
         copy.close()
         until(lambda: status(it.host("a"))["redirects_out"] == status(it.host("b"))["redirects_in"] == 0)
+
+
+@pytest.mark.parametrize("mode", ["forward", "nat", "takeover"])
+@pytest.mark.parametrize("kind", ["v4", "v6"])
+def test_what_was_held_is_delivered(lab: Lab, tmp_path: Path, mode: str, kind: str) -> None:
+    """By its device: the peer, which repeats nothing for 20 s, need not."""
+    with daemons(lab, "ab", redirect={"devices": ["eth0"], "modes": [mode]}) as both, patient(lab):
+        with bench(lab, mode, both) as it, it.watched(tmp_path):
+            if mode == "takeover":
+                give_service(lab)
+                it.service = SERVICE
+            case = bound(it, kind)
+            exchange(case.ours, case.peer, 100)  # so that the peer knows how long to wait
+            moved(it.export_actively([case.ours]))
+            until(lambda: status(it.host("b"))["import_lists"]["connected"]["length"] == 1)
+            assert case.peer
+            case.peer.sendall(b"while nobody had it")
+            began = time.monotonic()
+            [came] = it.take([it.request(case, it.target())])
+            copy = copy_of(came)
+            copy.settimeout(15)
+            assert copy.recv(100) == b"while nobody had it"
+            assert time.monotonic() - began < 15 and retransmissions(case.peer) == 0
+            exchange(copy, case.peer, 10_000)
+            case.peer.close()
+            assert copy.recv(1) == b""
+            copy.close()
+            it.clear()
+        take_service(lab)
+
+
+@contextlib.contextmanager
+def patient(lab: Lab) -> Iterator[None]:
+    """The peer waits 20 s before it repeats something."""
+    peer, ways = lab.host("peer"), []
+    for version, network in ((4, "10.77.1.0/24"), (6, "fd77:1::/64")):
+        [way] = [
+            one
+            for one in peer.run(["ip", f"-{version}", "route", "show", network]).stdout.splitlines()
+            if one
+        ]
+        ways.append([f"-{version}", "route", "change", *way.split()])
+    probe = peer.run(["sysctl", "-n", "net.ipv4.tcp_early_retrans"]).stdout.strip()
+    try:
+        for way in ways:
+            peer.run(["ip", *way, "rto_min", "20s"])
+        peer.run(["sysctl", "-qw", "net.ipv4.tcp_early_retrans=0"])
+        yield
+    finally:
+        peer.run(["sysctl", "-qw", f"net.ipv4.tcp_early_retrans={probe}"])
+        for way in ways:
+            peer.run(["ip", *way])
 
 
 def test_closing_states(lab: Lab, tmp_path: Path) -> None:

@@ -64,23 +64,41 @@ static int raw_socket(int family, uint32_t mark)
 	return fd;
 }
 
-static bool deliver_one(struct sockmi_packet *packet, int sockets[2], uint32_t mark)
+/* One for each IP version, bound to the device of whom it has sent to last. */
+struct sender {
+	int fd;
+	int device;
+};
+
+static bool bind_to(struct sender *sender, int socket)
+{
+	int device = 0;
+
+	if (socket >= 0 && sockmi_get_int(socket, SOL_SOCKET, SO_BINDTOIFINDEX, &device) < 0)
+		return false;
+	if (device != sender->device && sockmi_set_int(sender->fd, SOL_SOCKET, SO_BINDTOIFINDEX, device) < 0)
+		return false;
+	sender->device = device;
+	return true;
+}
+
+static bool deliver_one(struct sockmi_packet *packet, struct sender senders[2], uint32_t mark)
 {
 	size_t start, length, addresses, width;
 	union sockmi_sockaddr to;
 	socklen_t to_length;
 	uint8_t *tcp;
 	uint16_t sum;
-	int *fd;
+	struct sender *sender;
 
 	if (!find_tcp(packet, &start, &length, &addresses, &width))
 		return false;
 	if (sockmi_endpoint_is_mapped(&packet->local) != (width == 4))
 		return false;
-	fd = &sockets[width == 4 ? 0 : 1];
-	if (*fd < 0)
-		*fd = raw_socket(width == 4 ? AF_INET : AF_INET6, mark);
-	if (*fd < 0)
+	sender = &senders[width == 4 ? 0 : 1];
+	if (sender->fd < 0)
+		sender->fd = raw_socket(width == 4 ? AF_INET : AF_INET6, mark);
+	if (sender->fd < 0 || !bind_to(sender, packet->socket))
 		return false;
 	tcp = packet->data + start;
 	memcpy(packet->data + addresses + width, packet->local.address + 16 - width, width);
@@ -96,18 +114,18 @@ static bool deliver_one(struct sockmi_packet *packet, int sockets[2], uint32_t m
 		to.v4.sin_port = 0;
 	else
 		to.v6.sin6_port = 0; /* of a raw socket: the protocol */
-	return sendto(*fd, packet->data, start + length, MSG_DONTWAIT, &to.any, to_length) >= 0;
+	return sendto(sender->fd, packet->data, start + length, MSG_DONTWAIT, &to.any, to_length) >= 0;
 }
 
 int sockmi_deliver(struct sockmi_packet *packets, size_t n, uint32_t mark)
 {
-	int sockets[2] = { -1, -1 };
+	struct sender senders[2] = { { .fd = -1 }, { .fd = -1 } };
 	int sent = 0;
 
 	for (size_t i = 0; i < n; i++)
-		sent += deliver_one(&packets[i], sockets, mark);
+		sent += deliver_one(&packets[i], senders, mark);
 	for (size_t i = 0; i < 2; i++)
-		if (sockets[i] >= 0)
-			close(sockets[i]);
+		if (senders[i].fd >= 0)
+			close(senders[i].fd);
 	return sent;
 }

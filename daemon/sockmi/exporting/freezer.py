@@ -286,10 +286,10 @@ class Freezer:
 
     def _unhold(self, exports: Sequence[Export]) -> None:
         exports = owned(exports)
-        tuples = [export.facts.tuple for export in exports if export.facts.tuple]
-        if tuples:
-            self._shell.holds.unhold(tuples)
-            self._shell.held.deliver(self._shell.held.take(tuples))
+        connections = {one.facts.tuple: one.selected.descriptor for one in exports if one.facts.tuple}
+        if connections:
+            self._shell.holds.unhold(list(connections))
+            self._shell.held.deliver(self._shell.held.take(list(connections)), connections)
         if listeners := _listening_at(exports):
             self._shell.holds.unhold_listeners(listeners)
             self._shell.holds.unhold([one for export in exports for one in export.half_open])

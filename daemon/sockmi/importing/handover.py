@@ -310,7 +310,8 @@ class Handover:
         failed |= dict.fromkeys(handing.undone & wanted, _UNDONE)
         live = [copy for copy in taken if copy.candidate.migration_id not in failed]
         client.respond(taken_response(request.id, live, failed))
-        self._shell.held.deliver(self._shell.held.take([copy.tuple for copy in live if copy.tuple]))
+        connections = {copy.tuple: copy.fd for copy in live if copy.tuple}
+        self._shell.held.deliver(self._shell.held.take(list(connections)), connections)
         reached("taken.answered")
         # They are the client's, whatever happens to us: this can wait until it has had the processor.
         self._shell.loop.call_later(_SETTLE_AFTER_S, self._settle, live, handing.done)

@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,8 @@ _GROUP = struct.Struct("!16sI")
 _LENGTH = struct.Struct("!I")
 _SO_RCVBUFFORCE = 33
 _MAPPED = bytes(10) + b"\xff\xff"
-_PACKET = struct.Struct("@PN16sHHI")  # struct sockmi_packet, with its struct sockmi_endpoint
+_PACKET = struct.Struct("@PN16sHHIi4x")  # struct sockmi_packet, with its struct sockmi_endpoint
+_NO_SOCKETS: Mapping[FourTuple, int] = {}
 
 PACKETS_PER_CONNECTION_MAX = 256
 BYTES_PER_CONNECTION_MAX = 1 << 20
@@ -226,8 +227,13 @@ class HeldPackets:
         if kept.expected.resets(segment, {end for one in kept.packets for end in _ends(one)}):
             kept.reset()
 
-    def deliver(self, packets: dict[FourTuple, list[bytes]]) -> int:
-        """Give packets to this host's sockets; the tuples are as those have them. Returns how many went."""
+    def deliver(
+        self, packets: dict[FourTuple, list[bytes]], sockets: Mapping[FourTuple, int] = _NO_SOCKETS
+    ) -> int:
+        """Give packets to this host's sockets; the tuples are as those have them. Returns how many went.
+
+        ``sockets``: descriptors of those that may be bound to a device.
+        """
         content = b"".join([packet for several in packets.values() for packet in several])
         if not content:
             return 0
@@ -235,8 +241,9 @@ class HeldPackets:
         at, rows = ctypes.addressof(buffer), []
         for connection, several in packets.items():
             address, port = _wide(connection.local), connection.local.port
+            descriptor = sockets.get(connection, -1)
             for packet in several:
-                rows.append(_PACKET.pack(at, len(packet), address, port, 0, 0))
+                rows.append(_PACKET.pack(at, len(packet), address, port, 0, 0, descriptor))
                 at += len(packet)
         return int(_deliver()(ctypes.create_string_buffer(b"".join(rows)), len(rows), self._mark))
 

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 ARPHRD_ETHER = 1
 RTN_UNICAST, RTN_LOCAL = 1, 2
+_BEHIND = 1024  # what IPv6 routes have for a metric; more comes behind them
 _PROTOCOL = 83  # rtm_protocol of the routes that are ours; not one of /etc/iproute2/rt_protos
 _RTAX_LOCK_MTU = 1 << 2
 _IFF_UP = 1
@@ -134,13 +135,14 @@ class Routes:
         """Imported connections' packets are delivered locally, whatever their destination; idempotent.
 
         The rules name the device, so that the reverse look-up of rp_filter with
-        src_valid_mark=1 does not meet them.
+        src_valid_mark=1 does not meet them. A socket that is bound to a device gets what is injected by the
+        route of that device; the others by that of the loopback device, which comes first.
         """
 
         def work(ip: Any) -> None:
             s = self._settings
             wanted = {(device, s.marked(Tag.LOCAL)) for device in devices} | {("lo", s.inject_mark)}
-            loopback = ip.link_lookup(ifname="lo")[0]
+            links = [ip.link_lookup(ifname=name)[0] for name in ("lo", *devices)]
             for version, family in _FAMILY.items():
                 have: set[tuple[str | None, int | None]] = set()
                 for rule in self._rules(ip, family):
@@ -149,18 +151,20 @@ class Routes:
                         have.add((iif, mark))
                     else:
                         self._delete_rule(ip, family, iif, mark)
-                _unless(
-                    errno.EEXIST,
-                    ip.route,
-                    "add",
-                    family=family,
-                    dst="0.0.0.0/0" if version == 4 else "::/0",
-                    type="local",
-                    scope="host" if version == 4 else "universe",
-                    proto=_PROTOCOL,
-                    oif=loopback,
-                    table=s.route_table,
-                )
+                for link in links:
+                    _unless(
+                        errno.EEXIST,
+                        ip.route,
+                        "add",
+                        family=family,
+                        dst="0.0.0.0/0" if version == 4 else "::/0",
+                        type="local",
+                        scope="host" if version == 4 else "universe",
+                        proto=_PROTOCOL,
+                        oif=link,
+                        table=s.route_table,
+                        **({} if link == links[0] else {"priority": _BEHIND + link}),
+                    )
                 for device, mark in wanted - have:
                     ip.rule(
                         "add",

@@ -115,6 +115,7 @@ def inet(settings: Settings) -> str:
     table = f"inet {settings.table}"
     inject, passing = (f"{settings.marked(tag):#x}" for tag in (Tag.INJECT, Tag.PASS))
     base = {"prerouting": "in", "output": "out"}
+    injected = {"prerouting": "notrack accept", "output": "goto injected"}
     lines = [f"add table {table}", f"add map {table} ports {{ type mark : inet_service; }}"]
     # The flow map has had the mark; what goes out gets back the one of its socket (SO_MARK), if it has one.
     lines += [
@@ -122,6 +123,11 @@ def inet(settings: Settings) -> str:
         f"flush chain {table} own_mark",
         f"add rule {table} own_mark meta mark set socket mark notrack accept",
         f"add rule {table} own_mark meta mark set 0 notrack accept",
+        # Whatever the routes say, what is injected stays here.
+        f"add chain {table} injected",
+        f"flush chain {table} injected",
+        f'add rule {table} injected oifname != "lo" drop',
+        f"add rule {table} injected notrack accept",
     ]
     lines += [_family(settings, version) for version in (4, 6)]
     for hook, chain in base.items():
@@ -129,7 +135,7 @@ def inet(settings: Settings) -> str:
             f"add chain {table} {hook} "
             f"{{ type filter hook {hook} priority {HOOK_PRIORITY}; policy accept; }}",
             f"flush chain {table} {hook}",
-            f"add rule {table} {hook} meta mark {inject} notrack accept",
+            f"add rule {table} {hook} meta mark {inject} {injected[hook]}",
             f"add rule {table} {hook} meta l4proto tcp meta nfproto vmap "
             f"{{ ipv4 : goto {chain}4, ipv6 : goto {chain}6 }}",
         ]
