@@ -104,12 +104,6 @@ def test_comes_back_with_the_other_engine(dying: Dying, tmp_path: Path, victim: 
             daemons.kill(victim)
 
 
-@pytest.fixture(scope="module")
-def lab(kernel: str) -> Iterator[Lab]:
-    with Lab(f"o{kernel.replace('.', '')[-6:]}") as made:
-        yield made
-
-
 @pytest.fixture(params=["kernel", "repair"])
 def back(request: pytest.FixtureRequest) -> str:
     """The engine that b comes back with: a copy that the module has taken back is alive for neither."""

@@ -45,12 +45,6 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 NAT = {"devices": ["eth0"], "modes": ["nat"]}
 
 
-@pytest.fixture(scope="module")
-def lab(kernel: str) -> Iterator[Lab]:
-    with Lab(f"k{kernel.replace('.', '')}") as made:
-        yield made
-
-
 class Peer:
     """The other end: says numbers one after the other, and checks what it hears."""
 

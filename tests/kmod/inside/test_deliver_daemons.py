@@ -48,12 +48,6 @@ http {{
 """
 
 
-@pytest.fixture(scope="module")
-def lab(kernel: str) -> Iterator[Lab]:
-    with Lab(f"d{kernel.replace('.', '')}") as made:
-        yield made
-
-
 @contextlib.contextmanager
 def nginx(host: Host, directory: Path, options: str = "") -> Iterator[None]:
     """As its package has it, but for where it keeps its files; its answers are the host's name."""

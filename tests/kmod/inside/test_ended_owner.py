@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,6 @@ from tests.lab.test_ended_owner import POINTS, ended_while_frozen
 
 # What could differ between kernels is the module's; whole daemons take an emulated guest minutes.
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.kernels("uml-6.1-debug")]
-
-
-@pytest.fixture(scope="module")
-def lab(kernel: str) -> Iterator[Lab]:
-    with Lab(f"e{kernel.replace('.', '')[-6:]}") as made:
-        yield made
 
 
 #: The last moment is the module's: the daemon has looked for the last time.

@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from lab.labs import Lab
-from tests.lab import test_listener_handshakes
 from tests.lab.test_listener_handshakes import (  # noqa: F401 - these are the tests
     test_a_handshake_that_has_begun_is_waited_for,
     test_one_that_never_ends_stops_nothing,
@@ -16,15 +12,3 @@ from tests.lab.test_listener_handshakes import (  # noqa: F401 - these are the t
 )
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow, pytest.mark.kernels("uml-6.1-debug")]
-
-
-@pytest.fixture(scope="module")
-def lab(kernel: str) -> Iterator[Lab]:
-    with Lab(f"s{kernel.replace('.', '')[-6:]}") as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The User-Mode-Linux kernels have no nft fwd."""
-    monkeypatch.setattr(test_listener_handshakes, "REDIRECT", {"devices": ["eth0"], "modes": ["nat"]})

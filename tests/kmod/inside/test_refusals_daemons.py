@@ -47,12 +47,6 @@ globals().update({name: getattr(all_refusals, name) for name in (*_SAME, "it")})
 
 
 @pytest.fixture(scope="module")
-def lab(kernel: str) -> Iterator[Lab]:
-    with Lab(f"r{kernel.replace('.', '')[-6:]}") as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def running(lab: Lab) -> Iterator[Bench]:
     """Daemons for all tests of the module, whom everybody may ask."""
     with (

@@ -25,12 +25,6 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
-def lab(kernel: str) -> Iterator[Lab]:
-    with Lab(f"m{kernel.replace('.', '')}") as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def running(lab: Lab) -> Iterator[Bench]:
     """Daemons that found the module; the redirect is one that each of the kernels has."""
     redirect = {"devices": ["eth0"], "modes": ["nat"]}

@@ -36,12 +36,6 @@ WAIT_MS = Path("/sys/module/sockmi/parameters/sysctl_wait_ms")
 
 
 @pytest.fixture(scope="module")
-def lab(kernel: str) -> Iterator[Lab]:
-    with Lab(f"s{kernel.replace('.', '')[-6:]}") as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def made(lab: Lab) -> Iterator[Daemons]:
     """They take long to start, where processors are emulated: all tests have the same ones."""
     with daemons(lab, "ab", redirect=NAT) as running:
