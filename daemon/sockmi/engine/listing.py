@@ -34,8 +34,10 @@ _REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2
 _MESSAGE = struct.Struct("=BBxx2s2s16s16s4xQ4xIIII")
 _RECEIVED = struct.Struct("=128xQ")  # of struct tcp_info
 _TRIES = 3
-# Of a dump's states: TCP_SYN_RECV, TCP_LISTEN, TCP_BOUND_INACTIVE.
-_SYN_RECV, _LISTEN, _BOUND = 1 << 3, 1 << 10, 1 << 13
+# Of a dump's states: TCP_SYN_RECV, TCP_TIME_WAIT, TCP_LISTEN, TCP_NEW_SYN_RECV, TCP_BOUND_INACTIVE.
+_SYN_RECV, _TIME_WAIT, _LISTEN, _NEW_SYN_RECV, _BOUND = 1 << 3, 1 << 6, 1 << 10, 1 << 12, 1 << 13
+_ALL = 0xFFFFFFFF
+_OWNABLE = _ALL & ~(_SYN_RECV | _TIME_WAIT | _NEW_SYN_RECV)
 
 
 @frozen
@@ -55,8 +57,8 @@ class Holder:
 class ListedSocket:
     """A TCP socket of this namespace.
 
-    ``inode`` is 0 for those without a descriptor (TIME-WAIT, SYN-RECEIVED, orphans). Queues in bytes; of
-    a listener, ``receive_queue`` counts connections that wait for accept, ``send_queue`` is its backlog.
+    ``inode`` is 0 for orphans, which no descriptor leads to. Queues in bytes; of a listener,
+    ``receive_queue`` counts connections that wait for accept, ``send_queue`` is its backlog.
     ``remote`` is None unless connected. ``quiet``: only if it was asked for.
     """
 
@@ -93,13 +95,15 @@ def list_sockets(
 ) -> list[ListedSocket]:
     """Every TCP socket of this thread's network namespace, by tuple; only those of ``pids`` if given.
 
-    ``wanted``: which of them, asked before their holders are looked for, as that takes longest. ``quiet``:
-    look for that too, which takes longer. Holders without this process. A socket that changes its state
-    meanwhile may be missing. OSError if the kernel refuses the dump.
+    But for those of which there may be very many and that nobody has: TIME-WAIT, SYN-RECEIVED.
+    ``wanted``: which of them, asked before their holders are looked for, as that takes longest.
+    ``quiet``: look for that too, which takes longer. Holders without this process. A socket that
+    changes its state meanwhile may be missing. OSError if the kernel refuses the dump.
     """
     if pids is not None and not pids:
         return []
-    listed = (_listed(row, ()) for family in (socket.AF_INET, socket.AF_INET6) for row in _dump(family))
+    rows = (row for family in (socket.AF_INET, socket.AF_INET6) for row in _dump(family, _OWNABLE))
+    listed = (_listed(row, ()) for row in rows)
     sockets = {one.cookie: one for one in listed if wanted(one)}
     holders, rings = find_holders({one.inode for one in sockets.values()} - {0}, sorted(pids or ()))
     names = {pid: process_name(pid) for pid in {pid for held in holders.values() for pid in held}}
@@ -180,7 +184,7 @@ def half_open(at: Collection[Endpoint]) -> dict[FourTuple, int]:
     return found
 
 
-def _dump(family: int, states: int = 0xFFFFFFFF) -> list[tuple[Any, ...]]:
+def _dump(family: int, states: int = _ALL) -> list[tuple[Any, ...]]:
     for _turn in range(_TRIES):
         sockets, complete = _dump_once(family, states)
         if complete:
