@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """sock_diag(7): is there a socket for this connection, and which connections have just ended.
 
-One netlink request for one question (about 10 us); pyroute2's DiagSocket is made for dumps. The kernel
-finds a socket with SO_BINDTODEVICE (or in a VRF, or of a link-local address) only for who names its device:
-what is not found without one is looked for on each device, many of them in one system call.
+Many questions go in one netlink datagram; pyroute2's DiagSocket is made for dumps. The kernel finds a socket
+with SO_BINDTODEVICE (or in a VRF, or of a link-local address) only for who names its device: what is not
+found without one is looked for on each device.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
+from typing import TypeVar
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.frozen import frozen
+
+T = TypeVar("T")
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -32,7 +35,7 @@ _REQUEST = struct.Struct("=BBBBI")
 _SOCKET_ID = struct.Struct("!HH16s16s4s8s")
 _NO_COOKIE = b"\xff" * 8
 _ANY_DEVICE = 0
-_DEVICES_AT_ONCE = 64  # so that all answers fit into the receive buffer
+_QUESTIONS_AT_ONCE = 64  # so that all answers fit into the receive buffer
 _DEVICES_AGE_S = 1.0  # to list them takes longer than to ask
 _LISTEN, _TIME_WAIT = 10, 6
 _SO_RCVBUFFORCE = 33
@@ -64,18 +67,28 @@ class SocketDiag:
         self._devices: list[int] = []
         self._listed_at = -_DEVICES_AGE_S - 1
 
-    def state(self, connection: FourTuple) -> int | None:
-        """The kernel's state number of a connection, or None: no such socket."""
-        found = self.find(connection)
-        return found.state if found else None
+    def states(self, connections: Sequence[FourTuple]) -> list[int | None]:
+        """The kernel's state number of each connection, or None: no such socket."""
+        return [found.state if found else None for found in self.find_all(connections)]
 
     def find(self, connection: FourTuple) -> Found | None:
         """The socket of a connection, or None."""
+        return self.find_all([connection])[0]
+
+    def find_all(self, connections: Sequence[FourTuple]) -> list[Found | None]:
+        """The same for many; OSError if the kernel does not answer."""
+        found: list[Found | None] = [None] * len(connections)
         for devices in self._device_groups():
-            for answer in self._ask(_SOCK_DIAG_BY_FAMILY, connection, _NO_COOKIE, devices):
-                if isinstance(answer, bytes) and (found := _found(answer)) is not None:
-                    return found
-        return None
+            missing = [at for at, one in enumerate(found) if one is None]
+            questions = [(at, device) for at in missing for device in devices]
+            for some in _some(questions):
+                asked = [(connections[at], _NO_COOKIE, device) for at, device in some]
+                for (at, _unused), answer in zip(some, self._ask(_SOCK_DIAG_BY_FAMILY, asked), strict=True):
+                    if isinstance(answer, bytes) and found[at] is None:
+                        found[at] = _found(answer)
+            if None not in found:
+                break
+        return found
 
     def destroy(self, connection: FourTuple, cookie: int) -> bool:
         """End that socket whoever has it; False if this kernel cannot (CONFIG_INET_DIAG_DESTROY).
@@ -84,10 +97,11 @@ class SocketDiag:
         is gone is no error.
         """
         for devices in self._device_groups():
-            for code in self._ask(_SOCK_DESTROY, connection, struct.pack("=Q", cookie), devices):
-                if code == errno.EOPNOTSUPP:
+            for some in _some([(connection, struct.pack("=Q", cookie), device) for device in devices]):
+                codes = self._ask(_SOCK_DESTROY, some)
+                if errno.EOPNOTSUPP in codes:
                     return False
-                if code == 0:
+                if 0 in codes:
                     return True
         return True
 
@@ -104,27 +118,21 @@ class SocketDiag:
         now = time.monotonic()
         if now - self._listed_at > _DEVICES_AGE_S:
             self._devices, self._listed_at = [index for index, _unused in socket.if_nameindex()], now
-        for start in range(0, len(self._devices), _DEVICES_AT_ONCE):
-            yield self._devices[start : start + _DEVICES_AT_ONCE]
+        yield self._devices
 
-    def _ask(
-        self, kind: int, connection: FourTuple, cookie: bytes, devices: Sequence[int]
-    ) -> list[bytes | int]:
-        """The answer for each device: a message, or an errno (0: carried out; there is no such socket)."""
-        local, remote = connection.local, connection.remote
-        family = socket.AF_INET if connection.version == 4 else socket.AF_INET6
+    def _ask(self, kind: int, questions: Sequence[tuple[FourTuple, bytes, int]]) -> list[bytes | int]:
+        """Connection, cookie, device: the answer to each, which is a message or an errno.
+
+        (0: carried out; ENOENT: there is no such socket; ESTALE: it has another cookie.)
+        """
         flags = _NLM_F_REQUEST | (_NLM_F_ACK if kind == _SOCK_DESTROY else 0)
-        head = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
-        ends = local.port, remote.port, local.address.packed, remote.address.packed
-        requests = []
-        first = self._sequence + 1
-        for device in devices:
+        first, requests = self._sequence + 1, []
+        for connection, cookie, device in questions:
             self._sequence += 1
-            body = head + _SOCKET_ID.pack(*ends, struct.pack("=I", device), cookie)
-            requests.append(_HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
+            requests.append(_header(kind, flags, self._sequence) + _body(connection, cookie, device))
         self._socket.send(b"".join(requests))
         answers: dict[int, bytes | int] = {}
-        while len(answers) < len(devices):
+        while len(answers) < len(questions):
             answer = self._socket.recv(8192)
             _unused, answered, _unused, sequence, _unused = _HEADER.unpack_from(answer)
             if not first <= sequence <= self._sequence:
@@ -134,13 +142,33 @@ class SocketDiag:
                 continue
             code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
             if code not in (0, errno.ENOENT, errno.ESTALE, errno.EOPNOTSUPP):
+                connection = questions[sequence - first][0]
                 raise OSError(code, f"sock_diag about {connection}: {os.strerror(code)}")
             answers[sequence] = code
-        return list(answers.values())
+        return [answers[sequence] for sequence in range(first, first + len(questions))]
 
     def close(self) -> None:
         """Close the netlink socket."""
         self._socket.close()
+
+
+def _some(questions: list[T]) -> Iterator[list[T]]:
+    """In parts that may be asked at once."""
+    for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
+        yield questions[start : start + _QUESTIONS_AT_ONCE]
+
+
+def _header(kind: int, flags: int, sequence: int) -> bytes:
+    return _HEADER.pack(_HEADER.size + _REQUEST.size + _SOCKET_ID.size, kind, flags, sequence, 0)
+
+
+def _body(connection: FourTuple, cookie: bytes, device: int) -> bytes:
+    local, remote = connection.local, connection.remote
+    family = socket.AF_INET if connection.version == 4 else socket.AF_INET6
+    ends = local.port, remote.port, local.address.packed, remote.address.packed
+    return _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + _SOCKET_ID.pack(
+        *ends, struct.pack("=I", device), cookie
+    )
 
 
 def _found(answer: bytes) -> Found | None:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.addresses import Endpoint, FourTuple
@@ -30,24 +31,45 @@ class Placing:
         self,
         modes: Sequence[Mode],
         path_to: Callable[[IPv4Address | IPv6Address], Way | None],
-        exists: Callable[[FourTuple], bool],
+        states_of: Callable[[Sequence[FourTuple]], list[int | None]],
         bury: Callable[[FourTuple], bool],
         obstacle: Callable[[Needs, str, Placement, Endpoint | None], Refusal | None],
     ) -> None:
-        """``path_to``: this host's route to an address. ``exists``: whether a connection lives here.
+        """``path_to``: this host's route to an address. ``states_of``: of connections; None: not here.
 
         ``bury``: ends one that is in TIME-WAIT; False if it is not, or this kernel cannot.
         ``obstacle``: why this host could not restore such a socket at a place (engine/trial.py).
         """
         self._modes = frozenset(modes)
         self._path_to = path_to
-        self._exists = exists
+        self._states_of = states_of
         self._bury = bury
         self._obstacle = obstacle
         self._paths: dict[IPv4Address | IPv6Address, tuple[float, Way | None]] = {}
         self._given: dict[MigrationId, FourTuple] = {}
         self._taken: set[FourTuple] = set()
+        self._absent: frozenset[FourTuple] = frozenset()  # as long as `asked_at_once` lasts
         self._ports = Ports()
+
+    @contextlib.contextmanager
+    def asked_at_once(self, items: Iterable[Item], modes: Sequence[Mode]) -> Iterator[None]:
+        """While their places are chosen: one question to the kernel about all that they will likely be."""
+        preserved = bool(self._modes & _PRESERVING & set(modes))
+        with contextlib.suppress(OSError):  # then each is asked for by itself, and fails by itself
+            likely = [one for item in items if (one := self._likely(item, preserved=preserved))]
+            states = zip(likely, self._states_of(likely), strict=True)
+            self._absent = frozenset(one for one, state in states if state is None)
+        try:
+            yield
+        finally:
+            self._absent = frozenset()
+
+    def _likely(self, item: Item, *, preserved: bool) -> FourTuple | None:
+        if item.kind is not Kind.CONNECTED or item.local is None or item.remote is None:
+            return None
+        path = None if preserved else self._path(item.local.address)
+        source = path.source if path else None
+        return FourTuple(Endpoint(source, item.local.port) if source else item.local, item.remote)
 
     def choose(self, item: Item, modes: Sequence[Mode], former: Endpoint | None = None) -> Place:
         """A place for one socket; raises Refusal if there is none, or the socket could not live there.
@@ -183,6 +205,9 @@ class Placing:
                 f"{connection} exists at the importer already; close it there first (one in TIME-WAIT "
                 "ends by itself within a minute).",
             )
+
+    def _exists(self, connection: FourTuple) -> bool:
+        return connection not in self._absent and self._states_of([connection])[0] is not None
 
     def _is_taken(self, connection: FourTuple) -> bool:
         return connection in self._taken or self._exists(connection)

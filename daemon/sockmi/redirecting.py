@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sockmi import durable
@@ -36,24 +36,25 @@ class Redirecting:
         shell: Shell,
         routes: dict[bytes, Route],
         holdings: dict[bytes, Holding],
-        state_of: Callable[[FourTuple], int | None],
+        states_of: Callable[[Sequence[FourTuple]], list[int | None]],
         listeners: Callable[[], Counter[Endpoint]],
         is_waiting: Callable[[Holding], bool],
     ) -> None:
-        """``state_of``: the kernel's state of a connection. ``is_waiting``: no application has it yet.
+        """``states_of``: the kernel's state of each connection. ``is_waiting``: no application has it yet.
 
         ``listeners``: how many sockets of this host listen at each endpoint.
         """
         self._shell = shell
         self.routes = routes
         self.holdings = holdings
-        self._state_of = state_of
+        self._states_of = states_of
         self._listeners = listeners
         self._is_waiting = is_waiting
         self._listening: dict[Endpoint, dict[bytes, None]] = {}
         self._by_inode: dict[int, bytes] = {}  # which of the listeners at one endpoint a socket was taken for
         self._missed: dict[tuple[Record, bytes], Endpoint] = {}
         self._watched: set[bytes] = set()
+        self._destroyed: list[bytes] = []  # since the loop's last turn
         # More than one only until an ended connection is forgotten whose tuple another has by now: the last.
         self._by_tuple: dict[FourTuple, dict[bytes, None]] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
@@ -316,8 +317,15 @@ class Redirecting:
 
     def destroyed(self, connection: FourTuple) -> None:
         """The kernel has destroyed a socket; if it was imported, see what is left of it."""
-        for each in self._by_tuple.get(connection, ()):
-            self._shell.loop.call_later(_AT_ONCE_S, self._look, each)
+        known = self._by_tuple.get(connection, ())
+        if known and not self._destroyed:
+            self._shell.loop.call_later(0, self._look_at_destroyed)
+        self._destroyed += known
+
+    def _look_at_destroyed(self) -> None:
+        """All that has come in one turn of the loop is looked at together."""
+        destroyed, self._destroyed = self._destroyed, []
+        self._shell.loop.call_later(_AT_ONCE_S, self._look, destroyed)
 
     def listener_destroyed(self, local: Endpoint) -> None:
         """The kernel has destroyed a socket that was not connected."""
@@ -326,8 +334,7 @@ class Redirecting:
 
     def look_at_all(self) -> None:
         """After a restart, or when news of the kernel were lost."""
-        for connection in [each for there in self._by_tuple.values() for each in there]:
-            self._look(connection)
+        self._look([each for there in self._by_tuple.values() for each in there])
         self.look_at_listeners()
 
     def look_at_listeners(self) -> None:
@@ -346,21 +353,25 @@ class Redirecting:
         if ended:
             self._shell.dispatch(ConnectionsEnded(tuple(ended)))
 
-    def _look(self, connection: bytes) -> None:
-        holding = self.holdings.get(connection)
-        if holding is None or self._is_waiting(holding):
-            return
-        lives = living(holding)
-        state = self._state_of(lives) if lives is not None else None
-        if state is None:
-            self._shell.dispatch(ConnectionsEnded((connection,)))
-        elif state in _SILENT_STATES and connection not in self._watched:
-            self._watched.add(connection)
-            self._shell.loop.call_later(self._shell.config.timing.look_again_s, self._look_again, connection)
+    def _look(self, connections: Iterable[bytes]) -> None:
+        lives: dict[bytes, FourTuple] = {}
+        for connection in connections:
+            holding = self.holdings.get(connection)
+            if holding is not None and not self._is_waiting(holding) and (there := living(holding)):
+                lives[connection] = there
+        states = dict(zip(lives, self._states_of(list(lives.values())), strict=True))
+        if ended := tuple(connection for connection, state in states.items() if state is None):
+            self._shell.dispatch(ConnectionsEnded(ended))
+        silent = [
+            one for one, state in states.items() if state in _SILENT_STATES and one not in self._watched
+        ]
+        if silent:
+            self._watched.update(silent)
+            self._shell.loop.call_later(self._shell.config.timing.look_again_s, self._look_again, silent)
 
-    def _look_again(self, connection: bytes) -> None:
-        self._watched.discard(connection)
-        self._look(connection)
+    def _look_again(self, connections: list[bytes]) -> None:
+        self._watched.difference_update(connections)
+        self._look(connections)
 
 
 def _listeners_of(routes: Iterable[Route]) -> dict[tuple[Record, bytes], Endpoint]:

@@ -160,14 +160,14 @@ class Daemon:
         routes: dict[bytes, Route] = {}
         holdings: dict[bytes, Holding] = {}
         self.redirecting = Redirecting(
-            self.shell, routes, holdings, self.diag.state, listeners, self._waits_for_application
+            self.shell, routes, holdings, self.diag.states, listeners, self._waits_for_application
         )
         self.importing = Importing(
             self.shell,
             Placing(
                 config.redirect.modes,
                 self.tables.routes.path,
-                lambda one: self.diag.state(one) is not None,
+                self.diag.states,
                 self.diag.bury,
                 functools.partial(obstacle, carries_urgent=self.engine.carries_urgent),
             ),

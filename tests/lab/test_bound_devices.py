@@ -53,6 +53,8 @@ def test_found_and_destroyed(lab: Lab, kind: str) -> None:
         assert found is not None and found.inode == os.fstat(one.fd).st_ino
     nobody = FourTuple(Endpoint(tuple_of(case).local.address, 1), tuple_of(case).remote)
     assert diag.find(nobody) is None
+    several = [tuple_of(plain), nobody, tuple_of(case)]
+    assert diag.find_all(several * 50) == [diag.find(one) for one in several] * 50, "more than one question"
     connection, found = tuple_of(case), diag.find(tuple_of(case))
     assert found
     assert diag.destroy(connection, found.cookie + 1), "another socket's cookie: nothing is done"

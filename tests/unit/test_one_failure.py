@@ -15,7 +15,7 @@ from uuid import UUID
 
 import pytest
 
-from sockmi.addresses import Endpoint
+from sockmi.addresses import Endpoint, FourTuple
 from sockmi.api import TakenRequest, parse_request
 from sockmi.config import Config
 from sockmi.engine.base import Kind, Needs, Placement
@@ -52,6 +52,11 @@ def bound(number: int) -> Item:
     return Item(name, name, Kind.BOUND, "CLOSED", local, None, local, 1, HOME)
 
 
+def nowhere(connections: Sequence[FourTuple]) -> list[int | None]:
+    """The kernel knows none of them."""
+    return [None] * len(connections)
+
+
 def told(**parts: Any) -> tuple[Any, list[e.Event]]:
     """A shell that keeps what it dispatches."""
     events: list[e.Event] = []
@@ -70,7 +75,7 @@ def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None
 
     spool, later = SimpleNamespace(provide=None), SimpleNamespace(call_later=lambda *_unused: None)
     shell, events = told(loop=later, spool=spool)
-    placing = Placing([Mode.NAT], lambda _unused: None, lambda _unused: False, lambda _unused: False, trying)
+    placing = Placing([Mode.NAT], lambda _unused: None, nowhere, lambda _unused: False, trying)
     importing = Importing(shell, placing, Capacity(), None)  # type: ignore[arg-type]
     importing.reservations.reserve(a.Reserve(BATCH, HOME, 1, (bound(1), bound(2)), (Mode.NAT,), (None, None)))
     [done] = events
@@ -142,9 +147,7 @@ def test_a_reroute_that_fails_is_refused(error: Exception) -> None:
     place = Place(Endpoint(IPv4Address("192.0.2.3"), 4000), Mode.NAT)
     route = Route(b"c" * 16, b"m" * 16, Kind.CONNECTED, 2, HOME, b"x" * 16, place, *ends, ends[0])
     shell, events = told(redirects={Mode.NAT: SimpleNamespace(reachable=reachable)})
-    redirecting = Redirecting(
-        shell, {route.connection: route}, {}, lambda _unused: None, Counter, lambda _unused: False
-    )
+    redirecting = Redirecting(shell, {route.connection: route}, {}, nowhere, Counter, lambda _unused: False)
     redirecting.reroute(a.Reroute((route,)))
     [done] = events
     assert isinstance(done, e.RerouteDone)
@@ -169,9 +172,7 @@ def test_a_reroute_that_cannot_be_journalled_is_undone() -> None:
         for hop, place in enumerate(places, 1)
     )
     shell, events = told(redirects={Mode.NAT: redirect}, journal=SimpleNamespace(write=write))
-    redirecting = Redirecting(
-        shell, {old.connection: old}, {}, lambda _unused: None, Counter, lambda _unused: False
-    )
+    redirecting = Redirecting(shell, {old.connection: old}, {}, nowhere, Counter, lambda _unused: False)
     redirecting.reroute(a.Reroute((new,)))
     [done] = events
     assert isinstance(done, e.RerouteDone)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address
 
 import pytest
 
-from sockmi.addresses import Endpoint
+from sockmi.addresses import Endpoint, FourTuple
 from sockmi.engine.base import Kind
 from sockmi.placing import Placing
 from sockmi.protocol.records import Item, Place
@@ -32,7 +34,7 @@ def placing(mode: Mode, state: str = "") -> Placing:
     return Placing(
         [mode],
         lambda _address: PATH,
-        lambda _connection: bool(state),
+        lambda connections: [1 if state else None] * len(connections),
         lambda _connection: state == "TIME-WAIT",
         lambda *_unused: None,
     )
@@ -63,3 +65,28 @@ def test_another_attempt_has_its_place() -> None:
     assert told.value.code is Code.TUPLE_TAKEN
     it.forget(item(1).migration)
     assert it.choose(item(2), [Mode.FORWARD]) == PRESERVED
+
+
+def test_many_are_asked_about_at_once() -> None:
+    """And what is not asked about then, or is asked later, is asked about by itself."""
+    asked: list[list[FourTuple]] = []
+
+    def states(connections: Sequence[FourTuple]) -> list[int | None]:
+        asked.append(list(connections))
+        return [None] * len(connections)
+
+    it = Placing([Mode.FORWARD], lambda _address: PATH, states, lambda _one: False, lambda *_unused: None)
+    items = [replace(item(number), remote=replace(REMOTE, port=4000 + number)) for number in range(1, 4)]
+    with it.asked_at_once(items, [Mode.FORWARD]):
+        for one in items:
+            it.choose(one, [Mode.FORWARD])
+    assert asked == [[FourTuple(LOCAL, one.remote) for one in items if one.remote]]
+    it.forget(items[0].migration)
+    it.choose(items[0], [Mode.FORWARD])
+    assert len(asked) == 2, "what was absent then may be here now"
+
+
+def test_one_that_is_here_is_found_among_many() -> None:
+    it = placing(Mode.FORWARD, "ESTABLISHED")
+    with it.asked_at_once([item(1)], [Mode.FORWARD]), pytest.raises(Refusal, match="exists at the importer"):
+        it.choose(item(1), [Mode.FORWARD])

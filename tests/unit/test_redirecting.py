@@ -55,7 +55,7 @@ class Host:
             holds=SimpleNamespace(miss_listeners=lambda *_unused: None),
         )
         self.redirecting = Redirecting(
-            shell, {}, {}, lambda _unused: self.state, Counter, lambda _unused: False
+            shell, {}, {}, lambda several: [self.state] * len(several), Counter, lambda _unused: False
         )
 
     def forget(self, connection: bytes) -> None:

@@ -28,15 +28,16 @@ class Reservations:
     def reserve(self, action: Reserve) -> None:
         """Choose the place of each copy, and keep it."""
         places: list[Place | Refusal] = []
-        for item, former in zip(action.items, action.former, strict=True):
-            try:
-                places.append(self._placing.choose(item, action.modes, former))
-            except Refusal as refusal:
-                places.append(refusal)
-            except Exception as error:  # no more descriptors, say: the others go on
-                _log.exception("a place for %s", item)
-                self._placing.forget(item.migration)
-                places.append(importer_failed(error))
+        with self._placing.asked_at_once(action.items, action.modes):
+            for item, former in zip(action.items, action.former, strict=True):
+                try:
+                    places.append(self._placing.choose(item, action.modes, former))
+                except Refusal as refusal:
+                    places.append(refusal)
+                except Exception as error:  # no more descriptors, say: the others go on
+                    _log.exception("a place for %s", item)
+                    self._placing.forget(item.migration)
+                    places.append(importer_failed(error))
         self._shell.dispatch(ReserveDone(action.batch, action.exporter, action.page, tuple(places)))
         self._shell.loop.call_later(0, self._shell.spool.provide)  # when RESERVED is on its way
         self._early.promise(
