@@ -13,8 +13,11 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests import collection
 
@@ -28,9 +31,22 @@ for folder in /etc /opt /usr/local /usr/src /var/lib; do
 	mount -t overlay -o "lowerdir=$folder,upperdir=$1/upper$folder,workdir=$1/work$folder" overlay "$folder"
 done
 mount -t tmpfs run /run
+mount -t tmpfs log /var/log
 ip link set lo up
 echo ready
 exec sleep infinity
+"""
+# Programs of packages are laid over those of this machine, which stay as they are.
+UNPACKING = """
+for package in {packages}/*.deb; do dpkg -x $package {there}; done
+for folder in bin sbin lib; do
+	[ ! -d {there}/$folder ] || [ -L {there}/$folder ] || cp -r {there}/$folder/. {there}/usr/$folder
+done
+for folder in /usr/bin /usr/sbin /usr/share /usr/lib; do
+	mkdir -p {there}$folder
+	mount -t overlay -o lowerdir={there}$folder:$folder overlay $folder
+done
+[ ! -d {there}/etc ] || cp -r {there}/etc/. /etc
 """
 
 
@@ -66,7 +82,7 @@ class RoleHost:
         """A command in it."""
         enter = ["nsenter", f"--target={self._inside}", "--mount", "--net", "--pid", "--"]
         return subprocess.run(
-            [*enter, *map(str, words)], text=True, capture_output=True, check=False, timeout=300, **more
+            [*enter, *map(str, words)], text=True, capture_output=True, check=False, timeout=800, **more
         )
 
     def sh(self, script: str) -> str:
@@ -89,19 +105,24 @@ class RoleHost:
         play = {**LOCAL, "hosts": "localhost", "tasks": _including(*tasks)}
         return self.play("-i", "localhost,", self._playbook([play]), check=check, **variables)
 
-    def cases(self, cases: list[tuple[tuple[str, ...], dict[str, Any]]]) -> list[str]:
-        """Run each case's tasks with its variables, all in one run of Ansible; with what each failed."""
+    def cases(
+        self, cases: list[tuple[tuple[str, ...], dict[str, Any]]], hosts: Sequence[str] = ("localhost",)
+    ) -> list[str]:
+        """Run each case's tasks with its variables, all in one run of Ansible; with what each failed.
+
+        ``hosts``: what Ansible takes this one for.
+        """
         told = {"msg": f"told {FAILURES} end"}
         plays = [
             {
                 **LOCAL,
-                "hosts": "localhost",
+                "hosts": "all",
                 "vars": variables,
                 "tasks": [{"block": _including(*tasks), "rescue": [{"ansible.builtin.debug": told}]}],
             }
             for tasks, variables in cases
         ]
-        done = self.play("-i", "localhost,", self._playbook(plays))
+        done = self.play("-i", ",".join([*hosts, ""]), self._playbook(plays))
         _before, *each = re.split(r"^PLAY \[", done.stdout, flags=re.MULTILINE)
         assert len(each) == len(cases), done.stdout + done.stderr
         return [" ".join(one.partition('"told ')[2].rpartition(' end"')[0].split()) for one in each]
@@ -127,6 +148,13 @@ class RoleHost:
         file = Path(f"{self.scratch}.yml")
         file.write_text(json.dumps(plays))
         return file
+
+    def unpack(self, name: str) -> None:
+        """A package that is not installed here, as ``scripts/setup tests`` downloads it."""
+        packages = collection.PROJECT / ".build/packages" / name
+        if not (packages / "complete").exists():
+            pytest.skip(f"no {packages}: `scripts/setup tests` could not download it")
+        self.sh(UNPACKING.format(packages=packages, there=self.scratch / name))
 
     def release(self, prefix: str, *, unit: bool = True) -> None:
         """A release in use below ``prefix``, whose programs are those of the tests, and the unit for it."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,10 +173,85 @@ def test_no_variable_is_left_out() -> None:
     options = {name.removeprefix("sockmi_") for name in specs["argument_specs"]["main"]["options"]}
     reaching = {variable for expected in FILES.values() for variable, _pattern in expected}
     reaching |= {variable for variable, _target in LINKS.values()}
-    # By what they make fail (below), or predicted (above).
+    # By what they make fail, or predicted, or what waits for them.
     reaching |= {"kernel_module", "kernel_module_parameters", "packages", "python", "uninstall_force"}
-    reaching |= {"verify", "wait_s", "wheelhouse", "wheelhouse_build"}
-    assert options - reaching == {"members_min"}  # which wants others: molecule/
+    reaching |= {"members_min", "verify", "wait_s", "wheelhouse", "wheelhouse_build"}
+    assert options == reaching
+
+
+DAEMON = """
+host_name: {0}
+groups: [{{name: default, key_file: /etc/sockmi/default.key, interface: lan}}]
+run_dir: /run/{0}
+state_dir: /var/lib/{0}
+metrics_port: 0
+"""
+
+
+def test_members_min_waits_for_others(host: RoleHost) -> None:
+    """In a play with two hosts, of which each has to hear one other; the other is in a namespace beside."""
+    host.sh(f"mkdir /etc/sockmi /run/sockmi /run/far; umask 77; echo {KEY} >/etc/sockmi/default.key")
+    host.sh("ip netns add far; ip link add lan type veth peer name lan netns far")
+    host.sh("ip address add 192.0.2.1/24 dev lan; ip link set lan up")
+    host.sh("ip -n far address add 192.0.2.2/24 dev lan; ip -n far link set lan up; ip -n far link set lo up")
+
+    def start(name: str, within: str = "") -> None:
+        config = host.scratch.with_name(f"{name}.yml")
+        config.write_text(DAEMON.format(name))
+        sockmid = Path(sys.executable).with_name("sockmid")
+        host.sh(f"setsid -f {within} {sockmid} --config {config} >{config}.log 2>&1 </dev/null")
+        host.sh(f"timeout 60 sh -c 'while ! [ -S /run/{name}/control.sock ]; do sleep 0.2; done'")
+
+    def told(*due: tuple[int, int]) -> list[str]:
+        values = [{"sockmi_members_min": least, "sockmi_wait_s": wait_s} for least, wait_s in due]
+        return host.cases([(("members",), one) for one in values], hosts=["one", "two"])
+
+    start("sockmi")
+    alone = told((1, 1), (0, 1))
+    assert alone[0].count("sockmid runs, but hears 0 other daemons, not 1") == 2
+    assert alone[1] == ""
+    start("far", "ip netns exec far")
+    assert told((1, 60)) == [""]
+
+
+INSTALLED = """
+Package: {}
+Version: 1
+Architecture: all
+Maintainer: nobody
+Description: as if
+Status: install ok installed
+"""
+
+
+def test_the_kernel_module_gets_its_parameters(host: RoleHost, tmp_path: Path) -> None:
+    """In check mode, with the real dkms: there may be no headers of this machine's kernel."""
+    host.unpack("dkms")
+    kernel = host.sh("uname -r").strip()
+    lacking = [
+        name for name in ("dkms", f"linux-headers-{kernel}") if host.run("dpkg", "-s", name).returncode
+    ]
+    (tmp_path / "status").write_text("".join(map(INSTALLED.format, lacking)))
+    host.sh(
+        f"mkdir -p /usr/src/kernels/{kernel}; touch /usr/src/kernels/{kernel}/Makefile;"
+        f"cat {tmp_path}/status >>/var/lib/dpkg/status"
+    )
+    with tarfile.open(tmp_path / "sources.tar", "w") as sources:
+        for file in [*sorted((PROJECT / "kmod").glob("*.[ch]")), PROJECT / "kmod/dkms.conf"]:
+            sources.add(file, file.name)
+    known = {"sockmi_wheelhouse": str(tmp_path), "__sockmi_dkms": {"file": "sources.tar"}}
+    tasks = ("gather", "kernel_module")
+    before = state(host)
+    done = host.run_tasks(
+        *tasks, check=True, sockmi_kernel_module_parameters={"freeze_max_ms": 2500}, **known
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Build and load it" in changed_tasks(done.stdout)
+    shown = set(re.findall(r"^[+] +(.*?),?$", done.stdout, re.MULTILINE))
+    assert {'"freeze_max_ms": "2500"', '"loaded": true', '"built": true'} <= shown
+    done = host.run_tasks(*tasks, check=True, sockmi_kernel_module="none", **known)
+    assert (done.returncode, changed_tasks(done.stdout)) == (0, []), done.stdout
+    assert state(host) == before
 
 
 def test_wrong_values_are_named_by_what_reads_them(host: RoleHost, tmp_path: Path) -> None:
@@ -202,6 +279,14 @@ def test_wrong_values_are_named_by_what_reads_them(host: RoleHost, tmp_path: Pat
             "no kernel module: parameters: fast mode='1' is no parameter",
         ),
         (
+            ("gather", "kernel_module"),
+            {
+                **{"kernel_module": "auto", "kernel_module_parameters": {"fast mode": 1}},
+                **{"packages": False, "prefix": f"{host.scratch}/copied", "wheelhouse": str(tmp_path)},
+            },
+            "",  # the repair engine does without
+        ),
+        (
             ("gather", "wheelhouse"),
             {"wheelhouse": str(tmp_path), "wheelhouse_build": False},
             f"{tmp_path} on the controller has no bundle for",
@@ -218,14 +303,45 @@ def test_wrong_values_are_named_by_what_reads_them(host: RoleHost, tmp_path: Pat
     )
     for (_tasks, wrong, said), answer in zip(cases, told, strict=True):
         assert said in answer, (wrong, answer)
+        assert bool(said) == bool(answer), (wrong, answer)
     assert state(host) == before
+
+
+# Of a host's administrator, with names and numbers as SockMi has them elsewhere.
+OTHERS = """
+ip link add lan type veth peer name far; ip link set lan up; ip link set far up
+ip address add 192.0.2.1/24 dev lan
+nft add table inet sockmi; nft add table netdev sockmi
+ip rule add fwmark 1 iif lan priority 98 table 7780
+ip route add 198.51.100.0/24 dev lan table 7780; ip route add 198.51.100.0/24 dev lan
+"""
+# By the daemon's own code: of the host's configuration, and of another daemon.
+SETTING_UP = """
+from sockmi.redirect.tables import Settings, Tables
+Tables(Settings(table="moved", rule_priority=99)).setup()
+Tables(Settings(table="another", rule_priority=97, route_table=97)).setup()
+"""
+REMOVING_ANOTHER = """
+from sockmi.redirect.tables import Settings, Tables
+Tables(Settings(table="another", rule_priority=97, route_table=97)).teardown()
+"""
+
+
+def network(host: RoleHost) -> str:
+    """Tables, rules and routes of a host."""
+    return host.sh(
+        "nft list ruleset; for v in 4 6; do ip -$v rule; ip -$v route show table all;done | grep -v fe80"
+    )
 
 
 def test_uninstall_does_not_pass_over_redirects_that_it_cannot_remove(host: RoleHost) -> None:
     host.release("/opt/sockmi")
-    code, output, _changed = host.tasks("gather", "host", "configure", sockmi_group_key=KEY)
+    settings = {"redirect": {"table": "moved", "rule_priority": 99}}
+    code, output, _changed = host.tasks(
+        "gather", "host", "configure", sockmi_group_key=KEY, sockmi_settings=settings
+    )
     assert code == 0, output
-    host.sh(f"mv /opt/sockmi/releases {host.scratch}; nft add table inet sockmi")
+    host.sh(f"mv /opt/sockmi/releases {host.scratch}; nft add table inet moved")
     before = state(host)
     code, output, changed = host.tasks("uninstall")
     assert (code, changed) == (2, 0)
@@ -236,10 +352,18 @@ def test_uninstall_does_not_pass_over_redirects_that_it_cannot_remove(host: Role
     host.sh(f"cd {host.scratch}; mv releases /opt/sockmi; rm /opt/sockmi/current; cp -r /etc/sockmi .")
     code, output, _changed = host.tasks("uninstall")
     assert code == 0, output
-    assert "sockmi" not in host.sh("nft list tables; ls /opt /etc")
+    assert not [one for one in ("moved", "sockmi") if one in host.sh("nft list tables; ls /opt /etc")]
 
-    host.sh(f"cp -r {host.scratch}/sockmi /etc; nft add table inet sockmi")
-    code, output, _changed = host.tasks("uninstall", sockmi_uninstall_force=True)
-    assert code == 0, output
-    assert "they stay until the host boots" in output
-    assert host.sh("nft list tables; ls /etc | grep -c sockmi || true") == "table inet sockmi\n0\n"
+    # Without any it removes by name what the daemon has made, and nothing else.
+    host.sh(f"cp -r {host.scratch}/sockmi /etc; {OTHERS}")
+    before = network(host)
+    done = host.run(sys.executable, "-c", SETTING_UP)
+    assert done.returncode == 0, done.stderr
+    with_ours = network(host)
+    code, output, predicted = host.tasks("uninstall", sockmi_uninstall_force=True, check=True)
+    assert (code, network(host)) == (0, with_ours), output
+    code, output, changed = host.tasks("uninstall", sockmi_uninstall_force=True)
+    assert (code, changed) == (0, predicted), output
+    assert "sockmi" not in host.sh("ls /opt /etc")
+    assert host.run(sys.executable, "-c", REMOVING_ANOTHER).returncode == 0
+    assert network(host) == before

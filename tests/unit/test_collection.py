@@ -29,6 +29,17 @@ BESIDE = [
 ]
 
 
+# What the tarball has at its top: galaxy.yml names what is left out, so what is new would get in unseen.
+TOP = {
+    *("CHANGELOG.md", "CHANGELOG.rst", "FILES.json", "LICENSE", "LICENSES", "MANIFEST.json", "Makefile"),
+    *("README.md", "REUSE.toml", "ansible.cfg", "bench", "changelogs", "completions", "daemon", "docs"),
+    *("drain.yml", "guests", "install.yml", "inventories", "kmod", "lab", "meta", "migrate.yml", "molecule"),
+    *("playbooks", "plugins", "pyproject.toml", "requirements.txt", "roles", "scripts", "tests"),
+    "uninstall.yml",
+}
+TEXT_MAX_BYTES = 256 << 10  # FILES.json is the largest
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of collections with what the tarball installs."""
@@ -54,6 +65,21 @@ def test_it_has_the_sources_and_nothing_that_lies_beside_them(installed: Path) -
     wanted = {name for name in collection.sources() if not re.search(r"(^|/)\.", name)}
     assert found - wanted == {"FILES.json", "MANIFEST.json"}
     assert wanted - found == {"galaxy.yml"}
+
+
+def test_only_what_belongs_there_is_in_it(installed: Path) -> None:
+    """At its top, and nowhere anything but text: what is built, recorded or packed is not."""
+    root = collection.root(installed)
+    files = [path for path in root.rglob("*") if not path.is_dir()]
+    assert {path.relative_to(root).parts[0] for path in files} == TOP
+    for path in files:
+        if path.is_symlink():
+            assert root in path.resolve().parents, path
+        else:
+            content = path.read_bytes()
+            assert len(content) < TEXT_MAX_BYTES, path
+            assert b"\0" not in content, path
+            content.decode()
 
 
 def test_a_playbook_of_it_does_its_work(installed: Path) -> None:

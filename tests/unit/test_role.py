@@ -107,6 +107,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("groups", [{"name": "x", "port": 0}], "ports of sockmi_groups are 7781, 0; give 1 to 65535"),
     ("stream_port", "many", "sockmi_stream_port"),
     ("stream_port", 65536, "sockmi_stream_port and the ports of sockmi_groups are 65536, 7780"),
+    ("stream_port", 22, "sockmi_stream_port is 22, the port by which Ansible comes"),
     ("redirect_modes", ["nat", "teleport"], "sockmi_redirect_modes must be one or more of"),
     ("settings", "timing", "sockmi_settings"),
     ("kernel_module", "maybe", "sockmi_kernel_module must be one of: auto, required, none"),

@@ -35,6 +35,8 @@ SYSTEM = {
     *("/var/cache", "/var/lib", "/var/local", "/var/log", "/var/mail", "/var/opt", "/var/spool"),
     *("/etc/sockmi", "/var/lib/sockmi"),
 }
+RTF_ADVERTISED = 0x50000  # RTF_DEFAULT and RTF_ADDRCONF of linux/ipv6_route.h
+FIREWALLD_PRIORITY = 7780  # by which the role's rules there are told from the operator's
 PASSING = {"dev", "proc", "run", "sys", "tmp"}  # what is there is gone after a boot
 
 
@@ -113,6 +115,39 @@ def before(path):
             f"{path} is damaged ({error}); it has the kernel settings of before the installation: restore "
             "it, or remove it, and they stay as they are now when SockMi is removed"
         )
+
+
+def firewalld():
+    """Its default zone, and the role's rules in each, now and after a restart; None: it does not run."""
+    if said("firewall-cmd", "--state") != "running":
+        return None
+    found = {"zone": said("firewall-cmd", "--get-default-zone")}
+    for name, more in (("now", []), ("later", ["--permanent"])):
+        zone, rules = "", []
+        for line in said("firewall-cmd", *more, "--list-all-zones").splitlines():
+            if line[:1].strip():
+                zone = line.split()[0]
+            elif line.strip().startswith(f'rule priority="{FIREWALLD_PRIORITY}" '):
+                rules.append({"zone": zone, "rule": line.strip()})
+        found[name] = rules
+    return found
+
+
+def advertised(known):
+    """What has the kernel hear router advertisements though it forwards, where a default route came by them.
+
+    It forgets that route, perhaps the way that Ansible has come, when it begins to forward.
+    ``known``: settings that the role has changed before.
+    """
+    devices = set()
+    for line in (text("/proc/net/ipv6_route") or "").splitlines():
+        fields = line.split()
+        flags = int(fields[8], 16)
+        if (fields[0], fields[1]) == ("0" * 32, "00") and flags & RTF_ADVERTISED == RTF_ADVERTISED:
+            devices.add(fields[9])
+    names = {f"net/ipv6/conf/{one}/accept_ra" for one in devices}
+    found = {name for name in names if text(setting(name)) == "1"}
+    return sorted(found | {name for name in known if name.endswith("/accept_ra") and text(setting(name))})
 
 
 def setting(name):
@@ -196,6 +231,8 @@ def main():
     prefix = Path((former if asked.get("by_unit") else None) or asked["prefix"])
     found = system()
     family = found["family"]
+    known = before(asked["before"])
+    heard = advertised((known or {}).get("sysctls", {})) if asked.get("forwards_ipv6") else []
     candidates = asked["pythons"].get(family) or ["python3"]
     found.update(
         {
@@ -212,7 +249,8 @@ def main():
             "release": text(prefix / "current/release"),
             "releases": sorted(path.parent.name for path in prefix.glob("releases/*/complete")),
             "free_mib": free_mib(prefix),
-            "sysctls": {name: text(setting(name)) for name in asked["sysctls"]},
+            "advertised": heard,
+            "sysctls": {name: text(setting(name)) for name in [*heard, *asked["sysctls"]]},
             "ptrace_scope": text("/proc/sys/kernel/yama/ptrace_scope"),
             "mtu": {path.parent.name: int(text(path) or 0) for path in Path("/sys/class/net").glob("*/mtu")},
             "module_there": Path("/sys/module/sockmi").is_dir() or any(Path("/usr/src").glob("sockmi-*")),
@@ -228,9 +266,9 @@ def main():
             },
             "key_files": key_files(),
             "configured": Path("/etc/sockmi/sockmi.yml").exists(),
-            "firewalld": said("firewall-cmd", "--state") == "running",
+            "firewalld": firewalld(),
             "ufw": "ENABLED=yes" in (text("/etc/ufw/ufw.conf") or ""),
-            "before": before(asked["before"]),
+            "before": known,
         }
     )
     print(json.dumps(found))
