@@ -21,6 +21,7 @@ struct dump {
 	struct sockmi_window window;
 	struct sockmi_negotiated negotiated;
 	u32 refusal;
+	bool has_early_fin; /* in the image */
 };
 
 static bool in_states(const struct dump *d, unsigned int mask)
@@ -289,7 +290,27 @@ static u32 out_of_order_end(const struct dump *d)
 {
 	const struct sk_buff *skb = d->tp->ooo_last_skb;
 
-	return RB_EMPTY_ROOT(&d->tp->out_of_order_queue) || !skb ? d->tp->rcv_nxt : data_end(skb);
+	return RB_EMPTY_ROOT(&d->tp->out_of_order_queue) || !skb ? d->tp->rcv_nxt : TCP_SKB_CB(skb)->end_seq;
+}
+
+static bool has_fin(const struct sk_buff *skb)
+{
+	return TCP_SKB_CB(skb)->tcp_flags & TCPHDR_FIN;
+}
+
+/* A FIN that came too early, if nothing came that would be behind it. */
+static void dump_early_fin(struct dump *d, u32 edge)
+{
+	struct sk_buff *skb = skb_rb_first(&d->tp->out_of_order_queue);
+	struct sockmi_early_fin fin;
+
+	while (skb && !has_fin(skb))
+		skb = skb_rb_next(skb);
+	if (!skb || skb_rb_next(skb) || after(TCP_SKB_CB(skb)->end_seq, edge))
+		return;
+	fin = (struct sockmi_early_fin){ .seq = TCP_SKB_CB(skb)->end_seq - 1 };
+	sockmi_writer_put(&d->writer, SOCKMI_EARLY_FIN, &fin, sizeof(fin));
+	d->has_early_fin = true;
 }
 
 /* The SACK blocks that were sent, as far as they lie within what is carried. */
@@ -651,38 +672,51 @@ static void dump_listener(struct dump *d)
 	sockmi_writer_put(&d->writer, SOCKMI_LISTENER, &l, sizeof(l));
 }
 
-/* A FIN that came too early has no place in the section, which has bytes: the peer sends it again. */
-static bool early_fin(const struct dump *d)
+/* Did a FIN come too early that the image has no place for? The peer sends it again. */
+static bool lost_early_fin(const struct dump *d)
 {
 	struct sk_buff *skb;
 
 	for (skb = skb_rb_first(&d->tp->out_of_order_queue); skb; skb = skb_rb_next(skb))
-		if (TCP_SKB_CB(skb)->tcp_flags & TCPHDR_FIN)
-			return true;
+		if (has_fin(skb))
+			return !d->has_early_fin;
 	return false;
+}
+
+static bool has_private_state(const struct dump *d)
+{
+	return memchr_inv(d->icsk->icsk_ca_priv, 0, sizeof(d->icsk->icsk_ca_priv));
 }
 
 /*
  * Has the congestion control more than a window and a threshold? BBR has a model of the path; CUBIC, once it has left the
- * first slow start, knows the window at which data was lost, and when that was. What it has before is soon seen again.
+ * first slow start, knows the window at which data was lost, and when that was.
  */
-static bool has_private_state(const struct dump *d)
+static bool has_model(const struct dump *d)
 {
 	const struct tcp_congestion_ops *algorithm = d->icsk->icsk_ca_ops;
 
-	if (algorithm && algorithm->cong_control)
-		return true;
-	return !tcp_in_initial_slowstart(d->tp) &&
-	       memchr_inv(d->icsk->icsk_ca_priv, 0, sizeof(d->icsk->icsk_ca_priv));
+	return (algorithm && algorithm->cong_control) || (!tcp_in_initial_slowstart(d->tp) && has_private_state(d));
+}
+
+/*
+ * Before that, what it has seen since data was acknowledged: CUBIC's HyStart ends slow start by the least delay and that of the
+ * latest round. The handshake counts as the first delivery, and what was set up with it is nothing seen.
+ */
+static bool has_seen_delays(const struct dump *d)
+{
+	return d->tp->delivered > 1 && has_private_state(d);
 }
 
 /* What the copy of a connection begins anew, though the image tells something of it. */
 static void dump_approximations(struct dump *d)
 {
 	/* Marks of lost data, and what is the algorithm's own. */
-	if (d->icsk->icsk_ca_state != TCP_CA_Open || has_private_state(d))
+	if (d->icsk->icsk_ca_state != TCP_CA_Open || has_model(d))
 		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "congestion-state");
-	if (early_fin(d))
+	else if (has_seen_delays(d))
+		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "slow-start-state");
+	if (lost_early_fin(d))
 		sockmi_writer_fidelity(&d->writer, SOCKMI_APPROXIMATED, "out-of-order-queue");
 	/* How many probes were in vain: the copy counts from zero. */
 	if (d->icsk->icsk_probes_out)
@@ -728,6 +762,9 @@ static void dump_fidelity(struct dump *d)
 		sockmi_writer_fidelity(w, SOCKMI_RESET, "reuseport-program");
 	if (has_bpf_storage(d->sk))
 		sockmi_writer_fidelity(w, SOCKMI_RESET, "bpf-storage");
+	/* Completions of MSG_ZEROCOPY are numbered; the copy's begin at 0. */
+	if (atomic_read(&d->sk->sk_zckey))
+		sockmi_writer_fidelity(w, SOCKMI_RESET, "zerocopy-count");
 	if (d->identity.kind == SOCKMI_KIND_CONNECTED)
 		dump_approximations(d);
 	sockmi_options_left_out(d->sk, w);
@@ -752,8 +789,10 @@ static int dump_connection(struct dump *d)
 			result = dump_out_of_order(d, edge);
 		if (result)
 			return result;
-		if (!(d->sequence.flags & SOCKMI_PEER_FIN))
+		if (!(d->sequence.flags & SOCKMI_PEER_FIN)) {
+			dump_early_fin(d, edge);
 			dump_receive_sack(d, edge);
+		}
 		dump_scoreboard(d);
 		result = dump_urgent(d);
 		if (result)

@@ -111,8 +111,8 @@ int sockmi_restore_unsent(struct restore *r)
 		       0 : refuse(r, SOCKMI_REFUSAL_MEMORY);
 }
 
-/* Behind the last of the out-of-order queue. */
-static bool append_early(struct restore *r, u32 seq, const u8 *data, u32 length)
+/* Behind the last of the out-of-order queue: data, or the peer's FIN. */
+static bool append_early(struct restore *r, u32 seq, const u8 *data, u32 length, bool fin)
 {
 	struct tcp_sock *tp = r->tp;
 	struct rb_node **place = &tp->out_of_order_queue.rb_node, *parent = NULL;
@@ -125,12 +125,13 @@ static bool append_early(struct restore *r, u32 seq, const u8 *data, u32 length)
 		kfree_skb(skb);
 		return false;
 	}
-	skb_put_data(skb, data, length);
+	if (length)
+		skb_put_data(skb, data, length);
 	memset(skb->cb, 0, sizeof(skb->cb));
 	TCP_SKB_CB(skb)->seq = seq;
-	TCP_SKB_CB(skb)->end_seq = seq + length;
+	TCP_SKB_CB(skb)->end_seq = seq + length + fin;
 	TCP_SKB_CB(skb)->ack_seq = tp->snd_una;
-	TCP_SKB_CB(skb)->tcp_flags = TCPHDR_ACK;
+	TCP_SKB_CB(skb)->tcp_flags = TCPHDR_ACK | (fin ? TCPHDR_FIN : 0);
 	if (!RB_EMPTY_ROOT(&tp->out_of_order_queue)) {
 		parent = &tp->ooo_last_skb->rbnode;
 		place = &parent->rb_right;
@@ -185,12 +186,14 @@ void sockmi_restore_out_of_order(struct restore *r)
 	bool room = true;
 	u32 seq, done;
 
-	if (!rest.length)
+	if (!rest.length && !has(r, SOCKMI_EARLY_FIN))
 		return;
 	while (room && sockmi_segment_next(&rest, &seq, &bytes))
 		for (done = 0; room && done < bytes.length; done += PIECE_BYTES)
 			room = append_early(r, seq + done, bytes.data + done,
-					    min_t(size_t, bytes.length - done, PIECE_BYTES));
+					    min_t(size_t, bytes.length - done, PIECE_BYTES), false);
+	if (room && has(r, SOCKMI_EARLY_FIN))
+		room = append_early(r, r->image->early_fin.seq, NULL, 0, true);
 	if (!room)
 		r->losses->approximated |= SOCKMI_LOSS_OUT_OF_ORDER;
 	if (r->image->negotiated.flags & SOCKMI_NEGOTIATED_SACK)

@@ -172,6 +172,8 @@ def _extras(rng: random.Random, image: s.Image) -> None:
                     s.Range((sequence.rcv_nxt + position) & _MASK, (sequence.rcv_nxt + end) & _MASK)
                 )
             position += len(data) + rng.randrange(3)
+        if position < room < 1 << 31 and rng.random() < 0.5:
+            image.early_fin = s.EarlyFin((sequence.rcv_nxt + position) & _MASK)
     if rng.random() < 0.5 and len(image.sent_queue) > 8:
         flag = w.RangeFlag.SACKED if sack else w.RangeFlag.LOST
         una = sequence.snd_una

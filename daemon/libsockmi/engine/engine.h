@@ -97,6 +97,8 @@ enum sockmi_fidelity_bit {
 	SOCKMI_FIDELITY_URGENT,		/* urgent pointers, and the urgent byte */
 	SOCKMI_FIDELITY_REUSEPORT_PROGRAM, /* chooses among the sockets of a SO_REUSEPORT group */
 	SOCKMI_FIDELITY_BPF_STORAGE,	/* what BPF programs have stored with the socket */
+	SOCKMI_FIDELITY_SLOW_START_STATE, /* delays that the congestion control has seen before any loss */
+	SOCKMI_FIDELITY_ZEROCOPY_COUNT,	/* the number of the next completion of MSG_ZEROCOPY */
 	SOCKMI_FIDELITY_END
 };
 #define SOCKMI_FIDELITY_BIT(name) ((uint64_t)1 << SOCKMI_FIDELITY_##name)

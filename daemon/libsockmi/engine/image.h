@@ -62,6 +62,7 @@ enum sockmi_section {
 	SOCKMI_KTLS = 21,	       /* mandatory: array of struct sockmi_ktls, at most 2 */
 	SOCKMI_CONTEXT = 22,	       /* the application's own bytes */
 	SOCKMI_FIDELITY = 23,	       /* list of names: u8 class, u8 length, the name */
+	SOCKMI_EARLY_FIN = 24,	       /* the peer's FIN that came out of order */
 	SOCKMI_SECTION_END
 };
 
@@ -272,6 +273,12 @@ struct sockmi_segment_header {
 	uint32_t length; /* >= 1 */
 };
 
+/* wire, 8 bytes. */
+struct sockmi_early_fin {
+	uint32_t seq; /* of the FIN, after all that OUT_OF_ORDER has */
+	uint32_t reserved;
+};
+
 #define SOCKMI_RANGE_SACKED 1u
 #define SOCKMI_RANGE_LOST 2u
 #define SOCKMI_RANGE_RETRANSMITTED 4u
@@ -424,6 +431,7 @@ struct sockmi_image {
 	struct sockmi_ecn ecn;
 	struct sockmi_timers timers;
 	struct sockmi_counters counters;
+	struct sockmi_early_fin early_fin;
 	/* Views of payloads as they are on the wire. */
 	struct sockmi_view receive_queue;
 	struct sockmi_view sent_queue;

@@ -318,6 +318,13 @@ static int check_fidelity(const struct sockmi_image *image, char *error)
 	return 0;
 }
 
+static int check_early_fin(const struct sockmi_image *image, char *error)
+{
+	if (image->early_fin.reserved)
+		return FAIL(RESERVED, "early_fin: reserved bytes are not zero");
+	return 0;
+}
+
 static int (*const section_checks[SOCKMI_SECTION_END])(const struct sockmi_image *image, char *error) = {
 	[SOCKMI_IDENTITY] = check_identity,
 	[SOCKMI_SEQUENCE] = check_sequence_flags,
@@ -335,6 +342,7 @@ static int (*const section_checks[SOCKMI_SECTION_END])(const struct sockmi_image
 	[SOCKMI_CONGESTION_PRIVATE] = check_congestion_private,
 	[SOCKMI_KTLS] = check_ktls,
 	[SOCKMI_FIDELITY] = check_fidelity,
+	[SOCKMI_EARLY_FIN] = check_early_fin,
 };
 
 static int check_sections(const struct sockmi_image *image, char *error)
@@ -435,7 +443,8 @@ static int check_addresses(const struct sockmi_identity *id, char *error)
 #define SECTIONS_CONNECTED ((SOCKMI_HAS(SOCKMI_SECTION_END) - 1) & ~SOCKMI_HAS(SOCKMI_LISTENER))
 #define SECTIONS_SYN_SENT                                                                       \
 	(SECTIONS_CONNECTED & ~(SOCKMI_HAS(SOCKMI_OUT_OF_ORDER) | SOCKMI_HAS(SOCKMI_SACK_SCOREBOARD) | \
-				SOCKMI_HAS(SOCKMI_RECEIVE_SACK) | SOCKMI_HAS(SOCKMI_URGENT) | SOCKMI_HAS(SOCKMI_KTLS)))
+				SOCKMI_HAS(SOCKMI_RECEIVE_SACK) | SOCKMI_HAS(SOCKMI_URGENT) | SOCKMI_HAS(SOCKMI_KTLS) | \
+				SOCKMI_HAS(SOCKMI_EARLY_FIN)))
 
 /* Sections that say something: views that are not empty, fixed ones that are there. */
 static uint64_t filled(const struct sockmi_image *image)
@@ -556,6 +565,8 @@ static int check_connection_flags(const struct sockmi_image *image, char *error)
 			return FAIL(STATE, "sack_scoreboard: a range is sacked, but SACK was not negotiated");
 	if (image->out_of_order.length && flags & SOCKMI_PEER_FIN)
 		return FAIL(STATE, "section out_of_order after the peer's FIN");
+	if (has(image, SOCKMI_EARLY_FIN) && flags & SOCKMI_PEER_FIN)
+		return FAIL(STATE, "section early_fin after the peer's FIN");
 	if (state != SOCKMI_SYN_SENT && !image->negotiated.mss_clamp)
 		return FAIL(VALUE, "negotiated: mss_clamp is 0");
 	if (state == SOCKMI_SYN_SENT && image->negotiated.snd_wscale)
@@ -665,6 +676,14 @@ static int check_received(const struct sockmi_image *image, char *error)
 			return FAIL(WINDOW_WRONG, "out_of_order: segment %u of %zu bytes is outside the window", seq,
 				    bytes.length);
 		previous = end;
+	}
+	if (has(image, SOCKMI_EARLY_FIN)) {
+		uint64_t fin = image->early_fin.seq - rcv_nxt;
+
+		if (fin < previous)
+			return FAIL(SEQUENCE_WRONG, "early_fin: %u is not after all out-of-order data", image->early_fin.seq);
+		if (fin >= edge)
+			return FAIL(WINDOW_WRONG, "early_fin: %u is outside the window", image->early_fin.seq);
 	}
 	rest = image->receive_sack;
 	while (sockmi_range_next(&rest, &range)) {

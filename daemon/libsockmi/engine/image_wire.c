@@ -41,6 +41,7 @@ const struct sockmi_section_spec sockmi_sections[SOCKMI_SECTION_END] = {
 	[SOCKMI_KTLS] = VIEW(ktls, 80, 160, 80, M),
 	[SOCKMI_CONTEXT] = VIEW(context, 0, SOCKMI_CONTEXT_MAX_BYTES, 1, 0),
 	[SOCKMI_FIDELITY] = VIEW(fidelity, 0, SOCKMI_FIDELITY_MAX_BYTES, 1, 0),
+	[SOCKMI_EARLY_FIN] = FIXED(early_fin, "i2", 0),
 };
 
 /* The structs are the wire's payloads: no hidden padding. */
@@ -58,6 +59,7 @@ _Static_assert(sizeof(struct sockmi_urgent) == 16, "urgent");
 _Static_assert(sizeof(struct sockmi_ecn) == 40, "ecn");
 _Static_assert(sizeof(struct sockmi_timers) == 56, "timers");
 _Static_assert(sizeof(struct sockmi_counters) == 128, "counters");
+_Static_assert(sizeof(struct sockmi_early_fin) == 8, "early_fin");
 _Static_assert(sizeof(struct sockmi_congestion_header) == 24, "congestion_header");
 _Static_assert(sizeof(struct sockmi_ktls) == 80, "ktls");
 

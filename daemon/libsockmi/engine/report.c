@@ -32,6 +32,8 @@ static const char *const fidelity_names[SOCKMI_FIDELITY_END] = {
 	[SOCKMI_FIDELITY_URGENT] = "urgent-data",
 	[SOCKMI_FIDELITY_REUSEPORT_PROGRAM] = "reuseport-program",
 	[SOCKMI_FIDELITY_BPF_STORAGE] = "bpf-storage",
+	[SOCKMI_FIDELITY_SLOW_START_STATE] = "slow-start-state",
+	[SOCKMI_FIDELITY_ZEROCOPY_COUNT] = "zerocopy-count",
 };
 
 static const char *const step_names[] = {

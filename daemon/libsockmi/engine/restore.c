@@ -448,7 +448,7 @@ static int restore_connection(struct restore *r)
 		return -1;
 	r->result->reset |= SOCKMI_FIDELITY_BIT(PATH_MODEL) | SOCKMI_FIDELITY_BIT(CONGESTION_STATE) |
 			    SOCKMI_FIDELITY_BIT(TIMERS) | SOCKMI_FIDELITY_BIT(COUNTERS);
-	if (i->out_of_order.length)
+	if (i->out_of_order.length || i->present & SOCKMI_HAS(SOCKMI_EARLY_FIN))
 		r->result->reset |= SOCKMI_FIDELITY_BIT(OUT_OF_ORDER);
 	if (i->sack_scoreboard.length)
 		r->result->reset |= SOCKMI_FIDELITY_BIT(SACK_SCOREBOARD);

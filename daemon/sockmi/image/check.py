@@ -36,6 +36,7 @@ _NOT_IN_SYN_SENT = {
     Section.RECEIVE_SACK,
     Section.URGENT,
     Section.KTLS,
+    Section.EARLY_FIN,
 }
 _CONNECTED_STATES = {
     State.SYN_SENT,
@@ -185,6 +186,8 @@ def _check_connection_flags(image: Image) -> None:
         _fail(ErrorClass.STATE, "receive_sack or a sacked range, but SACK was not negotiated")
     if image.out_of_order and flags & _PEER:
         _fail(ErrorClass.STATE, "section out_of_order after the peer's FIN")
+    if image.early_fin and flags & _PEER:
+        _fail(ErrorClass.STATE, "section early_fin after the peer's FIN")
     if state != State.SYN_SENT and not negotiated.mss_clamp:
         _fail(ErrorClass.VALUE, "negotiated: mss_clamp is 0")
     if state == State.SYN_SENT and negotiated.snd_wscale:
@@ -269,6 +272,12 @@ def _check_received(image: Image, window: Window) -> None:
         previous = start + len(segment.data)
         if previous > room:
             _fail(ErrorClass.WINDOW, f"out_of_order: segment {segment.seq} is outside the window")
+    if image.early_fin:
+        fin = (image.early_fin.seq - base) & _MASK
+        if fin < previous:
+            _fail(ErrorClass.SEQUENCE, "early_fin: not after all out-of-order data")
+        if fin >= room:
+            _fail(ErrorClass.WINDOW, "early_fin: outside the window")
     for block in image.receive_sack:
         start, end = (block.seq - base) & _MASK, (block.end_seq - base) & _MASK
         if not 1 <= start < end:

@@ -42,6 +42,7 @@ FIXED: dict[Section, Any] = {
     Section.ECN: s.Ecn,
     Section.TIMERS: s.Timers,
     Section.COUNTERS: s.Counters,
+    Section.EARLY_FIN: s.EarlyFin,
 }
 
 _QUEUE = Spec(0, w.QUEUE_MAX_BYTES)

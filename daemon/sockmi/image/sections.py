@@ -421,6 +421,15 @@ class Segment:
 
 
 @dataclass(slots=True)
+class EarlyFin(_Fixed):
+    """The peer's FIN, received out of order."""
+
+    LAYOUT: ClassVar[str] = "<I4x"
+
+    seq: int = 0
+
+
+@dataclass(slots=True)
 class OptionValue:
     """A socket option: an id of sockmi.image.options and its value."""
 
@@ -494,6 +503,7 @@ class Image:
     ktls: list[Ktls] = field(default_factory=list)
     context: bytes = b""
     fidelity: list[FidelityName] = field(default_factory=list)
+    early_fin: EarlyFin | None = None
     unknown_sections: int = 0
 
     def fidelity_names(self, what: FidelityClass) -> list[str]:

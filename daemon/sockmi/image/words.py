@@ -81,6 +81,7 @@ class Section(IntEnum):
     KTLS = 21
     CONTEXT = 22
     FIDELITY = 23
+    EARLY_FIN = 24
 
 
 MANDATORY_SECTIONS = frozenset(

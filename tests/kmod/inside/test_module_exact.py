@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from sockmi import image as images
+from sockmi.image.sections import EarlyFin
 from tests.kmod.inside.test_module_core import move, pair, read_exactly, wait_for
 from tests.kmod.module_client import Device, frozen
 
@@ -142,22 +143,44 @@ def test_as_much_out_of_order_as_the_window_allows(device: Device) -> None:
         assert [len(one.data) for one in looked_at(device, copy).out_of_order] == [len(before.data)]
 
 
-def test_a_fin_that_came_too_early_is_told(device: Device) -> None:
-    """The section has bytes, no FIN: the peer, which has not had it acknowledged, sends it again."""
+@pytest.mark.parametrize("pieces", [[(10, b"x" * 10), (20, b"")], [(10, b"x" * 10)], [(10, b"")]])
+def test_a_fin_that_came_too_early_is_carried(device: Device, pieces: list[tuple[int, bytes]]) -> None:
+    """Behind data, in one segment with data, alone: read once the hole is filled, without another FIN."""
     ours, peer = pair()
     peer.sendall(b"ab")
     assert read_exactly(ours, 2) == b"ab"
     state = looked_at(device, peer)
-    inject(state, 10, b"x" * 10)
-    assert not looked_at(device, ours).fidelity
-    inject(state, 20, b"", FIN)
-    told = looked_at(device, ours).fidelity_names(images.FidelityClass.APPROXIMATED)
-    assert told == ["out-of-order-queue"]
+    hole = b"y" * 10
+    for at, data in pieces:
+        inject(state, at, data, FIN if (at, data) == pieces[-1] else 0)
+    before = looked_at(device, ours)
+    assert not before.fidelity
+    assert before.sequence
+    early = b"".join(data for _at, data in pieces)
+    place = before.sequence.rcv_nxt + len(hole + early) & 0xFFFFFFFF
+    assert before.early_fin == EarlyFin(place)
+    assert before.receive_sack[0].end_seq == place + 1 & 0xFFFFFFFF
     copy = move(device, ours, "ipv4")
-    peer.sendall(b"y" * 10 + b"x" * 10)
-    peer.shutdown(socket.SHUT_WR)
-    assert read_exactly(copy, 20) == b"y" * 10 + b"x" * 10
+    after = looked_at(device, copy)
+    assert (after.early_fin, after.receive_sack) == (before.early_fin, before.receive_sack)
+    assert not after.fidelity
+    peer.sendall(hole)
+    assert read_exactly(copy, len(hole + early)) == hole + early
     assert copy.recv(1) == b""
+    assert looked_at(device, copy).identity.state == images.State.CLOSE_WAIT
+
+
+def test_a_fin_with_data_behind_it_is_told(device: Device) -> None:
+    """No honest peer sends that. The image has no place for it, and the peer would send it again."""
+    ours, peer = pair()
+    state = looked_at(device, peer)
+    inject(state, 10, b"", FIN)
+    inject(state, 20, b"x" * 10)
+    before = looked_at(device, ours)
+    assert before.early_fin is None
+    assert before.fidelity_names(images.FidelityClass.APPROXIMATED) == ["out-of-order-queue"]
+    copy = move(device, ours, "ipv4")
+    assert [one.data for one in looked_at(device, copy).out_of_order] == [b"x" * 10]
 
 
 # ---- ECN, timestamps ----

@@ -119,6 +119,24 @@ def test_what_a_congestion_control_remembers(device: Device, algorithm: str, tol
         one.close()
 
 
+@pytest.mark.parametrize(("algorithm", "told"), [("cubic", True), ("reno", False)])
+def test_what_a_congestion_control_remembers_within_its_first_slow_start(
+    device: Device, algorithm: str, told: bool
+) -> None:
+    """CUBIC has seen delays, by which it ends slow start before anything is lost."""
+    ours, peer = pair()
+    ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, algorithm.encode())
+    assert not looked_at(device, ours).fidelity
+    ours.sendall(b"x")
+    assert read_exactly(peer, 1) == b"x"
+    wait_for(lambda: tcp_info(ours)["unacked"] == 0)
+    image = looked_at(device, ours)
+    assert image.path_model and image.path_model.ssthresh >= 1 << 30
+    assert names(image, APPROXIMATED) == ({"slow-start-state"} if told else set())
+    for one in (ours, peer):
+        one.close()
+
+
 @pytest.mark.kernels("6.*", "7.*")  # the User-Mode-Linux kernel has no IPsec
 @pytest.mark.parametrize("family", ["ipv4", "ipv6"])
 @pytest.mark.parametrize("direction", [0, 1])
@@ -190,7 +208,7 @@ def test_sends_from_the_owner_s_memory(device: Device) -> None:
     """Under way, and until he has read that they are over; then it moves."""
     ours, peer = pair()
     ours.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
-    assert refusal(device, ours) is None, "allowed, but nothing is under way"
+    assert not looked_at(device, ours).fidelity, "allowed, but nothing is under way"
     data = bytes(range(256)) * 64
     with held(peer):
         assert ours.send(data, MSG_ZEROCOPY) == len(data)
@@ -199,6 +217,7 @@ def test_sends_from_the_owner_s_memory(device: Device) -> None:
     wait_for(lambda: tcp_info(ours)["unacked"] == 0)
     assert refusal(device, ours) == Refusal.ZEROCOPY, "over, but he has not read it"
     wait_for(lambda: drain_errors(ours) and refusal(device, ours) is None)
+    assert names(looked_at(device, ours), RESET) == {"zerocopy-count"}
     copy = move(device, ours, "ipv4")
     copy.sendall(b"on")
     assert read_exactly(peer, 2) == b"on"
