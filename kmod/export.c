@@ -464,6 +464,16 @@ static void trace_decision(const struct sock *sk, u64 id, u64 frozen_us, int res
 /* Claimed, and the caller's: what anybody else had is closed. A system call under way counts as a descriptor. */
 #define REFERENCES_OF_NO_OWNER 2
 
+/* Does a flag of COMMIT forbid it? */
+static int forbidden(const struct sockmi_export *export, u32 flags)
+{
+	if (flags & SOCKMI_COMMIT_OWNED && file_count(export->claim->file) <= REFERENCES_OF_NO_OWNER)
+		return -EBADF;
+	if (flags & SOCKMI_COMMIT_SETTLED && export->sk->sk_state == TCP_LISTEN && inet_csk_reqsk_queue_len(export->sk))
+		return -EAGAIN;
+	return 0;
+}
+
 /* COMMIT or ABORT. */
 static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool is_commit)
 {
@@ -473,7 +483,7 @@ static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool
 
 	if (result)
 		return result;
-	if (a.flags & ~(is_commit ? SOCKMI_COMMIT_OWNED : 0))
+	if (a.flags & ~(is_commit ? SOCKMI_COMMIT_OWNED | SOCKMI_COMMIT_SETTLED : 0))
 		return -EINVAL;
 	export = export_get(file, a.id);
 	if (!export) {
@@ -482,8 +492,8 @@ static long decide(struct sockmi_file *file, void __user *arg, size_t size, bool
 	}
 	mutex_lock(&export->lock);
 	result = decidable(export, a.epoch);
-	if (!result && a.flags & SOCKMI_COMMIT_OWNED && file_count(export->claim->file) <= REFERENCES_OF_NO_OWNER)
-		result = -EBADF;
+	if (!result)
+		result = forbidden(export, a.flags);
 	if (!result) {
 		if (is_commit)
 			commit(export);

@@ -54,7 +54,9 @@
  * by the host, so the tuple must be held (NAT helper, or other means) before COMMIT.
  *
  * Locking the socket does not stop SYNs to a listener: hold its port before FREEZE. Connections in its
- * accept queue travel as exports of their own, accepted before; COMMIT drops those left without a packet.
+ * accept queue travel as exports of their own, accepted before; COMMIT drops those left without a packet. Handshakes that
+ * are half done cannot travel: when the listener is gone, the host answers the peer's last ACK with a RST. They go on in
+ * spite of the lock, so either wait for them (SOCKMI_COMMIT_SETTLED), or hold their tuples too.
  *
  * An import
  * ---------
@@ -107,9 +109,9 @@
 #define SOCKMI_DEV_ABI_MAJOR 1
 /*
  * 2: who owns the socket of an EXPORT_REQUEST; ANSWER says if nobody asks. 3: HOLD keeps packets, `kept`.
- * 5: SOCKMI_COMMIT_OWNED
+ * 5: SOCKMI_COMMIT_OWNED. 6: SOCKMI_COMMIT_SETTLED
  */
-#define SOCKMI_DEV_ABI_MINOR 5
+#define SOCKMI_DEV_ABI_MINOR 6
 
 /* An end of a connection; IPv4 addresses are v4-mapped (::ffff:a.b.c.d); all zero: none. */
 struct sockmi_dev_endpoint {
@@ -301,16 +303,23 @@ struct sockmi_ioc_freeze {
  * peer has to hear must not move. The caller has exactly one. Whoever closes later closes what has moved.
  */
 #define SOCKMI_COMMIT_OWNED (1u << 0)
+/*
+ * Flag of COMMIT: not if handshakes with the listener are half done, TCP_DEFER_ACCEPT's included, which wait for data. Who gets
+ * -EAGAIN can ABORT, accept what has come, and try again; how long is the caller's choice. A SYN that comes between the
+ * look and the close is not seen: hold the port.
+ */
+#define SOCKMI_COMMIT_SETTLED (1u << 1)
 
 /**
  * struct sockmi_ioc_decision - COMMIT, ABORT, RELEASE, ACTIVATE, DISCARD, PUBLISH, REMOVE
  * @id: in
  * @epoch: in: of FREEZE, for COMMIT and ABORT
- * @flags: in: SOCKMI_COMMIT_OWNED, for COMMIT; else 0
+ * @flags: in: SOCKMI_COMMIT_*, for COMMIT; else 0
  *
  * -ENOENT: no such id on this file; -EBUSY: wrong state; COMMIT, ABORT: -ETIMEDOUT the deadline was
- * first, -ESTALE another epoch; COMMIT: -EBADF its owner has closed it, it stays frozen. REMOVE takes entries of the namespace, also those that another file has published;
- * -EBUSY: an import is trying this one right now, and if it fails the entry stays: ask again.
+ * first, -ESTALE another epoch; COMMIT: -EBADF its owner has closed it, -EAGAIN handshakes are half done; it stays frozen. REMOVE
+ * takes entries of the namespace, also those that another file has published; -EBUSY: an import is trying this one right now,
+ * and if it fails the entry stays: ask again.
  */
 struct sockmi_ioc_decision {
 	__aligned_u64 id;

@@ -92,7 +92,7 @@ class ListName(enum.IntEnum):
 ACTIVATE, TRANSPARENT, RESET_PATH = 1, 2, 4
 ANY_UID, PUBLISH = 1, 2
 PROBE = 2
-COMMIT_OWNED = 1
+COMMIT_OWNED, COMMIT_SETTLED = 1, 2
 
 
 class End(ctypes.Structure):

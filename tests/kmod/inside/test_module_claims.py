@@ -22,6 +22,7 @@ from tests.kmod.inside.test_module_core import device, join_all, new_socket, pai
 from tests.kmod.module_client import (
     ACTIVATE,
     COMMIT_OWNED,
+    COMMIT_SETTLED,
     Decision,
     Device,
     EventType,
@@ -158,9 +159,57 @@ def test_only_a_commit_asks_for_owners(device: Device) -> None:
             device.call("abort", Decision(id=freeze.id, epoch=freeze.epoch, flags=COMMIT_OWNED))
         assert caught.value.errno == errno.EINVAL
         with pytest.raises(Refused) as caught:
-            device.commit(freeze, COMMIT_OWNED << 1)
+            device.commit(freeze, COMMIT_SETTLED << 1)
         assert caught.value.errno == errno.EINVAL
         device.abort(freeze)
+
+
+def half_open() -> tuple[socket.socket, socket.socket]:
+    """A listener, and a client whose handshake with it ends when it sends something: TCP_DEFER_ACCEPT."""
+    listener = new_socket("ipv4")
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
+    client = new_socket("ipv4")
+    client.connect(listener.getsockname())
+    return listener, client
+
+
+def test_a_commit_can_wait_for_handshakes(device: Device) -> None:
+    """Refused while one is half done; that goes on, frozen or not, and then the listener moves."""
+    listener, client = half_open()
+    with frozen(device, listener) as (freeze, _image):
+        with pytest.raises(Refused) as caught:
+            device.commit(freeze, COMMIT_SETTLED)
+        assert caught.value.errno == errno.EAGAIN
+        assert device.info(freeze).state == ExportState.FROZEN
+        client.sendall(b"here")
+        device.abort(freeze)
+    listener.settimeout(3)
+    child, _address = listener.accept()
+    with frozen(device, listener) as (freeze, _image):
+        device.commit(freeze, COMMIT_SETTLED)
+        assert device.info(freeze).state == ExportState.COMMITTED
+    assert read_exactly(child, 4) == b"here"
+    child.sendall(b"still")
+    assert read_exactly(client, 5) == b"still"
+
+
+def test_a_handshake_that_a_listener_leaves_behind_is_reset(device: Device) -> None:
+    """What the flag is for: without it nobody waits."""
+    listener, client = half_open()
+    with frozen(device, listener) as (freeze, _image):
+        device.commit(freeze)
+    client.sendall(b"here")
+    client.settimeout(3)
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+
+
+def test_a_commit_of_a_connection_has_no_handshakes_to_wait_for(device: Device) -> None:
+    ours, _peer = pair()
+    with frozen(device, ours) as (freeze, _image):
+        device.commit(freeze, COMMIT_SETTLED)
 
 
 # ---- Kept busy ----
