@@ -19,6 +19,7 @@ import pytest
 
 from lab.host import Host
 from lab.labs import Lab
+from sockmi.engine.files import link_of
 from tests.lab.scenario import ask, daemons
 
 pytestmark = [
@@ -91,7 +92,7 @@ def program(host: Host, directory: Path, *words: str) -> Iterator[subprocess.Pop
 
 def test_nobody_waits_for_it(lab: Lab, tmp_path: Path) -> None:
     a, peer = lab.host("a"), lab.host("peer")
-    with daemons(lab, "ab"), peer.socket() as listener:
+    with daemons(lab, "ab") as both, peer.socket() as listener:
         listener.bind((str(peer.address4), 0))
         listener.listen()
         address, port = listener.getsockname()[:2]
@@ -105,9 +106,13 @@ def test_nobody_waits_for_it(lab: Lab, tmp_path: Path) -> None:
             assert record["refusal"]["code"] == "no-such-socket", record
             assert "is not a socket" in record["refusal"]["message"]
             request = {"op": "export", "id": 1, "fds": 1, "to": "b", "sockets": [{"descriptor": True}]}
-            process.stdin.write(json.dumps(request) + "\n")
-            [record] = json.loads(process.stdout.readline())["migrations"]
-            assert record["refusal"]["code"] == "not-tcp", record
+            for _turn in range(3):
+                process.stdin.write(json.dumps(request) + "\n")
+                [record] = json.loads(process.stdout.readline())["migrations"]
+                assert record["refusal"]["code"] == "not-tcp", record
+            pid = both["a"].pid
+            opened = [link_of(int(one.name), pid) for one in Path(f"/proc/{pid}/fd").iterdir()]
+            assert not [link for link in opened if link.endswith("/file")]
             [answer] = ask(a, "export", sockets=[{"pid": process.pid, "fd": ours}], to="b")
             assert [one["outcome"] for one in answer["migrations"]] == ["moved"]
             client.close()

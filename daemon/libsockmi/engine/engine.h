@@ -199,6 +199,9 @@ SOCKMI_EXPORT void sockmi_discard(const int *fds, size_t n);
 /* Close descriptors of sockets that others have had; what SO_LINGER says is not waited for, and stays as it is. */
 SOCKMI_EXPORT void sockmi_close(const int *fds, size_t count);
 
+/* Close what is no socket, in threads: who serves its file system (FUSE) may keep close() for ever. */
+SOCKMI_EXPORT void sockmi_close_aside(const int *fds, size_t count);
+
 /* What a keeper is told, an octet each. */
 #define SOCKMI_KEEPER_TAKE 't'
 #define SOCKMI_KEEPER_LISTENER_GONE 'g'

@@ -7,13 +7,9 @@ is ours: for as long as the owner, or his peer, likes. ``os.close`` is for socke
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import os
-import threading
 from collections.abc import Collection
-from queue import SimpleQueue
 from typing import Any
 
 from sockmi.native import library
@@ -22,8 +18,9 @@ from sockmi.native import library
 @functools.cache
 def _native() -> Any:
     lib = library()
-    lib.sockmi_close.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_size_t]
-    lib.sockmi_close.restype = None
+    for function in (lib.sockmi_close, lib.sockmi_close_aside):
+        function.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_size_t]
+        function.restype = None
     return lib
 
 
@@ -33,20 +30,10 @@ def close_all(descriptors: Collection[int]) -> None:
         _native().sockmi_close((ctypes.c_int * len(descriptors))(*descriptors), len(descriptors))
 
 
-@functools.cache
-def _aside() -> SimpleQueue[int]:
-    waiting: SimpleQueue[int] = SimpleQueue()
-
-    def run() -> None:
-        while True:
-            with contextlib.suppress(OSError):
-                os.close(waiting.get())
-
-    threading.Thread(target=run, name="closing", daemon=True).start()
-    return waiting
-
-
 def close_aside(descriptors: Collection[int]) -> None:
-    """Close what is no socket, in a thread: who serves its file system (FUSE) may keep close(2) for ever."""
-    for one in descriptors:
-        _aside().put(one)
+    """Close what is no socket, in threads: who serves its file system (FUSE) may keep close(2) for ever.
+
+    When this returns they are in our table no more, and no process that we begin has them.
+    """
+    if descriptors:
+        _native().sockmi_close_aside((ctypes.c_int * len(descriptors))(*descriptors), len(descriptors))
