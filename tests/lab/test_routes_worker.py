@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -18,7 +19,7 @@ from lab.daemons import Daemon
 from lab.host import Host
 from lab.labs import Lab
 from sockmi.redirect.routes import Routes
-from sockmi.redirect.routes_worker import IDLE_S, RoutesWorker, _line, _typed
+from sockmi.redirect.routes_worker import _COMMAND, IDLE_S, RoutesWorker, _line, _typed
 from sockmi.redirect.settings import Settings
 from sockmi.redirect.ways import Held, Way
 from tests.lab.scenario import ask, daemons, until
@@ -98,6 +99,18 @@ def test_it_stays_while_something_is_under_way(routes: Routes) -> None:
         assert ours() == [first]
     until(lambda: not ours())
     routes.worker.stay()
+
+
+def test_it_ends_in_silence_with_who_has_asked() -> None:
+    """Killed, say, before it is answered."""
+    nobody, answers = os.pipe()
+    os.close(nobody)
+    process = subprocess.Popen(
+        [*_COMMAND, "5"], stdin=subprocess.PIPE, stdout=answers, stderr=subprocess.PIPE
+    )
+    os.close(answers)
+    _unused, complaint = process.communicate(_line(["stay"]), timeout=30)
+    assert (process.returncode, complaint) == (0, b"")
 
 
 def test_it_ends_when_it_is_not_asked_and_comes_back(routes: Routes) -> None:

@@ -167,8 +167,11 @@ def main(idle_s: float) -> None:
             answer = _failure(error)
             ip.close()  # what it has not read would be taken for the answer to the next request
             ip = IPRoute()
-        answers.write(_line(answer))
-        answers.flush()
+        try:
+            answers.write(_line(answer))
+            answers.flush()
+        except BrokenPipeError:  # whoever has asked was killed
+            os._exit(0)  # the interpreter would write it once more, and complain
 
 
 def _failure(error: Exception) -> dict[str, Any]:
