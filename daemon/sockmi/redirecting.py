@@ -359,15 +359,27 @@ class Redirecting:
             holding = self.holdings.get(connection)
             if holding is not None and not self._is_waiting(holding) and (there := living(holding)):
                 lives[connection] = there
-        states = dict(zip(lives, self._states_of(list(lives.values())), strict=True))
+        states, unanswered = self._ask(lives)
         if ended := tuple(connection for connection, state in states.items() if state is None):
             self._shell.dispatch(ConnectionsEnded(ended))
-        silent = [
-            one for one, state in states.items() if state in _SILENT_STATES and one not in self._watched
-        ]
-        if silent:
-            self._watched.update(silent)
-            self._shell.loop.call_later(self._shell.config.timing.look_again_s, self._look_again, silent)
+        silent = [one for one, state in states.items() if state in _SILENT_STATES]
+        later = [one for one in silent + unanswered if one not in self._watched]
+        if later:
+            self._watched.update(later)
+            self._shell.loop.call_later(self._shell.config.timing.look_again_s, self._look_again, later)
+
+    def _ask(self, lives: dict[bytes, FourTuple]) -> tuple[dict[bytes, int | None], list[bytes]]:
+        """The state of each, and those of which the kernel says nothing: no other waits for them."""
+        try:
+            return dict(zip(lives, self._states_of(list(lives.values())), strict=True)), []
+        except OSError as error:
+            if len(lives) == 1 or isinstance(error, TimeoutError):  # each would wait as long
+                _log.warning("%d ended connections cannot be looked at (%s); later", len(lives), error)
+                return {}, list(lives)
+        named = list(lives.items())
+        half = len(named) // 2
+        first, second = self._ask(dict(named[:half])), self._ask(dict(named[half:]))
+        return first[0] | second[0], first[1] + second[1]
 
     def _look_again(self, connections: list[bytes]) -> None:
         self._watched.difference_update(connections)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""An ended connection is forgotten late: a newer one of the same tuple keeps its redirect."""
+"""An ended connection is forgotten late: a newer one of the same tuple keeps its redirect; none is missed."""
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -43,10 +45,15 @@ class Host:
         self.expired: list[FourTuple] = []
         self.events: list[e.Event] = []
         self.state: int | None = 1
+        self.failing: dict[FourTuple, OSError] = {}
+        self.questions = 0
+        self.later: list[Callable[[], None]] = []
         redirect = SimpleNamespace(
             evict=self.evicted.extend, expire=lambda tuples, _unused: self.expired.extend(tuples)
         )
+        loop = SimpleNamespace(call_later=lambda _unused, call, *args: self.later.append(lambda: call(*args)))
         shell: Any = SimpleNamespace(
+            loop=loop,
             config=Config(),
             redirects={Mode.FORWARD: redirect},
             metrics=Metrics(),
@@ -54,9 +61,14 @@ class Host:
             note=lambda _unused: None,
             holds=SimpleNamespace(miss_listeners=lambda *_unused: None),
         )
-        self.redirecting = Redirecting(
-            shell, {}, {}, lambda several: [self.state] * len(several), Counter, lambda _unused: False
-        )
+        self.redirecting = Redirecting(shell, {}, {}, self._states, Counter, lambda _unused: False)
+
+    def _states(self, connections: Sequence[FourTuple]) -> list[int | None]:
+        self.questions += 1
+        for one in connections:
+            if one in self.failing:
+                raise self.failing[one]
+        return [self.state] * len(connections)
 
     def forget(self, connection: bytes) -> None:
         self.redirecting.forget_holdings(a.ForgetHoldings(((connection, 1),)))
@@ -117,3 +129,43 @@ def test_a_route_is_collected_when_another_has_come(host: Host) -> None:
     host.redirecting.add_holdings([replace(holding(NEW), place=PLACE)])
     host.redirecting.collect(a.Collect((route(OLD),)))
     assert not host.expired
+
+
+def others(count: int) -> list[Holding]:
+    """Connections of other clients."""
+    return [
+        replace(holding(bytes([at]) * 16), remote=Endpoint(REMOTE.address, 5000 + at)) for at in range(count)
+    ]
+
+
+def test_one_that_the_kernel_says_nothing_of_keeps_no_other_waiting(host: Host) -> None:
+    many = others(5)
+    host.redirecting.add_holdings(many)
+    host.state = None
+    mute = FourTuple(LOCAL, Endpoint(REMOTE.address, 5003))
+    host.failing[mute] = OSError(errno.ENOMEM, "Cannot allocate memory")
+    host.redirecting.look_at_all()
+    (seen,) = host.events
+    assert isinstance(seen, e.ConnectionsEnded)
+    assert set(seen.connections) == {one.connection for one in many} - {many[3].connection}
+    (again,) = host.later
+    host.redirecting.look_at_all()
+    assert len(host.later) == 1, "it is not looked at more often for having been asked about twice"
+    host.events.clear()
+    host.failing.clear()
+    again()
+    assert host.events == [e.ConnectionsEnded((many[3].connection,))]
+
+
+def test_a_kernel_that_does_not_answer_is_asked_once(host: Host) -> None:
+    """Each question would keep the daemon from all else for as long."""
+    many = others(5)
+    host.redirecting.add_holdings(many)
+    host.state = None
+    host.failing[FourTuple(LOCAL, Endpoint(REMOTE.address, 5003))] = TimeoutError()
+    host.redirecting.look_at_all()
+    assert host.questions == 1 and not host.events
+    host.failing.clear()
+    (again,) = host.later
+    again()
+    assert host.events == [e.ConnectionsEnded(tuple(one.connection for one in many))]
