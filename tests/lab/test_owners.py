@@ -541,6 +541,46 @@ def test_storms_come_to_rest(
     assert rounds >= 20
 
 
+def test_a_descriptor_that_moves_down_is_found(
+    start: Callable[..., Owner], pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """As every import does it (dup2, close), between the two looks of a scan at its two places."""
+    owned, _unused = pair
+    owner = start(
+        """
+        import resource
+        both = {signal.SIGUSR1, signal.SIGUSR2}
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        low = os.open("/dev/null", os.O_RDONLY)
+        many = [os.open("/dev/null", os.O_RDONLY) for i in range(4000)]
+        high = os.dup(FD)
+        os.close(FD)
+        say("ready")
+        while True:
+            source, target = (high, low) if signal.sigwait(both) == signal.SIGUSR1 else (low, high)
+            os.dup2(source, target)
+            os.close(source)
+            say("moved")
+        """,
+        owned.fileno(),
+    )
+    assert owner.line() == ["ready"]
+    number = inode(owned)
+    began = time.monotonic()
+    assert set(find_holders([number])[0][number]) == {owner.pid}
+    scan_s = time.monotonic() - began
+    for turn in range(40):
+        moving = threading.Timer(scan_s * turn / 40, os.kill, (owner.pid, signal.SIGUSR1))
+        moving.start()
+        found = find_holders([number])[0]
+        assert owner.line() == ["moved"]
+        assert set(found.get(number, {})) == {owner.pid}, f"missed at the {turn + 1}th time"
+        os.kill(owner.pid, signal.SIGUSR2)
+        assert owner.line() == ["moved"]
+
+
 def test_a_process_stopped_by_a_signal_stays_stopped(
     start: Callable[..., Owner], pair: tuple[socket.socket, socket.socket]
 ) -> None:

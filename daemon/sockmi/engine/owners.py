@@ -97,11 +97,23 @@ def find_holders(inodes: Iterable[int] | None, pids: Sequence[int] = ()) -> tupl
     Returns the holders, without this process, and those of them that have an io_uring. Processes
     that end meanwhile are left out; OSError if ``/proc`` cannot be read.
     """
-    wanted = sorted(set(inodes)) if inodes is not None else []
+    wanted = set(inodes) if inodes is not None else set()
     if inodes is not None and not wanted:
         return {}, set()
+    holders, rings = _scan(wanted, pids)
+    # Whoever puts a socket under a lower number while his descriptors are read, and closes the higher one
+    # (dup2, as every import does), is seen with neither: what is missing is looked for once more.
+    missing = wanted - holders.keys()
+    if not missing or pids:
+        return holders, rings
+    more, more_rings = _scan(missing, pids)
+    return holders | more, rings | more_rings
+
+
+def _scan(wanted: set[int], pids: Sequence[int]) -> tuple[Holders, set[int]]:
+    """One look through ``/proc`` of ``find_holders``; ``wanted``: if empty, all."""
     holder_room, ring_room = max(256, 4 * len(wanted)), 256
-    numbers = (ctypes.c_uint64 * len(wanted))(*wanted)
+    numbers = (ctypes.c_uint64 * len(wanted))(*sorted(wanted))
     only = (ctypes.c_int32 * len(pids))(*pids)
     while True:
         found = (_Holder * holder_room)()
