@@ -31,7 +31,7 @@ from sockmi.engine.base import Kind
 from sockmi.journal import Journal
 from sockmi.version import VERSION
 from tests.lab.matrix_lab import Keeper
-from tests.lab.scenario import daemons, status, until, wait_for_members
+from tests.lab.scenario import ask, daemons, status, until, wait_for_members
 from tests.lab.terminal import Result, Scene, ended, run
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -499,6 +499,23 @@ def test_metrics(lab: Lab) -> None:
             until(lambda: _metrics(a)[("sockmi_redirects", "export")] == 0, 30)
     finally:
         scene.close()
+
+
+def test_a_drain_opens_its_stream_while_it_looks(lab: Lab) -> None:
+    """To the host that was named, before it is known what goes; who only asks what would go opens none."""
+
+    def connected() -> bool:
+        [answer] = ask(lab.host("a"), "groups")
+        return bool(answer["groups"][0]["members"][0]["connected"])
+
+    with daemons(lab, "ab"):
+        for dry_run in (True, False):
+            *_unused, answer = ask(lab.host("a"), "drain", filter={"local_port": 1}, to="b", dry_run=dry_run)
+            assert answer["progress"]["selected"] == 0
+            if dry_run:
+                time.sleep(0.2)
+                assert not connected()
+        until(connected)
 
 
 def test_json_logs(lab: Lab) -> None:

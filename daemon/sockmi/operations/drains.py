@@ -51,3 +51,5 @@ class Drains:
         drain = Drain(self._daemon, request, target, report, fail)
         self._sockets.find(client, request, start, failed=lambda: self.going.pop(client, None))
         self.going[client] = drain
+        if not request.dry_run:
+            self._daemon.members.open_early(target[0])
