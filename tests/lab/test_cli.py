@@ -195,6 +195,7 @@ def test_listed_imports_wait_and_are_taken(scene: Scene, lab: Lab) -> None:
     assert (row.remote, row.from_, row.kind) == (client.local, "a", "connected")
     shown = run("list", "imports", host=lab.host("b"))
     assert shown.status == OK and client.local in shown.out
+    assert f"  {row.waiting_since.astimezone():%Y-%m-%d %H:%M:%S}  " in shown.out
     assert run("status", "--json", host=lab.host("b")).json["import_lists"]["connected"]["length"] == 1
     importer = scene.program(
         "b", "import", "--kind", "connected", "--local-address", lab.host("a").address4,
@@ -963,6 +964,7 @@ WRONG: list[tuple[str, str]] = [
     ("groups list --port 5", "--port is for `groups join`"),
     ("groups join", "join needs the group's name"),
     ("groups leave", "leave needs the group's name"),
+    ("groups forget b", "'b' is no id of a host"),
     ("groups leave web --key-file x", "--key-file is for `groups join`"),
     ("groups join web --key-file x --address 239.7.7.7 --force", "--force is for `groups leave`"),
     ("groups --force", "--force is for `groups leave`"),

@@ -6,11 +6,14 @@ Put in place of what is an example in them: the lab's name, a process and a desc
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,8 @@ from lab.labs import Lab
 from sockmi.cli.arguments import build_parser
 from sockmi.config import Config
 from tests.lab.ansible_lab import Controller
-from tests.lab.scenario import daemons
+from tests.lab.role_host import RoleHost
+from tests.lab.scenario import daemons, until
 from tests.lab.terminal import Scene, ended, run
 
 pytest.importorskip("ansible")
@@ -66,7 +70,7 @@ def scene(lab: Lab) -> Iterator[Scene]:
 
 
 def test_every_command_is_tried_here_or_left_out_for_a_reason() -> None:
-    known = {"ansible", "ansible-playbook", "sockmi", *LEFT_OUT}
+    known = {"ansible", "ansible-playbook", "python", "sockmi", *LEFT_OUT}
     assert len(commands()) > 20
     assert {words[0] for words in commands()} == known
     options = {
@@ -111,20 +115,41 @@ def test_moves_by_hand(scene: Scene, lab: Lab, tmp_path: Path) -> None:
 
 
 def test_in_a_lab_by_ansible(lab_name: Callable[[], str]) -> None:
-    """Made, moved in, and removed again."""
+    """Made, a connection moved in it, and removed again, with what runs there."""
     made = Lab(lab_name(), persistent=True)
     controller = Controller(made)
-    plays = [
-        words for words in commands() if words[0] == "ansible-playbook" and "inventories/mine" not in words
-    ]
-    assert len(plays) == 3
+    plays = {"ansible-playbook": controller.command, "python": partial(in_lab, made)}
+    steps = [words for words in commands() if words[0] in plays and "inventories/mine" not in words]
+    assert len(steps) == 6
     try:
-        for words in plays:
-            done = controller.command(*words)
+        said = []
+        for words in steps:
+            done = plays[words[0]](*words)
             assert done.returncode == 0, done.stdout + done.stderr
+            said.append(done.stdout)
+        assert "1 selected, 1 moved" in said[3]
+        assert f"{made.host('peer').address4}:" in said[4]
         assert made.missing()
     finally:
         made.down()
+
+
+def in_lab(lab: Lab, *words: str) -> subprocess.CompletedProcess[str]:
+    """``python -m lab exec HOST -- COMMAND``; behind ``&`` it goes on, listening or connected."""
+    python, module, name, verb, host, *rest = words
+    assert (python, module, name, verb, rest[0]) == ("python", "-m", "lab", "exec", "--")
+    command = [sys.executable, module, name, verb, "--lab", lab.name, host, *rest]
+    environment = os.environ | {"PATH": f"{PROJECT}/.venv/bin:{os.environ['PATH']}"}
+    if rest[-1] != "&":
+        return subprocess.run(
+            command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+    subprocess.Popen(
+        command[:-1], cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL
+    )  # ends with its lab
+    state = "listening" if host == "a" else "established"
+    until(lambda: ":5100" in str(lab.host("a").run(["ss", "-tnH", "state", state]).stdout))
+    return subprocess.CompletedProcess(command, 0, "", "")
 
 
 def test_on_hosts_of_your_own(tmp_path: Path) -> None:
@@ -160,8 +185,11 @@ def test_python_and_c_can_be_compiled(tmp_path: Path) -> None:
     source = tmp_path / "example.c"
     head = "#include <err.h>\n#include <netinet/in.h>\n#include <sockmi.h>\nint main(void)\n{\n"
     source.write_text(f"{head}{code}return 0;\n}}\n")
-    done = subprocess.run(
-        ["cc", "-Wall", "-Werror", "-fsyntax-only", "-I", PROJECT / "daemon/libsockmi/include", source],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    [install] = [" ".join(words) for words in commands() if words[:2] == ["make", "-C"]]
+    (tmp_path / "host").mkdir()
+    with RoleHost(tmp_path / "host") as host:
+        host.sh(f"cd {PROJECT}; {install}")
+        host.sh(f"cd {tmp_path}; cc -Wall -Werror example.c $(pkg-config --cflags --libs sockmi)")
+        done = host.run(tmp_path / "a.out")
+    # It finds its library, which finds no daemon.
+    assert (done.returncode, done.stderr) == (1, "a.out: import: No such file or directory\n")

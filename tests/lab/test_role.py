@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.role_host import FOLDERS, RoleHost
+from tests.lab.scenario import until
 
 pytest.importorskip("ansible")
 
@@ -130,11 +131,12 @@ def test_a_route_of_router_advertisements_stays(host: RoleHost, tmp_path: Path) 
     host.sh(
         "ip link add lan type veth peer name far;"
         "for one in lan far; do ip link set $one addrgenmode eui64; ip link set $one up; done;"
-        "echo 2 >/proc/sys/net/ipv6/conf/far/accept_ra; sleep 2;"
-        f"{sys.executable} {tmp_path}/router.py"
+        "echo 2 >/proc/sys/net/ipv6/conf/far/accept_ra"
     )
+    until(lambda: "tentative" not in (there := host.sh("ip -6 address show")) and there.count("fe80:") == 2)
+    host.sh(f"{sys.executable} {tmp_path}/router.py")
     route = "ip -6 route show default dev lan"
-    assert "proto ra" in host.sh(f"sleep 1; {route}")
+    until(lambda: "proto ra" in host.sh(route))
     sysctls = {"net.ipv6.conf.all.forwarding": 1}
     code, output, predicted = host.tasks("gather", "host", check=True, sockmi_sysctls=sysctls)
     assert (code, host.sh(f"cat {FORWARDING}")) == (0, "0\n"), output

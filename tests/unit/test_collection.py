@@ -133,6 +133,21 @@ def test_a_variable_that_the_role_has_not_is_refused(installed: Path, name: str,
     assert "Nothing was changed" in said
 
 
+@pytest.mark.parametrize("name", ["migrate", "drain", "install", "uninstall"])
+def test_so_many_hosts_at_a_time(installed: Path, name: str) -> None:
+    """A sentence, where Ansible itself has a traceback."""
+    given = (
+        {"sockmi_hosts": "all"} if name.endswith("install") else {"sockmi_from": "all", "sockmi_to": "web4"}
+    )
+    words = [f"sockmi.appliance.{name}", "-i", "web1,web2,"]
+    for wrong in ("many", "1,2", "%", -1, [1, "1x"]):
+        extra = json.dumps({**given, "sockmi_serial": wrong})
+        done = run(installed, "ansible-playbook", *words, "-e", extra)
+        said = " ".join((done.stdout + done.stderr).split())
+        assert f"sockmi_serial is '{wrong}'; give a number of hosts" in said
+        assert (done.returncode != 0, "Traceback" in said) == (True, False), said
+
+
 def test_the_role_is_documented_under_its_name(installed: Path) -> None:
     done = run(installed, "ansible-doc", "-t", "role", "sockmi.appliance.install")
     assert done.returncode == 0, done.stderr

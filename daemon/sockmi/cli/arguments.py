@@ -417,6 +417,11 @@ def _check_groups(options: argparse.Namespace) -> str | None:
     if not options.name:
         wanted = "host's id" if options.action == "forget" else "group's name"
         return f"{options.action} needs the {wanted}"
+    if options.action == "forget":
+        try:
+            options.name = str(UUID(options.name))
+        except ValueError:
+            return f"{options.name!r} is no id of a host; `sockmi groups` has those that something waits for"
     if options.action == "join":
         if not options.key_file:
             return "join needs --key-file"

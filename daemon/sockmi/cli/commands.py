@@ -22,7 +22,14 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from sockmi.cli.arguments import selection
-from sockmi.cli.output import ProgressBar, print_json, print_json_line, print_table, show_records
+from sockmi.cli.output import (
+    ProgressBar,
+    local_time,
+    print_json,
+    print_json_line,
+    print_table,
+    show_records,
+)
 from sockmi.cli.relay import relay
 from sockmi.client import Control, Export, Imported, ImportRequest, SockMiError
 from sockmi.client.control import learn_outcomes
@@ -247,8 +254,8 @@ def _socket_cells(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _import_cells(row: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("kind", "state", "origin", "remote", "from", "waiting_since", "image_bytes", "migration_id")
-    return tuple(row[name] for name in names)
+    ends = (row["kind"], row["state"], row["origin"], row["remote"], row["from"])
+    return (*ends, local_time(row["waiting_since"]), row["image_bytes"], row["migration_id"])
 
 
 def _redirect_cells(row: dict[str, Any]) -> tuple[Any, ...]:
