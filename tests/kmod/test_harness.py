@@ -54,6 +54,11 @@ def test_a_good_module_comes_and_goes(tmp_path: Path) -> None:
     assert outcome.good, outcome.tell()
 
 
+def test_a_strict_build_has_sparse_look(kernel: str) -> None:
+    with pytest.raises(HarnessError, match=r"mixed\.c:5:.*incorrect type in initializer"):
+        DEBIAN_KERNELS[kernel].module(PLANTED / "mixed", strict=True)
+
+
 @uml
 @pytest.mark.parametrize(
     ("bug", "said"),
