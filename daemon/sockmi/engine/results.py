@@ -135,6 +135,15 @@ _MODULE_WORDS: dict[int, tuple[Code, str]] = {
         "tcp_sack and tcp_timestamps equal",
     ),
     23: (Code.RESTORE, "the kernel has no memory for it ({errno}); try again"),
+    24: (
+        Code.NO_SUCH_SOCKET,
+        "it lives in another network namespace than this daemon's device; use the daemon of that one",
+    ),
+    25: (
+        Code.LIST_FULL,
+        "the kernel module's list of this kind is full; have applications import, or raise sockmi.max_* "
+        "(sysctl)",
+    ),
     26: (Code.ULP, "the image has kernel TLS keys, which this module does not take"),
     27: (Code.ZERO_COPY, "its owner has completions of MSG_ZEROCOPY to come; try again when they are read"),
     29: (Code.RESTORE, "no program of this host listens for it; start one, or import it"),
