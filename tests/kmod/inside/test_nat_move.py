@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import struct
 import subprocess
 
 import pytest
@@ -203,6 +205,20 @@ def test_close_by_either_end_goes_through(version: int) -> None:
             assert (moving.capture.resets, moving.capture.fins) == (0, 1)
 
 
+def begin_anew(moving: Moving) -> None:
+    """A SYN of the connection's own peer and port, as of a host that was started again."""
+    remote, local = moving.ends.remote, moving.ends.local
+    family = "AF_INET" if local.address.version == 4 else "AF_INET6"
+    script = (
+        "import socket,struct;"
+        f"s=socket.socket(socket.{family},socket.SOCK_RAW,6);"
+        f"s.sendto(struct.pack('>HHIIBBHHH',{remote.port},{local.port},1,0,80,2,100,0,0),"
+        f"('{local.address}',0))"
+    )
+    of = moving.of.lab.peer.namespace
+    subprocess.run(["ip", "netns", "exec", of, "python3", "-c", script], check=True)
+
+
 def test_peer_that_begins_anew_is_noted() -> None:
     with triangle(4) as of:
         lab = of.lab
@@ -210,13 +226,32 @@ def test_peer_that_begins_anew_is_noted() -> None:
             moving.move(lab.a, lab.b, IMPORTER_PORT)
             moving.progress()
             assert Seen.SYN_IN not in of.nat(lab.a).one(moving.ends).seen
-            remote, local = moving.ends.remote, moving.ends.local
-            script = (
-                "import socket,struct;"
-                "s=socket.socket(socket.AF_INET,socket.SOCK_RAW,6);"
-                f"s.sendto(struct.pack('>HHIIBBHHH',{remote.port},{local.port},1,0,80,2,100,0,0),"
-                f"('{local.address}',0))"
-            )
-            subprocess.run(["ip", "netns", "exec", lab.peer.namespace, "python3", "-c", script], check=True)
+            begin_anew(moving)
             until(lambda: Seen.SYN_IN in of.nat(lab.a).one(moving.ends).seen, "the SYN")
             moving.progress()
+
+
+@pytest.mark.parametrize(
+    ("version", "noted"),
+    [(4, Seen.SYN_IN), (4, Seen.FIN_IN), (4, Seen.RST_IN), (4, Seen.RST_OUT), (6, Seen.RST_IN)],
+)
+def test_a_flow_that_only_translates_notes_how_it_ends(version: int, noted: Seen) -> None:
+    """The last importer has no other flow that would have packets looked at on their way in."""
+    with triangle(version) as of:
+        lab = of.lab
+        with live(of, lab.peer, lab.a) as moving:
+            moving.move(lab.a, lab.b, IMPORTER_PORT)
+            moving.progress()
+            server, peer = moving.server.pause(), moving.peer.pause()
+            [flow] = of.nat(lab.b).list()
+            assert (flow.flags, flow.seen) == (Flag.TRANSLATE, Seen(0))
+            if noted == Seen.SYN_IN:
+                begin_anew(moving)
+            elif noted == Seen.FIN_IN:
+                peer.shutdown(socket.SHUT_WR)
+            else:
+                end = server if noted == Seen.RST_OUT else peer
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                end.close()
+            until(lambda: of.nat(lab.b).one(flow).seen, "anything noted at the importer")
+            assert of.nat(lab.b).one(flow).seen == noted
