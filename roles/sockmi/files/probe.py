@@ -2,7 +2,7 @@
 """What the host is like, as JSON: all that the role must know before it touches anything.
 
 The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`, the
-file `before`; with `by_unit` the prefix is that of the installed unit, if there is one.
+file `before`, `groups` (none: to remove all); with `by_unit` the prefix is the installed unit's, if any.
 Python 3.8 and later.
 """
 
@@ -36,6 +36,7 @@ SYSTEM = {
     *("/etc/sockmi", "/var/lib/sockmi"),
 }
 RTF_ADVERTISED = 0x50000  # RTF_DEFAULT and RTF_ADDRCONF of linux/ipv6_route.h
+ADDRESS = "239.77.83.1"  # of a group that names none
 FIREWALLD_PRIORITY = 7780  # by which the role's rules there are told from the operator's
 PASSING = {"dev", "proc", "run", "sys", "tmp"}  # what is there is gone after a boot
 
@@ -117,14 +118,28 @@ def before(path):
         )
 
 
-def firewalld():
-    """Its default zone, and the role's rules in each, now and after a restart; None: it does not run."""
-    if said("firewall-cmd", "--state") != "running":
+def zones(group):
+    """Those of firewalld in which a group is: of its interface, or the routes to its address or members."""
+    hosts = [re.sub(r"^\[(.+)\](:\d+)?$|^([^:]+):\d+$", r"\1\3", one) for one in group.get("members") or []]
+    routes = [said("ip", "-o", "route", "get", one) for one in hosts or [group.get("address") or ADDRESS]]
+    devices = [group["interface"]] if group.get("interface") else re.findall(r" dev (\S+)", " ".join(routes))
+    found = {said("firewall-cmd", f"--get-zone-of-interface={one}") for one in devices} or {""}
+    return sorted(zone or said("firewall-cmd", "--get-default-zone") for zone in found)
+
+
+def firewalld(groups):
+    """The zones of each group, and the role's rules in all, now and after a restart; None: it does not run.
+
+    Without groups also of one that does not run: what it would open.
+    """
+    running = said("firewall-cmd", "--state") == "running"
+    if not running and (groups or not shutil.which("firewall-offline-cmd")):
         return None
-    found = {"zone": said("firewall-cmd", "--get-default-zone")}
-    for name, more in (("now", []), ("later", ["--permanent"])):
+    found = {"running": running, "zones": [zones(one) for one in groups]}
+    later = ["firewall-cmd", "--permanent"] if running else ["firewall-offline-cmd"]
+    for name, words in [("now", ["firewall-cmd"]), ("later", later)]:
         zone, rules = "", []
-        for line in said("firewall-cmd", *more, "--list-all-zones").splitlines():
+        for line in said(*words, "--list-all-zones").splitlines():
             if line[:1].strip():
                 zone = line.split()[0]
             elif line.strip().startswith(f'rule priority="{FIREWALLD_PRIORITY}" '):
@@ -266,7 +281,7 @@ def main():
             },
             "key_files": key_files(),
             "configured": Path("/etc/sockmi/sockmi.yml").exists(),
-            "firewalld": firewalld(),
+            "firewalld": firewalld(asked["groups"]),
             "ufw": "ENABLED=yes" in (text("/etc/ufw/ufw.conf") or ""),
             "before": known,
         }
