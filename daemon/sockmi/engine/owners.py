@@ -45,7 +45,7 @@ _PID_MIN = 300  # RESERVED_PIDS: where process ids go on after a wrap (kernel/pi
 _UNSEEN_PIDS = 32
 # A look that finds nothing new is repeated if processes were born meanwhile, but so often at most.
 _LOOKS = 3
-_MANY_PIDS = 16  # more ids than this: remember that they have been looked at
+_MANY_PIDS = 3 * _UNSEEN_PIDS  # more ids than a scan leaves unseen: remember that they were looked at
 _RESCAN_PIDS = 256  # more ids than this since the scan: a new one, before the freeze, is cheaper
 _RESCAN_AGE_S = 60.0  # the ids may have gone round: scan anew
 _REMEMBERED_S = 5.0  # what another scan has found may be this old
