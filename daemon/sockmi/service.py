@@ -19,6 +19,7 @@ import socket
 import sqlite3
 import sys
 import time
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from sockmi import durable, logs, notify
@@ -57,6 +58,7 @@ from sockmi.redirect.held import HeldPackets
 from sockmi.redirect.icmp import IcmpInjector, IcmpRelay
 from sockmi.redirect.routes_worker import RoutesWorker
 from sockmi.redirecting import Redirecting
+from sockmi.rehearsing import FEW, Rehearsal
 from sockmi.shell import Shell
 from sockmi.spool import Spool, SpoolError
 from sockmi.starting import StartError, lock_state
@@ -70,6 +72,7 @@ from sockmi.version import VERSION
 
 _log = logging.getLogger(__name__)
 
+_REHEARSING_MAX_S = 0.01
 _STOP_GRACE_S = 5.0
 # A peer that sends on must not wake the daemon for each packet, least of all in the middle of a move:
 # what is needed is read at once (HeldPackets.take), a RST is looked for this often.
@@ -184,6 +187,7 @@ class Daemon:
             destroy=self.diag.destroy,
             onward=self.importing.onward,
         )
+        self._rehearsal = Rehearsal(self.shell) if self.engine.name == "repair" else None
         self.operations = Operations(self)
         self._sysctl = SysctlExports(self)
         self._icmp_injector = IcmpInjector(self.tables)
@@ -215,6 +219,7 @@ class Daemon:
             **self.exporting.carry_out(),
             **self.importing.carry_out(),
             **self.redirecting.carry_out(),
+            actions.Reserve: self._reserve,
         }
 
     # -- life
@@ -390,8 +395,24 @@ class Daemon:
         """When RESERVE is on its way there is time, if it was us who wanted the stream."""
         self.driver.dispatch(events.StreamOpened(host))
         if host in self._opening and (member := self.members.member(host)):
-            self.loop.call_later(0, self.exporting.freezer.foresee, to_endpoint(member.address).address)
+            self.loop.call_later(0, self._foresee, to_endpoint(member.address).address)
         self._opening.discard(host)
+
+    def _foresee(self, importer: IPv4Address | IPv6Address) -> None:
+        self.exporting.freezer.foresee(importer)
+        self._rehearse(time.monotonic() + _REHEARSING_MAX_S)
+
+    def _rehearse(self, until: float) -> None:
+        """Again and again, until the importer has answered: a processor that sleeps meanwhile grows cold."""
+        few = 0 < len(self.exporting.exports) <= FEW
+        if self._rehearsal and few and not self.core.frozen and time.monotonic() < until:
+            self._rehearsal.lead_away()
+            self.loop.call_later(0, self._rehearse, until)
+
+    def _reserve(self, action: actions.Reserve) -> None:
+        if self._rehearsal and not self.core.frozen and len(action.items) <= FEW:
+            self._rehearsal.take_in()
+        self.importing.reservations.reserve(action)
 
     def _members_changed(self, group: str, count: int) -> None:
         self.metrics.members.labels(group=group).set(count)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from lab.labs import Lab
-from sockmi.crashpoints import ENGINE, EXPORTER, IMPORTER, POINTS
+from sockmi.crashpoints import ENGINE, EXPORTER, IMPORTER, POINTS, REHEARSAL
 from tests.lab.crash_lab import (
     CLOSED,
     Sleeper,
@@ -50,13 +50,13 @@ SOON = {"freeze_deadline_s": 0.5}
 #: Until then the exporter has not decided, or can and does undo it.
 UNDECIDED = {
     "freeze.stopped", "freeze.held", "freeze.captured",
-    "commit.led-away", "commit.journalled", "commit.accepted",
+    "commit.led-away", "commit.journalled", "commit.accepted", REHEARSAL[0],
 }  # fmt: skip
 #: Where translation makes a difference.
 TRANSLATED = {
     "commit.led-away", "commit.journalled", "commit.released",
     "prepare.journalled", "activate.journalled", "hand.sent",
-    "taken.admitted", "taken.activated", "taken.answered", "taken.unspooled",
+    "taken.admitted", "taken.activated", "taken.answered", "taken.unspooled", *REHEARSAL,
 }  # fmt: skip
 #: For the special modes: about each change of their own, and of the journal. iptables is slow to start.
 BY_IPTABLES = {"commit.led-away", "commit.journalled", "commit.done", "activate.journalled", "taken.admitted"}
@@ -140,13 +140,13 @@ def test_every_point_has_its_test() -> None:
     crashes = [at for ats, _unused in UNDOING for at in ats.values()] + [
         at for _unused, at, _unused in FURTHER_HOP + END
     ]
-    crashes += [case.values[0] for case in cases(EXPORTER) + cases(IMPORTER + ENGINE)]
+    crashes += [case.values[0] for case in cases(EXPORTER + IMPORTER + ENGINE + REHEARSAL)]
     crashes += [point for point, _unused in RETURN]
     crashes += [AGAIN, *QUEUE, *UNSENT]
     assert {one.partition(":")[0] for at in crashes for one in at.split(",")} == set(POINTS)
 
 
-@pytest.mark.parametrize(("point", "mode"), cases(EXPORTER))
+@pytest.mark.parametrize(("point", "mode"), cases(EXPORTER + REHEARSAL[:1]))
 def test_exporter_dies(stages: Stages, tmp_path: Path, point: str, mode: str) -> None:
     """Two-way load; the exporter is killed at one step and comes back."""
     with stages("duplex", tmp_path, {"a": point}, mode) as (daemons, serving):
@@ -159,7 +159,7 @@ def test_exporter_dies(stages: Stages, tmp_path: Path, point: str, mode: str) ->
         proved(daemons, serving, "a" if point in UNDECIDED else "b")
 
 
-@pytest.mark.parametrize(("point", "mode"), cases(IMPORTER + ENGINE))
+@pytest.mark.parametrize(("point", "mode"), cases(IMPORTER + ENGINE + REHEARSAL[1:]))
 def test_importer_dies(stages: Stages, tmp_path: Path, point: str, mode: str) -> None:
     """The same for the importer."""
     with stages("lines", tmp_path, {"b": point}, mode) as (daemons, serving):
@@ -169,7 +169,7 @@ def test_importer_dies(stages: Stages, tmp_path: Path, point: str, mode: str) ->
         daemons.restart_dead()
         moving.ended()
         # What was not yet promised is tried again, if the importer is back in time.
-        moving.told(proved(daemons, serving, "" if point.startswith("prepare") else "b"))
+        moving.told(proved(daemons, serving, "" if point.startswith(("prepare", "rehearsal")) else "b"))
 
 
 @pytest.mark.parametrize(

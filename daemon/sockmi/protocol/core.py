@@ -146,6 +146,11 @@ class Core:
         return self.exporter.calm and self.importer.calm
 
     @property
+    def frozen(self) -> bool:
+        """Whether a chunk stands still, here or on its way to this host: each millisecond lengthens that."""
+        return not self.exporter.chunks.calm or self.importer.frozen
+
+    @property
     def awaited(self) -> set[HostId]:
         """Hosts for whose answer something waits, or to which connections are led; see events.Forget."""
         return self.exporter.chunks.awaited | self.routes.awaited

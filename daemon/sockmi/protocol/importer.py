@@ -109,12 +109,13 @@ class ImporterCore:
 
     @property
     def calm(self) -> bool:
-        """Whether nothing is reserved or comes, nor has just come: what is long in doubt may stay so."""
-        return (
-            not self.busy
-            and not any(lease.reserved or lease.pages for lease in self._leases.values())
-            and all(chunk.attempt > _EXPECTED_ATTEMPTS for chunk in self._chunks.values())
-        )
+        """Whether nothing is reserved or frozen."""
+        return not self.frozen and not any(lease.reserved or lease.pages for lease in self._leases.values())
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a chunk comes, or has just come: what is long in doubt may stay so."""
+        return self.busy or any(chunk.attempt <= _EXPECTED_ATTEMPTS for chunk in self._chunks.values())
 
     def holds(self, connection: ConnectionId) -> bool:
         """Whether a copy is here in a chunk that is not yet decided."""
