@@ -2,7 +2,8 @@
 """Every refusal that a daemon with the kernel engine can give: before the freeze, and the connection goes on.
 
 The codes and cases are those of tests/lab/test_matrix_refusals.py. What this engine does not refuse has tests
-of its own here: urgent data moves, and owners that cannot be stopped are no obstacle.
+of its own here: urgent data moves, and owners that cannot be stopped are no obstacle. What wants a later
+kernel is in test_refusals_late_daemons.py.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ _SAME = (
     "test_no_such_socket",
     "test_kernel_tls",
     "test_signed_connections",
-    "test_connections_signed_by_tcp_ao",
     "test_addresses_and_states",
     "test_too_large",
     "test_nobody_takes_it",
@@ -37,7 +37,6 @@ _SAME = (
     "test_taken_ports_of_bound_sockets",
     "test_a_tuple_that_is_taken_at_home",
     "test_window_scale",
-    "test_timestamp_unit",
     "test_it_takes_too_long",
     "test_whoever_asked_has_gone",
     "test_the_importer_dies",
