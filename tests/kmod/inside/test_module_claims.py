@@ -15,6 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,12 +24,15 @@ from tests.kmod.module_client import (
     ACTIVATE,
     COMMIT_OWNED,
     COMMIT_SETTLED,
+    NO_SLOT,
     Decision,
     Device,
+    Event,
     EventType,
     ExportState,
     Refusal,
     Refused,
+    Restore,
     frozen,
 )
 
@@ -302,6 +306,77 @@ def test_freezes_that_wait_stop_no_deadline() -> None:
         stop.set()
         give_page(address, descriptor)
         join_all(*threads, *freezers, seconds=20)
+
+
+def unread(device: Device) -> list[Event]:
+    """The events that wait now."""
+    os.set_blocking(device.fd, False)
+    found: list[Event] = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            found += device.events()
+    return found
+
+
+@pytest.mark.kernels("6.*")  # 7.2's queues have a thousand workers
+@pytest.mark.processors(2)
+@pytest.mark.slow
+def test_discards_that_wait_stop_no_deadline(device: Device) -> None:
+    """Whoever sends into a dormant copy gets its lock when it is discarded, and keeps it with a missing page.
+
+    On one processor and with priority they are there before the discard has put its options back.
+    """
+    count, workers, deadline_s = 400, 256, 12
+    with frozen(device, new_socket("ipv4")) as (_freeze, image):
+        pass
+    memory = ctypes.create_string_buffer(image, len(image))
+    sendto = ctypes.CDLL(None).sendto
+    settings = {
+        Path("/proc/sys/net/ipv4/tcp_fastopen"): "5",  # data in a SYN, no cookie: read under the lock
+        Path("/sys/devices/virtual/workqueue/cpumask"): "1",
+    }
+    with contextlib.ExitStack() as stack:
+        for setting, value in settings.items():
+            stack.callback(setting.write_text, setting.read_text())
+            setting.write_text(value)
+        _memory, address, descriptor = stack.enter_context(missing_page())
+        listener = stack.enter_context(new_socket("ipv4"))
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        to = struct.pack("=H", socket.AF_INET) + struct.pack(
+            "!H4s8x", listener.getsockname()[1], socket.inet_aton("127.0.0.1")
+        )
+        mine = stack.enter_context(Device(slots=0))
+        copies = [stack.enter_context(new_socket("ipv4")) for _turn in range(count)]
+
+        def send(sock: socket.socket) -> None:
+            os.sched_setaffinity(0, {0})
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+            sendto(sock.fileno(), ctypes.c_void_p(address), 100, socket.MSG_FASTOPEN, to, len(to))
+
+        senders = [threading.Thread(target=send, args=(copy,)) for copy in copies]
+        began = time.monotonic()
+        for copy in copies:
+            mine.call(
+                "restore",
+                Restore(
+                    fd=copy.fileno(), slot=NO_SLOT, image=ctypes.addressof(memory), bytes=len(image),
+                    deadline_ms=deadline_s * 1000,
+                ),
+            )  # fmt: skip
+        stack.callback(give_page, address, descriptor)  # first of all: else nothing of this could be closed
+        for sender in senders:
+            sender.start()
+        time.sleep(max(began + deadline_s + 2 - time.monotonic(), 0))
+        assert len(unread(mine)) <= count - workers
+        ours, peer = pair()
+        device.freeze(device.claim(ours), deadline_ms=100)
+        peer.sendall(b"x")
+        started = time.monotonic()
+        assert read_exactly(ours, 1) == b"x"
+        assert time.monotonic() - started < 3
+        give_page(address, descriptor)
+        join_all(*senders, seconds=20)
 
 
 # ---- Deadlines ----
