@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -251,6 +252,18 @@ def test_sockmid_tells_its_options() -> None:
 
 
 # -- docs
+
+
+def test_scripts_are_run_as_it_is_said() -> None:
+    """By themselves, or by the program that reads them."""
+    said = "".join(
+        path.read_text()
+        for path in (*DOCS.glob("*.md"), PROJECT / "README.md", PROJECT / "molecule/README.md")
+    )
+    said += "".join(path.read_text() for path in (PROJECT / "roles/sockmi/files").glob("*.py"))
+    scripts = {PROJECT / name for name in re.findall(r"[`(](scripts/\w+) ", said)}
+    assert scripts
+    assert {script for script in scripts if not os.access(script, os.X_OK)} == set()
 
 
 def test_every_metric_is_explained() -> None:

@@ -36,7 +36,8 @@ def checksums(folder):
     matches = [re.fullmatch(r"(\S+)==(\S+) --hash=sha256:([0-9a-f]{64})", line) for line in lines]
     if not all(matches):
         sys.exit(
-            f"{folder}/requirements.txt is damaged: build the wheelhouse again (scripts/wheelhouse --refresh)"
+            f"{folder}/requirements.txt is damaged: build the wheelhouse again "
+            "(python3 scripts/wheelhouse --refresh)"
         )
     return {f"{match[1]}-{match[2]}": match[3] for match in matches}
 
@@ -122,6 +123,9 @@ def main():
 try:
     main()
 except (tarfile.TarError, zipfile.BadZipFile) as error:
-    sys.exit(f"{sys.argv[1]} is damaged ({error}); build the wheelhouse again (scripts/wheelhouse --refresh)")
+    sys.exit(
+        f"{sys.argv[1]} is damaged ({error}); build the wheelhouse again "
+        "(python3 scripts/wheelhouse --refresh)"
+    )
 except OSError as error:
     sys.exit(f"{error.filename or sys.argv[2]}: {error.strerror or error}; the release was not installed")
