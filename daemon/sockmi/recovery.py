@@ -217,11 +217,16 @@ class Recovery:
         """Redirects, translations and holds as the journal has them.
 
         ``returning``: connections that are prepared to come back; they are led nowhere until that is
-        decided. ``listed``: those that no application has. ``held``: the kernel's holds; those
-        that are not to be kept are of freezes and copies that are no more.
+        decided, but for what takeover has led away, whose address is not here. ``listed``: those that no
+        application has. ``held``: the kernel's holds; those that are not to be kept are of freezes and
+        copies that are no more.
         """
         redirects = self._shell.redirects
-        away = [route for route in routes.values() if route.connection not in returning]
+        away = [
+            route
+            for route in routes.values()
+            if route.connection not in returning or route.place.mode is Mode.TAKEOVER
+        ]
         here = [holding for holding in holdings.values() if holding.connection not in listed]
         # All that is wrong goes before anything comes: another mode may have had the same connection. What
         # then needs something of its own again is held until it has that, be it by the next run.

@@ -7,6 +7,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from sockmi import durable
@@ -17,7 +18,8 @@ from sockmi.journal import Change, Record
 from sockmi.protocol.actions import Collect, ForgetHoldings, ForgetNotices, Reroute, SaveRoutes
 from sockmi.protocol.events import CollectDone, ConnectionsEnded, RerouteDone
 from sockmi.protocol.records import Holding, Route
-from sockmi.redirect.base import Outbound
+from sockmi.redirect.base import Mode, Outbound
+from sockmi.redirect.takeover import Takeover
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell, by_mode, inbound, living, outbound, unwritable
 
@@ -58,8 +60,23 @@ class Redirecting:
         # More than one only until an ended connection is forgotten whose tuple another has by now: the last.
         self._by_tuple: dict[FourTuple, dict[bytes, None]] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
+        self._takeover = shell.redirects.get(Mode.TAKEOVER)
         for direction, table in (("export", routes), ("import", holdings)):
             shell.metrics.redirects.labels(direction=direction).set_function(functools.partial(len, table))
+
+    def led_from(self) -> set[IPv4Address | IPv6Address]:
+        """Addresses of this host from which connections are led on."""
+        return {
+            route.local.address
+            for route in self.routes.values()
+            if route.local and route.place.mode not in (None, Mode.TAKEOVER)
+        }
+
+    def _leave_addresses(self, gone: Iterable[Route | Holding]) -> None:
+        """What takeover has brought for connections that other redirects have led on, or brought back."""
+        if isinstance(self._takeover, Takeover):
+            by_others = (one for one in gone if one.place.mode not in (None, Mode.TAKEOVER))
+            self._takeover.leave({one.local.address for one in by_others if one.local})
 
     # -- what is where
 
@@ -157,9 +174,17 @@ class Redirecting:
         left = [local for local in self._missed.values() if local.port in ports]
         self._shell.holds.miss_listeners(left, gone)
 
-    def suspend(self, connections: Iterable[bytes]) -> None:
-        """They come back: out of the kernel, though not yet out of the journal."""
-        routes = [route for one in connections if (route := self.routes.get(one))]
+    def suspend(self, connections: Iterable[bytes], *, decided: bool) -> None:
+        """They come back: out of the kernel, though not yet out of the journal.
+
+        What takeover leads away stays so until that is ``decided``: their address is elsewhere, and who sends
+        to it must not hear of two hosts that have it.
+        """
+        routes = [
+            route
+            for one in connections
+            if (route := self.routes.get(one)) and (decided or route.place.mode is not Mode.TAKEOVER)
+        ]
         for mode, group in by_mode((route.place.mode, route) for route in routes).items():
             self._shell.redirects[mode].take_back([one.tuple for route in group if (one := outbound(route))])
 
@@ -183,6 +208,11 @@ class Redirecting:
             self._shell.redirects[mode].expect([one])
         except Exception:  # it goes on waiting; its application will be told if that cannot be mended
             _log.exception("what the peer of %s sends does not come here now", one.tuple)
+
+    def left_by_takeover(self, connection: bytes) -> bool:
+        """Whether its address is no more this host's."""
+        route = self.routes.get(connection)
+        return route is not None and route.place.mode is Mode.TAKEOVER
 
     def route_of(self, connection: FourTuple) -> Route | None:
         """The route that leads a connection's packets away."""
@@ -241,6 +271,10 @@ class Redirecting:
         redirect = self._shell.redirects.get(route.place.mode)
         if redirect is None:
             return Refusal(Code.NO_REDIRECT, f"The redirect {route.place.mode} is not enabled here.")
+        if old.place.mode is Mode.TAKEOVER and route.place.mode is not Mode.TAKEOVER:
+            return Refusal(
+                Code.NO_REDIRECT, f"Takeover has led {new.tuple.local.address} away from this host."
+            )
         try:
             if obstacle := redirect.reachable(new.importer.address):
                 return Refusal(Code.NO_REDIRECT, obstacle)
@@ -279,6 +313,7 @@ class Redirecting:
         reached("collect.expired")
         for route in gone:
             self.drop_route(route.connection)
+        self._leave_addresses(gone)
         durable.drop(change, gone)
         if change.drop:
             self._shell.note(change)
@@ -303,6 +338,7 @@ class Redirecting:
             self._shell.redirects[mode].evict(
                 [one for holding in holdings if (one := inbound(holding)) and self._is_free(one.tuple)]
             )
+        self._leave_addresses(gone)
         reached("forget-holdings.evicted")
         durable.drop(change, gone)
         if change.drop:

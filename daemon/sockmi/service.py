@@ -53,10 +53,12 @@ from sockmi.protocol.context import Capacity
 from sockmi.protocol.core import Core
 from sockmi.protocol.records import Holding, HostId, Route
 from sockmi.recovery import Recovery
+from sockmi.redirect.base import Mode
 from sockmi.redirect.factory import make_redirects
 from sockmi.redirect.held import HeldPackets
 from sockmi.redirect.icmp import IcmpInjector, IcmpRelay
 from sockmi.redirect.routes_worker import RoutesWorker
+from sockmi.redirect.takeover import Takeover
 from sockmi.redirecting import Redirecting
 from sockmi.rehearsing import FEW, Rehearsal
 from sockmi.shell import Shell
@@ -165,6 +167,8 @@ class Daemon:
         self.redirecting = Redirecting(
             self.shell, routes, holdings, self.diag.states, listeners, self._waits_for_application
         )
+        if isinstance(takeover := self.shell.redirects.get(Mode.TAKEOVER), Takeover):
+            takeover.needed = self.redirecting.led_from
         self.importing = Importing(
             self.shell,
             Placing(

@@ -74,11 +74,13 @@ class Cluster:
         self.drains: list[Drain] = []
         timing = TIMING | overrides.pop("timing", {})
         redirect = {"devices": ["eth0"]} | overrides.pop("redirect", {})
-        engines = overrides.pop("engines", {})
+        engines, modes = overrides.pop("engines", {}), overrides.pop("modes_of", {})
         self.modes = redirect.get("modes", [])
         self.daemons = Daemons(lab, hosts, {"timing": timing, "redirect": redirect} | overrides)
         for host, engine in engines.items():
             self.daemons[host].config["engine"] = engine
+        for host, some in modes.items():
+            self.daemons[host].config["redirect"] = redirect | {"modes": some}
 
     def start(self, host: str, crash_at: str = "") -> None:
         """Start one; it dies where ``crash_at`` says (sockmi.crashpoints)."""
@@ -425,10 +427,16 @@ def watched(daemons: Cluster, serving: Serving, directory: Path, *, calm: bool =
 
 @contextlib.contextmanager
 def service(
-    daemons: Cluster, kind: str, hosts: str, directory: Path, *, calm: bool = True
+    daemons: Cluster,
+    kind: str,
+    hosts: str,
+    directory: Path,
+    *,
+    calm: bool = True,
+    at: dict[int, str] | None = None,
 ) -> Iterator[Serving]:
-    """Servers for one test."""
-    one = Serving(daemons.lab, kind, hosts, directory)
+    """Servers for one test; ``at``: the addresses of the first host, if they are not its own."""
+    one = Serving(daemons.lab, kind, hosts, directory, service=at or {})
     try:
         one.start()
         wait_for_servers(one.lab, [one])

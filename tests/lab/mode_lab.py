@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,20 @@ def take_service(lab: Lab, names: str = "ab") -> None:
 def has_address(host: Host, address: str) -> bool:
     """Whether the kernel of a host has it."""
     return bool(host.run(["ip", "-o", "addr", "show", "to", address]).stdout)
+
+
+def hardware_address(host: Host) -> str:
+    """Of its device in the segment."""
+    (link,) = json.loads(host.run(["ip", "-json", "link", "show", "eth0"]).stdout)
+    address: str = link["address"]
+    return address
+
+
+def lives_at(host: Host, address: str) -> str:
+    """To which hardware address a host sends what is for ``address``."""
+    (entry,) = json.loads(host.run(["ip", "-json", "neigh", "show", address]).stdout)
+    lladdr: str = entry["lladdr"]
+    return lladdr
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from tests.lab.crash_lab import (
     state_of,
     tracers,
 )
-from tests.lab.mode_lab import WITHOUT_LEGACY, legacy_iptables, needs_legacy
+from tests.lab.mode_lab import WITHOUT_LEGACY, hardware_address, legacy_iptables, lives_at, needs_legacy
 from tests.lab.scenario import drain, status, until
 
 pytestmark = pytest.mark.timeout(240)
@@ -93,7 +93,11 @@ END = [
     ("b", "forget-holdings.evicted", "takeover"),
     ("b", "forget-holdings.evicted", "iptables"),
 ]
-RETURN = [(point, mode) for point in ("drop.led-again", "discard.dropped") for mode in ("forward", "nat")]
+RETURN = [
+    (point, mode)
+    for point in ("drop.led-again", "discard.dropped")
+    for mode in ("forward", "nat", "takeover")
+]
 AGAIN = "recovery.taken-back"
 #: Only listeners with connections in their queues get there: test_queue.py.
 QUEUE = {"queue.ended", "queue.closing"}
@@ -220,6 +224,25 @@ def test_undoing_a_return(stages: Stages, tmp_path: Path, point: str, mode: str)
         daemons.signal("a", signal.SIGCONT)
         daemons.died("a")
         daemons.restart_dead()
+        proved(daemons, serving)
+
+
+def test_an_address_that_does_not_return_after_all(stages: Stages, tmp_path: Path) -> None:
+    """a -> b -> a by takeover, but a is too late: the peer goes on sending to b."""
+    crash_at = {"a": "prepare.journalled:1:STOP,drop.led-again:1:STOP"}
+    with stages("lines", tmp_path, crash_at, "takeover", timing=SOON) as (daemons, serving):
+        serving.clients()
+        serving.move("a", "b")
+        daemons.drain("b", "a", serving.port)
+        daemons.stopped("a")
+        until(lambda: not tracers(serving))
+        daemons.signal("a", signal.SIGCONT)
+        daemons.stopped("a")
+        assert {lives_at(daemons.lab.host("peer"), one) for one in serving.service.values()} == {
+            hardware_address(daemons.lab.host("b"))
+        }
+        flowing(serving)
+        daemons.go_on()
         proved(daemons, serving)
 
 

@@ -76,7 +76,8 @@ def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None
     spool, later = SimpleNamespace(provide=None), SimpleNamespace(call_later=lambda *_unused: None)
     shell, events = told(loop=later, spool=spool)
     placing = Placing([Mode.NAT], lambda _unused: None, nowhere, lambda _unused: False, trying)
-    importing = Importing(shell, placing, Capacity(), None)  # type: ignore[arg-type]
+    redirecting: Any = SimpleNamespace(left_by_takeover=lambda _unused: False)
+    importing = Importing(shell, placing, Capacity(), redirecting)
     importing.reservations.reserve(a.Reserve(BATCH, HOME, 1, (bound(1), bound(2)), (Mode.NAT,), (None, None)))
     [done] = events
     assert isinstance(done, e.ReserveDone)
@@ -95,7 +96,10 @@ def test_what_cannot_be_journalled_is_not_brought_to_life() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     nothing: Any = SimpleNamespace(
-        suspend=list, add_holdings=list, drop_route=None, journal=SimpleNamespace(write=write)
+        suspend=lambda *_unused, **_named: None,
+        add_holdings=list,
+        drop_route=None,
+        journal=SimpleNamespace(write=write),
     )
     lifted: list[object] = []
     shell, _unused = told(
@@ -196,7 +200,10 @@ def test_an_image_that_cannot_be_looked_at_is_refused(
     engine = SimpleNamespace(restore=lambda *_unused: [], discard=list)
     shell, events = told(loop=loop, engine=engine)
     redirecting: Any = SimpleNamespace(
-        suspend=list, lead_again=list, miss_listeners=list, listener_found=lambda _unused: None
+        suspend=lambda *_unused, **_named: None,
+        lead_again=list,
+        miss_listeners=list,
+        listener_found=lambda _unused: None,
     )
     placing: Any = SimpleNamespace(forget=lambda _unused: None)
     importing = Importing(shell, placing, Capacity(), redirecting)
@@ -273,7 +280,10 @@ def test_an_outcome_that_cannot_be_told() -> None:
 def prepared(shell: Any, context_bytes: int = 0) -> tuple[Importing, Copy]:
     """An importer with a dormant copy, which the shell's spool has."""
     redirecting: Any = SimpleNamespace(
-        suspend=list, lead_again=list, miss_listeners=list, listener_found=lambda _unused: None
+        suspend=lambda *_unused, **_named: None,
+        lead_again=list,
+        miss_listeners=list,
+        listener_found=lambda _unused: None,
     )
     placing: Any = SimpleNamespace(forget=lambda _unused: None)
     importing = Importing(shell, placing, Capacity(), redirecting)

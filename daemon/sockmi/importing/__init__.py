@@ -53,7 +53,7 @@ class Importing:
     ) -> None:
         early = EarlyHolds(shell, redirecting, placing)
         self.stock = stock = Stock(shell, placing, capacity)
-        self.reservations = Reservations(shell, placing, early)
+        self.reservations = Reservations(shell, redirecting, placing, early)
         self.listed = Listed(shell, redirecting, stock, self._offer)
         self.life = Life(shell, redirecting, stock, self.listed)
         self.delivery = Delivery(shell, redirecting, stock, self.life, self._offer)

@@ -34,7 +34,7 @@ class Activation:
 
     def activate(self, action: Activate) -> None:
         """They are ours: to their applications, or into the import lists."""
-        self._redirecting.suspend(action.returning)
+        self._redirecting.suspend(action.returning, decided=True)
         reached("activate.suspended")
         for connection in action.returning:
             self._redirecting.drop_route(connection)

@@ -133,7 +133,7 @@ class Preparer:
         chosen = [(index, copy) for index, copy in enumerate(copies) if copy is not None]
         self._hold([copy for _unused, copy in chosen])
         reached("prepare.held")
-        self._redirecting.suspend(copy.arrival.item.connection for _unused, copy in chosen)
+        self._redirecting.suspend((copy.arrival.item.connection for _unused, copy in chosen), decided=False)
         restored = self._shell.engine.restore(
             [copy.image for _unused, copy in chosen], [copy.placement for _unused, copy in chosen]
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
@@ -66,6 +66,8 @@ class Takeover:
 
     def __init__(self, tables: Tables, scheduler: Scheduler = in_thread) -> None:
         """``scheduler(delay_s, call)`` makes the later announcement, and returns what can ``cancel`` it."""
+        #: Addresses that the other redirects lead connections on from.
+        self.needed: Callable[[], Collection[Address]] = tuple
         self._tables = tables
         self._announcer = Announcer(tables.routes, scheduler)
 
@@ -110,6 +112,10 @@ class Takeover:
                 reasons.append(f"a listener on {local} is not in the batch; move or close it too")
             elif not listening and FourTuple(local, remote) not in tuples | gone:
                 reasons.append(f"connection {local} <-> {remote} is not in the batch; move or close it too")
+        reasons += [
+            f"connections that came to {address} are led on from it; they end first, or come back"
+            for address in sorted(addresses & set(self.needed()), key=str)
+        ]
         reasons += [
             f"{one} waits in an import list and is not in the batch; move or import it too"
             for one in self._tables.unsettled()
@@ -226,16 +232,22 @@ class Takeover:
         A listener may have come after its connections, and have new ones.
         """
         self._tables.forget([c.tuple for c in connections], self._tables.addresses)
+        self.leave({c.tuple.local.address for c in connections})
+
+    def leave(self, addresses: Collection[Address]) -> None:
+        """Give up those that are aliases, if nothing needs them any more."""
+        aliases = {address for address in addresses if self._tables.is_alias(address)}
+        if not aliases:
+            return
         left = {c.tuple.local.address for c in self.inbound()}
         left |= {one.local.address for one in self._tables.unsettled()}
-        for address in {c.tuple.local.address for c in connections} - left:
+        for address in aliases - left - set(self.needed()):
             held = self._tables.routes.held(address)
-            if held is None or held.prefix_length != address.max_prefixlen:
+            if held is None or held.prefix_length != address.max_prefixlen or users([address]):
                 continue
-            if self._tables.is_alias(address) and not users([address]):
-                self._announcer.withdraw(address)
-                self._tables.routes.remove_address(address)
-                self._tables.forget_alias(address)
+            self._announcer.withdraw(address)
+            self._tables.routes.remove_address(address)
+            self._tables.forget_alias(address)
 
     def outbound(self) -> list[Outbound]:
         """See base.Redirect."""
