@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from sockmi import api
-from sockmi.engine.closing import close_all, close_aside
+from sockmi.engine.closing import close_all, close_aside, too_many_aside
 from sockmi.engine.files import can_wait
 from sockmi.refusal import Code, Refusal
 
@@ -33,6 +33,10 @@ _READ_BYTES = 65536
 _UNSENT_BYTES_MAX = 16 << 20
 _CLIENTS_MAX = 1024
 _ACCEPT_AGAIN_S = 0.2
+_CROWDED = (
+    "Files that this user has sent before are still not closed, as who serves their file system (FUSE) does "
+    "not answer; end that program, and send sockets."
+)
 
 
 class Handler(Protocol):
@@ -182,7 +186,9 @@ class Client:
     # -- in
 
     def _readable(self) -> None:
-        space = socket.CMSG_SPACE(api.DESCRIPTORS_MAX * 4)
+        # Without room for them the kernel drops descriptors, and nobody waits for that.
+        crowded = too_many_aside(self.uid)
+        space = 0 if crowded else socket.CMSG_SPACE(api.DESCRIPTORS_MAX * 4)
         try:
             data, ancillary, flags, _unused = self._connection.recvmsg(
                 _READ_BYTES, space, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
@@ -199,6 +205,10 @@ class Client:
                 self._descriptors.extend(received)
                 if any(can_wait(one) for one in received) and not self._replace():
                     return
+        if flags & socket.MSG_CTRUNC and crowded:
+            self.refuse(None, Refusal(Code.BAD_REQUEST, _CROWDED))
+            self.close()
+            return
         if flags & socket.MSG_CTRUNC or len(self._descriptors) > 2 * api.DESCRIPTORS_MAX:
             self.refuse(None, Refusal(Code.BAD_REQUEST, "Too many descriptors came at once; send fewer."))
             self.close()
@@ -221,12 +231,12 @@ class Client:
             _log.warning("control client pid %d: %s; disconnected", self.pid, error)
             close_all(kept)
             self._descriptors = deque(one for one in self._descriptors if one not in aside)
-            close_aside(aside)
+            close_aside(aside, self.uid)
             self.close()
             return False
         places = iter(kept)
         self._descriptors = deque(next(places) if one in aside else one for one in self._descriptors)
-        close_aside(aside)
+        close_aside(aside, self.uid)
         return True
 
     def _next_lines(self) -> None:

@@ -20,7 +20,7 @@ import pytest
 from lab.host import Host
 from lab.labs import Lab
 from sockmi.engine.files import link_of
-from tests.lab.scenario import ask, daemons
+from tests.lab.scenario import ask, daemons, until
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
@@ -29,8 +29,10 @@ pytestmark = [
 ]
 
 PATIENCE_S = 10
+NOBODY = 65534
+MORE_THREADS = 5  # of its executor, which come and stay
 PROGRAM = """
-import ctypes, os, signal, socket, struct, sys
+import ctypes, json, os, signal, socket, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
 device = os.open("/dev/fuse", os.O_RDWR)
 where = sys.argv[1].encode()
@@ -67,18 +69,19 @@ opened = os.open(where + b"/file", os.O_RDWR)
 libc.umount2(where, 2)  # nobody finds it any more; who has it open has it
 ours = socket.create_connection((sys.argv[2], int(sys.argv[3])))
 print(opened, ours.fileno(), flush=True)
-daemon = socket.socket(socket.AF_UNIX)
-daemon.connect(sys.argv[4])
+os.setuid(int(sys.argv[5]))
 for line in sys.stdin:
-    socket.send_fds(daemon, [line.encode()], [opened])
-    print(daemon.makefile().readline().strip(), flush=True)
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.connect(sys.argv[4])
+        socket.send_fds(daemon, [line.encode()], [opened] * json.loads(line)["fds"])
+        print(daemon.makefile().readline().strip(), flush=True)
 """
 
 
 @contextmanager
-def program(host: Host, directory: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+def program(host: Host, directory: Path, *words: str, uid: int = 0) -> Iterator[subprocess.Popen[str]]:
     with host.popen(
-        [sys.executable, "-c", PROGRAM, str(directory), *words, str(host.control_socket)],
+        [sys.executable, "-c", PROGRAM, str(directory), *words, str(host.control_socket), str(uid)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
     ) as process:  # fmt: skip
         assert process.stdout
@@ -116,3 +119,33 @@ def test_nobody_waits_for_it(lab: Lab, tmp_path: Path) -> None:
             [answer] = ask(a, "export", sockets=[{"pid": process.pid, "fd": ours}], to="b")
             assert [one["outcome"] for one in answer["migrations"]] == ["moved"]
             client.close()
+
+
+def test_their_number_is_bounded(lab: Lab, tmp_path: Path) -> None:
+    """Each keeps a thread of the daemon: a user may have some, and others suffer nothing of it."""
+    a, peer = lab.host("a"), lab.host("peer")
+    request = {"op": "export", "id": 1, "fds": 1, "to": "b", "sockets": [{"descriptor": True}]}
+    with daemons(lab, "ab", control_mode=0o666) as both, peer.socket() as listener:
+        listener.bind((str(peer.address4), 0))
+        listener.listen()
+        words = (str(listener.getsockname()[0]), str(listener.getsockname()[1]))
+        threads = Path(f"/proc/{both['a'].pid}/task")
+        at_rest = len(list(threads.iterdir()))
+        with program(a, tmp_path, *words, uid=NOBODY) as process:
+            assert process.stdin and process.stdout
+            _mute, ours = (int(word) for word in process.stdout.readline().split())
+            answers = []
+            for _turn in range(30):
+                process.stdin.write(json.dumps(request) + "\n")
+                answers.append(json.loads(process.stdout.readline()))
+            whys = [one["migrations"][0]["refusal"] if one["ok"] else one["error"] for one in answers]
+            codes = [why["code"] for why in whys]
+            assert codes == ["not-tcp"] * 8 + ["bad-request"] * 22
+            assert "file system (FUSE) does not answer" in whys[-1]["message"]
+            assert len(list(threads.iterdir())) <= at_rest + 8 + MORE_THREADS
+            process.stdin.write(json.dumps({"op": "status", "id": 2, "fds": 0}) + "\n")
+            assert json.loads(process.stdout.readline())["ok"]
+            [answer] = ask(a, "export", sockets=[{"pid": process.pid, "fd": ours}], to="b")
+            assert [one["outcome"] for one in answer["migrations"]] == ["moved"]
+        # Its server has been killed: the kernel answers in its place.
+        until(lambda: len(list(threads.iterdir())) <= at_rest + MORE_THREADS)

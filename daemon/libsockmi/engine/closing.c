@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -27,6 +28,16 @@
 #define ASIDE_TRIES 500
 #define ASIDE_PAUSE_NS 100000
 #define ASIDE_STACK_BYTES 65536
+#define ASIDE_MAX 1024 /* counted; whoever asks refuses long before */
+
+static pthread_mutex_t asides_lock = PTHREAD_MUTEX_INITIALIZER;
+static uint32_t asides[ASIDE_MAX]; /* whose each is that is not closed yet */
+static size_t n_asides;
+
+struct aside {
+	int fd;
+	uint32_t whose;
+};
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -69,9 +80,45 @@ void sockmi_close(const int *fds, size_t count)
 		timer_delete(timer);
 }
 
-static void *close_one(void *fd)
+static void aside_begins(uint32_t whose)
 {
-	close((int)(intptr_t)fd);
+	pthread_mutex_lock(&asides_lock);
+	if (n_asides < ASIDE_MAX)
+		asides[n_asides++] = whose;
+	pthread_mutex_unlock(&asides_lock);
+}
+
+static void aside_ends(uint32_t whose)
+{
+	pthread_mutex_lock(&asides_lock);
+	for (size_t at = 0; at < n_asides; at++) {
+		if (asides[at] == whose) {
+			asides[at] = asides[--n_asides];
+			break;
+		}
+	}
+	pthread_mutex_unlock(&asides_lock);
+}
+
+size_t sockmi_closing_aside(uint32_t whose, size_t *all)
+{
+	size_t count = 0;
+
+	pthread_mutex_lock(&asides_lock);
+	for (size_t at = 0; at < n_asides; at++)
+		count += asides[at] == whose;
+	*all = n_asides;
+	pthread_mutex_unlock(&asides_lock);
+	return count;
+}
+
+static void *close_one(void *argument)
+{
+	struct aside aside = *(struct aside *)argument;
+
+	free(argument);
+	close(aside.fd);
+	aside_ends(aside.whose);
 	return NULL;
 }
 
@@ -84,16 +131,32 @@ static void await_gone(int fd)
 		nanosleep(&pause, NULL);
 }
 
+static void begin_aside(const pthread_attr_t *attributes, int fd, uint32_t whose)
+{
+	struct aside *aside = malloc(sizeof(*aside));
+	pthread_t thread;
+
+	if (!aside)
+		return;
+	*aside = (struct aside){ .fd = fd, .whose = whose };
+	aside_begins(whose);
+	if (!pthread_create(&thread, attributes, close_one, aside)) {
+		await_gone(fd);
+		return;
+	}
+	aside_ends(whose);
+	free(aside);
+}
+
 /*
  * Who serves a file system may keep close() for ever, but only when the number is free already: so each has a
  * thread of its own, that none stays open behind another. And this returns when they are: else a process that
  * is begun next would have them too, and wait in their place.
  */
-void sockmi_close_aside(const int *fds, size_t count)
+void sockmi_close_aside(const int *fds, size_t count, uint32_t whose)
 {
 	sigset_t all, before;
 	pthread_attr_t attributes;
-	pthread_t thread;
 
 	pthread_attr_init(&attributes);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
@@ -101,8 +164,7 @@ void sockmi_close_aside(const int *fds, size_t count)
 	sigfillset(&all); /* a signal for the process is not for who may never run again */
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	for (size_t at = 0; at < count; at++)
-		if (!pthread_create(&thread, &attributes, close_one, (void *)(intptr_t)fds[at]))
-			await_gone(fds[at]);
+		begin_aside(&attributes, fds[at], whose);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attributes);
 }

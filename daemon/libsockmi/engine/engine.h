@@ -199,8 +199,14 @@ SOCKMI_EXPORT void sockmi_discard(const int *fds, size_t n);
 /* Close descriptors of sockets that others have had; what SO_LINGER says is not waited for, and stays as it is. */
 SOCKMI_EXPORT void sockmi_close(const int *fds, size_t count);
 
-/* Close what is no socket, in threads: who serves its file system (FUSE) may keep close() for ever. */
-SOCKMI_EXPORT void sockmi_close_aside(const int *fds, size_t count);
+/*
+ * Close what is no socket, in threads: who serves its file system (FUSE) may keep close() for ever. @whose: the
+ * user of whom they are, for whom they count.
+ */
+SOCKMI_EXPORT void sockmi_close_aside(const int *fds, size_t count, uint32_t whose);
+
+/* How many of them are not closed yet; @all: of all users. */
+SOCKMI_EXPORT size_t sockmi_closing_aside(uint32_t whose, size_t *all);
 
 /* What a keeper is told, an octet each. */
 #define SOCKMI_KEEPER_TAKE 't'

@@ -14,13 +14,21 @@ from typing import Any
 
 from sockmi.native import library
 
+NOBODY = 0xFFFFFFFF  # (uid_t)-1, which is no user's
+
+# A message may bring api.DESCRIPTORS_MAX more: no user alone reaches the second.
+_ASIDE_MAX_OF_ONE = 8
+_ASIDE_MAX = 512
+
 
 @functools.cache
 def _native() -> Any:
     lib = library()
-    for function in (lib.sockmi_close, lib.sockmi_close_aside):
-        function.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_size_t]
-        function.restype = None
+    lib.sockmi_close.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_size_t]
+    lib.sockmi_close_aside.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_size_t, ctypes.c_uint32]
+    lib.sockmi_close.restype = lib.sockmi_close_aside.restype = None
+    lib.sockmi_closing_aside.argtypes = [ctypes.c_uint32, ctypes.POINTER(ctypes.c_size_t)]
+    lib.sockmi_closing_aside.restype = ctypes.c_size_t
     return lib
 
 
@@ -30,10 +38,22 @@ def close_all(descriptors: Collection[int]) -> None:
         _native().sockmi_close((ctypes.c_int * len(descriptors))(*descriptors), len(descriptors))
 
 
-def close_aside(descriptors: Collection[int]) -> None:
+def close_aside(descriptors: Collection[int], whose: int = NOBODY) -> None:
     """Close what is no socket, in threads: who serves its file system (FUSE) may keep close(2) for ever.
 
-    When this returns they are in our table no more, and no process that we begin has them.
+    When this returns they are in our table no more, and no process that we begin has them. ``whose``: the
+    user for whom they count, see ``too_many_aside``.
     """
     if descriptors:
-        _native().sockmi_close_aside((ctypes.c_int * len(descriptors))(*descriptors), len(descriptors))
+        array = (ctypes.c_int * len(descriptors))(*descriptors)
+        _native().sockmi_close_aside(array, len(descriptors), whose)
+
+
+def too_many_aside(whose: int) -> bool:
+    """Whether so many of a user's are still being closed that no more may come of him.
+
+    Each has a thread. Root need not suffer for what others do.
+    """
+    everyone = ctypes.c_size_t()
+    own = _native().sockmi_closing_aside(whose, ctypes.byref(everyone))
+    return own >= _ASIDE_MAX_OF_ONE or (whose != 0 and everyone.value >= _ASIDE_MAX)
