@@ -3,29 +3,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab import Lab, record
+from lab.host import Host
 from lab.plan import DAEMON_HOSTS
+from lab.traffic.pattern import Pattern
 from sockmi import api
 from tests.lab.ansible_lab import URGENT, Controller, changed, clients, daemons
 from tests.lab.cgroup import unit
-from tests.lab.scenario import Service, ask, status, until, wait_for_members
+from tests.lab.scenario import Service, ask, service, status, until, wait_for_members
 
 pytest.importorskip("ansible")
 
 PROJECT = Path(__file__).resolve().parents[2]
 ID = "2b5cf3a1-50a7-4a06-8f1b-5a4f60f3c9d7"
+SLOW_CLIENTS, DOWNLOAD_BYTES, QUEUED_BYTES = 4, 24 << 20, 1 << 20
 # ---------------------------------------------------------------- daemons of the lab
 
 
@@ -269,6 +275,54 @@ def test_migrate(controller: Controller, lines: Service, tmp_path: Path) -> None
     assert (again.returncode, changed(again, "a"), changed(again, "b")) == (0, 0, 0), again.stdout
     assert again.stdout.count("PLAY [Move live connections]") == 2
     lines.finish()
+
+
+def test_migrate_with_slow_clients(controller: Controller, tmp_path: Path) -> None:
+    """Who reads slowly has megabytes queued on the exporter: they move, and every byte arrives."""
+    lab, fast = controller.lab, threading.Event()
+    with (
+        service(lab, "download", "abc", tmp_path) as running,
+        ThreadPoolExecutor(SLOW_CLIENTS) as pool,
+    ):
+        server = lab.host("a").address(4), running.port
+        try:
+            downloads = [
+                pool.submit(download_slowly, lab.host("peer"), server, seed, fast)
+                for seed in range(SLOW_CLIENTS)
+            ]
+            until(lambda: all(queued >= QUEUED_BYTES for queued in send_queues(lab, "a", running.port)))
+            moved = controller.migrate(**{"from": "a", "to": "b", "local_port": running.port})
+            assert f"{SLOW_CLIENTS} selected, {SLOW_CLIENTS} moved" in moved.stdout, moved.stdout
+            assert all(queued >= QUEUED_BYTES / 2 for queued in send_queues(lab, "b", running.port))
+        finally:
+            fast.set()
+        for seed, download in enumerate(downloads):
+            assert download.result(30) == Pattern(seed, "download").sha256(DOWNLOAD_BYTES)
+        running.finish()
+
+
+def send_queues(lab: Lab, host: str, port: int) -> list[int]:
+    """What is queued at each of the slow clients' connections; bytes."""
+    wanted = {"local_port": port, "kinds": ["connected"]}
+    rows = [row for answer in ask(lab.host(host), "list", filter=wanted) for row in answer["sockets"]]
+    return [row["send_queue_bytes"] for row in rows] if len(rows) == SLOW_CLIENTS else [0]
+
+
+def download_slowly(peer: Host, server: tuple[str, int], seed: int, fast: threading.Event) -> str:
+    """The SHA-256 of what comes: at first at once, so that windows grow, then at 200 kB/s, until ``fast``."""
+    digest, received, at_once = hashlib.sha256(), 0, True
+    with peer.socket() as connection:
+        connection.settimeout(30)
+        connection.connect(server)
+        connection.sendall(f"GET /download?bytes={DOWNLOAD_BYTES}&seed={seed} HTTP/1.1\r\n\r\n".encode())
+        with connection.makefile("rb", buffering=0) as answer:
+            while answer.readline() != b"\r\n":
+                pass
+        while content := connection.recv(1 << 20 if at_once else 10_000):
+            digest.update(content)
+            received += len(content)
+            at_once = received < DOWNLOAD_BYTES // 8 or fast.wait(0.05)
+    return digest.hexdigest()
 
 
 def test_migrate_stops_before_what_cannot_move(controller: Controller, lines: Service) -> None:
