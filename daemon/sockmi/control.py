@@ -24,6 +24,7 @@ from pydantic_core import to_json
 from sockmi import api
 from sockmi.engine.closing import close_all, close_aside, too_many_aside
 from sockmi.engine.files import can_wait
+from sockmi.processes import no_new_process
 from sockmi.refusal import Code, Refusal
 
 _log = logging.getLogger(__name__)
@@ -186,6 +187,15 @@ class Client:
     # -- in
 
     def _readable(self) -> None:
+        if not no_new_process.acquire(blocking=False):
+            return  # it still is readable at the loop's next turn
+        try:
+            self._receive()
+        finally:
+            no_new_process.release()
+        self._next_lines()
+
+    def _receive(self) -> None:
         # Without room for them the kernel drops descriptors, and nobody waits for that.
         crowded = too_many_aside(self.uid)
         space = 0 if crowded else socket.CMSG_SPACE(api.DESCRIPTORS_MAX * 4)
@@ -217,7 +227,6 @@ class Client:
             self.close()
             return
         self._received += data
-        self._next_lines()
 
     def _replace(self) -> bool:
         """In place of what may keep us waiting, what is as little of a socket; False if there is no room."""

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from sockmi import api
 from sockmi.control import Client, ControlServer
+from sockmi.processes import no_new_process
 from sockmi.refusal import Code, Refusal
 
 
@@ -236,3 +238,46 @@ def test_a_living_socket_is_not_taken_over_but_a_stale_one_is(setting: Setting, 
     assert stale.stat().st_mode & 0o777 == 0o600
     server.close()
     assert not stale.exists()
+
+
+def test_nothing_is_read_while_a_process_is_begun(setting: Setting) -> None:
+    """It would have a file that is sent just then; and none is begun until that is closed."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def begin() -> None:
+        with no_new_process:
+            begun.set()
+            ended.wait(5)
+
+    with setting.connect() as client:
+        thread = threading.Thread(target=begin)
+        thread.start()
+        assert begun.wait(5)
+        client.sendall(b'{"op":"info","id":1}\n')
+        setting.turn()
+        assert not setting.handler.requests
+        ended.set()
+        thread.join()
+        setting.turn()
+        assert len(setting.handler.requests) == 1
+
+
+def test_no_process_is_begun_while_what_came_is_closed(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    inspected: list[bool] = []
+
+    def close_aside(descriptors: list[int], _unused: int) -> None:
+        begins = threading.Thread(target=lambda: inspected.append(no_new_process.acquire(timeout=0.2)))
+        begins.start()
+        begins.join()
+        for one in descriptors:
+            os.close(one)
+
+    monkeypatch.setattr("sockmi.control.close_aside", close_aside)
+    with setting.connect() as client, (tmp_path / "file").open("w") as file:
+        socket.send_fds(client, [b'{"op":"info","id":1,"fds":1}\n'], [file.fileno()])
+        setting.turn()
+    assert inspected == [False]
+    assert no_new_process.acquire(blocking=False)
+    no_new_process.release()

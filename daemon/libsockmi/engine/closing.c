@@ -8,7 +8,9 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -24,10 +26,11 @@
 #define PATIENCE_NS 1000000
 #define MORE_PATIENCE_NS 50000
 
-/* For a thread to run that has a descriptor to close, on a busy host. */
-#define ASIDE_TRIES 500
+/* For a thread to run that has a descriptor to close, on a very busy host: 10 s. */
+#define ASIDE_TRIES 100000
 #define ASIDE_PAUSE_NS 100000
 #define ASIDE_STACK_BYTES 65536
+#define NAME_BYTES 512
 #define ASIDE_MAX 1024 /* counted; whoever asks refuses long before */
 
 static pthread_mutex_t asides_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -122,26 +125,44 @@ static void *close_one(void *argument)
 	return NULL;
 }
 
-/* Or its number is another's by now: then all tries are in vain, and nothing is lost but their time. */
-static void await_gone(int fd)
+/* What a descriptor is of, as the kernel names it; fstat() would ask who serves it. */
+static void name_of(int fd, char name[static NAME_BYTES])
+{
+	char path[32];
+	ssize_t length;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	length = readlink(path, name, NAME_BYTES - 1);
+	name[length < 0 ? 0 : length] = 0;
+}
+
+/* Or its number is another's by now. */
+static void await_gone(int fd, const char *name)
 {
 	const struct timespec pause = { .tv_nsec = ASIDE_PAUSE_NS };
+	char now[NAME_BYTES];
 
-	for (int tries = 0; tries < ASIDE_TRIES && fcntl(fd, F_GETFD) >= 0; tries++)
+	for (int tries = 0; tries < ASIDE_TRIES && fcntl(fd, F_GETFD) >= 0; tries++) {
+		name_of(fd, now);
+		if (strcmp(now, name))
+			return;
 		nanosleep(&pause, NULL);
+	}
 }
 
 static void begin_aside(const pthread_attr_t *attributes, int fd, uint32_t whose)
 {
 	struct aside *aside = malloc(sizeof(*aside));
+	char name[NAME_BYTES];
 	pthread_t thread;
 
 	if (!aside)
 		return;
 	*aside = (struct aside){ .fd = fd, .whose = whose };
+	name_of(fd, name);
 	aside_begins(whose);
 	if (!pthread_create(&thread, attributes, close_one, aside)) {
-		await_gone(fd);
+		await_gone(fd, name);
 		return;
 	}
 	aside_ends(whose);

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from sockmi.engine.files import inode_in, link_of
 from sockmi.native import library
+from sockmi.processes import no_new_process
 
 #: How long a look may take, however many sockets of it are locked, in seconds.
 PATIENCE_S = 1.0
@@ -107,7 +108,7 @@ class _Inspector:
     @classmethod
     def start(cls) -> _Inspector:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, no_new_process:
             pid = int(_native().sockmi_inspector_start(theirs.fileno()))
         if pid < 0:
             ours.close()

@@ -22,6 +22,7 @@ from typing import Any
 
 from sockmi.engine.duplicate import duplicate
 from sockmi.native import library
+from sockmi.processes import no_new_process
 from sockmi.refusal import Refusal
 
 _TAKE, _LISTENER_GONE = b"t", b"g"
@@ -57,7 +58,7 @@ class Keeper:
     def start(cls, listener: int) -> Keeper:
         """One for a listener; it has taken nothing yet, and ends with us. OSError if that fails."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        with theirs, no_new_process:
             pid = int(_native().sockmi_keeper_start(listener, theirs.fileno()))
         if pid < 0:
             ours.close()

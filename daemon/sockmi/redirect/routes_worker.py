@@ -22,6 +22,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
+from sockmi.processes import no_new_process
 from sockmi.redirect.settings import Settings
 from sockmi.redirect.ways import Held, Way
 
@@ -96,13 +97,14 @@ class RoutesWorker:
 
 def _start(idle_s: float) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        [*_COMMAND, str(idle_s)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
-        process_group=0,  # Ctrl-C is for the daemon, which may need it yet
-    )
+    with no_new_process:
+        process = subprocess.Popen(
+            [*_COMMAND, str(idle_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            process_group=0,  # Ctrl-C is for the daemon, which may need it yet
+        )
     threading.Thread(target=process.wait, name="sockmi-routes-end", daemon=True).start()  # no zombie
     return process
 
