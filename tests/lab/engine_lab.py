@@ -129,9 +129,9 @@ class Pair:
         return self.exporter.compare(fds, images)
 
     def release(
-        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False
+        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False, together: bool = False
     ) -> list[Refusal | None]:
-        return self.exporter.release(fds, images, owned=owned)
+        return self.exporter.release(fds, images, owned=owned, together=together)
 
     def deaden(self, fd: int) -> Refusal | None:
         return self.exporter.deaden(fd)

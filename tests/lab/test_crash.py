@@ -98,13 +98,24 @@ RETURN = [
     for point in ("drop.led-again", "discard.dropped")
     for mode in ("forward", "nat", "takeover")
 ]
+TOGETHER = ["activate.journalled", "taken.activated"]
 AGAIN = "recovery.taken-back"
 #: Only listeners with connections in their queues get there: test_queue.py.
 QUEUE = {"queue.ended", "queue.closing"}
 #: Only connections with something unsent get there: test_tail.py.
 UNSENT = {"restore.open"}
+#: In a child of the daemon: test_released_together.py.
+CLOSED_TOGETHER = "release.closed"
 #: Reached only when something else goes wrong: they have tests of their own.
-UNDONE = {"thaw.unheld", "drop.led-again", "discard.dropped", "discard.journalled", *QUEUE, *UNSENT}
+UNDONE = {
+    "release.closed",
+    "thaw.unheld",
+    "drop.led-again",
+    "discard.dropped",
+    "discard.journalled",
+    *QUEUE,
+    *UNSENT,
+}
 
 
 def by(mode: str, *where: str) -> Any:
@@ -146,7 +157,7 @@ def test_every_point_has_its_test() -> None:
     ]
     crashes += [case.values[0] for case in cases(EXPORTER + IMPORTER + ENGINE + REHEARSAL)]
     crashes += [point for point, _unused in RETURN]
-    crashes += [AGAIN, *QUEUE, *UNSENT]
+    crashes += [AGAIN, CLOSED_TOGETHER, *QUEUE, *UNSENT]
     assert {one.partition(":")[0] for at in crashes for one in at.split(",")} == set(POINTS)
 
 
@@ -193,6 +204,17 @@ def test_second_chunk(stages: Stages, tmp_path: Path, victim: str, point: str, m
         daemons.died(victim)
         daemons.restart_dead()
         assert "b" in proved(daemons, serving).values()
+
+
+@pytest.mark.parametrize("point", TOGETHER)
+def test_all_that_come_with_an_address(stages: Stages, tmp_path: Path, point: str) -> None:
+    """The importer dies with the first of several: the others follow."""
+    with stages("lines", tmp_path, {"b": point}, "takeover") as (daemons, serving):
+        serving.clients(2)
+        daemons.drain("a", "b", serving.port)
+        daemons.died("b")
+        daemons.restart_dead()
+        proved(daemons, serving, "b")
 
 
 @pytest.mark.parametrize(("crash_at", "victim"), UNDOING)

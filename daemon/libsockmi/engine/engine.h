@@ -190,7 +190,13 @@ SOCKMI_EXPORT int sockmi_compare(const int *fds, const void *const *images, cons
 SOCKMI_EXPORT int sockmi_release(const int *fds, const void *const *images, const size_t *lengths, size_t n,
 				 struct sockmi_result *results);
 
-/* The same for one that does not listen any more, or is bound or unconnected; also if it is dead already. 0, or -1 with errno. */
+/*
+ * As sockmi_release(), but connections all or none: also if this process is killed when some are closed.
+ */
+SOCKMI_EXPORT int sockmi_release_together(const int *fds, const void *const *images, const size_t *lengths, size_t n,
+					  struct sockmi_result *results);
+
+/* As sockmi_release(), for one that does not listen any more, or is bound or unconnected; also if it is dead already. 0, or -1 with errno. */
 SOCKMI_EXPORT int sockmi_deaden(int fd);
 
 /* Close dormant copies without a packet. */

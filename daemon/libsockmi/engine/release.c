@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: MIT
 /* Closes originals, for every process that holds them, without a packet. */
+#include <pthread.h>
+#include <signal.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "engine_internal.h"
@@ -98,14 +101,28 @@ static void leave_repair(int fd, const struct sockmi_image *image)
 		sockmi_set_int(fd, SOL_SOCKET, SO_REUSEADDR, reuse);
 }
 
-static int release_connection(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+/* In repair nobody else can change it. */
+static int arrest(int fd, const struct sockmi_image *image, struct sockmi_result *result)
 {
 	if (sockmi_repair(fd, TCP_REPAIR_ON) < 0)
 		return sockmi_fail_access(result, SOCKMI_STEP_REPAIR);
-	if (compare(fd, image, result) == 0 && disconnect(fd, result) == 0)
+	if (compare(fd, image, result) == 0)
+		return 0;
+	leave_repair(fd, image);
+	return -1;
+}
+
+static int end_arrested(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+{
+	if (disconnect(fd, result) == 0)
 		return image->identity.state == SOCKMI_SYN_SENT ? forbid_connect(fd, image, result) : 0;
 	leave_repair(fd, image);
 	return -1;
+}
+
+static int release_connection(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+{
+	return arrest(fd, image, result) < 0 ? -1 : end_arrested(fd, image, result);
 }
 
 static int compare_state(int fd, const struct sockmi_image *image, struct sockmi_result *result)
@@ -175,4 +192,79 @@ int sockmi_release(const int *fds, const void *const *images, const size_t *leng
 		   struct sockmi_result *results)
 {
 	return each(release, fds, images, lengths, n, results);
+}
+
+struct originals {
+	const int *fds;
+	const void *const *images;
+	const size_t *lengths;
+	size_t n;
+	struct sockmi_result *results;
+};
+
+/* Connections all or none; the others each for itself. */
+static int release_joined(const struct originals *o)
+{
+	struct sockmi_image image;
+	bool stay = false, begun = false;
+	int count = 0;
+
+	memset(o->results, 0, o->n * sizeof(*o->results));
+	for (size_t i = 0; i < o->n; i++) {
+		struct sockmi_result *result = &o->results[i];
+
+		if (sockmi_decode_own(o->images[i], o->lengths[i], &image, result) == 0 &&
+		    (image.identity.kind != SOCKMI_KIND_CONNECTED ||
+		     (compare_state(o->fds[i], &image, result) == 0 && arrest(o->fds[i], &image, result) == 0)))
+			continue;
+		stay = true;
+		count++;
+	}
+	for (size_t i = 0; i < o->n; i++) {
+		struct sockmi_result *result = &o->results[i];
+		int outcome;
+
+		if (result->code != SOCKMI_RESULT_OK || sockmi_decode_own(o->images[i], o->lengths[i], &image, result) < 0)
+			continue;
+		if (image.identity.kind != SOCKMI_KIND_CONNECTED) {
+			outcome = release(o->fds[i], &image, result);
+		} else if (stay) {
+			leave_repair(o->fds[i], &image);
+			outcome = changed(result, SOCKMI_STEP_SEQUENCE);
+		} else {
+			outcome = end_arrested(o->fds[i], &image, result);
+			if (!begun)
+				sockmi_reached("release.closed");
+			begun = true;
+		}
+		count += outcome < 0;
+	}
+	return count;
+}
+
+/*
+ * By a child that shares our memory, and goes on if this process is killed meanwhile: nothing can be undone of
+ * what goes together when some of it is closed. This thread goes on when it has ended.
+ */
+int sockmi_release_together(const int *fds, const void *const *images, const size_t *lengths, size_t n,
+			    struct sockmi_result *results)
+{
+	const struct originals originals = { fds, images, lengths, n, results };
+	volatile int count = 0;
+	sigset_t all, before;
+	pid_t child;
+
+	sigfillset(&all); /* a handler of ours has no business there */
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	child = vfork();
+	if (child == 0) {
+		count = release_joined(&originals);
+		_exit(0);
+	}
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (child < 0)
+		return release_joined(&originals);
+	while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
+		;
+	return count;
 }

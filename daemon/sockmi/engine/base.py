@@ -182,11 +182,13 @@ class Engine(Protocol):
         """Whether what is stopped still equals its image: why it would not be released. Changes nothing."""
 
     def release(
-        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False
+        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False, together: bool = False
     ) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image.
 
         ``owned``: and if somebody else has it too, as far as the engine can tell (NO_SUCH_SOCKET).
+        ``together``: all connections or none, also if this process is killed in the middle of it, as far as
+        the engine can.
 
         The owner keeps a dead descriptor: every blocked call wakes, the next call gets
         ECONNABORTED, later ones ENOTCONN (receive) or EPIPE (send); a listener's

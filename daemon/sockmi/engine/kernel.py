@@ -334,9 +334,12 @@ class KernelEngine:
         return [_THAWED if one is not None and one.until_s < soon else None for one in held]
 
     def release(
-        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False
+        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False, together: bool = False
     ) -> list[Refusal | None]:
-        """Close each original without a packet, if it still equals its image; see the contract."""
+        """Close each original without a packet, if it still equals its image; see the contract.
+
+        ``together`` is not kept if this process is killed meanwhile: the module thaws the others then.
+        """
         outcomes: list[Refusal | None] = [None] * len(fds)
         held = [self._held.get(_inode(fd)) for fd in fds]
         ordinary = [at for at, one in enumerate(held) if one is None or not one.own]

@@ -48,7 +48,8 @@ def _native() -> Any:
     for capture in (lib.sockmi_capture, lib.sockmi_capture_common):
         capture.argtypes = [ints, size, pointer, size, pointer]
     lib.sockmi_restore.argtypes = [pointer, pointer, pointer, size, ctypes.c_uint32, ints, pointer]
-    for each in (lib.sockmi_compare, lib.sockmi_release, lib.sockmi_lapsed, lib.sockmi_activate):
+    releases = lib.sockmi_release, lib.sockmi_release_together
+    for each in (lib.sockmi_compare, *releases, lib.sockmi_lapsed, lib.sockmi_activate):
         each.argtypes = [ints, pointer, pointer, size, pointer]
     lib.sockmi_discard.argtypes = [ints, size]
     lib.sockmi_discard.restype = None
@@ -141,13 +142,14 @@ class RepairEngine:
         return self._with_images(_native().sockmi_compare, fds, images, Code.INTERNAL)
 
     def release(
-        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False
+        self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False, together: bool = False
     ) -> list[Refusal | None]:
         """Close each original without a packet, if it still equals its image; see the contract.
 
         ``owned`` is not asked: its owners are stopped.
         """
-        return self._with_images(_native().sockmi_release, fds, images, Code.INTERNAL)
+        call = _native().sockmi_release_together if together else _native().sockmi_release
+        return self._with_images(call, fds, images, Code.INTERNAL)
 
     def deaden(self, fd: int) -> Refusal | None:
         """Finish ``release`` of a bound or unconnected original."""

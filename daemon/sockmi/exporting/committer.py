@@ -135,7 +135,10 @@ class Committer:
             return [unwritten] * len(exports)
         closed = iter(
             self._shell.engine.release(
-                [one.selected.descriptor for one in live], [one.image for one in live], owned=not together
+                [one.selected.descriptor for one in live],
+                [one.image for one in live],
+                owned=not together,
+                together=together,
             )
         )
         return [unwritten if export.selected.copy else next(closed) for export in exports]
