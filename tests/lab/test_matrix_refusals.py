@@ -813,6 +813,8 @@ def test_an_image_that_lies(lab: Lab, tmp_path: Path, monkeypatch: pytest.Monkey
 import sys
 if "sockmi.service" in " ".join(sys.orig_argv):
     from sockmi.exporting import freezer
+    from sockmi.rehearsing import Rehearsal
+    Rehearsal.lead_away = Rehearsal.take_in = lambda self: None  # they have no such fault
     stamp, count = freezer.stamp, 0
     def lie(image, **fields):
         global count

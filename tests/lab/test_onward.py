@@ -54,7 +54,7 @@ UNDECIDED = {
     "freeze.stopped", "freeze.held", "freeze.captured",
     "commit.led-away", "commit.journalled", "commit.accepted",
 }  # fmt: skip
-AT_B = [point for point in EXPORTER if point not in {"thaw.unheld", "queue.ended"}]
+AT_B = [point for point in EXPORTER if point not in {"thaw.unheld", "queue.ended", "release.closed"}]
 AT_C = [point for point in IMPORTER if point.startswith(("prepare", "activate"))]
 BY_TAKEOVER = [
     ("b", "freeze.held"), ("b", "commit.led-away"), ("b", "commit.journalled"), ("b", "commit.released"),
