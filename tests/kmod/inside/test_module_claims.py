@@ -342,7 +342,7 @@ def test_discards_that_wait_stop_no_deadline(device: Device) -> None:
         _memory, address, descriptor = stack.enter_context(missing_page())
         listener = stack.enter_context(new_socket("ipv4"))
         listener.bind(("127.0.0.1", 0))
-        listener.listen()
+        listener.listen(count)
         to = struct.pack("=H", socket.AF_INET) + struct.pack(
             "!H4s8x", listener.getsockname()[1], socket.inet_aton("127.0.0.1")
         )
