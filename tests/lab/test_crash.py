@@ -108,7 +108,7 @@ UNSENT = {"restore.open"}
 CLOSED_TOGETHER = "release.closed"
 #: Reached only when something else goes wrong: they have tests of their own.
 UNDONE = {
-    "release.closed",
+    CLOSED_TOGETHER,
     "thaw.unheld",
     "drop.led-again",
     "discard.dropped",

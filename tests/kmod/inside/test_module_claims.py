@@ -318,7 +318,7 @@ def unread(device: Device) -> list[Event]:
     return found
 
 
-@pytest.mark.kernels("6.*")  # 7.2's queues have a thousand workers
+@pytest.mark.kernels("6.*")  # not tried in 7.2
 @pytest.mark.processors(2)
 @pytest.mark.slow
 def test_discards_that_wait_stop_no_deadline(device: Device) -> None:
