@@ -100,12 +100,16 @@ class Drain:
         self._cancelled = False
         self._finished = False
 
-    def start(self, found: list[Found]) -> None:
-        """One socket may have many descriptors: it is moved once."""
+    def start(self, found: list[Found], late: list[Copy]) -> None:
+        """One socket may have many descriptors: it is moved once.
+
+        ``late``: what is still on its way to an application; it is refused.
+        """
         by_inode: dict[int, list[Found]] = {}
         for one in found:
             by_inode.setdefault(one.socket.inode, []).append(one)
-        self._left = [*by_inode.values(), *self._daemon.importing.onward.select(self._request.filter)]
+        listed = self._daemon.importing.onward.select(self._request.filter)
+        self._left = [*by_inode.values(), *listed, *late]
         holders = {inode: rows[0].socket.holders for inode, rows in by_inode.items()}
         self._daemon.shell.engine.owners.remember(
             self._scan,

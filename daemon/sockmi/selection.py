@@ -72,14 +72,23 @@ def _matches(wanted: api.SocketFilter, listed: ListedSocket, holder: Holder, uni
     )
 
 
+def names_owner(wanted: api.SocketFilter) -> bool:
+    """Whether only what a process has can match."""
+    return any(one is not None for one in (wanted.pid, wanted.fd, wanted.process, wanted.unit))
+
+
 def fits_waiting(wanted: api.SocketFilter, facts: SocketFacts, waits_s: float) -> bool:
     """Whether a socket matches that no process has; ``waits_s``: for so long nothing has come to it."""
-    owned = any(one is not None for one in (wanted.pid, wanted.fd, wanted.process, wanted.unit))
     return (
-        not owned
+        not names_owner(wanted)
         and (wanted.idle_s is None or waits_s >= wanted.idle_s)
-        and _is_like(wanted, facts.kind, facts.state, facts.local, facts.remote)
+        and fits_any_owner(wanted, facts)
     )
+
+
+def fits_any_owner(wanted: api.SocketFilter, facts: SocketFacts) -> bool:
+    """Whether a socket would match that a process is about to have."""
+    return _is_like(wanted, facts.kind, facts.state, facts.local, facts.remote)
 
 
 def _is_like(

@@ -107,7 +107,7 @@ class Setting:
             self.loop.stop()
 
         request = api.DrainRequest(**fields)
-        self.loop.call_soon(Drain(daemon, request, (None, None), report, fail).start, rows)
+        self.loop.call_soon(Drain(daemon, request, (None, None), report, fail).start, rows, [])
         self.loop.call_later(20, self.loop.stop)
         self.loop.run_forever()
         return dict(self.lines[-1]["progress"])

@@ -69,7 +69,7 @@ class Importing:
             handover=self.handover,
         )
         self.activation = Activation(shell, redirecting, stock, self.listed, self.handover)
-        self.onward = Onward(shell, redirecting, stock, self.listed)
+        self.onward = Onward(shell, redirecting, stock, self.listed, self.handover.sent)
         self.resumption = Resumption(shell, redirecting, placing, stock, self.listed)
 
     def carry_out(self) -> dict[type, Callable[[Any], None]]:

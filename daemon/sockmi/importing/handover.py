@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -249,6 +249,10 @@ class Handover:
     def on_their_way(self, copies: Iterable[Copy]) -> dict[Client, Handing]:
         """What some of these belong to."""
         return {copy.client: self._handings[copy.client] for copy in copies if copy.client}
+
+    def sent(self) -> Iterator[Copy]:
+        """What is ours and that an application has been sent, but has no life there yet."""
+        return (copy for one in self._handings.values() if one.decided for copy in one.copies)
 
     def hold_back(self, clients: Iterable[Client]) -> None:
         """The decision could not be journalled: nothing comes to life, whatever the applications say."""

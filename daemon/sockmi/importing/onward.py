@@ -8,7 +8,7 @@ listed. ``Record.LISTED`` is the original: the copy is here as long as the journ
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from sockmi import api
@@ -22,7 +22,7 @@ from sockmi.journal import Change, Record
 from sockmi.protocol.records import Arrival, MigrationId
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
-from sockmi.selection import fits_waiting
+from sockmi.selection import fits_any_owner, fits_waiting
 from sockmi.shell import Shell, now_text, unwritable
 
 _LOST = Refusal(Code.IMAGE, "Its image cannot be read from the spool; see the daemon's log.")
@@ -31,8 +31,17 @@ _LOST = Refusal(Code.IMAGE, "Its image cannot be read from the spool; see the da
 class Onward:
     """``lend`` stands beside its inverse, ``give_back``; after ``release`` only ``settle`` is left."""
 
-    def __init__(self, shell: Shell, redirecting: Redirecting, stock: Stock, listed: Listed) -> None:
+    def __init__(
+        self,
+        shell: Shell,
+        redirecting: Redirecting,
+        stock: Stock,
+        listed: Listed,
+        sent: Callable[[], Iterable[Copy]],
+    ) -> None:
+        """``sent``: what is on its way to applications."""
         self._shell = shell
+        self._sent = sent
         self._redirecting = redirecting
         self._copies = stock.copies
         self._images = stock.images
@@ -43,11 +52,18 @@ class Onward:
     # -- which
 
     def select(self, wanted: api.SocketFilter) -> Iterator[Copy]:
-        """Those that match; a process that would have to have them is none of them."""
-        for candidate in list(self._lists.listed()):
-            copy = self._copies[candidate.migration_id.bytes]
+        """Those listed that match; a process that would have to have them is none of them."""
+        for copy in self._waiting():
             if fits_waiting(wanted, self.facts(copy), time.monotonic() - copy.listed_at):
                 yield copy
+
+    def arriving(self, wanted: api.SocketFilter) -> list[Copy]:
+        """Those that would match, whoever gets them: listed, or on their way to an application."""
+        ours = [*self._waiting(), *self._sent()]
+        return [copy for copy in ours if fits_any_owner(wanted, self.facts(copy))]
+
+    def _waiting(self) -> list[Copy]:
+        return [self._copies[candidate.migration_id.bytes] for candidate in self._lists.listed()]
 
     def find(self, migration: bytes) -> Copy | None:
         """One of them, by its migration id."""
