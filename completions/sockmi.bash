@@ -1,25 +1,40 @@
 # SPDX-License-Identifier: MIT
 # bash completion for sockmi(1) and sockmid(8); install as /usr/share/bash-completion/completions/sockmi, and link sockmid to it.
 
+# `cur` is completed, the value of `prev`. Of --to=b readline makes three words, unless COMP_WORDBREAKS lacks "=":
+# then `joined` stands before what completes it.
+_sockmi_word() {
+	cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} joined=
+	if [[ $cur == = ]]; then
+		cur=
+	elif [[ $prev == = ]]; then
+		prev=${COMP_WORDS[COMP_CWORD - 2]}
+	elif [[ $cur == --*=* ]]; then
+		prev=${cur%%=*} joined=${cur%%=*}= cur=${cur#*=}
+	fi
+}
+
 _sockmi() {
-	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} command= words= at=1
+	local cur prev joined command= words= at=1
 	local common="--json --control"
 	local select="--pid --fd --process --unit --kind --state --local-address --local-port --port --remote-address --remote-port --idle-s"
 	local moving="--to --timeout --dry-run"
 
+	_sockmi_word
 	# The command is the first word that is neither an option nor the value of --control.
 	while ((at < COMP_CWORD)) && [[ ${COMP_WORDS[at]} == -* ]]; do
 		[[ ${COMP_WORDS[at]} != --control ]] || ((at++))
+		[[ ${COMP_WORDS[at]} != = ]] || ((at++))
 		((at++))
 	done
 	((at >= COMP_CWORD)) || command=${COMP_WORDS[at]}
 	case $prev in
 	--control | --key-file)
-		mapfile -t COMPREPLY < <(compgen -f -- "$cur")
+		mapfile -t COMPREPLY < <(compgen -P "$joined" -f -- "$cur")
 		return
 		;;
 	--exec)
-		mapfile -t COMPREPLY < <(compgen -c -- "$cur")
+		mapfile -t COMPREPLY < <(compgen -P "$joined" -c -- "$cur")
 		return
 		;;
 	--kind) words="bound listening connected" ;;
@@ -49,7 +64,7 @@ _sockmi() {
 			;;
 		esac
 	fi
-	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+	mapfile -t COMPREPLY < <(compgen -P "$joined" -W "$words" -- "$cur")
 }
 
 # Names of the hosts that the daemon hears.
@@ -60,9 +75,10 @@ _sockmi_hosts() {
 complete -F _sockmi sockmi
 
 _sockmid() {
-	local cur=${COMP_WORDS[COMP_CWORD]} words="--config --check --remove-redirects --force --version --help"
-	[[ ${COMP_WORDS[COMP_CWORD - 1]} == --config ]] && words=$(compgen -f -- "$cur")
-	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+	local cur prev joined words="--config --check --remove-redirects --force --version --help"
+	_sockmi_word
+	[[ $prev == --config ]] && words=$(compgen -f -- "$cur")
+	mapfile -t COMPREPLY < <(compgen -P "$joined" -W "$words" -- "$cur")
 }
 
 complete -F _sockmid sockmid

@@ -215,6 +215,15 @@ def test_export_as_a_dry_run(scene: Scene, lab: Lab) -> None:
     assert (planned.json[0]["outcome"], planned.json[0]["to"]) == ("planned", "b")
     assert client.say("still here") == "still here"
     assert scene.descriptor_of(client) == (pid, fd)
+    [told] = run("history", "--outcome", "planned", "--limit", 1, "--json", host=lab.host("a")).json
+    assert told["hop"] == 1
+    times = {
+        name: planned.json[0][name] for name in ("started_at", "ended_at")
+    }  # another spelling of the same
+    assert {name: datetime.fromisoformat(told.pop(name)) for name in times} == {
+        name: datetime.fromisoformat(text) for name, text in times.items()
+    }
+    assert {**told, **times} == planned.json[0]
 
 
 def test_export_that_is_refused(scene: Scene, lab: Lab) -> None:

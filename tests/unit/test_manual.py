@@ -178,6 +178,8 @@ def test_every_command_and_option_is_completed(name: str) -> None:
         for action in parser._actions:
             if action.option_strings and action.choices:
                 assert set(action.choices) <= set(re.findall(r"\w+", text)), (command, action.dest)
+            if name == "_sockmi" and action.option_strings and action.nargs is None:
+                assert re.search(rf"{action.option_strings[-1]}=\[", offered), "not with =, either"
 
 
 def test_bash_completes() -> None:
@@ -185,11 +187,21 @@ def test_bash_completes() -> None:
     script = f"""
     source {PROJECT}/completions/sockmi.bash
     ask() {{ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _sockmi; echo "${{COMPREPLY[*]}}"; }}
+    sockmi() {{ [ "$*" = "groups --json" ] && printf ' "host": "b1",\n "host": "c1",\n'; }}
     ask sockmi dr; ask sockmi drain --uni; ask sockmi groups jo; ask sockmi import --kind li
-    ask sockmi list re; ask sockmi history --outcome mo
+    ask sockmi list re; ask sockmi history --outcome mo; ask sockmi export --to ""
+    # What it gets of --to=, as "=" parts words, and if it does not.
+    ask sockmi export --to =; ask sockmi export --to = b; ask sockmi export --to=c
+    ask sockmi history --outcome=mo; ask sockmi --control = x.sock dr; ask sockmi --control=x.sock dr
+    ask sockmi drain --rate = 5
+    COMP_WORDS=(sockmid --config = {PROJECT}/READM); COMP_CWORD=3; _sockmid; echo "${{COMPREPLY[*]}}"
     """
     done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, timeout=20, check=True)
-    assert done.stdout.split() == ["drain", "--unit", "join", "listening", "redirects", "moved"]
+    assert done.stdout.splitlines() == [
+        *("drain", "--unit", "join", "listening", "redirects", "moved", "b1 c1"),
+        *("b1 c1", "b1", "--to=c1", "--outcome=moved", "drain", "drain", ""),
+        f"{PROJECT}/README.md",
+    ]
     assert done.stderr == ""
 
 
@@ -246,7 +258,7 @@ def test_sockmid_tells_its_options() -> None:
     page = (MAN / "sockmid.8").read_text()
     assert set(re.findall(r"Fl -([a-z-]+)", page)) == options
     zsh, bash = ((PROJECT / "completions" / name).read_text() for name in ("_sockmid", "sockmi.bash"))
-    assert all(f"'--{option}[" in zsh for option in options)
+    assert all(re.search(rf"'--{option}=?\[", zsh) for option in options)
     words = re.findall(r'words="(--config [^"]*)"', bash)[-1].split()
     assert set(words) == {f"--{option}" for option in {*options, "help"}}
 

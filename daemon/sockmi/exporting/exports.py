@@ -22,7 +22,7 @@ from sockmi.shell import Shell, audit, microseconds_since, now_text, why
 
 # What the end of a migration adds to its record.
 _NEWS = (
-    "outcome", "refusal", "step", "listed", "to", "mode", "ended_at", "blackout_us", "fidelity",
+    "outcome", "refusal", "step", "hop", "listed", "to", "mode", "ended_at", "blackout_us", "fidelity",
     "receive_queue_bytes", "sent_bytes", "unsent_bytes", "image_bytes",
 )  # fmt: skip
 
