@@ -60,7 +60,7 @@ WAITINGS = 64  # of each server, see lab.traffic.handover.library_import
 LISTEN, CLOSED = 10, 7
 #: Sets of ours that are empty when no connection is away, here from elsewhere, or on its way.
 HOLDS = ("hold", "quiet", "hold_syn", "hold_port", "away", "away_port")
-MAPS = ("flow", "addr", "next")
+MAPS = ("flow", "addr", "next", "led")
 #: What the upper half of a flow's mark says (sockmi.redirect.settings).
 LEFT, CAME = (0x5341, 0x5343), (0x5342, 0x5344)
 

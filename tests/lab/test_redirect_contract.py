@@ -403,6 +403,30 @@ def test_outlives_daemons(lab: Lab, mode: Mode, version: int) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("mode", MODES)
+def test_its_listener_has_moved_too(lab: Lab, mode: Mode, version: int) -> None:
+    """What comes to where that was is dropped in silence, but not what is led on; nor by a daemon's heir."""
+    site = Site(lab, mode)
+    with connection(site, version) as c:
+        c.move(lab.b)
+        anywhere = ip_address("0.0.0.0" if version == 4 else "::")  # noqa: S104 (inside a namespace)
+        listeners = [c.home.local, Endpoint(anywhere, c.home.local.port)]
+        lab.a.tables.miss_listeners(listeners)
+        c.progress()
+        site.restart(lab.a)
+        c.progress()
+        c.move(lab.c)  # b misses none, and leads it on
+        c.progress()
+        c.collapse(lab.b)
+        c.progress()
+        c.move(lab.a)
+        c.progress()
+        assert "elements" not in lab.a.nft("list", "set", "inet", "sockmi", f"led{version}")
+        c.finish()
+    site.teardown()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("mode", MODES)
 def test_late_packet(lab: Lab, mode: Mode, version: int) -> None:
     """After expire() a late segment is neither answered nor sent on for linger_s; then nothing is left."""
     site = Site(lab, mode)

@@ -34,7 +34,7 @@ from sockmi.addresses import Endpoint, FourTuple
 from sockmi.redirect.base import Inbound, Mode, Outbound
 from sockmi.redirect.nat import not_forwarding
 from sockmi.redirect.routes import RTN_UNICAST, apart, read_sysctl
-from sockmi.redirect.tables import Tables
+from sockmi.redirect.tables import Tables, keys_by_version
 
 _TCP = 6
 _FAMILY = {4: 2, 6: 10}
@@ -139,6 +139,8 @@ class Iptables:
         self._expect_redirects(importer.address for _unused, importer in away)
         self._track(_AWAY, away)
         self._track(_HOME, self._list(_HOME))
+        with self._tables.transaction() as batch:
+            self._tables.lead(batch, (_turned(ends) for ends, _unused in away))
 
     def teardown(self) -> None:
         """See base.Redirect."""
@@ -198,6 +200,7 @@ class Iptables:
         self._forget_tracked(tuples)
         self._track(_AWAY, to.items())
         with self._tables.transaction() as batch:
+            self._tables.lead(batch, tuples)
             self._tables.clear(batch, tuples)
 
     reroute = send_away
@@ -217,6 +220,9 @@ class Iptables:
         self._edit(_AWAY, map(_turned, tuples), None)
         self._edit(_MUTE, tuples, None)
         self._forget_tracked(tuples)
+        with self._tables.transaction() as batch:
+            for version, keys in keys_by_version(tuples):
+                batch.remove(self._tables.led[version], keys)
 
     def expire(self, tuples: Sequence[FourTuple], linger_s: float) -> None:
         """See base.Redirect; iptables has no timeouts, so the late packets meet our nftables flow map."""

@@ -64,6 +64,7 @@ def _family(settings: Settings, version: int) -> str:
         f"add set {table} hold_port{v} {{ type inet_service; flags timeout; }}",
         f"add set {table} away{v} {{ type {address} . inet_service; }}",
         f"add set {table} away_port{v} {{ type inet_service; }}",
+        f"add set {table} led{v} {{ type {conn}; }}",
         f"add map {table} flow{v} {{ type {conn} : mark; flags timeout; }}",
         f"add map {table} addr{v} {{ type {conn} : {address}; }}",
         f"add map {table} given{v} {{ type {address} : mark; }}",
@@ -77,6 +78,8 @@ def _family(settings: Settings, version: int) -> str:
         ("in", f"meta mark set {into} map @flow{v} goto did_in{v}"),
         ("in", f"{ip} daddr . tcp dport @away{v} jump away{v}"),
         ("in", f"tcp dport @away_port{v} jump away{v}"),
+        # What iptables' own rules lead on has no flow, and no socket here.
+        ("away", f"{into} @led{v} return"),
         # Connections that have not moved with their listener have a socket here, and so has who listens anew.
         ("away", "socket transparent { 0, 1 } return"),
         ("away", "fib daddr type local drop"),

@@ -75,7 +75,7 @@ def keys_by_version(tuples: Iterable[FourTuple]) -> Iterator[tuple[int, list[byt
 class Tables:
     """The shared tables, the holds, and the elements of all modes.
 
-    ``holds``, ``flows``, ``addresses``, ``nexts``, ``importers``: the sets by IP version.
+    ``holds``, ``flows``, ``addresses``, ``nexts``, ``led``, ``importers``: the sets by IP version.
     """
 
     def __init__(self, settings: Settings | None = None, use_destroy: bool = True) -> None:
@@ -100,6 +100,7 @@ class Tables:
         self.flows = each(INET, "flow", 2, data=4)
         self.addresses = each(INET, "addr", 2, 1)
         self.nexts = each(NETDEV, "next", 2, 1)
+        self.led = each(INET, "led", 2)
         self.importers = {v: NftSet(INET, table, f"importers{v}", wide) for v, wide in ((4, 4), (6, 16))}
         self._syn_holds = each(INET, "hold_syn", 1)
         self._port_holds = {version: NftSet(INET, table, f"hold_port{version}", 2) for version in (4, 6)}
@@ -285,6 +286,11 @@ class Tables:
             for version, keys in keys_by_version(tuples):
                 for each in (*maps, self.flows):
                     batch.remove(each[version], keys)
+
+    def lead(self, batch: Batch, tuples: Iterable[FourTuple]) -> None:
+        """Others' rules lead them on: the silence about a listener that has moved is not for them."""
+        for version, keys in keys_by_version(tuples):
+            batch.put(self.led[version], keys, [b""] * len(keys))
 
     def clear(self, batch: Batch, tuples: Iterable[FourTuple]) -> None:
         """No flow and no hold, for modes that keep their entries elsewhere."""
