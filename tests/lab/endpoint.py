@@ -2,12 +2,14 @@
 """One end of a counting dialogue that can be handed over: each message is the other's number plus one.
 
 ``endpoint.py listen PORT | connect ADDRESS PORT | import PORT``; SIGUSR1 exports the connection (to
-``--to``) and ends; SIGTERM ends. ``--c``: by the C library. Prints ``ready``, then the highest number seen.
+``--to``) and ends; SIGTERM ends. ``--c``: by the C library. Prints ``ready``, then the highest number seen;
+before that, if the connection has been taken away, its context, which an importer reads if none has come.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import select
 import signal
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.lab.client_callers import C
 
 _NUMBER = struct.Struct("!Q")
+TAKEN = (errno.ECONNABORTED, errno.ENOTCONN, errno.EPIPE)
 
 
 class Dialogue:
@@ -37,9 +40,19 @@ class Dialogue:
 
     @classmethod
     def resume(cls, connection: socket.socket, context: bytes) -> Dialogue:
-        expected, partial = json.loads(context)
+        expected, partial = json.loads(context or sys.stdin.readline())
         connection.setblocking(True)
         return cls(connection, expected, bytes.fromhex(partial))
+
+    def answer(self) -> None:
+        """What is complete."""
+        while len(self.partial) >= _NUMBER.size:
+            (number,) = _NUMBER.unpack_from(self.partial)
+            if number != self.expected:
+                raise SystemExit(f"expected {self.expected}, got {number}")
+            self.connection.sendall(_NUMBER.pack(number + 1))  # short enough to be sent whole, or not at all
+            self.partial = self.partial[_NUMBER.size :]
+            self.expected = number + 2
 
     def turn(self) -> bool:
         """Read what came, answer what is complete; False at the end.
@@ -51,14 +64,13 @@ class Dialogue:
         except ConnectionResetError:
             return False
         self.partial += data
-        while len(self.partial) >= _NUMBER.size:
-            (number,) = _NUMBER.unpack_from(self.partial)
-            self.partial = self.partial[_NUMBER.size :]
-            if number != self.expected:
-                raise SystemExit(f"expected {self.expected}, got {number}")
-            self.expected = number + 2
-            self.connection.sendall(_NUMBER.pack(number + 1))
+        self.answer()
         return bool(data)
+
+
+def listening(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family)
 
 
 def open_dialogue(arguments: argparse.Namespace) -> Dialogue:
@@ -73,7 +85,7 @@ def open_dialogue(arguments: argparse.Namespace) -> Dialogue:
         assert arrived.socket is not None
         return Dialogue.resume(arrived.socket, arrived.context)
     if arguments.role == "listen":
-        with socket.create_server(("0.0.0.0", arguments.port)) as listener:  # noqa: S104
+        with listening(arguments.address or "0.0.0.0", arguments.port) as listener:  # noqa: S104
             print("ready", flush=True)
             return Dialogue(listener.accept()[0], 1)
     connection = socket.create_connection((arguments.address, arguments.port))
@@ -94,10 +106,16 @@ def main() -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda got, _unused: wanted.append(got))
     dialogue = open_dialogue(arguments)
-    while not wanted:
-        readable, _unused, _unused = select.select([dialogue.connection], [], [], 0.05)
-        if readable and not dialogue.turn():
-            break
+    try:
+        dialogue.answer()  # what had come before it came here
+        while not wanted:
+            readable, _unused, _unused = select.select([dialogue.connection], [], [], 0.05)
+            if readable and not dialogue.turn():
+                break
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        print(dialogue.context().decode())
     if signal.SIGUSR1 in wanted and arguments.c:
         C().export(dialogue.connection.fileno(), to=arguments.to, context=dialogue.context(), timeout_s=20)
     elif signal.SIGUSR1 in wanted:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from lab.host import Host
 from lab.labs import Lab
 from sockmi.addresses import Endpoint
 from sockmi.redirect.iptables import unusable
+from tests.lab.matrix_lab import Bench, bench
+from tests.lab.scenario import daemons
 
 SERVICE = {4: "10.77.1.77", 6: "fd77:1::77"}
 WIDTH = {4: 24, 6: 64}
@@ -74,6 +76,23 @@ def legacy_iptables(directory: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
         yield
+
+
+@contextmanager
+def scene(lab: Lab, mode: str, directory: Path) -> Iterator[Bench]:
+    """Daemons of one redirect mode."""
+    with ExitStack() as stack:
+        if mode == "iptables":
+            stack.enter_context(legacy_iptables(directory))
+        if mode == "takeover":
+            give_service(lab)
+            stack.callback(take_service, lab)
+        redirect = {"devices": ["eth0"], "modes": [mode]}
+        both = stack.enter_context(daemons(lab, "ab", redirect=redirect))
+        it = stack.enter_context(bench(lab, mode, both))
+        it.service = SERVICE if mode == "takeover" else {}
+        stack.callback(it.clear)
+        yield it
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import struct
@@ -27,15 +26,19 @@ from tests.lab.matrix_lab import (
     Later,
     bench,
     copy_of,
-    exchange,
     moved,
     receive,
     same,
-    state,
     unread,
 )  # fmt: skip
-from tests.lab.matrix_states import WAYS, move_all_states, waiting
-from tests.lab.scenario import ask, daemons, until
+from tests.lab.matrix_states import (
+    WAYS,
+    move_a_listener_with_its_queue,
+    move_all_states,
+    move_without_a_connection,
+    waiting,
+)
+from tests.lab.scenario import daemons, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -68,149 +71,20 @@ def test_connections(it: Bench, tmp_path: Path, way: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_without_a_connection(it: Bench, tmp_path: Path, way: str, kind: str) -> None:
-    """Unconnected, bound and listening sockets, on a wildcard and on an address, with their options."""
-    with it.watched(tmp_path):
-        wildcard = EVERYWHERE if kind == "v4" else "::"
-        made: dict[str, tuple[socket.socket, str, int]] = {}
-        for name, address in (("wildcard", wildcard), ("specific", it.address(kind))):
-            port = it.port()
-            bound = it.sock("a", kind)
-            bound.bind((address, port))
-            made[f"bound {name}"] = bound, address, port
-            port = it.port()
-            made[f"listening {name}"] = it.listener("a", kind, port, address, backlog=17), address, port
-        made["unconnected"] = it.sock("a", kind), wildcard, 0
-        for sock, _unused, _unused in made.values():
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(TCP, socket.TCP_KEEPIDLE, 77)
-        targets = [it.target() for _unused in made]
-        requests = [
-            ImportRequest(
-                [name.split()[0].replace("unconnected", "bound")], local_port=port or None, replace=target,
-                # A socket on a wildcard matches any address of its family.
-                local_address=it.address("v6" if kind == "v6" else "v4") if "specific" in name else None,
-            )
-            for (name, (_unused, _unused, port)), target in zip(made.items(), targets, strict=True)
-        ]  # fmt: skip
-        sockets = [sock for sock, _unused, _unused in made.values()]
-        if way == "active":
-            taking = Later(it.take, requests)
-            until(lambda: waiting(it, "bound") + waiting(it, "listening") == len(made))
-            records = it.export_actively(sockets)
-            moved(records)
-            imported = taking.result()
-        else:
-            pairs = [(os.getpid(), sock.fileno()) for sock in sockets]
-            done = it.export_passively(pairs)
-            moved(done)
-            imported = it.take(requests)
-        copies = {}
-        for (name, (_unused, address, port)), one, target in zip(
-            made.items(), imported, targets, strict=True
-        ):
-            assert one.fd == target, name
-            copy = copies[name] = copy_of(one)
-            assert copy.getsockname()[:2] == (address, port), name
-            assert copy.getsockopt(TCP, socket.TCP_KEEPIDLE) == 77, name
-            listening = copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            assert listening == name.startswith("listening"), name
-            if listening:  # tcpi_sacked of a listener is its backlog
-                assert struct.unpack_from("I", copy.getsockopt(TCP, socket.TCP_INFO, 104), 28) == (17,), name
-        for sock in sockets:
-            dead(sock)
-            sock.close()
-        use(it, kind, copies, made["listening wildcard"][2])
-        for copy in copies.values():
-            copy.close()
-
-
-def dead(sock: socket.socket) -> None:
-    """What its owner has left of a socket that has moved is good for nothing."""
-    with pytest.raises(OSError) as raised:
-        sock.accept()
-    assert raised.value.errno == errno.EINVAL
-    with pytest.raises(OSError) as raised:
-        sock.listen()
-    assert raised.value.errno == errno.EINVAL
-    with pytest.raises(OSError) as raised:
-        sock.connect(("::1" if sock.family == socket.AF_INET6 else "127.0.0.1", 7))
-    assert raised.value.errno == errno.EISCONN
-
-
-def use(it: Bench, kind: str, copies: dict[str, socket.socket], port: int) -> None:
-    """What has come is good for all that such a socket is good for."""
-    there = "v6" if kind == "v6" else "v4"
-    for name in ("unconnected", "bound wildcard"):
-        with it.listener("peer", there, it.port()) as listener:
-            copies[name].connect((it.address(kind, "peer"), listener.getsockname()[1]))
-            peer, _unused = listener.accept()
-            peer.settimeout(10)
-            with peer:
-                exchange(copies[name], peer, 10_000)
-                exchange(peer, copies[name], 10_000)
-    with it.sock("peer", there) as peer:
-        peer.connect((it.address(there, "b"), port))
-        ours, _unused = copies["listening wildcard"].accept()
-        ours.settimeout(10)
-        with ours:
-            exchange(ours, peer, 10_000)
-            exchange(peer, ours, 10_000)
-    copies["bound specific"].listen(3)
-    # Who connects to where a listener was waits: tests/lab/test_listener_away.py has what becomes of it.
-    for name in ("listening wildcard", "listening specific"):
-        with it.sock("peer", there) as peer:
-            peer.settimeout(0.2)
-            with pytest.raises(TimeoutError):
-                peer.connect((it.address(there), copies[name].getsockname()[1]))
+    """The other redirects: test_matrix_modes.py."""
+    move_without_a_connection(it, tmp_path, way, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_listener_with_its_queue(it: Bench, tmp_path: Path, way: str, kind: str) -> None:
-    """Connections that nobody has accepted follow their listener, tagged with it, byte-exact."""
-    port, there = it.port(), "v6" if kind == "v6" else "v4"
-    with it.watched(tmp_path):
-        listener = it.listener("a", kind, port)
-        peers = []
-        for index in range(5):
-            peer = it.sock("peer", there)
-            peer.connect((it.address(there), port))
-            peer.sendall(b"%d" % index * (1 + 20_000 * index))
-            peers.append(peer)
-        until(lambda: struct.unpack_from("I", listener.getsockopt(TCP, socket.TCP_INFO, 104), 24) == (5,))
-        if way == "active":
-            [active] = it.export_actively([listener])
-            moved([active])
-            migration = active.migration_id
-        else:
-            [passive] = it.export_passively([(os.getpid(), listener.fileno())])
-            moved([passive])
-            migration = UUID(passive["migration_id"])
-        until(lambda: len(ask(it.host("b"), "list", table="imports")[-1]["imports"]) == 6)
-        [came] = it.take([ImportRequest(["listening"], local_port=port, replace=it.target())])
-        assert came.record.migration_id == migration
-        children = it.take([ImportRequest(["connected"], listener=migration)] * 5)
-        by_port = {peer.getsockname()[1]: (index, peer) for index, peer in enumerate(peers)}
-        for child in children:
-            assert child.record.listener == migration and child.remote and child.socket
-            index, peer = by_port.pop(child.remote.port)
-            ours = copy_of(child)
-            same(receive(ours, 1 + 20_000 * index), b"%d" % index * (1 + 20_000 * index), f"child {index}")
-            exchange(ours, peer, 50_000)
-            exchange(peer, ours, 50_000)
-            ours.shutdown(socket.SHUT_WR)
-            assert peer.recv(1) == b""
-            peer.close()
-            assert ours.recv(1) == b""
-            until(lambda ours=ours: state(ours) == "CLOSED")  # type: ignore[misc]
-            ours.close()
-        assert not by_port
-        copy_of(came).close()
-        listener.close()
+    """The other redirects: test_matrix_modes.py."""
+    move_a_listener_with_its_queue(it, tmp_path, way, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_windows_both_ways(it: Bench, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_zero_windows_both_ways(it: Bench, tmp_path: Path, way: str, kind: str) -> None:
     """Both receivers are full, both senders have megabytes more: all of it arrives, after the move.
 
     A full receiver drops what is in between, and this engine cannot carry what it holds out of order.
@@ -225,10 +99,13 @@ def test_zero_windows_both_ways(it: Bench, tmp_path: Path, kind: str) -> None:
             sent[sock] = os.urandom(12 << 20)
         counts = {sock: fill(sock, data) for sock, data in sent.items()}
         assert min(counts.values()) > 1 << 20, counts
-        [record] = it.export_actively([case.ours])
-        moved([record])
-        assert record.unsent_bytes + record.sent_bytes > 0 and record.receive_queue_bytes > 100_000
+        if way == "active":
+            moved(it.export_actively([case.ours]))
+        else:
+            moved(it.export_passively([(os.getpid(), case.fd)]))
         [came] = it.take([it.request(case, it.target())])
+        record = came.record
+        assert record.unsent_bytes + record.sent_bytes > 0 and record.receive_queue_bytes > 100_000
         copy = copy_of(came)
         case.peer.settimeout(20)
         to_copy, to_peer = sent[case.peer][: counts[case.peer]], sent[case.ours][: counts[case.ours]]
@@ -254,7 +131,8 @@ def fill(sock: socket.socket, data: bytes) -> int:
 
 
 @pytest.mark.parametrize("kind", ["v4", "v6"])
-def test_sequence_wrap(it: Bench, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_sequence_wrap(it: Bench, tmp_path: Path, way: str, kind: str) -> None:
     """2^32 lies inside the receive queue, the sent data or the unsent data."""
     # A connection made by hand has no SYN in the capture; both its ends are ours all the same.
     with it.watched(tmp_path):
@@ -269,12 +147,14 @@ def test_sequence_wrap(it: Bench, tmp_path: Path, kind: str) -> None:
             case.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 131072)  # some hosts begin with less
             case.ours.setblocking(False)
             assert case.ours.send(case.to_peer) == len(case.to_peer)
-        with Keeper([case.fd for case in cases]) as owner:
-            pairs = [(owner.pid, case.fd) for case in cases]
-            for case in cases:
-                case.ours.close()
-            done = it.export_passively(pairs)
-        moved(done)
+        if way == "active":
+            moved(it.export_actively([case.ours for case in cases]))
+        else:
+            with Keeper([case.fd for case in cases]) as owner:
+                pairs = [(owner.pid, case.fd) for case in cases]
+                for case in cases:
+                    case.ours.close()
+                moved(it.export_passively(pairs))
         imported = it.take([it.request(case, it.target()) for case in cases])
         it.undeafen(cases)
         for case, one in zip(cases, imported, strict=True):

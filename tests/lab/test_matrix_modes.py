@@ -28,8 +28,13 @@ from tests.lab.matrix_lab import (
     state,
     verdict,
 )
-from tests.lab.matrix_states import WAYS, move_all_states
-from tests.lab.mode_lab import SERVICE, WIDTH, give_service, legacy_iptables, needs_legacy
+from tests.lab.matrix_states import (
+    WAYS,
+    move_a_listener_with_its_queue,
+    move_all_states,
+    move_without_a_connection,
+)
+from tests.lab.mode_lab import SERVICE, WIDTH, give_service, legacy_iptables, needs_legacy, scene
 from tests.lab.scenario import daemons, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -269,3 +274,20 @@ def test_every_state_by_iptables(by_iptables: Bench, tmp_path: Path, way: str, k
         move_all_states(by_iptables, tmp_path, way, kind)
     finally:
         by_iptables.clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", ["takeover", pytest.param("iptables", marks=needs_legacy)])
+def test_without_a_connection(lab: Lab, tmp_path: Path, mode: str, way: str, kind: str) -> None:
+    """Nothing is led anywhere, and so the address stays where it is; but each is what it was."""
+    with scene(lab, mode, tmp_path) as it:
+        move_without_a_connection(it, tmp_path, way, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", ["takeover", pytest.param("iptables", marks=needs_legacy)])
+def test_a_listener_with_its_queue(lab: Lab, tmp_path: Path, mode: str, way: str, kind: str) -> None:
+    with scene(lab, mode, tmp_path) as it:
+        move_a_listener_with_its_queue(it, tmp_path, way, kind)

@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from lab.capture import Capture, judge, read_pcap
 from lab.labs import Lab
+from tests.lab import crash_lab
+from tests.lab.crash_lab import cluster, flowing, proved
+from tests.lab.matrix_lab import Later
+from tests.lab.mode_lab import SERVICE, give_service, legacy_iptables, needs_legacy, take_service
 from tests.lab.scenario import Service, ask, daemons, drain, service, status, until
 from tests.laws import clean
 
@@ -51,6 +57,27 @@ def test_passive_over_hops(lab: Lab, tmp_path: Path, kind: str, version: int, mo
             until(lambda name=name: status(lab.host(name))["redirects_out"] == 0, 30)
 
 
+@pytest.mark.parametrize("path", ["abc", "aba"])
+@pytest.mark.parametrize("mode", ["takeover", pytest.param("iptables", marks=needs_legacy)])
+def test_over_hops_by_the_other_redirects(lab: Lab, tmp_path: Path, mode: str, path: str) -> None:
+    """Under two-way load, two connections over IPv4 and two over IPv6; at the end nothing is left."""
+    redirect = {"devices": ["eth0"], "modes": [mode]}
+    address = SERVICE if mode == "takeover" else {}
+    with ExitStack() as stack:
+        if mode == "iptables":
+            stack.enter_context(legacy_iptables(tmp_path))
+        else:
+            give_service(lab)
+            stack.callback(take_service, lab, "abc")
+        running = stack.enter_context(cluster(lab, "abc", redirect=redirect))
+        serving = stack.enter_context(crash_lab.service(running, "duplex", "abc", tmp_path, at=address))
+        serving.clients(2)
+        for source, target in itertools.pairwise(path):
+            flowing(serving)
+            serving.move(source, target)
+        proved(running, serving, path[-1])
+
+
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("kind", list(CLIENTS))
 def test_active_with_context(lab: Lab, tmp_path: Path, kind: str, version: int) -> None:
@@ -81,43 +108,67 @@ def test_behind_a_router_with_a_smaller_mtu(lab: Lab, tmp_path: Path) -> None:
         serving.finish()
 
 
-def test_both_ends_at_once(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["active", "passive"])
+@pytest.mark.parametrize("version", [4, 6])
+def test_both_ends_at_once(lab: Lab, tmp_path: Path, version: int, way: str) -> None:
     """The server's end moves from a to b while the client's end moves from c to d, behind the router.
 
     Neither end stays to be the witness, but all that is sent still comes by the hosts where they were: at a
     what is for the server, at c what is for the client.
     """
-    a, c = str(lab.host("a").address4), str(lab.host("c").address4)
+    a, c = lab.host("a").address(version), lab.host("c").address(version)
+    family = "ip6" if version == 6 else "ip"
 
     def start(host: str, *words: str) -> subprocess.Popen[str]:
         program = [sys.executable, str(Path(__file__).with_name("endpoint.py")), *words]
-        process = lab.host(host).popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = lab.host(host).popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         running.append(process)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         return process
 
-    def number_of(process: subprocess.Popen[str]) -> int:
+    def said(process: subprocess.Popen[str]) -> list[str]:
         output, _unused = process.communicate(timeout=30)
         assert process.returncode == 0, output
-        return int(output)
+        return output.splitlines()
+
+    def taken(host: str, process: subprocess.Popen[str], to: str) -> None:
+        [socket] = [
+            row
+            for answer in ask(lab.host(host), "list", filter={"pid": process.pid, "kinds": ["connected"]})
+            for row in answer["sockets"]
+        ]
+        pair = {"pid": socket["pid"], "fd": socket["fd"]}
+        [done] = ask(lab.host(host), "export", sockets=[pair], to=to)
+        assert done["migrations"][0]["outcome"] == "moved", done
 
     running: list[subprocess.Popen[str]] = []
     try:
-        to_server = Capture(
-            lab.host("a"), f"tcp and dst host {a} and dst port 7100", tmp_path / "a.pcap", inbound=True
-        )
-        to_client = Capture(
-            lab.host("c"), f"tcp and dst host {c} and src port 7100", tmp_path / "c.pcap", inbound=True
-        )
+        served = f"tcp and {family} dst host {a} and dst port 7100"
+        heard = f"tcp and {family} dst host {c} and src port 7100"
+        to_server = Capture(lab.host("a"), served, tmp_path / "a.pcap", inbound=True)
+        to_client = Capture(lab.host("c"), heard, tmp_path / "c.pcap", inbound=True)
         with daemons(lab, "abcd", unicast=True), to_server, to_client:
-            server = start("a", "listen", "--port", "7100", "--to", "b")
+            server = start("a", "listen", "--address", a, "--port", "7100", "--to", "b")
             client = start("c", "connect", "--address", a, "--port", "7100", "--to", "d")
             heirs = [start("b", "import"), start("d", "import")]
             pause()
-            for process in (server, client):
-                process.send_signal(signal.SIGUSR1)
-            before = [number_of(process) for process in (server, client)]
+            if way == "active":
+                for process in (server, client):
+                    process.send_signal(signal.SIGUSR1)
+            else:
+                moves = [Later(taken, "a", server, "b"), Later(taken, "c", client, "d")]
+                for move in moves:
+                    move.result(30)
+            ends = [said(process) for process in (server, client)]
+            before = [int(lines[-1]) for lines in ends]
+            if way == "passive":  # their contexts have not come with the connections
+                for heir, (context, _unused) in zip(heirs, ends, strict=True):
+                    assert heir.stdin
+                    heir.stdin.write(f"{context}\n")
+                    heir.stdin.flush()
             pause(1.0)
             ended_at = time.time()  # later they end, by FIN or RST
             for capture in (to_server, to_client):
@@ -125,7 +176,7 @@ def test_both_ends_at_once(lab: Lab, tmp_path: Path) -> None:
                 assert not capture.dropped
             for heir in heirs:
                 heir.send_signal(signal.SIGTERM)
-            after = [number_of(heir) for heir in heirs]
+            after = [int(said(heir)[-1]) for heir in heirs]
             assert min(before) > 10
             assert min(after) > max(before) + 10
         seen = [*read_pcap(to_server.path), *read_pcap(to_client.path)]
