@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The daemon's log on standard error: text for people, or one JSON object a line.
+"""The daemon's log: text for people on standard error, JSON, or entries of the systemd journal.
 
-Extra fields of a record (``migration_id``, ``connection``, ``step``) go into the JSON, and into
-brackets behind the text.
+Extra fields of a record (``migration_id``, ``connection``, ``step``) go into the JSON, are fields of the
+journal (``MIGRATION_ID``, ...), and stand in brackets behind the text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 from sockmi.config import Config
@@ -20,7 +22,8 @@ _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__dict__) 
     "asctime",
     "taskName",
 }
-# sd-daemon(3): systemd reads the priority from the start of a line.
+# Where journald takes entries with fields (systemd.io/JOURNAL_NATIVE_PROTOCOL).
+_JOURNAL = Path("/run/systemd/journal/socket")
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
@@ -47,22 +50,56 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people; for the systemd journal with its priority, and without the time, which it has."""
+    """A line for people; the journal has its time."""
 
-    def __init__(self, *, journal: bool = False) -> None:
-        time = "" if journal else "%(asctime)s "
-        super().__init__(f"{time}%(levelname)s %(name)s: %(message)s")
-        self._journal = journal
+    def __init__(self, *, time: bool = True) -> None:
+        super().__init__(f"{'%(asctime)s ' if time else ''}%(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         """As logging.Formatter."""
         text = super().format(record)
         fields = " ".join(f"{name}={value}" for name, value in _fields(record).items())
-        text = f"{text} [{fields}]" if fields else text
-        if not self._journal:
-            return text
+        return f"{text} [{fields}]" if fields else text
+
+
+class JournalHandler(logging.StreamHandler[Any]):
+    """Entries with fields. What journald does not take at once goes to ``stream``, which it reads as well."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.setFormatter(TextFormatter(time=False))
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As logging.Handler."""
+        try:
+            self._socket.sendto(self._entry(record), str(_JOURNAL))
+        except OSError:  # it is full, or starts again, or the entry is too large for a datagram
+            super().emit(record)
+        except Exception:
+            self.handleError(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """For the stream: systemd reads the priority from the start of a line (sd-daemon(3))."""
         priority = f"<{_PRIORITIES.get(record.levelno, 5)}>"
-        return "\n".join(priority + line for line in text.splitlines())
+        return "\n".join(priority + line for line in super().format(record).splitlines())
+
+    def _entry(self, record: logging.LogRecord) -> bytes:
+        fields = {
+            "MESSAGE": super().format(record),
+            "PRIORITY": _PRIORITIES.get(record.levelno, 5),
+            "SYSLOG_IDENTIFIER": "sockmid",
+            "LOGGER": record.name.replace("__main__", "sockmi.service"),
+            **{name.upper(): value for name, value in _fields(record).items() if value is not None},
+        }
+        return b"".join(_field(name, str(value).encode()) for name, value in fields.items())
+
+
+def _field(name: str, value: bytes) -> bytes:
+    """Lengths are little-endian, and stand before what has more than one line."""
+    if b"\n" in value:
+        return b"%s\n%s%s\n" % (name.encode(), len(value).to_bytes(8, "little"), value)
+    return b"%s=%s\n" % (name.encode(), value)
 
 
 def _is_journal(descriptor: int) -> bool:
@@ -73,9 +110,12 @@ def _is_journal(descriptor: int) -> bool:
 
 def configure(config: Config) -> None:
     """Send the log to standard error, as the configuration says."""
-    handler = logging.StreamHandler(sys.stderr)
-    text = TextFormatter(journal=_is_journal(sys.stderr.fileno()))
-    handler.setFormatter(JsonFormatter() if config.log_format == "json" else text)
+    handler: logging.Handler
+    if config.log_format == "text" and _is_journal(sys.stderr.fileno()):
+        handler = JournalHandler(sys.stderr)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonFormatter() if config.log_format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

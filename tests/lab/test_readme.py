@@ -6,7 +6,9 @@ Put in place of what is an example in them: the lab's name, a process and a desc
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -21,7 +23,6 @@ import pytest
 from lab.host import PROJECT
 from lab.labs import Lab
 from sockmi.cli.arguments import build_parser
-from sockmi.config import Config
 from tests.lab.ansible_lab import Controller
 from tests.lab.role_host import RoleHost
 from tests.lab.scenario import daemons, until
@@ -36,11 +37,8 @@ LEFT_OUT = {
     "make": "the whole of this repository's tests and its demo; tests/lab/test_demo.py runs that",
     "sysctl": "the kernel module's; tests/kmod/inside/test_sysctl_daemons.py asks for exports that way",
     "export": "of the shell",
-    "cp": "copies the example, as the test does",
-    "python3": "installs into /opt, from a package index",
+    "python3": "installs into /opt, from a package index; the tests' own environment stands there",
     "/opt/sockmi/bin/pip": "likewise",
-    "mkdir": "writes to /etc",
-    "sockmid": "its configuration is read below; the lab's daemons run",
 }
 
 
@@ -70,7 +68,8 @@ def scene(lab: Lab) -> Iterator[Scene]:
 
 
 def test_every_command_is_tried_here_or_left_out_for_a_reason() -> None:
-    known = {"ansible", "ansible-playbook", "python", "sockmi", *LEFT_OUT}
+    by_hand = {"cp", "mkdir", "sockmid", "systemctl"}
+    known = {"ansible", "ansible-playbook", "python", "sockmi", *by_hand, *LEFT_OUT}
     assert len(commands()) > 20
     assert {words[0] for words in commands()} == known
     options = {
@@ -172,10 +171,30 @@ def test_on_hosts_of_your_own(tmp_path: Path) -> None:
         )
 
 
-def test_by_hand_there_is_what_is_named() -> None:
-    [example] = [words[1] for words in commands() if words[0] == "cp" and words[1].endswith(".yml")]
-    assert Config.load(PROJECT / example).groups
-    assert (PROJECT / "daemon/systemd/sockmid.service").exists()
+def test_by_hand_on_a_host(tmp_path: Path) -> None:
+    """From the first step to the last, on a host with an eth0. systemd's part is done as its unit says."""
+    [block] = [one for one in blocks() if "/opt/sockmi" in one]
+    steps = [line.partition("#")[0].strip() for line in block.splitlines()]
+    assert "/opt/sockmi/bin/pip install ./daemon" in steps[0] and steps[-1] == "sockmi doctor"
+    path = "export PATH=/opt/sockmi/bin:$PATH SYSTEMD_OFFLINE=1"
+    with RoleHost(tmp_path) as host:
+        host.sh(
+            f"ln -s {PROJECT}/.venv /opt/sockmi; ip link add eth0 type veth peer segment;"
+            "ip link set eth0 up; ip link set segment up; ip address add 192.0.2.11/24 dev eth0"
+        )
+        for step in steps[1:-1]:
+            host.sh(f"cd {PROJECT}; {path}; {step.replace(' --now', '')}")
+        assert host.sh("stat -c '%a %U' /etc/sockmi/group.key") == "600 root\n"
+        assert host.sh("ls /etc/systemd/system/multi-user.target.wants").split().count("sockmid.service") == 1
+        unit = host.sh("cat /etc/systemd/system/sockmid.service")
+        [start] = re.findall(r"^ExecStart=(.*)", unit, re.MULTILINE)
+        folders = dict(re.findall(r"^(\w+)Directory=(\w+)", unit, re.MULTILINE))
+        host.sh(f"mkdir -p /run/{folders['Runtime']}; mkdir -p -m 700 /var/lib/{folders['State']}")
+        host.sh(f"{start} >/var/log/sockmid 2>&1 &")
+        until(lambda: "is ready" in host.sh("cat /var/log/sockmid"), 60)
+        found = json.loads(host.run("/opt/sockmi/bin/sockmi", "doctor", "--json").stdout)["checks"]
+        errors = {one["name"]: one["message"] for one in found if one["status"] == "error"}
+        assert errors == {"group": "No other daemon has been heard."}  # as there is none
 
 
 def test_python_and_c_can_be_compiled(tmp_path: Path) -> None:

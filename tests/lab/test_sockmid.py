@@ -543,13 +543,17 @@ def test_json_logs(lab: Lab) -> None:
 
 
 def test_the_journal_has_priorities(lab: Lab, host: Host) -> None:
-    """When standard error is the systemd journal: lines begin with <N>, and have no time of their own."""
+    """Standard error is the journal's, which takes no entries: lines begin with <N>, and have no time.
+
+    What it takes: tests/unit/test_logs.py.
+    """
     path = host.run_dir / "journal.log"
     with path.open("wb") as log:
         where = os.fstat(log.fileno())
         environment = host.environment | {"JOURNAL_STREAM": f"{where.st_dev}:{where.st_ino}"}
-        command = [sys.executable, "-m", "sockmi.service", "--config", str(written(host))]
-        process = host.popen(command, env=environment, stderr=log)
+        alone = '[ ! -d /run/systemd/journal ] || mount -t tmpfs none /run/systemd/journal; exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", alone, "sh", sys.executable, "-m", "sockmi.service"]
+        process = host.popen([*command, "--config", str(written(host))], env=environment, stderr=log)
     try:
         until(lambda: "is ready" in path.read_text())
     finally:
@@ -597,6 +601,20 @@ def test_the_unit_is_valid(tmp_path: Path) -> None:
         ["systemd-analyze", "verify", copy], text=True, capture_output=True, timeout=60, check=False
     )
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+def test_the_unit_is_rated() -> None:
+    """docs/security.md says how; no sandboxing gets lost unseen. Needs no systemd that runs."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed, so nothing here can rate a unit")
+    words = ["systemd-analyze", "security", "--offline=yes", "--no-pager", UNIT]
+    rated = subprocess.run(words, text=True, capture_output=True, timeout=60, check=True).stdout
+    found = re.search(r"exposure level for sockmid.service: ([0-9.]+)", rated)
+    said = re.search(r"rates the unit ([0-9.]+).*systemd (\d+)", (PROJECT / "docs/security.md").read_text())
+    assert found and said
+    version = subprocess.run(["systemd-analyze", "--version"], text=True, capture_output=True, check=True)
+    ours = version.stdout.startswith(f"systemd {said[2]} ")
+    assert float(found[1]) <= (float(said[1]) if ours else 4.9), "above that it is no longer OK"
 
 
 def test_the_unit_is_never_given_up() -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import collection
+
 pytest.importorskip("ansible")
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -92,6 +94,33 @@ def test_tasks_that_see_a_key_are_not_logged() -> None:
     options = _yaml("meta/argument_specs.yml")["argument_specs"]["main"]["options"]
     assert options["sockmi_group_key"]["no_log"] is True
     assert options["sockmi_groups"]["options"]["key"]["no_log"] is True
+
+
+# A task of each part, and the tags with which it is run.
+TAGGED = {
+    "Check that SockMi can run there": {"install", "configure", "kmod"},
+    "Build the wheelhouse": {"install", "kmod"},
+    "Build and load it": {"install", "kmod"},
+    "Unpack it into a Python environment of its own": {"install"},
+    "Set the kernel's settings at boot": {"install", "configure"},
+    "Write the rules": {"install", "configure"},
+    "Write the configuration": {"install", "configure"},
+    "Restart the daemon": {"install", "configure"},
+    "Restore the kernel's settings": {"uninstall"},
+}
+
+
+@pytest.mark.parametrize("tag", ["install", "configure", "kmod", "uninstall"])
+def test_a_tag_chooses_parts(tag: str) -> None:
+    playbook = PROJECT / ("uninstall.yml" if tag == "uninstall" else "install.yml")
+    program = Path(sys.executable).with_name("ansible-playbook")
+    words = ["-i", "web1,", "-e", "sockmi_hosts=web1", playbook, "--list-tasks", "--tags", tag]
+    environment = os.environ | {"ANSIBLE_COLLECTIONS_PATH": str(collection.linked()), "ANSIBLE_NOCOLOR": "1"}
+    done = subprocess.run(
+        [program, *words], capture_output=True, text=True, check=True, cwd=PROJECT, env=environment
+    )
+    listed = set(re.findall(r"sockmi : (.*?)\tTAGS: ", done.stdout))
+    assert listed & set(TAGGED) == {name for name, tags in TAGGED.items() if tag in tags}
 
 
 # A value that each variable must not have, and what is said of it before any host is asked.
