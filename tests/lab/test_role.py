@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.collection import PROJECT
 from tests.lab.role_host import FOLDERS, RoleHost
 from tests.lab.scenario import until
 
@@ -177,3 +181,25 @@ def test_the_firewall_base_follows_what_is_chosen(host: RoleHost) -> None:
     changed, rules = firewall("none")
     assert (changed > 0, rules) == (True, "")
     assert "sockmi-firewall" not in host.sh("ls /etc/systemd/system")
+
+
+def test_the_test_migration_proves_a_release(host: RoleHost, tmp_path: Path) -> None:
+    """A connection moves between namespaces of the host. Where it cannot, that is told; nothing is left."""
+    program = (PROJECT / "roles/sockmi/files/verify.py").read_text()
+
+    def verify(**settings: Any) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-I", "-c", program, "200", json.dumps(settings)]
+        return host.run(*words, env=os.environ | {"TMPDIR": str(tmp_path)})
+
+    done = verify(engine="repair", redirect={"modes": ["forward"]})
+    assert done.returncode == 0, done.stderr
+    proof = json.loads(done.stdout)
+    assert proof.pop("blackout_us") > 0
+    moved = {"outcome": "moved", "engine": "repair", "mode": "forward", "bytes": (1 << 16) + (1 << 20)}
+    assert proof == moved
+    failed = verify(engine="repair", redirect={"modes": ["forward"], "devices": ["lo"]})
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "the connection did not move: " in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert list(tmp_path.glob("sockmi-verify-*")) == []
+    assert host.sh("ip netns list") == ""

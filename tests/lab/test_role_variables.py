@@ -254,6 +254,29 @@ def test_the_kernel_module_gets_its_parameters(host: RoleHost, tmp_path: Path) -
     assert state(host) == before
 
 
+def test_without_the_kernel_module_it_is_said(host: RoleHost, tmp_path: Path) -> None:
+    """It cannot be built: `auto` goes on, and says which engine there is; `required` fails."""
+    host.unpack("dkms")
+    kernel = host.sh("uname -r").strip()
+    lacking = ("dkms", f"linux-headers-{kernel}")
+    (tmp_path / "status").write_text("".join(map(INSTALLED.format, lacking)))
+    host.sh(
+        f"mkdir -p /usr/src/kernels/{kernel}; echo modules: >/usr/src/kernels/{kernel}/Makefile;"
+        f"cat {tmp_path}/status >>/var/lib/dpkg/status; mkdir -p /opt/sockmi/dkms"
+    )
+    (tmp_path / "Makefile").write_text("all modules:\n\tfalse\n")
+    with tarfile.open(tmp_path / "sources.tar", "w") as sources:
+        sources.add(PROJECT / "kmod/dkms.conf", "dkms.conf")
+        sources.add(tmp_path / "Makefile", "Makefile")
+    known = {"sockmi_wheelhouse": str(tmp_path), "__sockmi_dkms": {"file": "sources.tar"}}
+    code, said, _changed = host.tasks("gather", "kernel_module", **known)
+    assert code == 0, said
+    assert "no kernel module, so the daemon moves sockets by TCP_REPAIR (engine repair): " in said
+    code, said, _changed = host.tasks("gather", "kernel_module", sockmi_kernel_module="required", **known)
+    assert code != 0
+    assert "no kernel module: " in said
+
+
 def test_wrong_values_are_named_by_what_reads_them(host: RoleHost, tmp_path: Path) -> None:
     """And nothing is changed."""
     host.release("/opt/sockmi", unit=False)

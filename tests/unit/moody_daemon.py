@@ -31,6 +31,7 @@ class Daemon:
         self.quiet: Callable[[int], bool] = lambda _number: True
         self.say: Callable[[int, str | None], str | Exception | None] = lambda _number, _target: None
         self.listed: Callable[[], None] = lambda: None
+        self.under_way: Callable[[], int] = lambda: 0
         self.moves: list[tuple[int, str | None]] = []
         self.records: dict[str, dict[str, Any]] = {}
         self.requests: list[dict[str, Any]] = []
@@ -78,7 +79,7 @@ class Daemon:
                 connection.sendall(json.dumps({"ok": True, **answer}).encode() + b"\n")
 
     def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
-        return {"host": "a", "migrations_under_way": 0}
+        return {"host": "a", "migrations_under_way": self.under_way()}
 
     def _groups(self, _request: dict[str, Any]) -> dict[str, Any]:
         members = [{**HEARD, "host": name} for name in ("b", "c")]

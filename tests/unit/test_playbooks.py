@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -264,6 +265,26 @@ def test_a_move_that_fails_in_the_middle_is_reported(playbook: Callable[[int], P
     assert "It said no-such-host." in output
     assert "500 selected, 500 moved" in output
     assert made.report()["moved"] == 500
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_no_restart_while_something_is_being_moved(playbook: Callable[[int], Playbook], ends: bool) -> None:
+    """The role waits for what is under way, and does not go on if it does not end."""
+    made = playbook(0)
+    asked = itertools.count()
+    made.daemon.under_way = lambda: int(not ends or next(asked) < 2)
+    role = {"name": "sockmi.appliance.sockmi", "tasks_from": "wait"}
+    tasks = [{"ansible.builtin.include_role": role}, {"ansible.builtin.debug": {"msg": "restarted"}}]
+    play = {
+        "hosts": "all",
+        "gather_facts": False,
+        "tasks": tasks,
+        "vars": {"sockmi_wait_s": 60 if ends else 4},
+    }
+    (made.folder / "play.yml").write_text(json.dumps([play]))
+    code, output = made.play(made.folder / "play.yml")
+    assert (code == 0, "msg: restarted" in output) == (ends, ends), output
+    assert ("Wait until nothing is being moved" in output, next(asked)) == (True, 3 if ends else 0)
 
 
 @pytest.mark.parametrize("name", ["migrate", "drain"])
