@@ -18,6 +18,12 @@
  *
  * SOCKMI_IOC_HELLO comes first; until it has succeeded all others fail with -EPROTO.
  *
+ * Beside what is said of a call, any may fail: -ENOTTY there is no such operation; -EINVAL an argument is not as described;
+ * -EPERM, -EFAULT, -ENOMEM. Where a process or a descriptor is named: -ESRCH, -EBADF, -ENOTSOCK; where a slot is: -ENXIO
+ * there is none, or another call uses it; where an image is given: -EDQUOT (SOCKMI_REFUSAL_MEMORY) the module's memory
+ * is used up. CLAIM and RESTORE: -EMFILE the file has 65536 claims and copies. IMPORT: -EXDEV its sockets are of several
+ * network namespaces.
+ *
  * Who may
  * -------
  * Everybody may open the device, say hello and IMPORT. All else needs CAP_NET_ADMIN in the user namespace
@@ -692,9 +698,9 @@ struct sockmi_ioc_forget {
 /*
  * An export by the sysctl
  * -----------------------
- * A write to sockmi.export claims the socket for the serving file and waits for `wait_ms`. Whoever serves duplicates
- * descriptor `owner_fd` of process `owner_pid` (pidfd_getfd(2)), checks that it is `inode`, RELEASEs the claim, moves
- * the socket like any other, and ANSWERs. (Or it freezes and commits the claim itself.)
+ * A write to sockmi.export claims the socket for the serving file (-ENOTCONN: there is none) and waits for `wait_ms`.
+ * Whoever serves duplicates descriptor `owner_fd` of process `owner_pid` (pidfd_getfd(2)), checks that it is `inode`,
+ * RELEASEs the claim, moves the socket like any other, and ANSWERs. (Or it freezes and commits the claim itself.)
  *
  * RELEASE decides between the two sides. The writer that gives up takes the claim back if nothing has been done with it
  * (-ETIMEDOUT, or -EINTR after a signal): RELEASE is then -ENOENT, and nothing may be moved. If the claim has been

@@ -51,23 +51,40 @@ def test_every_tracepoint_is_in_the_manual() -> None:
     assert set(re.findall(r"\bsockmi_\w+", section("TRACEPOINTS"))) - {"sockmi_refusal"} == there
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "EINVAL",
-        "ENOTCONN",
-        "ESRCH",
-        "EBADF",
-        "EBUSY",
-        "EPERM",
-        "ETIMEDOUT",
-        "EINPROGRESS",
-        "EXDEV",
-        "EOPNOTSUPP",
-    ],
-)
+def sysctl_errors() -> list[str]:
+    """What a write to the sysctl may give; the last three come from the claim."""
+    source = (PROJECT / "kmod/sysctl.c").read_text().partition("/* ---- ioctls ---- */")[0]
+    refusals = re.findall(r"\bERR_PTR\(-(E\w+)\)", (PROJECT / "kmod/preflight.c").read_text())
+    given = {*re.findall(r"-(E[A-Z]+)\b", source), *refusals, "ECONNRESET"}
+    return sorted(given | {"ENOTSOCK", "EOPNOTSUPP", "EMFILE"})
+
+
+@pytest.mark.parametrize("name", sysctl_errors())
 def test_the_errors_are_those_of_the_sysctl(name: str) -> None:
-    assert f"-{name}" in "".join(
-        (PROJECT / "kmod" / file).read_text() for file in ("sysctl.c", "preflight.c")
-    )
     assert re.search(rf"\bEr {name}\b", section("ERRORS"))
+
+
+def test_no_error_is_told_that_the_sysctl_does_not_give() -> None:
+    """But for those of the daemon."""
+    told = set(re.findall(r"^\.It Bq (.*)$", section("ERRORS"), re.MULTILINE))
+    names = {name for line in told for name in re.findall(r"Er (E[A-Z]+)", line)}
+    assert names == set(sysctl_errors())
+
+
+def test_the_sysctls_are_in_modinfo(kernel: str) -> None:
+    """With the parameters that set what they begin with."""
+    module = DEBIAN_KERNELS[kernel].module()
+    told = subprocess.run(
+        ["/sbin/modinfo", "-F", "parm", module], check=True, capture_output=True, text=True
+    ).stdout
+    there = re.findall(r'\.procname = "(\w+)"', (PROJECT / "kmod/sysctl.c").read_text())
+    assert {re.sub("^max_.*", "max_", name) for name in there} == set(re.findall(r"sockmi\.(\w+)", told))
+
+
+def test_the_bounds_are_those_of_the_source() -> None:
+    most = re.search(r"#define SOCKMI_LIST_MOST (\d+)", (PROJECT / "kmod/internal.h").read_text())
+    assert most and f"{most[1]} at most" in section("SYSCTLS")
+    buffers = re.search(r"sockmi_slots_max = (\d+);\n\t/\*", (PROJECT / "kmod/main.c").read_text())
+    assert buffers and f"at most {buffers[1]}" in section("PARAMETERS")
+    claims = re.search(r"#define SOCKMI_EXPORTS_MAX (\d+)", (PROJECT / "kmod/internal.h").read_text())
+    assert claims and f"{claims[1]} claims" in section("ERRORS")
