@@ -50,3 +50,17 @@ def test_others_are_refused(tmp_path: Path, major: int, minor: int, said: str) -
 
 def test_a_port_to_an_unknown_kernel_can_be_begun(tmp_path: Path) -> None:
     assert preprocessed(tmp_path, 8, 0, "-DSOCKMI_UNKNOWN_KERNEL").returncode == 0
+
+
+def test_what_differs_between_versions_is_in_one_header() -> None:
+    """But for socket options that a kernel may not know, beside the code that reads them."""
+    options = {"SO_RCVPRIORITY", "TCP_RTO_MAX_MS", "TCP_RTO_MIN_US", "IP_LOCAL_PORT_RANGE"}
+    asked: set[str] = set()
+    for file in (*COMPAT.parent.glob("*.c"), *COMPAT.parent.glob("*.h")):
+        text = file.read_text()
+        if file != COMPAT:
+            assert "LINUX_VERSION_CODE" not in text, file.name
+            asked |= set(re.findall(r"^#(?:if|elif|ifdef|ifndef)\b(.*)", text, re.MULTILINE))
+    names = {name for condition in asked for name in re.findall(r"[A-Z][A-Z0-9_]+", condition)}
+    own = {name for name in names if name.startswith(("SOCKMI_", "CONFIG_"))}
+    assert names - own - {"IS_ENABLED", "TRACE_HEADER_MULTI_READ"} == options

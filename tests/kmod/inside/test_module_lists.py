@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -20,15 +21,26 @@ import pytest
 from tests.kmod.inside.test_module_core import join_all, new_socket, pair, read_exactly, wait_for
 from tests.kmod.module_client import (
     ANY_UID,
+    NO_SLOT,
+    ORDINALS,
     PUBLISH,
+    Claim,
+    Decision,
+    Deliver,
     Device,
     EventType,
+    ExportInfo,
+    Freeze,
+    ListAdd,
+    ListInfo,
     ListName,
     ListNext,
     Match,
     Refusal,
     Refused,
     Request,
+    Restore,
+    Slots,
     frozen,
 )
 
@@ -55,6 +67,19 @@ def captured(device: Device, sock: socket.socket) -> bytes:
     with frozen(device, sock) as (freeze, image):
         device.commit(freeze)
         return image
+
+
+def of_each_kind(device: Device) -> dict[ListName, bytes]:
+    """An image for each list."""
+    bound, listener = socket.socket(), socket.socket()
+    for sock in (bound, listener):
+        sock.bind(("127.0.0.1", 0))
+    listener.listen()
+    connected, _peer = pair()
+    return {
+        name: captured(device, sock)
+        for name, sock in zip(ListName, (bound, listener, connected), strict=True)
+    }
 
 
 def wanted(sock: socket.socket, name: ListName = ListName.CONNECTED, **criteria: int) -> Request:
@@ -104,6 +129,29 @@ def test_import_gives_up_after_its_timeout(device: Device) -> None:
     assert 0.15 < time.monotonic() - started < 2
 
 
+def test_a_signal_ends_an_import_that_waits(device: Device) -> None:
+    copy = new_socket("ipv4")
+
+    def stop(*_unused: object) -> None:
+        raise KeyboardInterrupt  # else Python would call again
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            device.take(wanted(copy), timeout_ms=-1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert device.list_info(ListName.CONNECTED).waiting == 0
+    # The socket is still good for the next.
+    ours, peer = pair()
+    device.list_add(captured(device, ours))
+    assert device.take(wanted(copy))[0] == 1
+    peer.sendall(b"1")
+    assert read_exactly(copy, 1) == b"1"
+
+
 def test_criteria_choose(device: Device) -> None:
     first, _peer1 = pair()
     second, _peer2 = pair()
@@ -136,18 +184,23 @@ def test_a_socket_of_the_wrong_family_leaves_the_entry(device: Device) -> None:
     assert read_exactly(copy, 1) == b"1"
 
 
-def test_each_list_has_a_maximum(device: Device) -> None:
-    maximum = SYSCTL / "max_connected"
+@pytest.mark.parametrize("name", ListName, ids=[name.name.lower() for name in ListName])
+def test_each_list_has_a_maximum(device: Device, name: ListName) -> None:
+    """A full one says so; the others have room."""
+    images = of_each_kind(device)
+    maximum = SYSCTL / f"max_{name.name.lower()}"
     before = maximum.read_text()
     maximum.write_text("2")
     try:
-        ours, _peer = pair()
-        image = captured(device, ours)
         for _turn in range(2):
-            device.list_add(image)
+            device.list_add(images[name])
         with pytest.raises(Refused) as caught:
-            device.list_add(image)
+            device.list_add(images[name])
         assert (caught.value.errno, caught.value.refusal) == (errno.ENOSPC, Refusal.LIST_FULL)
+        info = device.list_info(name)
+        assert (info.max, info.entries) == (2, 2)
+        for other in set(ListName) - {name}:
+            device.list_add(images[other])
     finally:
         maximum.write_text(before)
 
@@ -295,35 +348,54 @@ def test_an_entry_is_for_its_user(device: Device) -> None:
     assert peer.recv(1) == b""
 
 
-def test_the_unprivileged_may_do_nothing_else() -> None:
+UNPRIVILEGED = {"hello", "import"}
+OF_THE_FILE = {"freeze", "commit", "abort", "release", "export_info", "activate", "discard"}
+"""What is done with a claim or a copy: who has the device file decides; nobody else's has that id."""
+
+
+@pytest.mark.parametrize("name", sorted(set(ORDINALS) - UNPRIVILEGED))
+def test_the_unprivileged_may_do_nothing_else(device: Device, name: str) -> None:
+    """Though their arguments are good, and what they name is there."""
     ours, _peer = pair()
+    listener = socket.create_server(("127.0.0.1", 0))
+    image = captured(device, ours)
+    memory = ctypes.create_string_buffer(image, len(image))
+    given = {"slot": NO_SLOT, "image": ctypes.addressof(memory), "bytes": len(image)}
+    entry = device.list_add(image)
+    claim = device.claim(listener)
+    arguments = {
+        "slots": Slots(kind=1, count=1, bytes=4096),
+        "claim": Claim(fd=ours.fileno()),
+        "restore": Restore(fd=ours.fileno(), **given),
+        "deliver": Deliver(flags=ANY_UID, **given),
+        "list_add": ListAdd(flags=ANY_UID, **given),
+        "publish": Decision(id=entry.id),
+        "remove": Decision(id=entry.id),
+        "list_info": ListInfo(list=ListName.CONNECTED),
+        "list_next": ListNext(list=ListName.CONNECTED),
+        "match": Match(family=socket.AF_INET, kind=3, state=1),
+        **dict.fromkeys(OF_THE_FILE, Decision(id=claim.id)),
+        "freeze": Freeze(id=claim.id),
+        "export_info": ExportInfo(id=claim.id),
+    }
 
+    def call() -> int:
+        with Device(slots=0) as mine:
+            mine.call(name, arguments.get(name, ORDINALS[name][1]()))
+        return 0
+
+    assert as_nobody(call) == (errno.ENOENT if name in OF_THE_FILE else errno.EPERM)
+    assert device.list_info(ListName.CONNECTED).entries == 1
+    device.release(claim)
+
+
+def test_another_process_s_descriptors_are_not_for_the_unprivileged() -> None:
     def claim() -> int:
-        with Device(slots=0) as mine:
-            mine.claim(ours)
-        return 0
-
-    def slots() -> int:
-        Device(slots=1).close()
-        return 0
-
-    def serve() -> int:
-        with Device(slots=0) as mine:
-            mine.serve()
-        return 0
-
-    def other_process() -> int:
         with Device(slots=0) as mine:
             mine.claim(0, pid=os.getppid())
         return 0
 
-    def add() -> int:
-        with Device(slots=0) as mine:
-            mine.list_add(b"")
-        return 0
-
-    for action in (claim, slots, serve, other_process, add):
-        assert as_nobody(action) == errno.EPERM, action.__name__
+    assert as_nobody(claim) == errno.EPERM
 
 
 # ---- Events ----

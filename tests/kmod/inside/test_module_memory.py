@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -195,6 +196,43 @@ def test_lists() -> None:
         peer.sendall(b"alive")
         assert read_exactly(copy2, 5) == b"alive"
     assert copy2.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+
+@pytest.mark.complains("sockmi.export:")
+def test_an_export_by_the_sysctl() -> None:
+    """The request, the export, its claim: if one cannot be had, nothing is left of the others."""
+    ours, peer = pair()
+    wait_ms = Path("/sys/module/sockmi/parameters/sysctl_wait_ms")
+    before = wait_ms.read_text()
+    command = f"pid={os.getpid()} fd={ours.fileno()}".encode()
+    sysctl = os.open("/proc/sys/sockmi/export", os.O_WRONLY)
+    injector = Injector()
+    told = Counter[int]()
+    wait_ms.write_text("50")
+    try:
+        with Device() as device:
+            device.serve()
+            for nth in range(1, 100):
+                injector.arm(nth)
+                error = 0
+                try:
+                    os.pwrite(sysctl, command, 0)
+                except OSError as caught:
+                    error = caught.errno or 0
+                failed = injector.disarm()
+                told[error] += 1
+                device.release(device.claim(ours))
+                if not failed:
+                    break
+    finally:
+        wait_ms.write_text(before)
+        os.close(sysctl)
+        os.close(injector.fd)
+    # Nobody has moved it; and if the event was lost, the daemon has heard of nothing.
+    assert set(told) <= {*EXPECTED, errno.ETIMEDOUT, errno.EBUSY}
+    assert told[errno.ENOMEM] >= 3 and told[errno.ETIMEDOUT], told
+    peer.sendall(b"alive")
+    assert read_exactly(ours, 5) == b"alive"
 
 
 def test_a_listener_is_imported_or_not() -> None:

@@ -16,7 +16,17 @@ import pytest
 
 from tests.kmod import nat_client
 from tests.kmod.inside.test_module_core import four_tuple, held, new_socket, pair, read_exactly, wait_for
-from tests.kmod.module_client import ANY_UID, Device, Forget, ListName, Refusal, Refused, Request, frozen
+from tests.kmod.module_client import (
+    ANY_UID,
+    PUBLISH,
+    Device,
+    Forget,
+    ListName,
+    Refusal,
+    Refused,
+    Request,
+    frozen,
+)
 
 TRACING = Path("/sys/kernel/tracing")
 EVENTS = (
@@ -154,6 +164,40 @@ def test_the_lists_and_the_sysctl_are_told(told: Told) -> None:
     assert ("remove", again.id, -errno.ENOENT) in steps
     assert [step for step, _unused, _unused in steps].count("discard") == 1
     assert ("sysctl", 0, -errno.EBADF) in steps
+
+
+def test_what_the_lists_and_the_daemon_refuse_is_told(told: Told) -> None:
+    """Each of their steps has the other outcome too."""
+    ours, peer = pair()
+    with Device() as device, held(ours):
+        with frozen(device, ours) as (freeze, image):
+            device.commit(freeze)
+        with pytest.raises(Refused):
+            device.list_add(image[:-4])
+        added = device.list_add(image, flags=ANY_UID | PUBLISH)
+        with pytest.raises(Refused):
+            device.decide("publish", added.id)
+        wrong = new_socket("ipv6")
+        assert device.take(Request(fd=wrong.fileno(), list=ListName.CONNECTED))[0] == 0
+        copy = new_socket("ipv4")
+        assert device.take(Request(fd=copy.fileno(), list=ListName.CONNECTED))[0] == 1
+        device.serve()
+        writer = subprocess.Popen(
+            ["sysctl", "-qw", f"sockmi.export=pid={os.getpid()} fd={copy.fileno()}"], stderr=subprocess.PIPE
+        )
+        (event,) = device.events()
+        device.decide("release", event.id)
+        device.answer(event.id, 0, "moved")
+        assert writer.communicate(timeout=30)[1] == b""
+    peer.sendall(b"x")
+    assert read_exactly(copy, 1) == b"x"
+    steps = [(step, fields["id"], fields["result"], fields["refusal"]) for step, fields in told()]
+    assert ("list_add", 0, -errno.EBADMSG, Refusal.IMAGE) in steps
+    assert ("publish", added.id, -errno.EBUSY, 0) in steps
+    assert ("import", added.id, -errno.EAFNOSUPPORT, Refusal.FAMILY) in steps
+    assert ("import", added.id, 0, 0) in steps
+    assert ("sysctl", event.id, 0, 0) in steps
+    assert ("answer", event.id, 0, 0) in steps
 
 
 def test_decisions_that_come_too_late_are_told(told: Told) -> None:
