@@ -99,7 +99,7 @@ class Repeater:
         items.sort(key=lambda item: str(_batch(item)) if is_inside(item.path) else "")
         for item in items:
             if is_inside(item.path):  # its time is kept inside; here the first of a batch waits for all
-                item.add_marker(pytest.mark.timeout(0))
+                item.add_marker(pytest.mark.timeout(0), append=False)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
