@@ -73,6 +73,8 @@ def test_nobody_notices(lab: Lab, mode: str) -> None:
 
             until(seen_by_all)
         assert [loopback_packets(host) for host in hosts] == counters
+        for name in "ab":
+            assert "no move is rehearsed any more" not in running[name].log()
         for host in hosts:
             assert IMAGINARY not in host.run(["nft", "list", "ruleset"]).stdout
             assert IMAGINARY not in host.run(["ss", "-Htan"]).stdout

@@ -112,12 +112,18 @@ class Taker(Client):
         self.pid, self.uid, self.gid = os.getpid(), 0, 0
         self.closed = False
         self.taken = -1
+        self._asked = False
 
     def respond(self, response: BaseModel | dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         """See Client."""
         _line = to_json(response) if isinstance(response, dict) else response.model_dump_json()
         if descriptors:
-            self.taken = os.dup(descriptors[0])
+            self.taken, self._asked = os.dup(descriptors[0]), True
+
+    def is_asked(self) -> bool:
+        """Whether it has been sent its descriptor since it was asked this last."""
+        asked, self._asked = self._asked, False
+        return asked
 
     def close(self) -> None:
         """See Client."""

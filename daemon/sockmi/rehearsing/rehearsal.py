@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
-from typing import TypeVar, cast
+from typing import cast
 
 from sockmi import api
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.config import ImportConfig
 from sockmi.crashpoints import reached, rehearsing
-from sockmi.engine.base import Fidelity, Kind, Needs, SocketFacts
+from sockmi.engine.base import Kind, Needs, SocketFacts
 from sockmi.engine.files import inode_in, link_of
 from sockmi.exporting import Export, Exporting, Selected
 from sockmi.exporting.items import item_of
@@ -26,18 +26,16 @@ from sockmi.importing import Importing
 from sockmi.importing.images import chunk_name
 from sockmi.metrics import Metrics
 from sockmi.placing import Placing
-from sockmi.protocol import actions, messages
-from sockmi.protocol.codec import decode, encode
+from sockmi.protocol import actions
 from sockmi.protocol.context import Capacity
-from sockmi.protocol.events import CommitDone, Event, FreezeDone, PrepareDone
-from sockmi.protocol.records import ID_BYTES, Arrival, ChunkId, Decision, Holding, Item, Place, Route
+from sockmi.protocol.events import Event
+from sockmi.protocol.records import ID_BYTES, Item, Place
 from sockmi.redirect.base import Mode
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Refusal
+from sockmi.rehearsing.dialogue import Dialogue
 from sockmi.rehearsing.props import Later, Ourselves, Taker, Uncounted, Untold, Unwritten
 from sockmi.shell import Shell, inbound
-
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ FEW = 4
 
 # Of the loopback network, and nobody's: no packet is ever sent from one to the other.
 _HERE, _PEER = IPv4Address("127.83.77.1"), Endpoint(IPv4Address("127.83.77.2"), 9)
-_DEADLINE_S = 1.0
+_NOBODY = bytes(ID_BYTES)
 _IMPORT = b'{"op": "import", "id": 1, "requests": [{"states": ["connected"]}]}'
 _TAKEN = b'{"op": "taken", "id": 1, "migrations": ["%s"]}'
 _TCP_REPAIR, _ON, _OFF_NO_PROBE = 19, 1, -1
@@ -62,7 +60,7 @@ class Rehearsal:
     def __init__(self, shell: Shell) -> None:
         """``shell``: the daemon's."""
         self._loop, self._owners = Later(), Ourselves()
-        self._events: list[Event] = []
+        self._dialogue = Dialogue(_NOBODY, _NOBODY, _NOBODY, {})
         engine = copy.copy(shell.engine)
         engine.owners = self._owners
         # What comes to life tells its peer so: this one stays dormant.
@@ -75,7 +73,7 @@ class Rehearsal:
             engine=engine,
             journal=Unwritten(),
             metrics=cast(Metrics, Uncounted()),
-            dispatch=self._events.append,
+            dispatch=self._tell,
             send_held=lambda _host, _packets: True,
             moves=Untold(),
         )
@@ -122,56 +120,41 @@ class Rehearsal:
             _log.info("no move is rehearsed any more; each takes a little longer", exc_info=True)
             self._failed = True
         finally:
-            self._events.clear()
             self._loop.clear()
 
     # -- the exporter's half
 
     def _lead_away(self) -> None:
-        chunk = ChunkId(os.urandom(ID_BYTES), 1)
         with _imaginary() as sock, ExitStack() as undo:
-            export = self._export(sock, chunk)
+            export = self._export(sock)
             item = item_of(export, self._shell, self._redirecting)
             undo.callback(self._exporting.exports.end, export, None, "moved", None)
             undo.callback(self._unhold, item)
-            image = self._freeze(chunk, item)
-            self._sample = item, image
-            _carry(messages.Ship(chunk, (item.migration,), (self._place(item),), (image,)))
             undo.callback(self._redirecting.drop_route, item.connection)
             if self._mode:
                 undo.callback(self._shell.redirects[self._mode].take_back, _tuples(item))
-            _carry(messages.Prepared(chunk, (Fidelity(),)))
-            self._commit(chunk, item)
-            _carry(messages.Confirm(chunk, (0,)))
+            freezer, committer = self._exporting.freezer, self._exporting.committer
+            self._dialogue = Dialogue(
+                item.home,
+                _NOBODY,
+                item.home,
+                {
+                    # To nowhere: whether an importer can be reached is known by now.
+                    actions.Freeze: lambda action: freezer.freeze(replace(action, places=(Place(),))),
+                    actions.Commit: committer.commit,
+                    actions.LetGo: committer.let_go,
+                },
+            )
+            self._dialogue.move(item, self._place(item), b"", self._loop.run)
+            self._sample = item, export.image
             reached("rehearsal.led-away")
-            self._loop.run()
 
-    def _export(self, sock: socket.socket, chunk: ChunkId) -> Export:
+    def _export(self, sock: socket.socket) -> Export:
         self._owners.descriptor = sock.fileno()
         inode, local = inode_in(link_of(sock.fileno())) or 0, Endpoint(_HERE, sock.getsockname()[1])
         facts = SocketFacts(inode, 0, Kind.CONNECTED, "ESTABLISHED", sock.family, local, _PEER, 0, 0, Needs())
-        return self._exporting.exports.register(Selected(-1, os.getpid(), sock.fileno()), facts, chunk.batch)
-
-    def _freeze(self, chunk: ChunkId, item: Item) -> bytes:
-        # To nowhere: whether an importer can be reached is known by now, and need not be asked again.
-        self._exporting.freezer.freeze(actions.Freeze(chunk, (item,), (Place(),), _DEADLINE_S))
-        [image] = self._answer(FreezeDone).results
-        if isinstance(image, Refusal):
-            raise image
-        return image
-
-    def _commit(self, chunk: ChunkId, item: Item) -> None:
-        there, place = bytes(ID_BYTES), self._place(item)
-        route = Route(
-            item.connection, item.migration, item.kind, item.hop, item.home, there, place,
-            item.local, item.remote, item.origin,
-        )  # fmt: skip
-        decision = Decision(chunk, there, (item.migration,), (0,))
-        self._exporting.committer.commit(actions.Commit(decision, (route,), ()))
-        [refusal] = self._answer(CommitDone).results
-        if refusal is not None:
-            raise refusal
-        self._exporting.committer.let_go(actions.LetGo(chunk))
+        selected = Selected(-1, os.getpid(), sock.fileno())
+        return self._exporting.exports.register(selected, facts, os.urandom(ID_BYTES))
 
     # -- the importer's half
 
@@ -179,34 +162,36 @@ class Rehearsal:
         if self._sample is None:
             self._lead_away()
         assert self._sample is not None
-        item, image = self._sample
-        place = self._place(item)
-        holding = Holding(
-            item.connection, item.migration, item.kind, item.hop, item.home, item.home, place,
-            item.local, item.remote, item.origin,
-        )  # fmt: skip
-        importing, taker, chunk = self._importing, Taker(), ChunkId(os.urandom(ID_BYTES), 1)
+        sample, image = self._sample
+        item, ours = replace(sample, home=_NOBODY, handle=None), sample.home
+        importing, taker = self._importing, Taker()
         with ExitStack() as undo:
+
+            def prepare(action: actions.Prepare) -> None:
+                undo.callback(self._shell.spool.remove, chunk_name(action.chunk))
+                undo.callback(self._discard, taker)
+                importing.preparer.prepare(action)
+
+            def activate(action: actions.Activate) -> None:
+                [holding] = action.holdings
+                if self._mode and (one := inbound(holding)):
+                    undo.callback(self._shell.redirects[self._mode].evict, [one])
+                importing.activation.activate(action)
+
+            def between() -> None:
+                self._loop.run()
+                if taker.is_asked():
+                    importing.handover.taken(taker, api.parse_request(_TAKEN % item.migration.hex().encode()))
+
             undo.callback(self._unhold, item)
-            if place.mode and (one := inbound(holding)):
-                undo.callback(self._shell.redirects[place.mode].evict, [one])
             undo.callback(self._redirecting.drop_holding, item.connection)
-            undo.callback(self._shell.spool.remove, chunk_name(chunk))
-            undo.callback(self._discard, taker)
             importing.handover.wait(taker, api.parse_request(_IMPORT))
             undo.callback(importing.handover.gone, taker)
-            _carry(messages.Ship(chunk, (item.migration,), (place,), (image,)))
-            importing.preparer.prepare(actions.Prepare(chunk, item.home, (Arrival(item, place),), (image,)))
-            [result] = self._answer(PrepareDone).results
-            if isinstance(result, Refusal):
-                raise result
-            _carry(messages.Prepared(chunk, (result,)))
-            self._loop.run()
-            importing.handover.taken(taker, api.parse_request(_TAKEN % item.migration.hex().encode()))
-            _carry(messages.Confirm(chunk, (0,)))
-            importing.activation.activate(actions.Activate(chunk, (holding,)))
+            self._dialogue = Dialogue(
+                _NOBODY, ours, ours, {actions.Prepare: prepare, actions.Activate: activate}
+            )
+            self._dialogue.move(item, self._place(item), image, between)
             reached("rehearsal.taken-in")
-            self._loop.run()
 
     def _discard(self, taker: Taker) -> None:
         left = [one for copy in list(self._importing.stock.copies) if (one := copy.fd) >= 0]
@@ -217,18 +202,12 @@ class Rehearsal:
     def _place(self, item: Item) -> Place:
         return Place(item.local, self._mode) if self._mode else Place()
 
-    def _answer(self, kind: type[T]) -> T:
-        event = self._events.pop()
-        assert isinstance(event, kind), event
-        return event
+    def _tell(self, event: Event) -> None:
+        self._dialogue.tell(event)
 
     def _unhold(self, item: Item) -> None:
         self._shell.holds.unhold(_tuples(item))
         self._shell.held.forget(_tuples(item))
-
-
-def _carry(message: messages.Message) -> None:
-    decode(encode(message))
 
 
 def _tuples(item: Item) -> list[FourTuple]:
