@@ -71,6 +71,18 @@ static inline void sockmi_count_disconnect(struct sock *sk)
 #define SOCKMI_CTL_SENTINEL 0
 #endif
 
+/* A directory that is no namespace's, without files of its own. */
+static inline struct ctl_table_header *sockmi_register_sysctl_dir(const char *path)
+{
+	static struct ctl_table empty[1];
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 6, 0)
+	return register_sysctl(path, empty);
+#else
+	return register_sysctl_sz(path, empty, 0);
+#endif
+}
+
 static inline struct ctl_table_header *sockmi_register_sysctl(struct net *net, const char *path,
 							       struct ctl_table *table, size_t rows)
 {

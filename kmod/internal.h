@@ -372,6 +372,8 @@ void sockmi_lists_init(struct sockmi_net *sn);
 void sockmi_lists_exit(struct sockmi_net *sn);
 /* Drops published entries; how many. */
 unsigned int sockmi_lists_forget(struct sockmi_net *sn);
+int sockmi_sysctl_init(void);
+void sockmi_sysctl_exit(void);
 int sockmi_sysctl_net_init(struct net *net, struct sockmi_net *sn);
 void sockmi_sysctl_net_exit(struct sockmi_net *sn);
 

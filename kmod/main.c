@@ -206,6 +206,9 @@ static int __init sockmi_init(void)
 	result = sockmi_nat_init();
 	if (result)
 		goto no_nat;
+	result = sockmi_sysctl_init();
+	if (result)
+		goto no_sysctl;
 	result = register_pernet_subsys(&net_operations);
 	if (result)
 		goto no_pernet;
@@ -219,6 +222,8 @@ static int __init sockmi_init(void)
 no_device:
 	unregister_pernet_subsys(&net_operations);
 no_pernet:
+	sockmi_sysctl_exit();
+no_sysctl:
 	sockmi_nat_exit();
 no_nat:
 	sockmi_claims_exit();
@@ -234,6 +239,7 @@ static void __exit sockmi_exit(void)
 	misc_deregister(&device);
 	/* Whoever still writes to a sysctl may claim a socket of a daemon that has just ended: its work needs the queues. */
 	unregister_pernet_subsys(&net_operations);
+	sockmi_sysctl_exit();
 	/* The last claim's work may still be on its way out. */
 	destroy_workqueue(sockmi_discards);
 	destroy_workqueue(sockmi_workqueue);

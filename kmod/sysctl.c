@@ -451,3 +451,20 @@ void sockmi_sysctl_net_exit(struct sockmi_net *sn)
 	unregister_net_sysctl_table(sn->ctl_header);
 	kfree(sn->ctl_table);
 }
+
+/*
+ * /proc/sys itself does not ask whose its entries are, so one that were a namespace's would be found from all others as
+ * long as it is cached. Below a directory of nobody's each namespace finds its own.
+ */
+static struct ctl_table_header *directory;
+
+int sockmi_sysctl_init(void)
+{
+	directory = sockmi_register_sysctl_dir("sockmi");
+	return directory ? 0 : -ENOMEM;
+}
+
+void sockmi_sysctl_exit(void)
+{
+	unregister_sysctl_table(directory);
+}

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -110,3 +111,17 @@ def test_published_entries_end_with_their_namespace(image: bytes) -> None:
         assert talk.recv(1) == b"x"
         assert int(REFCNT.read_text()) == before + 3
     wait_for(lambda: int(REFCNT.read_text()) == before, 30)
+
+
+def test_each_namespace_finds_its_own_sysctls() -> None:
+    """Though another's have just been looked at by the same mount of /proc."""
+    file = Path("/proc/sys/sockmi/max_bound")
+    before = file.read_text()
+    try:
+        file.write_text("7")
+        look = f"cat {file}; echo 5 > {file}; cat {file}"
+        other = subprocess.check_output(["unshare", "-n", "sh", "-c", look], text=True)
+        assert other.split() == [before.strip(), "5"]
+        assert file.read_text() == "7\n"
+    finally:
+        file.write_text(before)
