@@ -44,6 +44,7 @@ from tests.lab.matrix_lab import (
     state,
     verdict,
 )
+from tests.lab.mode_lab import legacy_iptables, needs_legacy
 from tests.lab.scenario import daemons, status, until
 from tests.lab.test_preflight import bpf, md5
 
@@ -842,20 +843,28 @@ if "sockmi.service" in " ".join(sys.orig_argv):
         case.close()
 
 
-def test_a_taken_port_is_no_obstacle_to_translation(lab: Lab) -> None:
+@pytest.mark.parametrize("kind", ["v4", "v6", "mapped"])
+@pytest.mark.parametrize("mode", ["nat", pytest.param("iptables", marks=needs_legacy)])
+def test_a_taken_port_is_no_obstacle_to_translation(lab: Lab, tmp_path: Path, mode: str, kind: str) -> None:
     """Another port is chosen."""
-    modes = {"devices": ["eth0"], "modes": ["nat"]}
-    with daemons(lab, "cd", unicast=True, redirect=modes) as both, bench(lab, "nat", both) as it:
-        case = it.pair("v4", host="c")
-        with it.sock("d", "v4") as squatting:
+    modes, there = {"devices": ["eth0"], "modes": [mode]}, "v6" if kind == "v6" else "v4"
+    with (
+        legacy_iptables(tmp_path) if mode == "iptables" else contextlib.nullcontext(),
+        daemons(lab, "cd", unicast=True, redirect=modes) as both,
+        bench(lab, mode, both) as it,
+    ):
+        case = it.pair(kind, host="c")
+        with it.sock("d", there) as squatting:
             squatting.setsockopt(TCP, 19, 1)
-            squatting.bind((it.address("v4", "d"), case.port))
+            squatting.bind((it.address(there, "d"), case.port))
             squatting.connect(case.remote)
             done = it.export_passively(ours(case.ours), to="d", source="c")
             moved(done)
             [came] = it.take([ImportRequest(["connected"], local_port=case.port)], "d")
             copy = copy_of(came)
-            assert copy.getsockname()[0] == it.address("v4", "d") and copy.getsockname()[1] != case.port
+            assert came.local and str(came.local.address) == it.address(there, "d")
+            assert copy.getsockname()[:2] == (it.address(kind, "d"), came.local.port)
+            assert came.local.port != case.port
             it.finish(case, copy)
             copy.close()
         case.close()
