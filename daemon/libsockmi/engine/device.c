@@ -381,7 +381,7 @@ static int commit(const struct sockmi_device *device, int fd, struct sockmi_froz
 	}
 }
 
-int sockmi_device_commit(const struct sockmi_device *device, const int *fds, struct sockmi_frozen *frozen,
+int sockmi_device_commit(const struct sockmi_device *const *devices, const int *fds, struct sockmi_frozen *frozen,
 			 const void *const *images, const size_t *lengths, size_t n, int owned,
 			 struct sockmi_result *results)
 {
@@ -389,9 +389,52 @@ int sockmi_device_commit(const struct sockmi_device *device, const int *fds, str
 
 	memset(results, 0, n * sizeof(*results));
 	for (size_t i = 0; i < n; i++)
-		if (commit(device, fds[i], &frozen[i], images[i], lengths[i], owned, &results[i]) < 0)
+		if (commit(devices[i], fds[i], &frozen[i], images[i], lengths[i], owned, &results[i]) < 0)
 			count++;
 	return count;
+}
+
+struct originals {
+	const struct sockmi_device *const *devices;
+	const int *fds;
+	struct sockmi_frozen *frozen;
+	const void *const *images;
+	const size_t *lengths;
+	size_t n;
+	struct sockmi_result *results;
+};
+
+static int commit_joined(const void *argument)
+{
+	const struct originals *o = argument;
+	bool begun = false, stay = false;
+	int count = 0;
+
+	memset(o->results, 0, o->n * sizeof(*o->results));
+	for (size_t i = 0; i < o->n; i++) {
+		bool joined = o->frozen[i].id; /* a listener is not kept frozen, and goes by itself */
+
+		if (joined && stay)
+			count -= changed(&o->results[i], SOCKMI_STEP_COMMIT);
+		else if (commit(o->devices[i], o->fds[i], &o->frozen[i], o->images[i], o->lengths[i], 0,
+				&o->results[i]) < 0) {
+			count++;
+			stay = stay || (joined && !begun);
+		} else if (joined && !begun) {
+			begun = true;
+			sockmi_first_closed();
+		}
+	}
+	return count;
+}
+
+int sockmi_device_commit_together(const struct sockmi_device *const *devices, const int *fds,
+				  struct sockmi_frozen *frozen, const void *const *images, const size_t *lengths,
+				  size_t n, struct sockmi_result *results)
+{
+	const struct originals originals = { devices, fds, frozen, images, lengths, n, results };
+
+	return sockmi_whatever_happens(commit_joined, &originals);
 }
 
 void sockmi_device_thaw(const struct sockmi_device *device, struct sockmi_frozen *frozen, size_t n)

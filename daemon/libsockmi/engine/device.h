@@ -48,11 +48,19 @@ SOCKMI_EXPORT int sockmi_device_capture(const struct sockmi_device *device, cons
 /*
  * As sockmi_release(). What is still frozen equals its image; what is not is frozen again and compared. Those that
  * are closed are frozen no more, so @frozen[i].id is 0 then. With @owned: only if another descriptor than @fds[i] is
- * left (SOCKMI_RESULT_NO_SOCKET); a module that does not know is not asked.
+ * left (SOCKMI_RESULT_NO_SOCKET); a module that does not know is not asked. @devices[i]: where it was frozen.
  */
-SOCKMI_EXPORT int sockmi_device_commit(const struct sockmi_device *device, const int *fds, struct sockmi_frozen *frozen,
-				       const void *const *images, const size_t *lengths, size_t n, int owned,
-				       struct sockmi_result *results);
+SOCKMI_EXPORT int sockmi_device_commit(const struct sockmi_device *const *devices, const int *fds,
+				       struct sockmi_frozen *frozen, const void *const *images, const size_t *lengths,
+				       size_t n, int owned, struct sockmi_result *results);
+
+/*
+ * As sockmi_release_together(): if the first cannot be closed none is, and what is begun ends though this process is
+ * killed, which the device files outlive for so long.
+ */
+SOCKMI_EXPORT int sockmi_device_commit_together(const struct sockmi_device *const *devices, const int *fds,
+						struct sockmi_frozen *frozen, const void *const *images,
+						const size_t *lengths, size_t n, struct sockmi_result *results);
 
 /* The inverse of a capture that keeps. */
 SOCKMI_EXPORT void sockmi_device_thaw(const struct sockmi_device *device, struct sockmi_frozen *frozen, size_t n);

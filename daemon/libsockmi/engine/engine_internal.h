@@ -170,6 +170,12 @@ static inline void sockmi_reached(const char *point)
 		sockmi_crash_hook(point);
 }
 
+/* release.c: by a child that shares our memory, and goes on if this process is killed meanwhile; what @work returns. */
+int sockmi_whatever_happens(int (*work)(const void *argument), const void *argument);
+
+/* release.c: of what goes together one is closed, the others are not yet. */
+void sockmi_first_closed(void);
+
 /* deaf.c: a dormant copy takes no packet in. */
 void sockmi_deafen(int fd, const struct sockmi_image *image);
 void sockmi_undeafen(int fd, const struct sockmi_image *image);

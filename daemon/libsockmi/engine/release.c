@@ -202,6 +202,11 @@ struct originals {
 	struct sockmi_result *results;
 };
 
+void sockmi_first_closed(void)
+{
+	sockmi_reached("release.closed");
+}
+
 /* Connections all or none; the others each for itself. */
 static int release_joined(const struct originals *o)
 {
@@ -234,7 +239,7 @@ static int release_joined(const struct originals *o)
 		} else {
 			outcome = end_arrested(o->fds[i], &image, result);
 			if (!begun)
-				sockmi_reached("release.closed");
+				sockmi_first_closed();
 			begun = true;
 		}
 		count += outcome < 0;
@@ -242,15 +247,18 @@ static int release_joined(const struct originals *o)
 	return count;
 }
 
+static int release_all(const void *argument)
+{
+	return release_joined(argument);
+}
+
 /*
  * By a child that shares our memory, and goes on if this process is killed meanwhile: nothing can be undone of
  * what goes together when some of it is closed. This thread goes on when it has ended.
  */
-int sockmi_release_together(const int *fds, const void *const *images, const size_t *lengths, size_t n,
-			    struct sockmi_result *results)
+int sockmi_whatever_happens(int (*work)(const void *argument), const void *argument)
 {
-	const struct originals originals = { fds, images, lengths, n, results };
-	volatile int count = 0;
+	volatile int outcome = 0;
 	sigset_t all, before;
 	pid_t child;
 
@@ -258,13 +266,21 @@ int sockmi_release_together(const int *fds, const void *const *images, const siz
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	child = vfork();
 	if (child == 0) {
-		count = release_joined(&originals);
+		outcome = work(argument);
 		_exit(0);
 	}
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (child < 0)
-		return release_joined(&originals);
+		return work(argument);
 	while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
 		;
-	return count;
+	return outcome;
+}
+
+int sockmi_release_together(const int *fds, const void *const *images, const size_t *lengths, size_t n,
+			    struct sockmi_result *results)
+{
+	const struct originals originals = { fds, images, lengths, n, results };
+
+	return sockmi_whatever_happens(release_all, &originals);
 }

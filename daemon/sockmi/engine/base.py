@@ -187,8 +187,7 @@ class Engine(Protocol):
         """Close each original without a packet, if it still equals its image.
 
         ``owned``: and if somebody else has it too, as far as the engine can tell (NO_SUCH_SOCKET).
-        ``together``: all connections or none, also if this process is killed in the middle of it, as far as
-        the engine can.
+        ``together``: all connections or none, also if this process is killed in the middle of it.
 
         The owner keeps a dead descriptor: every blocked call wakes, the next call gets
         ECONNABORTED, later ones ENOTCONN (receive) or EPIPE (send); a listener's

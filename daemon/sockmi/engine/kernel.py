@@ -94,9 +94,11 @@ def _native() -> Any:
     lib.sockmi_device_capture.argtypes = [
         device, fds, ctypes.c_char_p, size, u32, pointer, size, frozen, pointer,
     ]  # fmt: skip
+    devices = ctypes.POINTER(device)
     lib.sockmi_device_commit.argtypes = [
-        device, fds, frozen, pointer, pointer, size, ctypes.c_int, pointer,
+        devices, fds, frozen, pointer, pointer, size, ctypes.c_int, pointer,
     ]  # fmt: skip
+    lib.sockmi_device_commit_together.argtypes = [devices, fds, frozen, pointer, pointer, size, pointer]
     lib.sockmi_device_thaw.argtypes = [device, frozen, size]
     lib.sockmi_device_restore.argtypes = [device, pointer, pointer, pointer, size, fds, ids, pointer]
     lib.sockmi_device_renew.argtypes = [device, fds, ids, pointer, pointer, pointer, size, pointer]
@@ -336,38 +338,23 @@ class KernelEngine:
     def release(
         self, fds: Sequence[int], images: Sequence[bytes], *, owned: bool = False, together: bool = False
     ) -> list[Refusal | None]:
-        """Close each original without a packet, if it still equals its image; see the contract.
-
-        ``together`` is not kept if this process is killed meanwhile: the module thaws the others then.
-        """
-        outcomes: list[Refusal | None] = [None] * len(fds)
+        """Close each original without a packet, if it still equals its image; see the contract."""
+        count = len(fds)
+        if not count:
+            return []
         held = [self._held.get(_inode(fd)) for fd in fds]
-        ordinary = [at for at, one in enumerate(held) if one is None or not one.own]
-        for part in (ordinary, *([at] for at in range(len(fds)) if at not in ordinary)):
-            if part:
-                self._release(fds, images, held, part, outcomes, owned=owned)
-        return outcomes
-
-    def _release(
-        self,
-        fds: Sequence[int],
-        images: Sequence[bytes],
-        held: list[_Held | None],
-        part: list[int],
-        outcomes: list[Refusal | None],
-        *,
-        owned: bool,
-    ) -> None:
-        first = held[part[0]]
-        device = first.device if first is not None else self._device
-        known = [one.frozen if (one := held[at]) is not None else _Frozen() for at in part]
-        frozen, results = (_Frozen * len(part))(*known), room(len(part))
-        given = Images([images[at] for at in part])
-        _native().sockmi_device_commit(
-            ctypes.byref(device), ints([fds[at] for at in part]), frozen, given.pointers, given.lengths,
-            len(part), owned, results,
-        )  # fmt: skip
-        for at, result in zip(part, RESULT.iter_unpack(results.raw), strict=False):
+        frozen = (_Frozen * count)(*(one.frozen if one else _Frozen() for one in held))
+        devices = (ctypes.POINTER(_Device) * count)(
+            *(ctypes.pointer(one.device if one else self._device) for one in held)
+        )
+        given, results = Images(images), room(count)
+        what = devices, ints(fds), frozen, given.pointers, given.lengths, count
+        if together:
+            _native().sockmi_device_commit_together(*what, results)
+        else:
+            _native().sockmi_device_commit(*what, owned, results)
+        outcomes: list[Refusal | None] = [None] * count
+        for at, result in enumerate(RESULT.iter_unpack(results.raw[: count * RESULT.size])):
             if result[0] == Result.NO_ROOM:  # it has grown since
                 outcomes[at] = Refusal(Code.CHANGED, "more is queued than when it was frozen; try again")
             elif result[0] == Result.NO_SOCKET:
@@ -377,6 +364,7 @@ class KernelEngine:
             elif (one := held[at]) is not None:
                 one.frozen.id = 0
                 self._thaw(_inode(fds[at]))
+        return outcomes
 
     def deaden(self, fd: int) -> Refusal | None:
         """Finish ``release`` of a bound or unconnected original."""

@@ -8,9 +8,11 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,14 +21,27 @@ from pathlib import Path
 import pytest
 
 from sockmi import image as codec
+from sockmi.crashpoints import VARIABLE
 from sockmi.engine.base import Captured, Placement, Restored
 from sockmi.engine.kernel import KernelEngine
 from sockmi.refusal import Code, Refusal
 from tests.lab import engine_lab as el
+from tests.lab.crash_lab import CLOSED, state_of
+from tests.lab.scenario import until
 from tests.lab.test_engine_states import receive
 
 HERE = Placement(None, False)
 PARAMETERS = Path("/sys/module/sockmi/parameters")
+TOGETHER = """
+import os, sys
+from sockmi import crashpoints, native
+from sockmi.engine.kernel import KernelEngine
+crashpoints.arm(native.library())
+engine, fds = KernelEngine(), [int(word) for word in sys.argv[1:]]
+engine.stop([os.fstat(fd).st_ino for fd in fds], [], 1.0)
+images = [one.image for one in engine.capture(fds, 5.0)]
+sys.exit(engine.release(fds, images, together=True) != [None] * len(fds))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +130,24 @@ def test_end_of_the_daemon_thaws(lab: el.Lab) -> None:
     assert time.monotonic() - began < 2
     ours.close()
     peer.close()
+
+
+@pytest.mark.parametrize("point", ["release.closed", ""])
+def test_released_together(lab: el.Lab, point: str) -> None:
+    """The daemon is killed when one of several is closed: all are. Without that they are, too."""
+    lab.switch("a")
+    with contextlib.ExitStack() as stack:
+        fds = []
+        for number in range(4):
+            for sock in (pair := lab.pair("v4", 6100 + number)):
+                stack.enter_context(sock)
+            fds.append(pair[0].fileno())
+        run = subprocess.run(
+            [sys.executable, "-c", TOGETHER, *map(str, fds)],
+            env=os.environ | {VARIABLE: point}, pass_fds=fds, timeout=60, check=False, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert run.returncode == (-signal.SIGKILL if point else 0)
+        until(lambda: [state_of(fd) for fd in fds] == [CLOSED] * len(fds))
 
 
 def test_dormant_for_too_long_is_made_anew(lab: el.Lab) -> None:
