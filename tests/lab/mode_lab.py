@@ -33,6 +33,16 @@ _RULE = re.compile(
 _TO_PEER = ("home", "mute")  # roles of rules for what goes to the peer; the others, for what comes from it
 
 
+def forget_other_tests(lab: Lab, hosts: str) -> None:
+    """A daemon without a journal takes back what the kernel has of others' connections, and their address.
+
+    What a mode has that is not configured now stays as well.
+    """
+    for name in hosts:
+        for family in ("inet", "netdev"):
+            lab.host(name).run(["nft", "delete", "table", family, "sockmi"], check=False)
+
+
 def give_service(lab: Lab, name: str = "a") -> None:
     """One host has the service addresses, and the peer knows no other that has them."""
     for version, address in SERVICE.items():

@@ -31,7 +31,8 @@ pytest.importorskip("ansible")
 
 PROJECT = Path(__file__).resolve().parents[2]
 ID = "2b5cf3a1-50a7-4a06-8f1b-5a4f60f3c9d7"
-SLOW_CLIENTS, DOWNLOAD_BYTES, QUEUED_BYTES = 4, 24 << 20, 1 << 20
+SLOW_CLIENTS, QUEUED_BYTES = 4, 1 << 20
+DOWNLOAD_BYTES = 64 << 20  # more than a send buffer and a receive buffer can grow to hold
 # ---------------------------------------------------------------- daemons of the lab
 
 
@@ -321,7 +322,7 @@ def download_slowly(peer: Host, server: tuple[str, int], seed: int, fast: thread
         while content := connection.recv(1 << 20 if at_once else 10_000):
             digest.update(content)
             received += len(content)
-            at_once = received < DOWNLOAD_BYTES // 8 or fast.wait(0.05)
+            at_once = received < 3 * QUEUED_BYTES or fast.wait(0.05)
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from sockmi.client import ImportRequest, import_socket
 from sockmi.journal import Record
 from tests.lab.crash_lab import Cluster, cluster, elements, journal_of, spooled
 from tests.lab.matrix_lab import Bench, Case, bench, copy_of, moved
+from tests.lab.mode_lab import forget_other_tests
 from tests.lab.scenario import ask, status, until
 
 MODES = ["forward", "nat"]
@@ -26,9 +27,7 @@ ABORT = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: on, 0 s
 
 @contextlib.contextmanager
 def scene(lab: Lab, mode: str, **imports: float) -> Iterator[tuple[Cluster, Bench]]:
-    for name in "ab":  # what a mode has that is not configured now stays
-        for family in ("inet", "netdev"):
-            lab.host(name).run(["nft", "delete", "table", family, "sockmi"], check=False)
+    forget_other_tests(lab, "ab")
     redirect = {"devices": ["eth0"], "modes": [mode]}
     options = {
         "redirect": redirect,

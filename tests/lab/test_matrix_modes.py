@@ -34,7 +34,15 @@ from tests.lab.matrix_states import (
     move_all_states,
     move_without_a_connection,
 )
-from tests.lab.mode_lab import SERVICE, WIDTH, give_service, legacy_iptables, needs_legacy, scene
+from tests.lab.mode_lab import (
+    SERVICE,
+    WIDTH,
+    forget_other_tests,
+    give_service,
+    legacy_iptables,
+    needs_legacy,
+    scene,
+)
 from tests.lab.scenario import daemons, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -56,12 +64,6 @@ def pairs(it: Bench, version: int, address: str, count: int) -> list[Case]:
             cases.append(case)
             it.cases.append(case)
     return cases
-
-
-def forget_other_tests(lab: Lab) -> None:
-    """A daemon without a journal takes back what the kernel has of others' connections, and their address."""
-    for name in "ab":
-        lab.host(name).run(["nft", "delete", "table", "inet", "sockmi"], check=False)
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -136,7 +138,7 @@ def test_takeover_is_not_spread(lab: Lab) -> None:
 def test_takeover_moves_all_or_none(lab: Lab) -> None:
     """One connection ends in the freeze, by its user timeout: the address and the others stay at a."""
     address, a = SERVICE[4], lab.host("a")
-    forget_other_tests(lab)
+    forget_other_tests(lab, "ab")
     a.run(["ip", "addr", "add", f"{address}/{WIDTH[4]}", "dev", "eth0"])
     redirect = {"devices": ["eth0"], "modes": ["takeover"]}
     timing = {"freeze_deadline_s": 5.0}
@@ -182,7 +184,7 @@ def test_takeover_and_a_restart(lab: Lab, version: int, how: str) -> None:
     address, width = SERVICE[version], WIDTH[version]
     extra = ["nodad"] if version == 6 else []
     a = lab.host("a")
-    forget_other_tests(lab)
+    forget_other_tests(lab, "ab")
     a.run(["ip", "addr", "add", f"{address}/{width}", "dev", "eth0", *extra])
     command = ["ip", "-o", f"-{version}", "addr", "show", "to", address]
     routes = a.run(["ip", f"-{version}", "route"]).stdout

@@ -19,7 +19,14 @@ from lab.labs import Lab
 from tests.lab import crash_lab
 from tests.lab.crash_lab import cluster, flowing, proved
 from tests.lab.matrix_lab import Later
-from tests.lab.mode_lab import SERVICE, give_service, legacy_iptables, needs_legacy, take_service
+from tests.lab.mode_lab import (
+    SERVICE,
+    forget_other_tests,
+    give_service,
+    legacy_iptables,
+    needs_legacy,
+    take_service,
+)
 from tests.lab.scenario import Service, ask, daemons, drain, service, status, until
 from tests.laws import clean
 
@@ -63,6 +70,7 @@ def test_over_hops_by_the_other_redirects(lab: Lab, tmp_path: Path, mode: str, p
     """Under two-way load, two connections over IPv4 and two over IPv6; at the end nothing is left."""
     redirect = {"devices": ["eth0"], "modes": [mode]}
     address = SERVICE if mode == "takeover" else {}
+    forget_other_tests(lab, "abc")
     with ExitStack() as stack:
         if mode == "iptables":
             stack.enter_context(legacy_iptables(tmp_path))

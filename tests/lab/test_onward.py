@@ -38,6 +38,7 @@ from tests.lab.matrix_lab import (
 )
 from tests.lab.mode_lab import (
     SERVICE,
+    forget_other_tests,
     give_service,
     has_address,
     legacy_iptables,
@@ -68,9 +69,7 @@ RESTING = b"sent while it was nobody's " * 300
 def scene(
     lab: Lab, mode: str, crash_at: dict[str, str] | None = None, **more: Any
 ) -> Iterator[tuple[Cluster, Bench]]:
-    for name in HOSTS:  # what a mode has that is not configured now stays
-        for family in ("inet", "netdev"):
-            lab.host(name).run(["nft", "delete", "table", family, "sockmi"], check=False)
+    forget_other_tests(lab, HOSTS)
     options = {
         "redirect": {"devices": ["eth0"], "modes": [mode]},
         "timing": {"freeze_deadline_s": 5.0, "linger_s": 1.0},
