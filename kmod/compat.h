@@ -264,8 +264,65 @@ static inline struct timer_list *sockmi_keepalive_timer(struct sock *sk)
 #define sockmi_inet6_flag(sk, field, BIT) inet6_test_bit(BIT, sk)
 #endif
 
-#ifdef IP_LOCAL_PORT_RANGE
+/* Options that not every kernel knows: where it does not, their number is 0, which no option has. */
+
+#ifdef SO_RCVPRIORITY
+#define SOCKMI_SO_RCVPRIORITY SO_RCVPRIORITY
+static inline s64 sockmi_rcvpriority(const struct sock *sk)
+{
+	return sock_flag(sk, SOCK_RCVPRIORITY);
+}
+#else
+#define SOCKMI_SO_RCVPRIORITY 0
+static inline s64 sockmi_rcvpriority(const struct sock *sk)
+{
+	return 0;
+}
+#endif
+
+#ifdef TCP_RTO_MAX_MS
+#define SOCKMI_TCP_RTO_MAX_MS TCP_RTO_MAX_MS
+static inline s64 sockmi_rto_max_us(const struct sock *sk, s64 usual)
+{
+	return (s64)jiffies_to_msecs(tcp_rto_max(sk)) * USEC_PER_MSEC;
+}
+#else
+#define SOCKMI_TCP_RTO_MAX_MS 0
+static inline s64 sockmi_rto_max_us(const struct sock *sk, s64 usual)
+{
+	return usual;
+}
+#endif
+
+#ifdef TCP_RTO_MIN_US /* and TCP_DELACK_MAX_US */
+#define SOCKMI_TCP_RTO_MIN_US TCP_RTO_MIN_US
+#define SOCKMI_TCP_DELACK_MAX_US TCP_DELACK_MAX_US
+static inline s64 sockmi_rto_min_us(const struct sock *sk, s64 usual)
+{
+	return jiffies_to_usecs(READ_ONCE(inet_csk(sk)->icsk_rto_min));
+}
+
+static inline s64 sockmi_delack_max_us(const struct sock *sk, s64 usual)
+{
+	return jiffies_to_usecs(READ_ONCE(inet_csk(sk)->icsk_delack_max));
+}
+#else
+#define SOCKMI_TCP_RTO_MIN_US 0
+#define SOCKMI_TCP_DELACK_MAX_US 0
+static inline s64 sockmi_rto_min_us(const struct sock *sk, s64 usual)
+{
+	return usual;
+}
+
+static inline s64 sockmi_delack_max_us(const struct sock *sk, s64 usual)
+{
+	return usual;
+}
+#endif
+
 /* The highest port in the upper half, the lowest in the lower; 0: the host's. */
+#ifdef IP_LOCAL_PORT_RANGE
+#define SOCKMI_IP_LOCAL_PORT_RANGE IP_LOCAL_PORT_RANGE
 static inline s32 sockmi_local_ports(const struct sock *sk)
 {
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 8, 0)
@@ -273,6 +330,12 @@ static inline s32 sockmi_local_ports(const struct sock *sk)
 #else
 	return (s32)READ_ONCE(inet_sk(sk)->local_port_range);
 #endif
+}
+#else
+#define SOCKMI_IP_LOCAL_PORT_RANGE 0
+static inline s32 sockmi_local_ports(const struct sock *sk)
+{
+	return 0;
 }
 #endif
 

@@ -9,7 +9,7 @@
  * struct sockmi_plain - an option that setsockopt() takes as an int
  * @id: the image's
  * @level: of setsockopt()
- * @option: of setsockopt()
+ * @option: of setsockopt(); 0: this kernel does not know it
  * @unit_us: 0: the number as it is; else microseconds in one unit of it
  * @usual: what a fresh socket has, in the image's unit: then the option is not in the image
  */

@@ -27,19 +27,13 @@ static const struct sockmi_plain rare[] = {
 	{ SOCKMI_OPT_BUSY_POLL_BUDGET, SOL_SOCKET, SO_BUSY_POLL_BUDGET, 0, 8 },
 	{ SOCKMI_OPT_TXREHASH, SOL_SOCKET, SO_TXREHASH, 0, 1 },
 	{ SOCKMI_OPT_RCVMARK, SOL_SOCKET, SO_RCVMARK },
-#ifdef SO_RCVPRIORITY
-	{ SOCKMI_OPT_RCVPRIORITY, SOL_SOCKET, SO_RCVPRIORITY },
-#endif
+	{ SOCKMI_OPT_RCVPRIORITY, SOL_SOCKET, SOCKMI_SO_RCVPRIORITY },
 	{ SOCKMI_OPT_INCOMING_CPU, SOL_SOCKET, SO_INCOMING_CPU, 0, -1 },
 	{ SOCKMI_OPT_FASTOPEN_CONNECT, SOL_TCP, TCP_FASTOPEN_CONNECT },
 	{ SOCKMI_OPT_FASTOPEN_NO_COOKIE, SOL_TCP, TCP_FASTOPEN_NO_COOKIE },
-#ifdef TCP_RTO_MAX_MS
-	{ SOCKMI_OPT_RTO_MAX_US, SOL_TCP, TCP_RTO_MAX_MS, USEC_PER_MSEC, 120 * SECOND },
-#endif
-#ifdef TCP_RTO_MIN_US
-	{ SOCKMI_OPT_RTO_MIN_US, SOL_TCP, TCP_RTO_MIN_US, 1, SECOND / 5 },
-	{ SOCKMI_OPT_DELACK_MAX_US, SOL_TCP, TCP_DELACK_MAX_US, 1, SECOND / 5 },
-#endif
+	{ SOCKMI_OPT_RTO_MAX_US, SOL_TCP, SOCKMI_TCP_RTO_MAX_MS, USEC_PER_MSEC, 120 * SECOND },
+	{ SOCKMI_OPT_RTO_MIN_US, SOL_TCP, SOCKMI_TCP_RTO_MIN_US, 1, SECOND / 5 },
+	{ SOCKMI_OPT_DELACK_MAX_US, SOL_TCP, SOCKMI_TCP_DELACK_MAX_US, 1, SECOND / 5 },
 	{ SOCKMI_OPT_IP_PKTINFO, SOL_IP, IP_PKTINFO },
 	{ SOCKMI_OPT_IP_RECVTTL, SOL_IP, IP_RECVTTL },
 	{ SOCKMI_OPT_IP_RECVTOS, SOL_IP, IP_RECVTOS },
@@ -51,9 +45,7 @@ static const struct sockmi_plain rare[] = {
 	{ SOCKMI_OPT_IP_RECVERR_RFC4884, SOL_IP, IP_RECVERR_RFC4884 },
 	{ SOCKMI_OPT_IP_MULTICAST_LOOP, SOL_IP, IP_MULTICAST_LOOP, 0, 1 },
 	{ SOCKMI_OPT_IP_MULTICAST_ALL, SOL_IP, IP_MULTICAST_ALL, 0, 1 },
-#ifdef IP_LOCAL_PORT_RANGE
-	{ SOCKMI_OPT_IP_LOCAL_PORT_RANGE, SOL_IP, IP_LOCAL_PORT_RANGE },
-#endif
+	{ SOCKMI_OPT_IP_LOCAL_PORT_RANGE, SOL_IP, SOCKMI_IP_LOCAL_PORT_RANGE },
 	{ SOCKMI_OPT_IPV6_RECVERR, SOL_IPV6, IPV6_RECVERR },
 	{ SOCKMI_OPT_IPV6_RECVPKTINFO, SOL_IPV6, IPV6_RECVPKTINFO },
 	{ SOCKMI_OPT_IPV6_RECVHOPLIMIT, SOL_IPV6, IPV6_RECVHOPLIMIT },
@@ -80,7 +72,7 @@ const struct sockmi_plain *sockmi_rare_find(u16 id)
 	unsigned int i;
 
 	for (i = 0; i < ARRAY_SIZE(rare); i++)
-		if (rare[i].id == id)
+		if (rare[i].id == id && rare[i].option)
 			return &rare[i];
 	return NULL;
 }
@@ -132,10 +124,8 @@ static s64 socket_value(const struct sock *sk, u16 id, s64 usual)
 		return READ_ONCE(sk->sk_txrehash);
 	case SOCKMI_OPT_RCVMARK:
 		return sock_flag(sk, SOCK_RCVMARK);
-#ifdef SO_RCVPRIORITY
 	case SOCKMI_OPT_RCVPRIORITY:
-		return sock_flag(sk, SOCK_RCVPRIORITY);
-#endif
+		return sockmi_rcvpriority(sk);
 	case SOCKMI_OPT_INCOMING_CPU: /* of a connection it tells where the last packet came in */
 		return is_connected(sk) ? usual : READ_ONCE(sk->sk_incoming_cpu);
 	default:
@@ -150,16 +140,12 @@ static s64 tcp_value(const struct sock *sk, u16 id, s64 usual)
 		return is_connected(sk) ? usual : tcp_sk(sk)->fastopen_connect;
 	case SOCKMI_OPT_FASTOPEN_NO_COOKIE:
 		return tcp_sk(sk)->fastopen_no_cookie;
-#ifdef TCP_RTO_MAX_MS
 	case SOCKMI_OPT_RTO_MAX_US:
-		return (s64)jiffies_to_msecs(tcp_rto_max(sk)) * USEC_PER_MSEC;
-#endif
-#ifdef TCP_RTO_MIN_US
+		return sockmi_rto_max_us(sk, usual);
 	case SOCKMI_OPT_RTO_MIN_US:
-		return jiffies_to_usecs(READ_ONCE(inet_csk(sk)->icsk_rto_min));
+		return sockmi_rto_min_us(sk, usual);
 	case SOCKMI_OPT_DELACK_MAX_US:
-		return jiffies_to_usecs(READ_ONCE(inet_csk(sk)->icsk_delack_max));
-#endif
+		return sockmi_delack_max_us(sk, usual);
 	default:
 		return usual;
 	}
@@ -194,10 +180,8 @@ static s64 ip_value(const struct sock *sk, u16 id, s64 usual)
 		return sockmi_inet_flag(sk, mc_loop, MC_LOOP);
 	case SOCKMI_OPT_IP_MULTICAST_ALL:
 		return sockmi_inet_flag(sk, mc_all, MC_ALL);
-#ifdef IP_LOCAL_PORT_RANGE
 	case SOCKMI_OPT_IP_LOCAL_PORT_RANGE:
 		return sockmi_local_ports(sk);
-#endif
 	default:
 		return usual;
 	}
