@@ -116,6 +116,28 @@ def test_behind_a_router_with_a_smaller_mtu(lab: Lab, tmp_path: Path) -> None:
         serving.finish()
 
 
+@pytest.mark.parametrize("path", ["abda", "adba"])
+@pytest.mark.parametrize("version", [4, 6])
+def test_over_hops_of_several_redirects(lab: Lab, tmp_path: Path, version: int, path: str) -> None:
+    """Within the segment and across the router, and home again, under two-way load."""
+    with (
+        daemons(lab, "abd", unicast=True),
+        service(lab, "duplex", "abd", tmp_path, version=version) as serving,
+    ):
+        for _turn in range(2):
+            serving.client(*CLIENTS["duplex"])
+        serving.connected(2)
+        modes = []
+        for source, target in itertools.pairwise(path):
+            pause()
+            records = serving.move(source, target)
+            assert {record["outcome"] for record in records} == {"moved"}, records
+            modes += {record["mode"] for record in records}
+        assert modes == (["forward", "nat", "nat"] if path == "abda" else ["nat"] * 3)
+        pause(1.0)
+        serving.finish()
+
+
 @pytest.mark.parametrize("way", ["active", "passive"])
 @pytest.mark.parametrize("version", [4, 6])
 def test_both_ends_at_once(lab: Lab, tmp_path: Path, version: int, way: str) -> None:
