@@ -247,6 +247,18 @@ def test_other_parameters_wait_for_the_next_load(kmod: Any) -> None:
     assert kmod("unloaded")["changed"] is True
 
 
+def test_the_lists_maxima_are_the_parameter_s(kmod: Any) -> None:
+    """In each network namespace, until its own sysctls say otherwise."""
+    kmod("loaded", parameters={"list_max": "1,2,3"})
+    files = [f"/proc/sys/sockmi/max_{name}" for name in ("bound", "listening", "connected")]
+    assert [Path(file).read_text() for file in files] == ["1\n", "2\n", "3\n"]
+    Path(files[0]).write_text("7")
+    other = subprocess.check_output(["unshare", "-n", "cat", *files], text=True)
+    assert other.split() == ["1", "2", "3"]
+    assert Path(files[0]).read_text() == "7\n"
+    assert kmod("unloaded")["changed"] is True
+
+
 def test_loaded_by_hand(kmod: Any) -> None:
     """What was loaded from elsewhere, so that modprobe does not know it, is unloaded all the same."""
     file = Path("/lib/modules", os.uname().release, "updates/dkms/sockmi.ko")

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Each allocation of the module's load fails once: nothing is left, and it can be loaded again."""
+"""Each allocation of the module's load, and of a network namespace's beginning, fails once: nothing is left.
+
+The kernel's own allocations for either are among them.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -12,7 +16,7 @@ import pytest
 
 from tests.kmod.inside.test_module_core import new_socket
 from tests.kmod.inside.test_module_memory import EXPECTED, Injector
-from tests.kmod.inside.test_module_races import insmod, rmmod
+from tests.kmod.inside.test_module_races import LIBC, insmod, rmmod
 from tests.kmod.module_client import Device, ListName, Request
 
 pytestmark = [
@@ -24,7 +28,9 @@ pytestmark = [
 
 LOADED = Path("/sys/module/sockmi")
 SYSCTL = Path("/proc/sys/sockmi")
+CLONE_NEWNET = 0x40000000
 NEVER = 1_000_000  # more fault points than any call has
+NAMESPACE_LAST = 1500  # all: devices come behind the module's part
 LOAD_LAST = 250  # of some 1,000; the loader's come before the module's own
 
 
@@ -71,7 +77,6 @@ def each_failing(call: Callable[[], int], after: Callable[[int], None], last: in
                 error = call()
             finally:
                 failed = injector.disarm()
-            assert error in (0, *EXPECTED), os.strerror(error)
             after(error)
             failures += error == errno.ENOMEM
             if not failed:
@@ -90,6 +95,7 @@ def works() -> None:
 
 def test_loading() -> None:
     def unload(error: int) -> None:
+        assert error in (0, *EXPECTED), os.strerror(error)
         assert LOADED.exists() == SYSCTL.exists() == (not error)
         if not error:
             works()
@@ -98,3 +104,23 @@ def test_loading() -> None:
     assert each_failing(insmod, unload, LOAD_LAST) > 20
     assert insmod() == 0
     unload(0)
+
+
+def test_a_network_namespace_begins() -> None:
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+
+    def unshare() -> int:
+        return ctypes.get_errno() if LIBC.unshare(CLONE_NEWNET) else 0
+
+    def back(error: int) -> None:
+        if not error:  # the kernel's own parts have other errors too, without the module as well
+            works()
+        assert LIBC.setns(home, CLONE_NEWNET) == 0
+
+    assert insmod() == 0
+    try:
+        assert each_failing(unshare, back, NAMESPACE_LAST) > 20
+        works()
+    finally:
+        os.close(home)
+    assert rmmod() == 0
