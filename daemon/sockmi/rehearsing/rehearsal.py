@@ -60,7 +60,7 @@ class Rehearsal:
     def __init__(self, shell: Shell) -> None:
         """``shell``: the daemon's."""
         self._loop, self._owners = Later(), Ourselves()
-        self._dialogue = Dialogue(_NOBODY, _NOBODY, _NOBODY, {})
+        self._dialogue: Dialogue  # of the half that is played
         engine = copy.copy(shell.engine)
         engine.owners = self._owners
         # What comes to life tells its peer so: this one stays dormant.
