@@ -230,8 +230,8 @@ class Drain:
         }
 
     def _over(self, record: dict[str, Any]) -> None:
-        """It has moved, or has not; or its owner has closed it before that."""
-        gone = (record.get("refusal") or {}).get("code") == Code.NO_SUCH_SOCKET
+        """It has moved, or has not; or it had ended, or its owner has closed it before that."""
+        gone = (record.get("refusal") or {}).get("code") in (Code.NO_SUCH_SOCKET, Code.ENDED)
         if gone and self._was_selected(record):
             self._under_way -= 1
             self._closed += 1

@@ -58,6 +58,8 @@ class Code(StrEnum):
     TIMEOUT = "timeout"
     BAD_REQUEST = "bad-request"
     INTERNAL = "internal"
+    # Messages count codes in this order: new ones come last.
+    ENDED = "ended"  # the socket, too
 
 
 @dataclass(unsafe_hash=True)

@@ -55,12 +55,14 @@ class Mover:
     def listed(self, wanted: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
         """A row for each socket that ``wanted`` selects but for this session's, and how many these are.
 
-        Those that wait in the import lists are among them.
+        Those that wait in the import lists are among them; those that have ended, or have moved and are not
+        closed yet, are not.
         """
         ours = own_inodes()
         rows: dict[int, dict[str, Any]] = {}
         for row in [*self._sockets(wanted), *map(_waiting, self.client.imports(wanted))]:
-            rows.setdefault(row["inode"], row)  # one socket may have many descriptors
+            if (row.get("refusal") or {}).get("code") != "ended":
+                rows.setdefault(row["inode"], row)  # one socket may have many descriptors
         others = [row for row in rows.values() if row["inode"] not in ours and not carries_login(row)]
         return others, len(rows) - len(others)
 

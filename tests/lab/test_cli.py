@@ -25,6 +25,7 @@ from lab.daemons import Daemons, write_secret
 from lab.labs import Lab
 from sockmi import api
 from sockmi.cli.arguments import EPILOG, build_parser
+from sockmi.client import ImportRequest, import_socket
 from sockmi.version import VERSION
 from tests.lab.cgroup import unit
 from tests.lab.scenario import daemons, until
@@ -524,6 +525,26 @@ def test_drain_selects(scene: Scene, lab: Lab) -> None:
     assert (nothing.status, nothing.json["progress"]["selected"]) == (NOTHING, 0)
     assert "0 of 0 moved" in run("drain", "--port", 5997, host=a).out
     assert all(client.say("on") == "on" for client in clients)
+
+
+def test_drain_again(scene: Scene, lab: Lab) -> None:
+    """What has moved, and its owner has not closed yet, is nothing to move: no second drain refuses it."""
+    a, b = lab.host("a"), lab.host("b")
+    words = ("drain", "--port", 5139, "--to", "b")
+    with a.socket(socket.AF_INET) as owned:
+        owned.bind(("", 5139))
+        owned.listen()
+        assert run(*words, host=a).out.startswith("1 of 1 moved in ")
+        listed = run("list", "--port", 5139, "--json", host=a).json
+        assert all((row["movable"], row["refusal"]["code"]) == (False, "ended") for row in listed)
+        again = run(*words, host=a)
+        # Linux lists what is bound and not connected since 6.8.
+        told = f"0 of {len(listed)} moved in "
+        assert (again.status, again.out.startswith(told)) == (OK if listed else NOTHING, True), again
+        assert ("(1 had ended by then)" in again.out) is bool(listed)
+    [came] = import_socket([ImportRequest(["listening"])], 10, control=b.control_socket)
+    assert came.socket is not None
+    came.socket.close()
 
 
 def test_drain_at_a_rate(scene: Scene, lab: Lab) -> None:

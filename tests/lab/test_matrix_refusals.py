@@ -227,7 +227,7 @@ def test_addresses_and_states(it: Bench) -> None:
     case.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     case.peer.close()
     until(lambda: state(case.ours) == "CLOSED")
-    assert "ended" in refused(it, ours(case.ours), Code.STATE)
+    assert "ended" in refused(it, ours(case.ours), Code.ENDED)
 
 
 def test_too_large(it: Bench) -> None:

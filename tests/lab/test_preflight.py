@@ -444,7 +444,7 @@ def test_a_connection_that_has_ended(pair: tuple[socket.socket, socket.socket]) 
     owned, peer = pair
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
     peer.close()
-    eventually(lambda: code(owned) is Code.STATE, "the RST has come")
+    eventually(lambda: code(owned) is Code.ENDED, "the RST has come")
     refusal = facts(owned).refusal
     assert refusal and "ended" in refusal.message
 

@@ -462,6 +462,12 @@ def test_sockets_of_the_session_are_spared(collections: Path, odd: Callable[...,
     assert (result["rc"], result["migrations"], result["spared"]) == (0, [], 2)
 
 
+def test_what_has_ended_is_passed_over(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    daemon = odd({"sockets": [row(7, movable=False, refusal={"code": "ended", "message": "It has."})]})
+    result = run(collections, "export", control=str(daemon.path), all=True)
+    assert (result["rc"], result["changed"], result["migrations"]) == (0, False, [])
+
+
 def test_sockets_that_end_meanwhile(collections: Path, odd: Callable[..., OddDaemon]) -> None:
     refused = {"ok": False, "error": {"code": "no-such-socket", "message": "No.", "errno": "EBADF"}}
     daemon = odd({"sockets": [row(7), row(8)]}, refused, {"sockets": [row(8)]}, {"migrations": [record()]})

@@ -58,6 +58,7 @@ static const struct {
 	{ "timeout", ETIMEDOUT },
 	{ "bad-request", EINVAL },
 	{ "internal", EIO },
+	{ "ended", ENOTCONN },
 };
 
 static int set(int errnum, const char *code)

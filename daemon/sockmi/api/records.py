@@ -56,6 +56,7 @@ ERRNO: dict[Code, str] = {
     Code.TIMEOUT: "ETIMEDOUT",
     Code.BAD_REQUEST: "EINVAL",
     Code.INTERNAL: "EIO",
+    Code.ENDED: "ENOTCONN",
 }
 """What ``export_socket`` sets errno to, for each code. Other codes (of a newer daemon): EIO."""
 

@@ -196,7 +196,7 @@ class HistoryResponse(_Response):
 class Progress(Model):
     """How far a drain has come; ``planned`` counts for dry runs.
 
-    ``closed``: those of ``selected`` that nobody held any more when their turn came.
+    ``closed``: those of ``selected`` that had ended, or that nobody held any more, when their turn came.
     """
 
     selected: Count

@@ -226,7 +226,7 @@ def drain(options: argparse.Namespace) -> int:
         if failed:
             show_records(failed)
         verb = "could be moved" if options.dry_run else "moved"
-        gone = f" ({progress['closed']} had been closed meanwhile)" if progress["closed"] else ""
+        gone = f" ({progress['closed']} had ended by then)" if progress["closed"] else ""
         took = "" if options.dry_run else f" in {progress['elapsed_s']:.2f} s"
         print(f"{done} of {progress['selected']} {verb}{took}{gone}")
         for host, count in Counter(one["to"] for one in records if one["outcome"] == "planned").items():

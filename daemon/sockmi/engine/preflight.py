@@ -113,7 +113,7 @@ _REFUSALS: dict[Finding, tuple[Code, str]] = {
         "it is in TCP_REPAIR mode already: another tool is at work on it; wait until that has finished",
     ),
     Finding.ENDED: (
-        Code.STATE,
+        Code.ENDED,
         "its connection has ended, so there is nothing to move; close it",
     ),
     Finding.FAST_OPEN: (
