@@ -11,6 +11,8 @@ which complaint of the kernel a test provokes, ``no_module`` on a file's ``pytes
 load the module themselves from $SOCKMI_KO, ``alone`` that the file wants a guest of its own,
 ``processors(2)`` that a test is about what several processors do at the same time: those share a guest that
 has so many, and whose kernel may be preempted anywhere. (User-Mode Linux has one processor.)
+``releases("older")`` names modules of other releases (guests/releases.py) that a file wants: the path of each
+is in $SOCKMI_KO_ and its name in capitals.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 
 import pytest
 
+from guests import releases
 from guests.console import reports
 from guests.errors import HarnessError
 from guests.guest import Guest, Plan
@@ -154,6 +157,7 @@ class Batch:
         self._started = time.monotonic()
         self._source = PLANTED if any(PLANTED in item.path.parents for item in items) else PROJECT / "kmod"
         self._load = not any(item.get_closest_marker("no_module") for item in items)
+        self._releases = dict.fromkeys(name for item in items for name in _releases(item))
 
     @property
     def limit_s(self) -> float:
@@ -178,12 +182,14 @@ class Batch:
 
     def _run_uml(self) -> None:
         parameters = [word for item in self._items.values() for word in _parameters(item)]
+        kernel = UML_KERNELS[self._kernel]
+        others = {_named(name): str(releases.module(name, kernel)) for name in self._releases}
         outcome = run_inside(
             Inside(
-                self._command(), kernel=UML_KERNELS[self._kernel], module=self._source, insmod=self._load,
+                self._command(), kernel=kernel, module=self._source, insmod=self._load,
                 limit=self.limit_s, cwd=PROJECT,
                 allowed=self._allowed(), collect=("reports",), parameters=list(dict.fromkeys(parameters)),
-                environment=_handed(),
+                environment=_handed() | others,
             )
         )  # fmt: skip
         self._take(outcome.files.get("reports", b""), outcome.log.read_text(errors="replace"))
@@ -201,6 +207,7 @@ class Batch:
     def _run_guest(self) -> None:
         debian = DEBIAN_KERNELS[self._kernel]
         module = debian.module(self._source)
+        others = {name: releases.module(name, debian) for name in self._releases}
         several = self._processors > 1
         boot = ["ignore_loglevel", *([PREEMPTIBLE] if several else [])]
         plan = Plan(debian, memory=512, processors=self._processors, boot=boot)
@@ -213,6 +220,9 @@ class Batch:
                 "SOCKMI_INSIDE": self._kernel, "SOCKMI_OUT": "/run/out", "SOCKMI_KO": f"/run/{module.name}",
                 "PATH": f"{PROJECT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             }  # fmt: skip
+            for name, other in others.items():
+                where[_named(name)] = f"/run/{name}/{other.name}"
+                guest.put(where[_named(name)], other.read_bytes())
             where |= _handed()
             guest.run(["mkdir", "-p", "/run/out"])
             told = b""
@@ -300,12 +310,20 @@ def _handed() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(HANDED)}
 
 
+def _named(release: str) -> str:
+    return f"SOCKMI_KO_{release.upper()}"
+
+
 def _complains(item: pytest.Item) -> list[str]:
     return [str(pattern) for mark in item.iter_markers("complains") for pattern in mark.args]
 
 
 def _processors(item: pytest.Item) -> list[int]:
     return [int(mark.args[0]) for mark in item.iter_markers("processors")]
+
+
+def _releases(item: pytest.Item) -> list[str]:
+    return [str(name) for mark in item.iter_markers("releases") for name in mark.args]
 
 
 def _parameters(item: pytest.Item) -> list[str]:

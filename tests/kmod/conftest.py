@@ -23,6 +23,7 @@ MARKERS = (
     "parameters(*words): the module's, for all tests of the file",
     "alone: the file's tests share no guest with others",
     "processors(number): the test runs in a guest with so many, and a kernel that may be preempted anywhere",
+    "releases(*names): modules of other releases that the file's tests load from $SOCKMI_KO_NAME",
     "slow: left to make test-kmod",
 )
 
