@@ -47,17 +47,18 @@ def build(
     keep: Path | None = None,
     *,
     strict: bool = False,
+    words: Sequence[str] = (),
 ) -> Path:
     """Build the module in the folder ``source`` for the kernel called ``kernel``; its ``.ko``.
 
     ``make`` gives the command that builds the folder it is given. With ``keep`` the module is copied there,
     so that a build of someone else cannot change it. ``strict`` builds everything anew, and a warning is an
-    error. Raises HarnessError with the compiler's messages.
+    error. ``words``: more ones for make. Raises HarnessError with the compiler's messages.
     """
     source = source.resolve()
     if not any((source / name).exists() for name in ("Kbuild", "Makefile")):
         raise HarnessError(f"{source} has no Kbuild or Makefile: nothing to build a module from")
-    work = room(CACHE / f"modules/{kernel}/{source.name}-{digest(str(source))}")
+    work = room(CACHE / f"modules/{kernel}/{source.name}-{digest(str(source), *words)}")
     log = LOGS / f"module-{source.name}-{kernel}.log"
     with alone(f"module-{work.parent.name}-{work.name}"):
         if strict:
@@ -66,7 +67,7 @@ def build(
         for shared in SHARED if source == PROJECT / "kmod" else ():
             stage(PROJECT / shared, room(work / shared))
         log.unlink(missing_ok=True)
-        run([*make(work / source.name), f"-j{JOBS}"], log=log, limit=1800)
+        run([*make(work / source.name), *words, f"-j{JOBS}"], log=log, limit=1800)
         warnings = [line for line in log.read_text(errors="replace").splitlines() if _WARNING.search(line)]
         if strict and warnings:
             raise HarnessError(

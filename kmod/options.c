@@ -22,9 +22,14 @@ static void put(struct sockmi_writer *w, u16 id, s64 value, s64 otherwise)
 		sockmi_writer_option_int(w, id, 0, value);
 }
 
+/* What is longer than an image can say, some 292,000 years, is the longest that it can. */
 static s64 timeout_us(long jiffies_left)
 {
-	return jiffies_left == MAX_SCHEDULE_TIMEOUT ? 0 : (s64)jiffies_left * (USEC_PER_SEC / HZ);
+	if (jiffies_left == MAX_SCHEDULE_TIMEOUT)
+		return 0;
+	if (jiffies_left > S64_MAX / (USEC_PER_SEC / HZ))
+		return S64_MAX;
+	return (s64)jiffies_left * (USEC_PER_SEC / HZ);
 }
 
 static void dump_socket(const struct sock *sk, struct sockmi_writer *w)
@@ -503,7 +508,7 @@ static long timeout_jiffies(s64 us)
 {
 	if (us <= 0)
 		return MAX_SCHEDULE_TIMEOUT;
-	us = div_u64(us + USEC_PER_SEC / HZ - 1, USEC_PER_SEC / HZ);
+	us = div_u64((u64)us + USEC_PER_SEC / HZ - 1, USEC_PER_SEC / HZ);
 	return us >= MAX_SCHEDULE_TIMEOUT ? MAX_SCHEDULE_TIMEOUT - 1 : (long)us;
 }
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,8 @@ class UmlKernel:
     def _version(self) -> str:
         return Archive(self.suite).record(self.source)["Version"]
 
-    def _unpacked(self) -> Path:
+    def unpacked(self) -> Path:
+        """The folder with the source."""
         folder = CACHE / f"source-{self._version()}-{digest(repr(EDITS))}"
         with alone(folder.name):
             if folder.exists():
@@ -80,7 +82,7 @@ class UmlKernel:
         folder = self.folder
         with alone(folder.name):
             if not (folder / "built").exists():
-                source = self._unpacked()
+                source = self.unpacked()
                 started = time.monotonic()
                 say(f"building {self.name} in {folder} (about 15 minutes of CPU, once); log in {LOGS}")
                 self._make(source, room(folder))
@@ -89,11 +91,23 @@ class UmlKernel:
         return folder
 
     def module(
-        self, source: Path = PROJECT / "kmod", keep: Path | None = None, *, strict: bool = False
+        self,
+        source: Path = PROJECT / "kmod",
+        keep: Path | None = None,
+        *,
+        strict: bool = False,
+        words: Sequence[str] = (),
     ) -> Path:
         """The ``.ko`` of the module in ``source``, built for this kernel (see guests.module.build)."""
         make = ["make", "W=1", "ARCH=um", "-C", str(self.build())]
-        return build(source, self.name, lambda where: [*make, f"M={where}", "modules"], keep, strict=strict)
+        return build(
+            source,
+            self.name,
+            lambda where: [*make, f"M={where}", "modules"],
+            keep,
+            strict=strict,
+            words=words,
+        )
 
     def _make(self, source: Path, folder: Path) -> None:
         log = LOGS / f"{self.name}-build.log"

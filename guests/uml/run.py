@@ -42,6 +42,7 @@ class Inside:
     command: Sequence[str]
     kernel: UmlKernel = UML_6_1_DEBUG
     module: Path | None = PROJECT / "kmod"  # the module's source; None: no module
+    words: Sequence[str] = ()  # for make, when it is built
     insmod: bool = True  # load it before the command; $SOCKMI_KO names it in any case
     parameters: Sequence[str] = ()  # of the module
     unload: bool = True  # afterwards; that it cannot be unloaded is an error
@@ -154,7 +155,7 @@ class _Run:
             "sysctl": dict(inside.sysctl),
         }
         if inside.module is not None:
-            ko = inside.kernel.module(inside.module, folder)
+            ko = inside.kernel.module(inside.module, folder, words=inside.words)
             environment["SOCKMI_KO"] = str(ko)
             plan["env"] = environment | dict(inside.environment)
             plan["module_name"] = ko.stem.replace("-", "_")

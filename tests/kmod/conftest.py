@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from guests.paths import PROJECT
 from guests.segment import Segment
 
 MARKERS = (
-    "kernels(*patterns): the kernels that an inside test is meant for, as shell patterns",
+    "kernels(*patterns): the kernels that a test is meant for, as shell patterns",
     "complains(*patterns): complaints of the kernel that the test provokes, as regular expressions",
     "no_module: the file's tests load the module themselves, from $SOCKMI_KO",
     "parameters(*words): the module's, for all tests of the file",
@@ -50,7 +51,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if inside_pytest.is_inside(metafunc.definition.path):
         inside_pytest.parametrize(metafunc)
     else:
-        names = [name for name in inside_pytest.chosen(metafunc.config) if name in DEBIAN_KERNELS]
+        # Guests are of Debian's kernels; who wants another says so.
+        marks = list(metafunc.definition.iter_markers("kernels"))
+        patterns = [str(pattern) for mark in marks for pattern in mark.args] or DEBIAN_KERNELS
+        names = [
+            name
+            for name in inside_pytest.chosen(metafunc.config)
+            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        ]
         metafunc.parametrize("kernel", names, indirect=True, scope="session")
 
 

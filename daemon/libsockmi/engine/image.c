@@ -153,6 +153,7 @@ int sockmi_image_decode(const void *image, size_t length, size_t limit, struct s
 	return sockmi_image_check(out, error);
 }
 
+#ifndef __KERNEL__ /* whose stack is too small for what is decoded */
 int sockmi_image_validate(const void *image, size_t length, size_t limit, char error[SOCKMI_ERROR_BYTES])
 {
 	struct sockmi_image out;
@@ -175,6 +176,7 @@ int sockmi_image_examine(const void *image, size_t length, size_t limit, struct 
 	summary->context_length = sockmi_section_view(&out, SOCKMI_CONTEXT)->length;
 	return 0;
 }
+#endif
 
 /* Length of a section's payload as it will be written; 0: it will not. */
 static size_t payload_length(const struct sockmi_image *image, unsigned int type)
