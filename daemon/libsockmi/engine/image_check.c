@@ -753,11 +753,10 @@ int sockmi_image_check(const struct sockmi_image *image, char error[SOCKMI_ERROR
 		result = check_missing(image, error);
 	if (result || image->identity.kind != SOCKMI_KIND_CONNECTED)
 		return result;
-	for (size_t i = 0; !result && i < sizeof(connection_checks) / sizeof(connection_checks[0]); i++)
+	for (size_t i = 0; !result && i < ARRAY_SIZE(connection_checks); i++)
 		result = connection_checks[i](image, error);
 	/* SYN-SENT may have no windows yet; what needs them is not allowed there. */
-	for (size_t i = 0; !result && has(image, SOCKMI_WINDOW) && i < sizeof(window_checks) / sizeof(window_checks[0]);
-	     i++)
+	for (size_t i = 0; !result && has(image, SOCKMI_WINDOW) && i < ARRAY_SIZE(window_checks); i++)
 		result = window_checks[i](image, error);
 	return result;
 }

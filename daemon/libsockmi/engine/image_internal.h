@@ -12,6 +12,7 @@
 #else
 #include <errno.h>
 #include <string.h>
+#define ARRAY_SIZE(array) (sizeof(array) / sizeof((array)[0]))
 #endif
 
 #define SOCKMI_CRC_OFFSET 28

@@ -124,7 +124,7 @@ const char *sockmi_image_error_name(int error_class)
 		[SOCKMI_IMAGE_WINDOW_WRONG] = "window",
 	};
 
-	if (error_class < 0 || (size_t)error_class >= sizeof(names) / sizeof(names[0]))
+	if (error_class < 0 || (size_t)error_class >= ARRAY_SIZE(names))
 		return "unknown";
 	return names[error_class];
 }
