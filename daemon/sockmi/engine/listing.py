@@ -24,12 +24,12 @@ from sockmi.engine.preflight import STATES
 from sockmi.frozen import frozen
 
 _NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
+_TCPDIAG_GETSOCK = 18  # one walk through the kernel's tables for all families, unlike SOCK_DIAG_BY_FAMILY
 _NLM_F_REQUEST_DUMP = 0x301
 _NLM_F_DUMP_INTR = 0x10
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
-_REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2
+_REQUEST = struct.Struct("=4x48xI4x")  # struct inet_diag_req: its states
 # struct inet_diag_msg: family, state, ports (network order), addresses, cookie, queues, uid, inode
 _MESSAGE = struct.Struct("=BBxx2s2s16s16s4xQ4xIIII")
 _RECEIVED = struct.Struct("=128xQ")  # of struct tcp_info
@@ -102,8 +102,7 @@ def list_sockets(
     """
     if pids is not None and not pids:
         return []
-    rows = (row for family in (socket.AF_INET, socket.AF_INET6) for row in _dump(family, _OWNABLE))
-    listed = (_listed(row, ()) for row in rows)
+    listed = (_listed(row, ()) for row in _dump(_OWNABLE))
     sockets = {one.cookie: one for one in listed if wanted(one)}
     holders, rings = find_holders({one.inode for one in sockets.values()} - {0}, sorted(pids or ()))
     names = {pid: process_name(pid) for pid in {pid for held in holders.values() for pid in held}}
@@ -143,15 +142,14 @@ def _order(listed: ListedSocket) -> tuple[bool | int, ...]:
 
 def known(inodes: Collection[int]) -> dict[int, ListedSocket]:
     """What there is to see of these sockets without their locks; without their holders."""
-    rows = [row for family in (socket.AF_INET, socket.AF_INET6) for row in _dump(family)]
-    return {row[-1]: _listed(row, ()) for row in rows if row[-1] in inodes}
+    return {row[-1]: _listed(row, ()) for row in _dump() if row[-1] in inodes}
 
 
 def listeners() -> Counter[Endpoint]:
     """How many sockets of this network namespace listen at each endpoint."""
-    found = [fields for family in (socket.AF_INET, socket.AF_INET6) for fields in _dump(family, _LISTEN)]
     return Counter(
-        _endpoint(family, source, sport) for family, _unused, sport, _unused, source, *_unused in found
+        _endpoint(family, source, sport)
+        for family, _unused, sport, _unused, source, *_unused in _dump(_LISTEN)
     )
 
 
@@ -169,24 +167,23 @@ def bound() -> set[int]:
 
 
 def _inodes(states: int) -> set[int]:
-    return {row[-1] for family in (socket.AF_INET, socket.AF_INET6) for row in _dump(family, states)}
+    return {row[-1] for row in _dump(states)}
 
 
 def half_open(at: Collection[Endpoint]) -> dict[FourTuple, int]:
     """Connections of listeners at these endpoints whose peer has not ended the handshake; their cookies."""
     anywhere = {local.port for local in at if local.address.is_unspecified}
     found: dict[FourTuple, int] = {}
-    for family in (socket.AF_INET, socket.AF_INET6):
-        for _unused, _unused, sport, dport, source, destination, cookie, *_unused in _dump(family, _SYN_RECV):
-            one = FourTuple(_endpoint(family, source, sport), _endpoint(family, destination, dport))
-            if one.local in at or one.local.port in anywhere:
-                found[one] = cookie
+    for family, _unused, sport, dport, source, destination, cookie, *_unused in _dump(_SYN_RECV):
+        one = FourTuple(_endpoint(family, source, sport), _endpoint(family, destination, dport))
+        if one.local in at or one.local.port in anywhere:
+            found[one] = cookie
     return found
 
 
-def _dump(family: int, states: int = _ALL) -> list[tuple[Any, ...]]:
+def _dump(states: int = _ALL) -> list[tuple[Any, ...]]:
     for _turn in range(_TRIES):
-        sockets, complete = _dump_once(family, states)
+        sockets, complete = _dump_once(states)
         if complete:
             break
     return sockets
@@ -202,19 +199,18 @@ def received_bytes(descriptor: int) -> int:
 def unlistable() -> str | None:
     """None if the kernel lists TCP sockets, else why not: without tcp_diag it lists none."""
     try:
-        for family in (socket.AF_INET, socket.AF_INET6):
-            _dump_once(family, states=0)
+        _dump_once(states=0)
     except OSError as error:
         return str(error)
     return None
 
 
-def _dump_once(family: int, states: int) -> tuple[list[tuple[Any, ...]], bool]:
+def _dump_once(states: int) -> tuple[list[tuple[Any, ...]], bool]:
     """One dump (fields of ``_MESSAGE``, for which no socket is locked); the second value is False if the
     tables changed under it (NLM_F_DUMP_INTR).
     """
-    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states)
-    header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0)
+    body = _REQUEST.pack(states)
+    header = _HEADER.pack(_HEADER.size + len(body), _TCPDIAG_GETSOCK, _NLM_F_REQUEST_DUMP, 1, 0)
     sockets: list[tuple[Any, ...]] = []
     complete = True
     with socket.socket(
