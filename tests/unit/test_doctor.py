@@ -112,7 +112,7 @@ def test_iptables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_socket_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._socket_lists().status is CheckStatus.OK
-    monkeypatch.setattr(listing, "_TCPDIAG_GETSOCK", 19)  # DCCPDIAG_GETSOCK: a protocol without a handler here
+    monkeypatch.setattr(listing, "_TCPDIAG_GETSOCK", 19)  # DCCPDIAG_GETSOCK: nobody answers that here
     bad(doctor._socket_lists(), CheckStatus.ERROR, "tcp_diag")
 
 
