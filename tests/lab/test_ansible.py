@@ -150,6 +150,18 @@ def test_export_predicts_and_is_idempotent(controller: Controller, lines: Servic
     lines.finish()
 
 
+def test_export_in_the_background(controller: Controller, lines: Service) -> None:
+    """As an async task: what is asked for later has the records of the moves."""
+    clients(lines, 1)
+    words = ["a", "-m", "sockmi.appliance.export", "-a", "local_port=7000 to=b", "-B", "60", "-P", "1"]
+    done = controller.command("ansible", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout[done.stdout.rindex("=> ") + 3 :])
+    assert (result["finished"], result["changed"], result["moved"]) == (1, True, 1)
+    assert [one["to"] for one in result["migrations"]] == ["b"]
+    lines.finish()
+
+
 def test_export_by_filter(controller: Controller, lines: Service) -> None:
     clients(lines, 3)
     pid = lines.processes["a"].pid
