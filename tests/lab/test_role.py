@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -184,13 +183,13 @@ def test_the_firewall_base_follows_what_is_chosen(host: RoleHost) -> None:
     assert "sockmi-firewall" not in host.sh("ls /etc/systemd/system")
 
 
-def test_the_test_migration_proves_a_release(host: RoleHost) -> None:
-    """A connection moves between namespaces of the host. Where it cannot, that is told; nothing is left."""
-    with TemporaryDirectory() as folder:  # that of a test may be too long for the path of a socket
-        proves_a_release(host, Path(folder))
+def test_the_test_migration_proves_a_release(host: RoleHost, tmp_path: Path) -> None:
+    """A connection moves between namespaces of the host. Where it cannot, that is told; nothing is left.
 
-
-def proves_a_release(host: RoleHost, folder: Path) -> None:
+    Whatever TMPDIR is there: its name may be longer than the path of a socket can be (unix(7)).
+    """
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
     program = (PROJECT / "roles/sockmi/files/verify.py").read_text()
 
     def verify(**settings: Any) -> subprocess.CompletedProcess[str]:
@@ -207,5 +206,6 @@ def proves_a_release(host: RoleHost, folder: Path) -> None:
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "the connection did not move: " in failed.stderr
     assert "Traceback" not in failed.stderr
-    assert list(folder.glob("sockmi-verify-*")) == []
+    assert list(folder.iterdir()) == []
+    assert host.sh("find /run /tmp -maxdepth 1 -name 'sockmi-verify-*'") == ""
     assert host.sh("ip netns list") == ""
