@@ -57,8 +57,7 @@ class Dkms:
         """
         versions = self.versions()
         if source is None and not versions:
-            if not self.module.get_bin_path("dkms"):
-                raise Obstacle("no-dkms", "There is no dkms here.", "Install the package dkms.")
+            self._examine()  # which matters more
             raise WrongValue("DKMS has no module sockmi yet; give source, its source tree.")
         version = source.version if source else max(versions, key=_in_order)
         kernels = self._installed()

@@ -92,7 +92,7 @@ class Loaded:
 
     def load(self) -> None:
         """Load it; raises Obstacle if that is impossible."""
-        self._may_load()
+        self.may_load()
         self._change("load")
 
     def unload(self, *, force: bool = False) -> None:
@@ -130,7 +130,8 @@ class Loaded:
         _code, out, _err = self.module.run_command(["modinfo", "-k", self.running, "-F", "srcversion", NAME])
         return out.strip()
 
-    def _may_load(self) -> None:
+    def may_load(self) -> None:
+        """Raise Obstacle if the kernel would take no module, or not this one."""
         if text_of(Path("/proc/sys/kernel/modules_disabled")) == "1":
             raise Obstacle(
                 "modules-disabled",

@@ -16,7 +16,7 @@ description:
   - Builds the SockMi kernel module for a kernel through DKMS, so that it is built again with each kernel to
     come, loads and unloads it, and sets its parameters.
   - Says what stands in the way (missing headers, Secure Boot, a kernel that is too old or unknown, ...), and
-    what to do about it.
+    what to do about it. What could not be loaded is not built for O(state=loaded).
   - Does not unload the module while migrated connections depend on it.
 options:
   state:
@@ -223,6 +223,8 @@ class Kmod:
             raise _module.WrongValue("This needs root; use become.")
         try:
             before = self._now()
+            if self.state == "loaded" and self.kernel == self.running and not self.loaded.there:
+                self.loaded.may_load()  # first: nothing is built that could not be
             if self.state in ("loaded", "built"):
                 self.dkms.build(Source(Path(self.params["source"])) if self.params["source"] else None)
             if self.state in ("unloaded", "absent"):

@@ -55,6 +55,7 @@ class RoleHost:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
+        self.under: list[str] = []  # words before what is run in it
         self._process = subprocess.Popen(
             [
                 *("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
@@ -80,7 +81,7 @@ class RoleHost:
 
     def run(self, *words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
         """A command in it."""
-        enter = ["nsenter", f"--target={self._inside}", "--mount", "--net", "--pid", "--"]
+        enter = ["nsenter", f"--target={self._inside}", "--mount", "--net", "--pid", "--", *self.under]
         return subprocess.run(
             [*enter, *map(str, words)], text=True, capture_output=True, check=False, timeout=800, **more
         )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import jinja2
 import pytest
 import yaml
+
+from sockmi import doctor
 
 ROLE = Path(__file__).resolve().parents[2] / "roles/sockmi"
 RELEASE = "5.14.0-503.11.1.el9_5.x86_64"
@@ -39,7 +42,7 @@ def test_headers_of_the_rhel_family_are_known_by_their_kernel(
 def test_a_module_that_is_there_is_not_denied(there: bool) -> None:
     [task] = [
         one
-        for one in yaml.safe_load((ROLE / "tasks/kernel_module.yml").read_text())
+        for one in yaml.safe_load((ROLE / "tasks/preflight_module.yml").read_text())
         if one["name"] == "Say that no kernel module will be built"
     ]
     environment = jinja2.Environment()  # noqa: S701 - no HTML
@@ -53,3 +56,11 @@ def test_a_module_that_is_there_is_not_denied(there: bool) -> None:
     assert said.startswith("a: without dkms the kernel module is not built")
     assert ("engine repair" in said) != there
     assert ("stays as it is" in said) == there
+
+
+def test_it_looks_for_the_units_capabilities() -> None:
+    """Where not even root may have them it would not start. The doctor has them from the unit."""
+    source = (ROLE / "files/probe.py").read_text().rpartition("\nmain()")[0]
+    script = f"{source}\nprint(json.dumps(CAPABILITIES))\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {name: bit for bit, (name, _why) in doctor._CAPABILITIES.items()}

@@ -2,7 +2,8 @@
 """What the host is like, as JSON: all that the role must know before it touches anything.
 
 The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`, the
-file `before`, `groups` (none: to remove all); with `by_unit` the prefix is the installed unit's, if any.
+file `before`, `groups` (none: to remove all), `headers` (how a family's package of the kernel's headers
+begins); with `by_unit` the prefix is the installed unit's, if any.
 Python 3.8 and later.
 """
 
@@ -38,6 +39,16 @@ SYSTEM = {
 RTF_ADVERTISED = 0x50000  # RTF_DEFAULT and RTF_ADDRCONF of linux/ipv6_route.h
 ADDRESS = "239.77.83.1"  # of a group that names none
 FIREWALLD_PRIORITY = 7780  # by which the role's rules there are told from the operator's
+# Numbers of linux/capability.h; a test compares the names with the unit's.
+CAPABILITIES = {
+    "CAP_CHOWN": 0,
+    "CAP_DAC_READ_SEARCH": 2,
+    "CAP_NET_BIND_SERVICE": 10,
+    "CAP_NET_ADMIN": 12,
+    "CAP_NET_RAW": 13,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+}
 PASSING = {"dev", "proc", "run", "sys", "tmp"}  # what is there is gone after a boot
 
 
@@ -99,12 +110,20 @@ def python(candidates):
     return found
 
 
-def capabilities():
-    """The effective ones, as a number."""
+def lacking():
+    """Those of the unit's capabilities that not even root may have here: names."""
     for line in (text("/proc/self/status") or "").splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
+        if line.startswith("CapBnd:"):
+            bounding = int(line.split()[1], 16)
+            return [name for name, number in CAPABILITIES.items() if not bounding >> number & 1]
+    return []
+
+
+def headers_known(package):
+    """Whether the archive has the package; None where nobody is asked for it."""
+    if not shutil.which("apt-cache"):
+        return None
+    return bool(said("apt-cache", "--quiet", "show", package))
 
 
 def before(path):
@@ -255,10 +274,11 @@ def main():
             "kernel": os.uname().release,
             "machine": os.uname().machine,
             "root": os.geteuid() == 0,
-            "capabilities": capabilities(),
+            "lacking_capabilities": lacking(),
             "systemd": Path("/run/systemd/system").is_dir(),
             "python": python(candidates),
             "packages": packages(family),
+            "headers_known": headers_known(asked["headers"].get(family, "") + os.uname().release),
             "place": place(prefix),
             "former_place": place(former) if former else None,
             "release": text(prefix / "current/release"),

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""What the role finds out, and says, before it touches anything."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.role_host import RoleHost
+
+pytest.importorskip("ansible")
+
+pytestmark = pytest.mark.timeout(900)  # some runs of Ansible
+KEY = secrets.token_hex(32)
+# As of a kernel that Secure Boot has started.
+LOCKED_DOWN = """
+mount -t tmpfs security /sys/kernel/security
+echo 'none [integrity] confidentiality' >/sys/kernel/security/lockdown
+"""
+# No package of the archive is known, and no kernel's headers are installed.
+WITHOUT_ARCHIVE = """
+mount -t tmpfs lists /var/lib/apt/lists; mount -t tmpfs cache /var/cache/apt
+sed -i 's/^Package: linux-headers-/&not-/' /var/lib/dpkg/status
+"""
+UBUNTU = 'ID=ubuntu\nID_LIKE=debian\nVERSION_ID="24.04"\nPRETTY_NAME="Ubuntu 24.04.2 LTS"\n'
+ROCKY = 'ID=rocky\nID_LIKE="rhel centos fedora"\nVERSION_ID="9.5"\nPRETTY_NAME="Rocky Linux 9.5"\n'
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[RoleHost]:
+    """A host on which nothing of SockMi is, and, as far as the role looks, systemd runs."""
+    (tmp_path / "host").mkdir()
+    with RoleHost(tmp_path / "host") as made:
+        made.sh("mkdir -p /run/systemd/system")
+        yield made
+
+
+def untouched(host: RoleHost) -> str:
+    """All that may have been changed."""
+    return host.sh(f"find {host.scratch}/upper -printf '%p %s %T@\\n' | sort; sysctl net.ipv4.ip_forward")
+
+
+def test_a_kernel_that_takes_no_module(host: RoleHost) -> None:
+    """One that is required is refused at once; without it, that is said at once."""
+    host.sh(LOCKED_DOWN)
+    before = untouched(host)
+    code, said, changed = host.tasks("preflight", sockmi_group_key=KEY, sockmi_kernel_module="required")
+    assert code != 0
+    assert "no kernel module: Secure Boot is on, so the kernel loads only modules whose signer's" in said
+    assert (changed, untouched(host)) == (0, before)
+    code, said, changed = host.tasks("preflight", sockmi_group_key=KEY)
+    assert (code, changed) == (0, 0), said
+    assert "moves sockets by TCP_REPAIR (engine repair): Secure Boot is on, so" in said
+    code, said, changed = host.tasks("preflight", sockmi_group_key=KEY, sockmi_kernel_module="none")
+    assert (code, changed, "Secure Boot" in said) == (0, 0, False), said
+
+
+def test_headers_that_are_not_to_be_had(host: RoleHost) -> None:
+    """Before the packages are installed that come before them."""
+    host.sh(WITHOUT_ARCHIVE)
+    before = untouched(host)
+    code, said, changed = host.tasks("preflight", sockmi_group_key=KEY, sockmi_kernel_module="required")
+    kernel = host.sh("uname -r").strip()
+    assert code != 0
+    assert f"there are no headers of Linux {kernel}, and apt knows no package linux-headers-{kernel};" in said
+    assert (changed, untouched(host)) == (0, before)
+    code, said, changed = host.tasks("preflight", sockmi_group_key=KEY)
+    assert (code, changed) == (0, 0), said
+    assert re.search(rf"without [^:]*linux-headers-{re.escape(kernel)}[^:]* the kernel module is not", said)
+
+
+def test_capabilities_that_not_even_root_has(host: RoleHost) -> None:
+    host.under = ["setpriv", "--bounding-set", "-net_raw,-sys_ptrace"]
+    before = untouched(host)
+    code, said, changed = host.tasks("preflight", sockmi_group_key=KEY)
+    assert code != 0
+    assert "Root has no CAP_NET_RAW, CAP_SYS_PTRACE there, as in an unprivileged container" in said
+    assert (changed, untouched(host)) == (0, before)
+
+
+@pytest.mark.parametrize(("release", "name"), [(UBUNTU, "Ubuntu 24.04.2 LTS"), (ROCKY, "Rocky Linux 9.5")])
+def test_what_is_not_proven_is_said_to_be(host: RoleHost, tmp_path: Path, release: str, name: str) -> None:
+    proven = "SockMi is proven on Debian 12 and 13."
+    _code, said, _changed = host.tasks("preflight", sockmi_group_key=KEY)
+    assert proven not in said
+    (tmp_path / "os-release").write_text(release)
+    host.sh(f"rm /etc/os-release; cp {tmp_path}/os-release /etc/os-release")
+    _code, said, changed = host.tasks("preflight", sockmi_group_key=KEY, sockmi_packages=False)
+    assert f"{proven} {name} has variables, but nobody has tried it there." in said
+    assert changed == 0
