@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
 
 from sockmi import image as images
-from tests.kmod.inside.test_module_core import held, new_socket, pair, wait_for
+from tests.kmod.inside.test_module_core import held, move, new_socket, pair, wait_for
 from tests.kmod.module_client import ACTIVATE, Device, ListName, Refusal, Refused, Request, Restore, frozen
 from tests.lab.test_engine_options import GENERAL, INET, INET6, INET_ONLY, KERNEL_LEAVES, Table, read
 
@@ -160,3 +161,15 @@ def argument_of(sock: socket.socket, image: bytes) -> tuple[Restore, object]:
     memory = ctypes.create_string_buffer(image, len(image))
     argument = Restore(fd=sock.fileno(), slot=NO_SLOT, image=ctypes.addressof(memory), bytes=len(image))
     return argument, memory
+
+
+@pytest.mark.parametrize("option", [20, 21], ids=["receive", "send"])  # SO_RCVTIMEO, SO_SNDTIMEO
+def test_a_timeout_longer_than_an_image_can_say(device: Device, option: int) -> None:
+    """It moves as the longest; modulo 2^64 these microseconds would be half a second."""
+    ours, peer = pair()
+    ours.setsockopt(SOL, option, struct.pack("qq", 18_446_744_073_710, 0))
+    copy = move(device, ours, "ipv4")
+    seconds, _unused = struct.unpack("qq", copy.getsockopt(SOL, option, 16))
+    assert seconds == (2**63 - 1) // 10**6
+    copy.close()
+    peer.close()
