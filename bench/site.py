@@ -11,7 +11,7 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,19 @@ def ask(host: Host, op: str, **fields: Any) -> list[dict[str, Any]]:
 class Program:
     """A running program of ours; its output is read line by line.
 
-    ``cpu``: the one processor that it may use; the scheduler's choice of another one each time would
+    ``processors``: those that it may use; the scheduler's choice of another one each time would
     be measured instead of what is to be compared.
     """
 
-    def __init__(self, host: Host | None, name: str, *words: object, cpu: int | None = None) -> None:
+    def __init__(self, host: Host | None, name: str, *words: object, processors: Sequence[int]) -> None:
         self.name = name
-        command = [str(_BUILD / name), *map(str, words)]
-        if cpu is not None:
-            command = ["taskset", "--cpu-list", str(cpu), *command]
+        command = [
+            "taskset",
+            "--cpu-list",
+            ",".join(map(str, processors)),
+            str(_BUILD / name),
+            *map(str, words),
+        ]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         self.process: subprocess.Popen[bytes] = (
             host.popen(command, **pipes) if host is not None else subprocess.Popen(command, **pipes)
@@ -137,6 +141,13 @@ class Site:
         self.lab = lab
         self.a, self.b, self.peer = lab.host("a"), lab.host("b"), lab.host("peer")
 
+    @staticmethod
+    def processors(host: Host | None) -> list[int]:
+        """Every other one for a, the rest for b: two machines do not wait for each other's. Else all."""
+        usable = sorted(os.sched_getaffinity(0))
+        first = {"a": 0, "b": 1}.get(host.name) if host is not None else None
+        return usable if first is None else usable[first::2] or usable
+
     @contextlib.contextmanager
     def daemons(self, **overrides: Any) -> Iterator[Daemons]:
         """Daemons without a past on a and b, which know each other."""
@@ -147,6 +158,9 @@ class Site:
         limits = {"max_bound": 1000, "max_listening": 1000, "max_connected": 100_000}
         settings = {"log_level": "info", "imports": limits, **overrides}
         with Daemons(self.lab, "ab", settings) as running:
+            for host in (self.a, self.b):
+                for task in Path(f"/proc/{running[host.name].pid}/task").iterdir():
+                    os.sched_setaffinity(int(task.name), self.processors(host))
             self.acquainted()
             yield running
 
@@ -161,11 +175,11 @@ class Site:
 
     @contextlib.contextmanager
     def programs(self) -> Iterator[Callable[..., Program]]:
-        """``start(host, name, *words, cpu=None)``; all are killed at the end."""
+        """``start(host, name, *words, cpu=None)``, ``cpu``: one processor; all are killed at the end."""
         running: list[Program] = []
 
         def start(host: Host | None, name: str, *words: object, cpu: int | None = None) -> Program:
-            program = Program(host, name, *words, cpu=cpu)
+            program = Program(host, name, *words, processors=self.processors(host) if cpu is None else [cpu])
             running.append(program)
             program.ready()
             return program
