@@ -281,10 +281,10 @@ class Redirecting:
             if old.place.mode is route.place.mode:
                 redirect.reroute([new])
             else:
-                # New before old, so that no packet meets neither.
+                # New before old, so that no packet meets neither; then again, for what both have.
                 redirect.send_away([new])
                 if old.place.mode is not None:
-                    self._shell.redirects[old.place.mode].take_back([new.tuple])
+                    self._shell.redirects[old.place.mode].relinquish([new.tuple])
                 redirect.send_away([new])
         except Exception as error:
             return Refusal(Code.REDIRECT, f"The redirect could not be changed: {error}.")

@@ -114,6 +114,12 @@ class Redirect(Protocol):
     def take_back(self, tuples: Sequence[FourTuple]) -> None:
         """Exporter: remove the entries of ``send_away`` (undone before COMMIT, or the connection is home)."""
 
+    def relinquish(self, tuples: Sequence[FourTuple]) -> None:
+        """Exporter: another mode leads them away by now: remove what only this one has.
+
+        What both have (flows, and some maps) is the other's by now, or is given to it again by ``send_away``.
+        """
+
     def expire(self, tuples: Sequence[FourTuple], linger_s: float) -> None:
         """Exporter: the connection has ended; stop diverting, but go on dropping late packets
         silently for ``linger_s`` (no RST), then nothing is left."""

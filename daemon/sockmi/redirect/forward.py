@@ -81,6 +81,10 @@ class Forward:
         """See base.Redirect."""
         self._tables.forget(tuples, self._tables.nexts)
 
+    def relinquish(self, tuples: Sequence[FourTuple]) -> None:
+        """See base.Redirect."""
+        self._tables.relinquish(tuples, self._tables.nexts)
+
     def expire(self, tuples: Sequence[FourTuple], linger_s: float) -> None:
         """See base.Redirect."""
         self._tables.expire(self.mode, tuples, linger_s, self._tables.nexts)

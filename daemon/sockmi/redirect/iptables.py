@@ -215,6 +215,10 @@ class Iptables:
         self._drop(tuples)
         self._track(None, ((_turned(t), t.local) for t in tuples))
 
+    def relinquish(self, tuples: Sequence[FourTuple]) -> None:
+        """See base.Redirect; with a flow they are not tracked, so no rule of ours has led them since."""
+        self._drop(tuples)
+
     def _drop(self, tuples: Sequence[FourTuple]) -> None:
         """Nothing leads them away."""
         self._edit(_AWAY, map(_turned, tuples), None)

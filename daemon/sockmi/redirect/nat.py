@@ -140,6 +140,10 @@ class Nat:
         """See base.Redirect."""
         self._tables.forget(tuples, self._tables.addresses)
 
+    def relinquish(self, tuples: Sequence[FourTuple]) -> None:
+        """See base.Redirect."""
+        self._tables.relinquish(tuples, self._tables.addresses)
+
     def expire(self, tuples: Sequence[FourTuple], linger_s: float) -> None:
         """See base.Redirect."""
         self._tables.expire(self.mode, tuples, linger_s, self._tables.addresses)

@@ -287,6 +287,12 @@ class Tables:
                 for each in (*maps, self.flows):
                     batch.remove(each[version], keys)
 
+    def relinquish(self, tuples: Sequence[FourTuple], elements: dict[int, NftSet]) -> None:
+        """No element in that map; flows stay, which are another mode's by now."""
+        with self.transaction() as batch:
+            for version, keys in keys_by_version(tuples):
+                batch.remove(elements[version], keys)
+
     def lead(self, batch: Batch, tuples: Iterable[FourTuple]) -> None:
         """Others' rules lead them on: the silence about a listener that has moved is not for them."""
         for version, keys in keys_by_version(tuples):
