@@ -41,7 +41,7 @@ def of_daemon() -> set[str]:
     found = set(_of_python(PROJECT / "daemon/sockmi", DAEMON))
     for name in ("config.py", "transport/keyring.py"):  # become parts of a ConfigError or KeyFileError
         found |= set(_of_python(PROJECT / "daemon/sockmi" / name, {"ValueError": 0}))
-    return found
+    return found | set(_returned(PROJECT / "daemon/sockmi/redirect/iptables.py", {"unloaded", "unusable"}))
 
 
 def of_clients() -> set[str]:
@@ -95,6 +95,15 @@ def _of_source(source: str, exceptions: dict[str, int]) -> Iterator[str]:
             sentence = _text(named.get(said.id, said) if isinstance(said, ast.Name) else said)
             if _own_words(sentence):
                 yield sentence
+
+
+def _returned(file: Path, functions: set[str]) -> Iterator[str]:
+    """What ``functions`` say by their value."""
+    for function in ast.walk(ast.parse(file.read_text())):
+        if isinstance(function, ast.FunctionDef) and function.name in functions:
+            for node in ast.walk(function):
+                if isinstance(node, ast.Return) and node.value and _own_words(sentence := _text(node.value)):
+                    yield sentence
 
 
 def _said(node: ast.AST, exceptions: dict[str, int]) -> Iterator[ast.expr]:

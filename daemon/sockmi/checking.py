@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from sockmi.config import Config, GroupConfig
 from sockmi.engine.choice import choose
 from sockmi.engine.kernel import ModuleMissing
+from sockmi.redirect.base import Mode
 from sockmi.transport.keyring import KeyFileError, Keyring
 
 
@@ -23,11 +24,16 @@ class Found:
 
 
 def examine(config: Config) -> Found:
-    """Look at key files, interfaces, the state folder and the engine; as root, else less can be seen."""
+    """Look at key files, interfaces, the state folder, iptables and the engine.
+
+    As root, else less can be seen.
+    """
     found = Found()
     for group in config.groups:
         _group(group, found)
     _state(config, found)
+    if Mode.IPTABLES in config.redirect.modes:
+        _iptables(found)
     if os.geteuid() == 0:
         try:
             engine, why = choose(config.engine, 0)
@@ -56,3 +62,10 @@ def _state(config: Config, found: Found) -> None:
         found.missing.append(f"state_dir: {folder} cannot be written by this user")
     elif folder.exists() and not folder.is_dir():
         found.wrong.append(f"state_dir: {folder} is no folder")
+
+
+def _iptables(found: Found) -> None:
+    from sockmi.redirect.iptables import unloaded, unusable  # and pyroute2: only for who uses that mode
+
+    if why := unusable() or unloaded():
+        found.missing.append(f"redirect mode iptables: {why}")

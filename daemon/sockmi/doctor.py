@@ -245,11 +245,12 @@ def _reverse_path() -> Check:
 def _iptables(modes: Sequence[Mode]) -> list[Check]:
     if Mode.IPTABLES not in modes:
         return []
-    from sockmi.redirect.iptables import unusable  # and pyroute2 with it: only for who uses that mode
+    # And pyroute2 with it: only for who uses that mode.
+    from sockmi.redirect.iptables import unloaded, unusable
 
-    if why := unusable():
+    if why := unusable() or unloaded():
         return [_bad("iptables", f"Redirects in mode iptables cannot be set up: {why}.", _IPTABLES_MEND)]
-    return [_ok("iptables", "iptables is the legacy one, and python-iptables is there.")]
+    return [_ok("iptables", "iptables is the legacy one; python-iptables and its modules are there.")]
 
 
 def _streams(silent: Mapping[str, Sequence[Endpoint]]) -> Check:

@@ -118,6 +118,43 @@ def test_keys_of_groups_that_it_left_go(host: RoleHost) -> None:
     assert configure("green") == 0
 
 
+# Knows one module more than the kernel has loaded, and notes what it is asked to load.
+MODPROBE = """#!/bin/sh
+[ "$1" = --dry-run ] || { echo "$@" >>/etc/asked; exit; }
+[ "$3" = other_tables ]
+"""
+
+
+def test_modules_of_legacy_iptables_are_loaded(host: RoleHost, tmp_path: Path) -> None:
+    """Now and at boot, while the mode is asked for, in whichever variable."""
+    (tmp_path / "modprobe").write_text(MODPROBE)
+    host.sh(f"install -m 755 {tmp_path}/modprobe /usr/local/bin/modprobe")
+    host.sh("test -e /proc/net/ip_tables_names || exit 1")  # of this machine's kernel: nothing to do
+    file = "/etc/modules-load.d/sockmi-iptables.conf"
+    host.release("/opt/sockmi")
+
+    def run(modes: dict[str, Any], *tasks: str, check: bool = False, **others: Any) -> int:
+        code, output, changed = host.tasks(*tasks, check=check, sockmi_group_key=KEY, **modes, **others)
+        assert code == 0, output
+        return changed
+
+    asked: dict[str, Any] = {"sockmi_redirect_modes": ["nat", "iptables"]}
+    unloaded = {"__sockmi_xtables": ["ip_tables", "other_tables"]}
+    predicted = run(asked, "gather", "host", check=True, **unloaded)
+    assert "asked" not in host.sh(f"ls /etc; test ! -e {file}")
+    assert run(asked, "gather", "host", **unloaded) == predicted
+    assert host.sh(f"cat /etc/asked; grep -v '^#' {file}") == "--all other_tables\nip_tables\nother_tables\n"
+    run(asked, "gather", "host")
+    assert host.sh(f"cat /etc/asked; grep -v '^#' {file}") == "--all other_tables\nip_tables\nip6_tables\n"
+    settings: dict[str, Any] = {"sockmi_settings": {"redirect": {"modes": ["iptables"]}}}
+    assert run(settings, "gather", "host") == 0
+    assert run({}, "gather", "host") == 1
+    assert "sockmi" not in host.sh("ls /etc/modules-load.d")
+    run(asked, "gather", "host")
+    run({}, "uninstall")
+    assert "sockmi" not in host.sh("ls /etc/modules-load.d")
+
+
 # As a router says it (RFC 4861, 4.2): for 1800 s by this way.
 ADVERTISING = """
 import socket, struct

@@ -82,6 +82,20 @@ def test_capabilities_that_not_even_root_has(host: RoleHost) -> None:
     assert (changed, untouched(host)) == (0, before)
 
 
+def test_a_kernel_without_legacy_iptables(host: RoleHost) -> None:
+    """Where the mode is asked for."""
+    before = untouched(host)
+    absent = {"__sockmi_xtables": ["no_such_tables"]}
+    code, said, changed = host.tasks(
+        "preflight", sockmi_group_key=KEY, sockmi_redirect_modes=["nat", "iptables"], **absent
+    )
+    assert code != 0
+    assert "has no module no_such_tables, without which there is no redirect mode iptables; leave" in said
+    assert (changed, untouched(host)) == (0, before)
+    code, said, changed = host.tasks("preflight", sockmi_group_key=KEY, **absent)
+    assert (code, changed) == (0, 0), said
+
+
 @pytest.mark.parametrize(("release", "name"), [(UBUNTU, "Ubuntu 24.04.2 LTS"), (ROCKY, "Rocky Linux 9.5")])
 def test_what_is_not_proven_is_said_to_be(host: RoleHost, tmp_path: Path, release: str, name: str) -> None:
     proven = "SockMi is proven on Debian 12 and 13."

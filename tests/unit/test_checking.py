@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sockmi.redirect import iptables
 from sockmi.service import main
 from sockmi.transport.keyring import generate
 
@@ -78,3 +79,17 @@ def test_an_engine_without_its_module(tmp_path: Path, capsys: pytest.CaptureFixt
     status, said, _wrong = check(tmp_path, capsys, engine="kernel")
     assert status == 0
     assert "but sockmid would not start now: engine: kernel is asked for, but /dev/sockmi" in said
+
+
+def test_legacy_iptables_that_the_kernel_has_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where that mode is asked for."""
+    generate(tmp_path / "group.key")
+    monkeypatch.setattr(iptables, "unusable", lambda: None)
+    monkeypatch.setattr(iptables, "_NET", tmp_path)
+    for modes, told in ((["nat"], False), (["nat", "iptables"], True)):
+        status, said, _wrong = check(tmp_path, capsys, engine="repair", redirect={"modes": modes})
+        assert status == 0
+        head = "but sockmid would not start now: redirect mode iptables: the kernel has not loaded "
+        assert (f"{head}ip_tables and ip6_tables; `modprobe -a ip_tables ip6_tables`" in said) == told

@@ -91,14 +91,19 @@ def test_reverse_path(proc: Path, everywhere: dict[str, int], here: dict[str, in
         assert doctor._reverse_path().status is CheckStatus.OK
 
 
-def test_iptables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_iptables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = SimpleNamespace(stdout="iptables v1.8.9 (nf_tables)\n")
     monkeypatch.setattr(iptables.subprocess, "run", lambda *_words, **_options: said)
+    monkeypatch.setattr(iptables, "_NET", tmp_path)
     assert doctor._iptables([Mode.NAT]) == []
     [check] = doctor._iptables([Mode.NAT, Mode.IPTABLES])
     bad(check, CheckStatus.ERROR, "nf_tables", "iptables-legacy", "redirect.modes")
     monkeypatch.setattr(iptables.importlib.util, "find_spec", lambda name: object())
     said.stdout = "iptables v1.8.9 (legacy)\n"
+    (tmp_path / "ip_tables_names").touch()
+    [check] = doctor._iptables([Mode.IPTABLES])
+    bad(check, CheckStatus.ERROR, "has not loaded ip6_tables;", "`modprobe -a ip6_tables`", "modules-load.d")
+    (tmp_path / "ip6_tables_names").touch()
     [check] = doctor._iptables([Mode.IPTABLES])
     assert check.status is CheckStatus.OK
 

@@ -47,6 +47,7 @@ _TCP_SYN_RECV, _TCP_ESTABLISHED = 2, 3
 _ESTABLISHED_S = 432000
 _AWAY, _HOME, _UNTRACKED, _MUTE = "away", "home", "raw", "mute"
 _PACKAGES = str(Path(__file__).resolve().parents[2])
+_NET = Path("/proc/thread-self/net")
 _Target = tuple[str, dict[str, str]]
 
 
@@ -69,6 +70,21 @@ def unusable(command: str = "iptables") -> str | None:
     if importlib.util.find_spec("iptc") is None:
         return "python-iptables is not installed; `pip install python-iptables`, or use redirect mode nat"
     return None
+
+
+def unloaded() -> str | None:
+    """None if the kernel has legacy iptables, else what to do.
+
+    Its tables, matches and targets the kernel loads itself when they are asked for, but ip_tables and
+    ip6_tables whoever wants them has to: the daemon's unit leaves it no CAP_SYS_MODULE.
+    """
+    absent = [name for name in ("ip_tables", "ip6_tables") if not (_NET / f"{name}_names").exists()]
+    if not absent:
+        return None
+    return (
+        f"the kernel has not loaded {' and '.join(absent)}; `modprobe -a {' '.join(absent)}`, at boot by a "
+        "file in /etc/modules-load.d, or use redirect mode nat"
+    )
 
 
 class _Worker:
@@ -134,7 +150,13 @@ class Iptables:
             raise OSError(errno.EOPNOTSUPP, f"redirect mode iptables: {reason}")
         self._tables.setup(self.mode)
         for worker in self._workers.values():
-            worker.call("install")
+            try:
+                worker.call("install")
+            except OSError:
+                # Not asked before: of a daemon that may load modules python-iptables has loaded them by now.
+                if reason := unloaded():
+                    raise OSError(errno.EOPNOTSUPP, f"redirect mode iptables: {reason}") from None
+                raise
         away = self._list(_AWAY)
         self._expect_redirects(importer.address for _unused, importer in away)
         self._track(_AWAY, away)

@@ -3,7 +3,8 @@
 
 The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`, the
 file `before`, `groups` (none: to remove all), `headers` (how a family's package of the kernel's headers
-begins); with `by_unit` the prefix is the installed unit's, if any.
+begins), `xtables` (the kernel's modules of legacy iptables); with `by_unit` the prefix is the installed
+unit's, if any.
 Python 3.8 and later.
 """
 
@@ -124,6 +125,17 @@ def headers_known(package):
     if not shutil.which("apt-cache"):
         return None
     return bool(said("apt-cache", "--quiet", "show", package))
+
+
+def xtables(names):
+    """Those that the kernel has not loaded, and of these those that it has not at all."""
+    unloaded = [name for name in names if not Path("/proc/net", name + "_names").exists()]
+    program = shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    absent = []
+    for name in unloaded if program else []:
+        if subprocess.run([program, "--dry-run", "--quiet", name], check=False).returncode:
+            absent.append(name)
+    return {"unloaded": unloaded, "absent": absent}
 
 
 def before(path):
@@ -288,6 +300,7 @@ def main():
             "sysctls": {name: text(setting(name)) for name in [*heard, *asked["sysctls"]]},
             "ptrace_scope": text("/proc/sys/kernel/yama/ptrace_scope"),
             "mtu": {path.parent.name: int(text(path) or 0) for path in Path("/sys/class/net").glob("*/mtu")},
+            "xtables": xtables(asked.get("xtables", [])),
             "module_there": Path("/sys/module/sockmi").is_dir() or any(Path("/usr/src").glob("sockmi-*")),
             "units": {
                 name: {
