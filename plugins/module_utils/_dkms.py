@@ -59,7 +59,7 @@ class Dkms:
         if source is None and not versions:
             self._examine()  # which matters more
             raise WrongValue("DKMS has no module sockmi yet; give source, its source tree.")
-        version = source.version if source else max(versions, key=_in_order)
+        version = source.version if source else max(versions, key=in_order)
         kernels = self._installed()
         folder = SOURCES / f"{NAME}-{version}"
         fresh = source is not None and (version not in versions or digest(folder) != source.digest)
@@ -216,6 +216,6 @@ class Dkms:
             )
 
 
-def _in_order(version: str) -> list[tuple[int, str]]:
+def in_order(version: str) -> list[tuple[int, str]]:
     """What versions are sorted by: 1.10 comes after 1.9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.+~-]", version)]

@@ -188,7 +188,7 @@ from typing import Any  # noqa: E402
 
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils import _module  # noqa: E402
-from ansible_collections.sockmi.appliance.plugins.module_utils._dkms import Dkms  # noqa: E402
+from ansible_collections.sockmi.appliance.plugins.module_utils._dkms import Dkms, in_order  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._loaded import Loaded  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._obstacle import Obstacle  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._source import Source  # noqa: E402
@@ -275,7 +275,7 @@ class Kmod:
         versions = self.dkms.versions()
         installed = [version for version, here in versions.items() if here]
         return {
-            "version": (installed or sorted(versions) or [None])[-1],
+            "version": max(installed or versions, key=in_order, default=None),
             "built": bool(installed),
             "loaded": self.loaded.there,
             "parameters": _configured(),

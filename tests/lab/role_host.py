@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A host for the role's tasks: folders, network and processes of its own, the rest is this machine's.
 
-There is no systemd in it: units are written, enabled and removed, but nothing is started (SYSTEMD_OFFLINE).
+There is no systemd in it: units are written, enabled and removed, but nothing is started (SYSTEMD_OFFLINE),
+unless `RoleHost.systemd` stands in for it.
 What needs a running daemon is tested on virtual machines (molecule/).
 """
 
@@ -47,6 +48,27 @@ for folder in /usr/bin /usr/sbin /usr/share /usr/lib; do
 	mount -t overlay -o lowerdir={there}$folder:$folder overlay $folder
 done
 [ ! -d {there}/etc ] || cp -r {there}/etc/. /etc
+"""
+# Units run while their file in /run/units is there; /run/refuses, a script, fails where one does not start.
+SYSTEMCTL = """#!/bin/sh
+verb=$1 unit=$2 running=/run/units/$2
+[ "$verb" != show ] || [ "$2" = "${2#--}" ] || unit=$4 running=/run/units/$4
+case $verb in
+is-active) [ -e $running ] && echo active || { echo inactive; exit 3; } ;;
+is-enabled) [ -e $running.enabled ] && echo enabled || { echo disabled; exit 1; } ;;
+show)
+	[ "$2" = "$unit" ] || { echo 0; exit; }
+	[ -e /etc/systemd/system/$unit ] && echo LoadState=loaded || echo LoadState=not-found
+	[ -e $running ] && echo ActiveState=active || echo ActiveState=inactive ;;
+*)
+	echo "$*" >>/run/units/asked
+	case $verb in
+	start|restart) rm -f $running; sh /run/refuses && touch $running || { echo 'Job failed.' >&2; exit 1; } ;;
+	stop) rm -f $running ;;
+	enable) touch $running.enabled ;;
+	disable) rm -f $running.enabled ;;
+	esac ;;
+esac
 """
 
 
@@ -111,7 +133,7 @@ class RoleHost:
     ) -> list[str]:
         """Run each case's tasks with its variables, all in one run of Ansible; with what each failed.
 
-        ``hosts``: what Ansible takes this one for.
+        ``hosts``: what Ansible takes this one for. A ``__sockmi_probe`` takes the place of what is found out.
         """
         told = {"msg": f"told {FAILURES} end"}
         plays = [
@@ -119,7 +141,13 @@ class RoleHost:
                 **LOCAL,
                 "hosts": "all",
                 "vars": variables,
-                "tasks": [{"block": _including(*tasks), "rescue": [{"ansible.builtin.debug": told}]}],
+                "tasks": [
+                    {
+                        # Of an include they are stronger than facts.
+                        "block": [one | {"vars": _probed(variables)} for one in _including(*tasks)],
+                        "rescue": [{"ansible.builtin.debug": told}],
+                    }
+                ],
             }
             for tasks, variables in cases
         ]
@@ -149,6 +177,19 @@ class RoleHost:
         file = Path(f"{self.scratch}.yml")
         file.write_text(json.dumps(plays))
         return file
+
+    def systemd(self, *running: str) -> None:
+        """A stand-in for systemd, with units that run and are enabled; see `asked`."""
+        program = self.scratch.with_name("systemctl")
+        program.write_text(SYSTEMCTL)
+        self.sh("mkdir -p /run/systemd/system /run/units; touch /run/refuses")
+        self.sh(f"cp {program} /usr/local/bin/systemctl; chmod +x /usr/local/bin/systemctl")
+        for unit in running:
+            self.sh(f"touch /run/units/{unit} /run/units/{unit}.enabled")
+
+    def asked(self) -> list[str]:
+        """What the stand-in was asked to do, since the last time."""
+        return self.sh("cat /run/units/asked || true; rm -f /run/units/asked").splitlines()
 
     def unpack(self, name: str) -> None:
         """A package that is not installed here, as ``scripts/setup tests`` downloads it."""
@@ -180,6 +221,10 @@ FAILURES = (
     "| selectattr('key', 'in', ['msg', 'stderr']) | map(attribute='value') | join(' ') }}"
 )
 LOCAL = {"connection": "local", "gather_facts": False}
+
+
+def _probed(variables: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in variables.items() if name == "__sockmi_probe"}
 
 
 def _including(*tasks: str) -> list[dict[str, Any]]:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,15 @@ echo 'none [integrity] confidentiality' >/sys/kernel/security/lockdown
 WITHOUT_ARCHIVE = """
 mount -t tmpfs lists /var/lib/apt/lists; mount -t tmpfs cache /var/cache/apt
 sed -i 's/^Package: linux-headers-/&not-/' /var/lib/dpkg/status
+"""
+# What the role finds out, with its defaults.
+PROBING = """
+- hosts: localhost
+  connection: local
+  gather_facts: false
+  tasks:
+    - ansible.builtin.include_role: {name: sockmi.appliance.sockmi, tasks_from: gather, public: true}
+    - ansible.builtin.copy: {content: "{{ __sockmi_probe | to_json }}", dest: /run/probe.json, mode: "0600"}
 """
 UBUNTU = 'ID=ubuntu\nID_LIKE=debian\nVERSION_ID="24.04"\nPRETTY_NAME="Ubuntu 24.04.2 LTS"\n'
 ROCKY = 'ID=rocky\nID_LIKE="rhel centos fedora"\nVERSION_ID="9.5"\nPRETTY_NAME="Rocky Linux 9.5"\n'
@@ -106,3 +117,54 @@ def test_what_is_not_proven_is_said_to_be(host: RoleHost, tmp_path: Path, releas
     _code, said, changed = host.tasks("preflight", sockmi_group_key=KEY, sockmi_packages=False)
     assert f"{proven} {name} has variables, but nobody has tried it there." in said
     assert changed == 0
+
+
+def probed(host: RoleHost, folder: Path) -> dict[str, Any]:
+    """What the role finds out of a host that has all it needs."""
+    (folder / "probing.yml").write_text(PROBING)
+    done = host.play("-i", "localhost,", folder / "probing.yml")
+    assert done.returncode == 0, done.stdout
+    found: dict[str, Any] = json.loads(host.sh("cat /run/probe.json"))
+    return found | {"mtu": {"eth0": 1500, "tun0": 1449}, "free_mib": 201, "lacking_capabilities": []}
+
+
+def test_what_is_in_the_way_is_named(host: RoleHost, tmp_path: Path) -> None:
+    """Each alone, on a host that is else fit, and nothing has been done by then."""
+    fit = probed(host, tmp_path)
+    tunnel = {"sockmi_groups": [{"name": "default", "interface": "tun0"}]}
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {}, ""),
+        (
+            {"family": "other", "name": "Arch Linux"},
+            {},
+            "Arch Linux is neither of the Debian nor of the RHEL",
+        ),
+        ({"root": False}, {}, "The tasks do not run as root; use become"),
+        ({"systemd": False}, {}, "systemd does not run there, and the daemon is a unit of it"),
+        ({"kernel": "5.9.16-1-amd64"}, {}, "Linux 5.9.16-1-amd64 is too old; the daemon needs 5.10"),
+        ({"ptrace_scope": "3"}, {}, "kernel.yama.ptrace_scope is 3, so no owner of a socket can be stopped"),
+        ({"free_mib": 200}, {}, "/opt/sockmi has 200 MiB left; a release needs 200"),
+        ({}, tunnel, "The MTU of tun0 is below 1450"),
+        ({"mtu": {"tun0": 1450}}, tunnel, ""),
+        ({"python": None}, {}, "has no Python 3.11, 3.12 or 3.13"),
+        ({"python": {"path": "/usr/bin/python3", "tag": "cp39"}}, {}, "has no Python 3.11, 3.12 or 3.13"),
+    ]
+    before = untouched(host)
+    own = {"sockmi_group_key": KEY, "sockmi_kernel_module": "none"}
+    told = host.cases(
+        [(("preflight",), own | more | {"__sockmi_probe": fit | unfit}) for unfit, more, _said in cases]
+    )
+    for (unfit, _more, said), answer in zip(cases, told, strict=True):
+        assert said in answer, (unfit, answer)
+        assert bool(said) == bool(answer), (unfit, answer)
+    assert untouched(host) == before
+
+
+def test_packages_may_bring_a_python(host: RoleHost, tmp_path: Path) -> None:
+    """Check mode does not miss one that the run would install, as on RHEL 9, whose own is 3.9."""
+    old = {"python": {"path": "/usr/bin/python3", "tag": "cp39"}}
+    fit = probed(host, tmp_path) | old
+    for packages, code in [(fit["packages"], 2), (["kmod", "nftables"], 0)]:
+        known = {"__sockmi_probe": fit | {"packages": packages}, "sockmi_kernel_module": "none"}
+        rc, said, _changed = host.tasks("preflight", check=True, sockmi_group_key=KEY, **known)
+        assert (rc, "has no Python 3.11" in said) == (code, code == 2), said

@@ -82,6 +82,21 @@ def test_only_what_belongs_there_is_in_it(installed: Path) -> None:
             content.decode()
 
 
+# Its controller's oldest Python is 3.11, in which the wheelhouse is built (tomllib).
+CORE = "2.18"
+
+
+def test_the_oldest_core_is_told_alike() -> None:
+    told = {
+        "README.md": rf"core {CORE} or later",
+        "requirements.txt": rf"ansible-core>={CORE},",
+        "meta/runtime.yml": rf'requires_ansible: ">={CORE}.0"',
+        "roles/install/meta/main.yml": rf'min_ansible_version: "{CORE}"',
+    }
+    for name, pattern in told.items():
+        assert re.search(pattern, (collection.PROJECT / name).read_text()), name
+
+
 def test_a_playbook_of_it_does_its_work(installed: Path) -> None:
     done = run(installed, "ansible-playbook", "sockmi.appliance.migrate", "-i", "web1,")
     assert done.returncode != 0
@@ -146,6 +161,31 @@ def test_so_many_hosts_at_a_time(installed: Path, name: str) -> None:
         said = " ".join((done.stdout + done.stderr).split())
         assert f"sockmi_serial is '{wrong}'; give a number of hosts" in said
         assert (done.returncode != 0, "Traceback" in said) == (True, False), said
+
+
+@pytest.mark.parametrize("name", ["install", "uninstall"])
+@pytest.mark.parametrize(
+    ("hosts", "words"),
+    [
+        ("sockmi", []),
+        ("wbe1", ["-i", "web1,", "-e", "sockmi_hosts=wbe1"]),
+        ("web1", ["-i", "web1,web2,", "-e", "sockmi_hosts=web1", "--limit", "web2"]),
+    ],
+)
+def test_a_run_on_nobody_fails(installed: Path, name: str, hosts: str, words: list[str]) -> None:
+    """As one in which nothing failed it would pass for done."""
+    done = run(installed, "ansible-playbook", f"sockmi.appliance.{name}", *words)
+    said = f"sockmi_hosts is '{hosts}', and that is no host of this run;"
+    assert (done.returncode, said in " ".join(done.stdout.split())) == (2, True), done.stdout
+
+
+@pytest.mark.parametrize("name", ["install", "uninstall"])
+def test_a_host_of_a_lab_is_refused(installed: Path, name: str) -> None:
+    """Its files are the controller's; ansible.cfg of a checkout names the lab's inventory."""
+    words = ["-i", collection.root(installed) / "inventories/lab", "-e", "sockmi_group_key=" + "f00d" * 16]
+    done = run(installed, "ansible-playbook", f"sockmi.appliance.{name}", *words)
+    said = " ".join(done.stdout.split())
+    assert (done.returncode, said.count("is a network namespace of the controller, and")) == (2, 8), said
 
 
 def test_the_role_is_documented_under_its_name(installed: Path) -> None:

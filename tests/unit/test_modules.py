@@ -961,8 +961,17 @@ def test_kmod_leaves_no_kernel_without_a_module(
 def test_kmod_takes_the_latest_version_that_dkms_has(load: Callable[[str], Any]) -> None:
     dkms = load("module_utils._dkms")
     versions = ["1.9", "1.10", "1.10.1", "1.2", "99.0.0"]
-    assert sorted(versions, key=dkms._in_order) == ["1.2", "1.9", "1.10", "1.10.1", "99.0.0"]
-    assert max(versions[:2], key=dkms._in_order) == "1.10"
+    assert sorted(versions, key=dkms.in_order) == ["1.2", "1.9", "1.10", "1.10.1", "99.0.0"]
+    assert max(versions[:2], key=dkms.in_order) == "1.10"
+
+
+def test_kmod_tells_the_latest_version(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_command(words: list[str]) -> tuple[int, str, str]:
+        rows = "".join(f"sockmi/{one}, {os.uname().release}, x86_64: installed\n" for one in ("1.9", "1.10"))
+        return 0, rows if words[1] == "status" else "", ""
+
+    monkeypatch.setattr(host, "run_command", run_command)
+    assert host.run(state="unloaded")["version"] == "1.10"
 
 
 def test_kmod_tells_what_dkms_said(load: Callable[[str], Any]) -> None:

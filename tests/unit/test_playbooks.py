@@ -285,6 +285,8 @@ def test_no_restart_while_something_is_being_moved(playbook: Callable[[int], Pla
     code, output = made.play(made.folder / "play.yml")
     assert (code == 0, "msg: restarted" in output) == (ends, ends), output
     assert ("Wait until nothing is being moved" in output, next(asked)) == (True, 3 if ends else 0)
+    told = "a: 1 migrations are under way after sockmi_wait_s (4 s), and a restart would undo them;"
+    assert (told in output) != ends
 
 
 @pytest.mark.parametrize("name", ["migrate", "drain"])
