@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
 
 from pydantic_core import from_json
+
+from sockmi.shell import time_text
 
 
 class History:
@@ -35,8 +37,8 @@ class History:
         conditions = [
             ("direction = ?", [direction] if direction else None),
             # Records have their times in UTC, in a form that sorts as text.
-            ("content ->> '$.started_at' >= ?", [_text(since)] if since else None),
-            ("content ->> '$.started_at' < ?", [_text(until)] if until else None),
+            ("content ->> '$.started_at' >= ?", [time_text(since)] if since else None),
+            ("content ->> '$.started_at' < ?", [time_text(until)] if until else None),
             ("content ->> '$.batch_id' = ?", [str(batch_id)] if batch_id else None),
             ("? IN (content ->> '$.from', content ->> '$.to')", [host] if host else None),
             (
@@ -76,6 +78,3 @@ class History:
         """Close the connection."""
         self._database.close()
 
-
-def _text(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat()

@@ -145,14 +145,19 @@ def whole_record(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def now_text() -> str:
-    """The time as migration records have it: ISO 8601, UTC, to the millisecond."""
+    """Now, as migration records have it."""
     return _time_text(time.time_ns() // 1_000_000)
 
 
 @functools.lru_cache(maxsize=1)
 def _time_text(milliseconds: int) -> str:
     """A chunk asks for it hundreds of times in one of them."""
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
+    return time_text(datetime.fromtimestamp(milliseconds / 1000, UTC))
+
+
+def time_text(moment: datetime) -> str:
+    """A time as migration records have it: ISO 8601, UTC (``Z``), to the millisecond."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 def microseconds_since(start: float) -> int:

@@ -68,7 +68,7 @@ def test_prune_goes_bit_by_bit(tmp_path: Path) -> None:
 
 
 def whole(**news: object) -> dict[str, object]:
-    return {"started_at": "2026-11-23T12:00:00+00:00", **news}
+    return {"started_at": "2026-11-23T12:00:00.000Z", **news}
 
 
 @pytest.mark.parametrize("folded", [True, False])

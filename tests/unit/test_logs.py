@@ -25,7 +25,7 @@ RECORD = {
     "to": "b",
     "migration_id": "7f0c0f0e-3f0b-4d0f-9f3d-2f1f6a1b7c01",
     "step": "active",
-    "ended_at": "2026-01-01T00:00:00+00:00",
+    "ended_at": "2026-01-01T00:00:00.000Z",
 }
 
 

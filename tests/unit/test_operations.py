@@ -84,7 +84,7 @@ def record(migration: UUID | None = None, **news: Any) -> dict[str, Any]:
         "state": "ESTABLISHED",
         "from": "a",
         "to": "b",
-        "started_at": "2026-11-23T12:00:00+00:00",
+        "started_at": "2026-11-23T12:00:00.000Z",
         "step": "active",
         "outcome": "moved",
         **news,
@@ -193,7 +193,7 @@ def test_a_number_that_is_another_socket_by_now_is_refused(setting: Setting) -> 
 
 def test_what_has_moved_is_answered_and_the_rest_is_moved(setting: Setting) -> None:
     before, now = uuid4(), uuid4()
-    setting.know(record(before, user_id=7, ended_at="2026-11-23T12:00:01+00:00"))
+    setting.know(record(before, user_id=7, ended_at="2026-11-23T12:00:01.000Z"))
     request = api.ExportRequest(**sockets(before, now))
     [answer] = setting.ask(request, null(), null(), uid=7)
     assert [one["outcome"] for one in answer["migrations"]] == ["moved", "moved"]
@@ -341,10 +341,10 @@ def test_owners_that_cannot_be_stopped_are_a_verdict(
 def test_history_filters(setting: Setting) -> None:
     batch = uuid4()
     rows = [
-        record(started_at="2026-11-23T12:00:00+00:00", outcome="moved", batch_id=str(batch)),
-        record(started_at="2026-11-23T12:00:00.500000+00:00", outcome="failed", to="c"),
-        record(started_at="2026-11-24T12:00:00+00:00", outcome="refused", direction="import"),
-        record(started_at="2026-11-25T12:00:00+00:00", outcome=None),
+        record(started_at="2026-11-23T12:00:00.000Z", outcome="moved", batch_id=str(batch)),
+        record(started_at="2026-11-23T12:00:00.500Z", outcome="failed", to="c"),
+        record(started_at="2026-11-24T12:00:00.000Z", outcome="refused", direction="import"),
+        record(started_at="2026-11-25T12:00:00.000Z", outcome=None),
     ]
     setting.know(*rows)
 
@@ -363,7 +363,7 @@ def test_history_filters(setting: Setting) -> None:
     assert which(limit=1) == [2]
     assert which(since=day) == [2]
     assert which(until=day) == [1, 0]
-    assert which(since=datetime(2026, 11, 23, 12, 0, 0, 100, tzinfo=UTC), until=day) == [1]
+    assert which(since=datetime(2026, 11, 23, 12, 0, 0, 100_000, tzinfo=UTC), until=day) == [1]
     assert which(outcomes=[api.Outcome.MOVED, api.Outcome.FAILED]) == [1, 0]
     assert which(outcomes=[]) == []
     assert which(direction=api.Direction.IMPORT) == [2]
