@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
-import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -22,11 +20,11 @@ from sockmi.protocol.actions import Reroute
 from sockmi.protocol.records import Place, Route
 from sockmi.redirect.base import Mode, Redirect
 from sockmi.redirect.forward import Forward
-from sockmi.redirect.icmp import _ipv4, _ipv6, _RawSender, checksum
 from sockmi.redirect.iptables import Iptables, unusable
 from sockmi.redirect.nat import Nat
 from sockmi.redirecting import Redirecting
 from sockmi.shell import outbound
+from tests.lab.raw_segments import segments
 from tests.lab.redirect_lab import Capture, Host, Lab, until
 
 LEGACY = "iptables-legacy"
@@ -55,34 +53,20 @@ class Sender:
 
     def __init__(self, host: Host, source: Endpoint, to: Endpoint) -> None:
         self.sent = 0
-        self._host, self._to = host, to
-        self._packet = _segment(source, to)
+        self._host, self._tuple = host, FourTuple(source, to)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
-        with self._host.inside():
-            sender = _RawSender(0)
+        with self._host.inside(), segments(self._tuple) as send:
             while not self._stop.is_set():
-                sender.send(self._packet, self._to.address)
+                send()
                 self.sent += 1
-            sender.close()
 
     def stop(self) -> None:
         self._stop.set()
         self._thread.join(10)
-
-
-def _segment(source: Endpoint, to: Endpoint) -> bytes:
-    ends = source.address.packed + to.address.packed
-    tcp = struct.pack("!HHIIBBHHH", source.port, to.port, 1, 1, 0x50, 0x10, 4096, 0, 0)
-    total = checksum(ends + struct.pack("!II", len(tcp), socket.IPPROTO_TCP) + tcp)
-    tcp = tcp[:16] + struct.pack("!H", total) + tcp[18:]
-    addresses = source.address.packed, to.address.packed
-    if source.address.version == 4:
-        return _ipv4(socket.IPPROTO_TCP, 20 + len(tcp), *addresses) + tcp
-    return _ipv6(socket.IPPROTO_TCP, len(tcp), *addresses) + tcp
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from sockmi.redirect.settings import Settings
 from sockmi.redirect.tables import Tables
 from sockmi.redirect.takeover import Takeover
 from tests.lab import redirect_lab as lab_of
+from tests.lab.raw_segments import segment
 from tests.lab.redirect_lab import Capture, Host, Lab, Talker, ends, until
 
 LEGACY = "iptables-legacy"
@@ -479,41 +479,6 @@ def test_late_packet(lab: Lab, mode: Mode, version: int) -> None:
         assert bool(c.capture.resets) is (mode is not Mode.TAKEOVER)
         until(lambda: lab.a.tables.read_flows() == {}, "nothing is left", 5)
     site.teardown()
-
-
-def segment(
-    host: Host, t: FourTuple, data: bytes = b"", mark: int = 0, *, sequence: int = 1, ack: int = 1
-) -> None:
-    """Send one raw TCP segment with ACK from ``host``, whoever has these addresses."""
-    body = (
-        struct.pack(
-            "!HHIIBBHHH",
-            t.local.port,
-            t.remote.port,
-            sequence & 0xFFFFFFFF,
-            ack & 0xFFFFFFFF,
-            0x50,
-            0x18,
-            4096,
-            0,
-            0,
-        )
-        + data
-    )
-    pseudo = t.local.address.packed + t.remote.address.packed + struct.pack("!II", len(body), 6)
-    from sockmi.redirect.icmp import _ipv4, _ipv6, _RawSender, checksum
-
-    body = body[:16] + struct.pack("!H", checksum(pseudo + body)) + body[18:]
-    source, destination = t.local.address.packed, t.remote.address.packed
-    header = (
-        _ipv4(6, 20 + len(body), source, destination)
-        if t.version == 4
-        else _ipv6(6, len(body), source, destination)
-    )
-    with host.inside():
-        sender = _RawSender(mark)
-        sender.send(header + body, t.remote.address)
-        sender.close()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
