@@ -77,4 +77,3 @@ class History:
     def close(self) -> None:
         """Close the connection."""
         self._database.close()
-

@@ -189,10 +189,9 @@ class Members:
         if self._streams.open(host):
             self._loop.call_soon(self._on_opened, host)
 
-    def open_early(self, host: HostId | None) -> None:
-        """Something will soon go to this host: the stream is there by then, as far as it can be had."""
-        if host is not None:
-            self._streams.open(host)
+    def open_early(self, host: HostId) -> None:
+        """The same, as far as it can be had, for what asks for it later."""
+        self._streams.open(host)
 
     # -- who is there
 

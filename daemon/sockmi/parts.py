@@ -39,6 +39,9 @@ class Parts(Protocol):
     redirecting: Redirecting
     why_engine: str
 
+    def expect(self, host: HostId) -> None:
+        """Something will soon go to this host: the stream to it is there by then, if it can be had."""
+
     def missed(self) -> list[HostId]:
         """Hosts that are not heard, though something waits for them or is led to them."""
 

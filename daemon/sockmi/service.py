@@ -19,7 +19,6 @@ import socket
 import sqlite3
 import sys
 import time
-from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from sockmi import durable, logs, notify
@@ -395,16 +394,22 @@ class Daemon:
         self._opening.add(action.host)
         self.members.open(action.host)
 
+    def expect(self, host: HostId) -> None:
+        """See `sockmi.parts.Parts`."""
+        self.members.open_early(host)
+        self._foresee(host)
+
+    def _foresee(self, host: HostId) -> None:
+        if (member := self.members.member(host)) is not None:
+            self.exporting.reachability.foresee(to_endpoint(member.address).address)
+
     def _stream_opened(self, host: HostId) -> None:
         """When RESERVE is on its way there is time, if it was us who wanted the stream."""
         self.driver.dispatch(events.StreamOpened(host))
-        if host in self._opening and (member := self.members.member(host)):
-            self.loop.call_later(0, self._foresee, to_endpoint(member.address).address)
+        if host in self._opening:
+            self._foresee(host)
+            self.loop.call_later(0, self._rehearse, time.monotonic() + _REHEARSING_MAX_S)
         self._opening.discard(host)
-
-    def _foresee(self, importer: IPv4Address | IPv6Address) -> None:
-        self.exporting.freezer.foresee(importer)
-        self._rehearse(time.monotonic() + _REHEARSING_MAX_S)
 
     def _rehearse(self, until: float) -> None:
         """Again and again, until the importer has answered: a processor that sleeps meanwhile grows cold."""

@@ -42,6 +42,9 @@ class Loop(Protocol):
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> Any:
         """As asyncio's."""
 
+    def run_in_executor(self, executor: None, func: Callable[..., object], *args: Any) -> Any:
+        """As asyncio's."""
+
 
 @dataclass(slots=True)
 class Shell:

@@ -26,6 +26,7 @@ from sockmi.exporting.batches import Batch, Batches
 from sockmi.exporting.descriptors import Descriptors
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
+from sockmi.exporting.reachability import Reachability
 from sockmi.image import Family, ImageError
 from sockmi.import_lists import Candidate
 from sockmi.importing import Importing
@@ -232,9 +233,9 @@ def test_owners_run_again_though_a_hold_cannot_be_lifted() -> None:
     export = exports.register(Selected(-1, None, None), facts, BATCH)
     export.stopped = True
     onward: Any = SimpleNamespace(give_back=list)
-    Freezer(shell, exports, Descriptors(Owners(), lambda _unused: None), onward).thaw(
-        a.Thaw(ChunkId(BATCH, 0), (export.migration,))
-    )
+    descriptors = Descriptors(Owners(), lambda _unused: None)
+    freezer = Freezer(shell, exports, descriptors, onward, Reachability(shell))
+    freezer.thaw(a.Thaw(ChunkId(BATCH, 0), (export.migration,)))
     assert resumed == [7] and not export.stopped
 
 

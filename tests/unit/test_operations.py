@@ -106,7 +106,7 @@ class Setting:
             loop=self.loop,
             journal=self.journal,
             exporting=SimpleNamespace(admission=self.exporting, exports={}, batches=()),
-            members=SimpleNamespace(target=lambda to: (None, None), open_early=lambda host: None),
+            members=SimpleNamespace(target=lambda to: (None, None)),
             shell=SimpleNamespace(engine=self.engine),
             stopping=False,
             host_name="a",

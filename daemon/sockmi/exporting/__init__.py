@@ -4,6 +4,7 @@
 - `admission`: what is asked for is looked at, and put to the core or refused; cancel.
 - `descriptors`: ours of what is frozen; before and after it the owner alone has the socket.
 - `freezer`: owners stop and packets are held, or all goes on as before. It owns the holds of exports.
+- `reachability`: whether packets can be led to an importer.
 - `committer`: a chunk is given away, or taken back; `decisions` are what the journal has of that.
 - `listeners`: who connects to a listener that leaves, and what waits in its queue.
 - `exports`: all that is under way, and how it ended; `batches`: who waits to be told.
@@ -25,6 +26,7 @@ from sockmi.exporting.export import Export, Selected
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.freezer import Freezer
 from sockmi.exporting.listeners import Listeners
+from sockmi.exporting.reachability import Reachability
 from sockmi.importing.onward import Onward
 from sockmi.looking import Look
 from sockmi.protocol import actions
@@ -64,7 +66,8 @@ class Exporting:
             onward=onward,
         )
         self.descriptors = Descriptors(shell.engine.owners, find)
-        self.freezer = Freezer(shell, self.exports, self.descriptors, onward)
+        self.reachability = Reachability(shell)
+        self.freezer = Freezer(shell, self.exports, self.descriptors, onward, self.reachability)
         self.listeners = Listeners(shell, redirecting, self.exports, self.batches, destroy)
         self.decisions = Decisions(shell, redirecting, self.listeners.queues)
         self.committer = Committer(

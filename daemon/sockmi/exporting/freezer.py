@@ -7,11 +7,9 @@ round, holds are lifted first, as a resumed owner's packets must not be dropped.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.addresses import Endpoint
 from sockmi.crashpoints import reached
@@ -21,14 +19,14 @@ from sockmi.engine.preflight import queued_at_most
 from sockmi.exporting.descriptors import Descriptors, close_ours
 from sockmi.exporting.export import Export, copies, owned
 from sockmi.exporting.exports import Exports
+from sockmi.exporting.reachability import Reachability
 from sockmi.image import Section
 from sockmi.image.native import stamp, with_section
 from sockmi.image.sections import Place as ImagePlace
 from sockmi.importing.onward import Onward
 from sockmi.protocol.actions import Freeze, Thaw
 from sockmi.protocol.events import FreezeDone
-from sockmi.protocol.records import IMAGE_BYTES_MAX, Item, Place
-from sockmi.redirect.base import Mode
+from sockmi.protocol.records import IMAGE_BYTES_MAX, Item
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell, by_mode
 
@@ -37,7 +35,6 @@ _log = logging.getLogger(__name__)
 _STOP_TIMEOUT_MAX_S = 0.5
 # The kernel's hold outlasts the freeze by this much; a commit that comes later than half of it is undone.
 _HOLD_MARGIN_S = 1.0
-_REACHABILITY_TTL_S = 2.0
 _HANDSHAKE_LOOKS_S = 0.01
 _AWAKE = Refusal(Code.CHANGED, "A request has come since it was quiet; it stays, try again when it is idle.")
 
@@ -48,13 +45,20 @@ class Freezer:
     What waits in an import list (`Onward`) has no owner, and is held already: it is only lent.
     """
 
-    def __init__(self, shell: Shell, exports: Exports, descriptors: Descriptors, onward: Onward) -> None:
+    def __init__(
+        self,
+        shell: Shell,
+        exports: Exports,
+        descriptors: Descriptors,
+        onward: Onward,
+        reachability: Reachability,
+    ) -> None:
         self._shell = shell
         self._exports = exports
         self._descriptors = descriptors
         self._onward = onward
+        self._reachability = reachability
         self._to_resume: list[Export] = []
-        self._reachability: dict[tuple[Mode, IPv4Address | IPv6Address], tuple[float, str | None]] = {}
 
     def freeze(self, action: Freeze) -> None:
         """Stop the owners, hold the packets, capture; whatever goes wrong is undone and answered.
@@ -179,7 +183,7 @@ class Freezer:
         for index, place in enumerate(action.places):
             if isinstance(results[index], Refusal):
                 continue
-            if obstacle := self._unreachable(place):
+            if obstacle := self._reachability.obstacle(place):
                 results[index] = Refusal(Code.NO_REDIRECT, obstacle)
             elif too_much := self._grown(exports[index], queued[index]):
                 results[index] = too_much
@@ -211,25 +215,6 @@ class Freezer:
         if before + size > IMAGE_BYTES_MAX:
             return Refusal(Code.CHANGED, "So much is queued that it did not fit into its chunk; try again.")
         return None
-
-    def _unreachable(self, place: Place) -> str | None:
-        """Why packets cannot be led to a place; the routing tables are asked now and then, not each time."""
-        if place.mode is None or place.endpoint is None:
-            return None
-        return self._unreachable_by(place.mode, place.endpoint.address)
-
-    def _unreachable_by(self, mode: Mode, importer: IPv4Address | IPv6Address) -> str | None:
-        known = self._reachability.get((mode, importer))
-        if known is None or known[0] < time.monotonic():
-            obstacle = self._shell.redirects[mode].reachable(importer)
-            known = time.monotonic() + _REACHABILITY_TTL_S, obstacle
-            self._reachability[mode, importer] = known
-        return known[1]
-
-    def foresee(self, importer: IPv4Address | IPv6Address) -> None:
-        """Ask the routing tables already while the importer looks for places: the freeze knows it then."""
-        with contextlib.suppress(OSError):  # it will find the same, and say so
-            self._unreachable_by(self._shell.config.redirect.modes[0], importer)
 
     # -- owners
 

@@ -19,6 +19,7 @@ from sockmi.selection import Found, names_owner
 # A little longer than an application may take that does not answer; then it is listed.
 _ARRIVAL_MAX_S = 6.0
 _LOOK_AGAIN_S = 0.02
+_LOOK_BEGINS_S = 0.001
 
 
 class Drains:
@@ -54,8 +55,9 @@ class Drains:
         drain = Drain(self._daemon, request, target, report, fail)
         self._look(client, request, drain.start, time.monotonic() + _ARRIVAL_MAX_S)
         self.going[client] = drain
-        if not request.dry_run:
-            self._daemon.members.open_early(target[0])
+        if target[0] is not None and not request.dry_run:
+            # Not at once: the thread that looks would wait for it, instead of running beside it.
+            self._daemon.loop.call_later(_LOOK_BEGINS_S, self._daemon.expect, target[0])
 
     def _look(
         self,

@@ -32,6 +32,10 @@ class Later:
             self._due.append((callback, args))
         return self
 
+    def run_in_executor(self, executor: None, func: Callable[..., object], *args: Any) -> Any:
+        """See shell.Loop; it has no threads."""
+        return self.call_later(0, func, *args)
+
     def cancel(self) -> None:
         """Of a handle: only time limits are cancelled, and they never come."""
 
