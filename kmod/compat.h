@@ -150,11 +150,18 @@ static inline bool sockmi_ts_set_usec(struct tcp_sock *tp, bool usec)
 #define SOCKMI_ECN_OK TCP_ECN_MODE_RFC3168
 #endif
 
-/* Accurate ECN (RFC 9768) negotiated? */
+/* What a SYN says of ECN (RFC 3168, and RFC 9768 where the kernel knows it). */
+#ifdef TCPHDR_ACE
+#define SOCKMI_SYN_ECN TCPHDR_ACE
+#else
+#define SOCKMI_SYN_ECN (TCPHDR_ECE | TCPHDR_CWR)
+#endif
+
+/* Accurate ECN (RFC 9768) negotiated, or offered by a SYN? */
 static inline bool sockmi_accecn(const struct tcp_sock *tp)
 {
 #ifdef TCP_ECN_MODE_ACCECN
-	return tcp_ecn_mode_accecn(tp);
+	return tp->ecn_flags & TCP_ECN_MODE_ACCECN;
 #else
 	return false;
 #endif

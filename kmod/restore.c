@@ -156,6 +156,20 @@ static int set_syn_timestamps(struct restore *r)
 	return 0;
 }
 
+/* Whatever this host's SYN offers: what the peer answers depends on what it has heard. */
+static void set_syn_ecn(struct restore *r)
+{
+	bool offered = r->image->negotiated.flags & SOCKMI_NEGOTIATED_ECN;
+	struct sk_buff *syn = tcp_rtx_queue_head(r->sk);
+
+	r->tp->ecn_flags = offered ? SOCKMI_ECN_OK : 0;
+	if (!syn)
+		return;
+	TCP_SKB_CB(syn)->tcp_flags &= ~SOCKMI_SYN_ECN;
+	if (offered)
+		TCP_SKB_CB(syn)->tcp_flags |= TCPHDR_ECE | TCPHDR_CWR;
+}
+
 /*
  * SYN-SENT: connect() in earnest, with the same initial sequence number. Its SYN is dropped by the hold that
  * the caller has put on the tuple; if there is none it is a retransmission, as the peer sees it.
@@ -180,6 +194,7 @@ static int restore_syn_sent(struct restore *r)
 	if (r->tp->snd_una != r->seq->iss || r->tp->write_seq != r->seq->write_seq)
 		return refuse(r, SOCKMI_REFUSAL_STATE);
 	r->tp->rx_opt.rcv_wscale = r->image->negotiated.rcv_wscale;
+	set_syn_ecn(r);
 	result = set_syn_timestamps(r);
 	if (result)
 		return result;

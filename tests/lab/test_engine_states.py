@@ -33,6 +33,7 @@ from tests.lab import engine_lab as el
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 KINDS = ["v4", "v6", "mapped"]
 FIN, SYN, RST = 1, 2, 4
+ECN_NEGOTIATED = 8  # docs/image.md
 HERE = Placement(None, False)
 CLONE_NEWNS, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 4096, 16384, 1 << 18
 
@@ -349,6 +350,44 @@ def test_syn_sent(lab: el.Lab, engine: el.Pair, kind: str, answered: bool) -> No
     assert not [s for s in seen if s.flags & RST]
     for sock in (ours, peer, copy, listener):
         sock.close()
+
+
+@contextlib.contextmanager
+def ecn(lab: el.Lab, host: str, value: str) -> Iterator[None]:
+    """The sysctl tcp_ecn of a host: 1 asks with every SYN, 2 answers those who ask."""
+    switch = Path("/proc/sys/net/ipv4/tcp_ecn")
+    with lab.host(host):
+        before = switch.read_text()
+        switch.write_text(value)
+    try:
+        yield
+    finally:
+        with lab.host(host):
+            switch.write_text(before)
+
+
+@pytest.mark.parametrize("copy_asks", [True, False])
+def test_ecn_that_a_syn_has_offered(lab: el.Lab, engine: el.Pair, copy_asks: bool) -> None:
+    """The module sends the same SYN; the other engine cannot, and tells."""
+    port = lab.port()
+    with lab.host("a"):
+        ours = socket.socket()
+    ours.setblocking(False)
+    ours.bind((el.HOST4, port))
+    lab.hold("a", port)
+    lab.hold("b", port)
+    with ecn(lab, "a", "1"), ecn(lab, "b", "1" if copy_asks else "2"):
+        ours.connect_ex((el.PEER4, port))
+        image = captured(lab, engine, ours).image
+        negotiated = codec.decode(image).negotiated
+        assert negotiated is not None and negotiated.flags & ECN_NEGOTIATED
+        with lab.host("b"):
+            (item,) = engine.restore([image], [HERE])
+    assert isinstance(item, Restored), item
+    engine.discard([item.fd])
+    assert engine.release([ours.fileno()], [image]) == [None]
+    ours.close()
+    assert ("ecn" in item.fidelity.reset) is (engine.importer.name == "repair" and not copy_asks)
 
 
 def test_syn_sent_captured_with_stops(lab: el.Lab, engine: el.Pair, tmp_path: Path) -> None:

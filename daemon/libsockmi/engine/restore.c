@@ -491,6 +491,8 @@ static int restore_syn_sent(struct restore *r)
 		r->result->detail = offer.rcv_wscale;
 		return sockmi_fail(r->result, SOCKMI_RESULT_SCALE, SOCKMI_STEP_NEGOTIATED, 0);
 	}
+	if (i->negotiated.flags & ~offer.flags & SOCKMI_NEGOTIATED_ECN)
+		r->result->reset |= SOCKMI_FIDELITY_BIT(ECN);
 	if (i->negotiated.flags & SOCKMI_NEGOTIATED_TIMESTAMPS) {
 		/* The time of a SYN is kept in the unit that connect() found: it cannot be changed any more. */
 		if (sockmi_counts_us(r->fd) != (i->timestamp.unit == SOCKMI_TIMESTAMP_US))

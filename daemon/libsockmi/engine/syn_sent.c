@@ -197,9 +197,14 @@ static uint8_t offered_scale(uint32_t clamp)
 
 void sockmi_syn_offer(int fd, struct sockmi_negotiated *offer)
 {
+	struct tcp_info info = { 0 };
+	socklen_t length = sizeof(info);
 	int clamp = 0;
 
 	memset(offer, 0, sizeof(*offer));
+	getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length);
+	if (info.tcpi_options & TCPI_OPT_ECN)
+		offer->flags |= SOCKMI_NEGOTIATED_ECN;
 	sockmi_get_int(fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, &clamp);
 	if (sysctl_or("/proc/sys/net/ipv4/tcp_timestamps", 1))
 		offer->flags |= SOCKMI_NEGOTIATED_TIMESTAMPS;

@@ -38,6 +38,7 @@ from tests.kmod.module_client import (
 
 FAMILIES = ("ipv4", "ipv6", "mapped")
 ESTABLISHED, SYN_SENT, FIN_WAIT_1, FIN_WAIT_2, TIME_WAIT = 1, 2, 4, 5, 6
+ECN_NEGOTIATED = 8  # docs/image.md
 CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 7, 8, 9, 10, 11
 
 
@@ -691,6 +692,39 @@ def test_a_connection_that_is_being_made_moves(device: Device, family: str) -> N
     assert read_exactly(child, 9) == b"connected"
     child.sendall(b"welcome")
     assert read_exactly(copy, 7) == b"welcome"
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_syn_says_of_ecn_what_it_has_said(device: Device, offered: bool) -> None:
+    """Whatever this host's own would say: the peer may have heard the first one."""
+    switch = Path("/proc/sys/net/ipv4/tcp_ecn")
+    usual = switch.read_text()
+    asks, answers = "1", "2"  # with every SYN; only those who ask
+    listener = new_socket("ipv4")
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    name = listener.getsockname()
+    ours, copy = new_socket("ipv4"), new_socket("ipv4")
+    try:
+        with nat_client.opened() as nat:
+            nat.add(nat_client.Flow(Endpoint(plain_address(name[0]), name[1]), None, nat_client.Flag.HOLD))
+            switch.write_text(asks if offered else answers)
+            ours.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                ours.connect(name)
+            switch.write_text(answers if offered else asks)
+            with frozen(device, ours) as (freeze, image):
+                assert bool(images.decode(image).negotiated.flags & ECN_NEGOTIATED) is offered
+                device.commit(freeze)
+            device.restore(copy, image)
+        wait_for(lambda: state_of(copy) == ESTABLISHED, 10)
+        child, _unused = listener.accept()
+        for end in (copy, child):
+            with frozen(device, end) as (freeze, image):
+                assert bool(images.decode(image).negotiated.flags & ECN_NEGOTIATED) is offered
+                device.abort(freeze)
+    finally:
+        switch.write_text(usual)
 
 
 # ---- Refusals ----
