@@ -180,6 +180,11 @@ class Placing:
         there, peer = self._path(connection.local.address), self._path(connection.remote.address)
         return connection if there and peer and there.device == peer.device else None
 
+    def device_to(self, address: IPv4Address | IPv6Address) -> str | None:
+        """The device by which this host reaches an address; None if there is no way."""
+        path = self._path(address)
+        return path.device if path else None
+
     def forget(self, migration: MigrationId) -> None:
         """Give up a place (the copy is there, or will not come)."""
         if (connection := self._given.pop(migration, None)) is not None:

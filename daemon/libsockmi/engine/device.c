@@ -545,11 +545,11 @@ void sockmi_device_discard(const struct sockmi_device *device, const int *fds, c
 }
 
 int sockmi_device_deliver(const struct sockmi_device *device, const void *image, size_t length,
-			  const struct sockmi_placement *placement, uint32_t uid, int only_ask,
+			  const struct sockmi_placement *placement, uint32_t ifindex, uint32_t uid, int only_ask,
 			  struct sockmi_result *result)
 {
 	static const struct sockmi_endpoint none;
-	struct sockmi_ioc_deliver deliver = { .slot = SOCKMI_NO_SLOT };
+	struct sockmi_ioc_deliver deliver = { .slot = SOCKMI_NO_SLOT, .ifindex = ifindex };
 	struct sockmi_image decoded;
 
 	memset(result, 0, sizeof(*result));

@@ -85,11 +85,12 @@ SOCKMI_EXPORT int sockmi_device_activate(const struct sockmi_device *device, con
 
 /*
  * Put a connection into the accept queue of whoever listens for it here, if that is root's or @uid's; or, with
- * @only_ask, look whether that could be done now. After a failure nothing is left of it.
+ * @only_ask, look whether that could be done now. @ifindex: the interface to the peer, 0 if there is none; who
+ * listens at another is not asked. After a failure nothing is left of it.
  */
 SOCKMI_EXPORT int sockmi_device_deliver(const struct sockmi_device *device, const void *image, size_t length,
-					const struct sockmi_placement *placement, uint32_t uid, int only_ask,
-					struct sockmi_result *result);
+					const struct sockmi_placement *placement, uint32_t ifindex,
+					uint32_t uid, int only_ask, struct sockmi_result *result);
 
 /* Close dormant copies without a packet, for all who have them; @fds too. */
 SOCKMI_EXPORT void sockmi_device_discard(const struct sockmi_device *device, const int *fds, const uint64_t *ids,

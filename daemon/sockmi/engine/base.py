@@ -226,10 +226,11 @@ class Engine(Protocol):
         """
 
     def deliver(
-        self, image: bytes, placement: Placement, uid: int, *, only_ask: bool = False
+        self, image: bytes, placement: Placement, device: str | None, uid: int, *, only_ask: bool = False
     ) -> Refusal | None:
         """Give a connection to the program that listens for it, by its own accept(); of root or ``uid``.
 
+        ``device``: by which the peer is reached: who listens at another one alone does not get it.
         ``only_ask``: look whether it could be done. After a refusal nothing is left of it, and the image is
         as good as before.
         """

@@ -105,7 +105,7 @@ def _native() -> Any:
     lib.sockmi_device_activate.argtypes = [device, ids, size, pointer]
     lib.sockmi_device_discard.argtypes = [device, fds, ids, size]
     lib.sockmi_device_deliver.argtypes = [
-        device, ctypes.c_char_p, size, ctypes.c_char_p, u32, ctypes.c_int, pointer,
+        device, ctypes.c_char_p, size, ctypes.c_char_p, u32, u32, ctypes.c_int, pointer,
     ]  # fmt: skip
     for name in ("close", "thaw", "discard"):
         getattr(lib, f"sockmi_device_{name}").restype = None
@@ -449,12 +449,16 @@ class KernelEngine:
         return [None if result[0] == Result.OK else refusal_of(result) for result in unpacked]
 
     def deliver(
-        self, image: bytes, placement: Placement, uid: int, *, only_ask: bool = False
+        self, image: bytes, placement: Placement, device: str | None, uid: int, *, only_ask: bool = False
     ) -> Refusal | None:
         """Through the accept() of whoever listens for it, if that is root's or of user ``uid``."""
-        result = room(1)
+        result, interface = room(1), 0
+        if device is not None:
+            with contextlib.suppress(OSError):  # it has just gone
+                interface = socket.if_nametoindex(device)
+        where = len(image), packed_placement(placement), interface
         if not _native().sockmi_device_deliver(
-            ctypes.byref(self._device), image, len(image), packed_placement(placement), uid, only_ask, result
+            ctypes.byref(self._device), image, *where, uid, only_ask, result
         ):
             return None
         return refusal_of(next(RESULT.iter_unpack(result.raw)))

@@ -212,7 +212,7 @@ class RepairEngine:
         _native().sockmi_discard(ints(fds), len(fds))
 
     def deliver(
-        self, image: bytes, placement: Placement, uid: int, *, only_ask: bool = False
+        self, image: bytes, placement: Placement, device: str | None, uid: int, *, only_ask: bool = False
     ) -> Refusal | None:
         """Only the kernel module can put a connection into an accept queue."""
         return Refusal(

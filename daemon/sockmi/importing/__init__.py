@@ -56,7 +56,7 @@ class Importing:
         self.reservations = Reservations(shell, redirecting, placing, early)
         self.listed = Listed(shell, redirecting, stock, self._offer)
         self.life = Life(shell, redirecting, stock, self.listed)
-        self.delivery = Delivery(shell, redirecting, stock, self.life, self._offer)
+        self.delivery = Delivery(shell, redirecting, placing, stock, life=self.life, offer=self._offer)
         self.ages = Ages(shell, stock, self.listed, self.life)
         self.handover = Handover(shell, stock, self.listed, self.life, self.delivery)
         self.preparer = Preparer(

@@ -12,6 +12,7 @@ from sockmi.importing.images import unreadable
 from sockmi.importing.life import Life
 from sockmi.importing.listed import AGAIN_S
 from sockmi.importing.stock import Stock
+from sockmi.placing import Placing
 from sockmi.redirecting import Redirecting
 from sockmi.refusal import Code, Refusal
 from sockmi.shell import Shell
@@ -29,13 +30,16 @@ class Delivery:
         self,
         shell: Shell,
         redirecting: Redirecting,
+        placing: Placing,
         stock: Stock,
+        *,
         life: Life,
         offer: Callable[[UUID], None],
     ) -> None:
         """``offer``: see whether somebody waits for it, else deliver it."""
         self._shell = shell
         self._redirecting = redirecting
+        self._placing = placing
         self._copies = stock.copies
         self._images = stock.images
         self._lists = stock.lists
@@ -49,7 +53,10 @@ class Delivery:
             return None
         if self._lists.waits_for(copy.candidate):
             return None
-        return self._shell.engine.deliver(copy.image, copy.placement, copy.candidate.uid, only_ask=True)
+        device = self._placing.device_to(copy.tuple.remote.address)
+        return self._shell.engine.deliver(
+            copy.image, copy.placement, device, copy.candidate.uid, only_ask=True
+        )
 
     def deliver(self, copy: Copy) -> None:
         """To its program; as long as there is none it stays listed, and is tried again.
@@ -66,7 +73,8 @@ class Delivery:
         try:
             image = self._images.read(copy)
             self._copies.place_anew(copy)
-            refusal = shell.engine.deliver(image, copy.placement, copy.candidate.uid)
+            device = self._placing.device_to(copy.tuple.remote.address)
+            refusal = shell.engine.deliver(image, copy.placement, device, copy.candidate.uid)
         except (KeyError, SpoolError, OSError) as error:
             refusal = Refusal(Code.IMAGE, unreadable(error))
         if refusal is not None:

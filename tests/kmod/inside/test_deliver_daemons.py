@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -141,6 +142,36 @@ def test_what_nobody_listens_for_waits_in_the_list(lab: Lab, tmp_path: Path) -> 
             until(lambda: length(b) == 0)
             time.sleep(5)
             assert ended(browsers)["last"] == {"b": 3}
+
+
+def test_a_listener_at_a_device_gets_what_comes_by_it(lab: Lab) -> None:
+    a, b, peer = lab.host("a"), lab.host("b"), lab.host("peer")
+    with (
+        daemons(lab, "ab", redirect=REDIRECT, imports={"deliver": True}),
+        a.socket() as before,
+        b.socket() as after,
+        peer.socket() as client,
+    ):
+        before.bind((a.address(4), 0))
+        port = before.getsockname()[1]
+        after.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+        after.bind(("", port))
+        for each in (before, after, client):
+            each.settimeout(60 * PATIENCE)
+        before.listen()
+        after.listen()
+        client.connect(before.getsockname())
+        ours, _unused = before.accept()
+        with ours:
+            [record] = drain(a, "b", local_port=port, kinds=["connected"])
+        assert record["outcome"] == "moved", record
+        heir, name = after.accept()
+        with heir:
+            assert name == client.getsockname()
+            heir.sendall(b"hello")
+            assert client.recv(5, socket.MSG_WAITALL) == b"hello"
+            client.sendall(b"welcome")
+            assert heir.recv(7, socket.MSG_WAITALL) == b"welcome"
 
 
 def test_a_busy_connection_is_not_idle(lab: Lab, tmp_path: Path) -> None:
