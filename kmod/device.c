@@ -11,6 +11,7 @@
 #include <linux/vmalloc.h>
 
 #include "internal.h"
+#include "trace.h"
 
 #define KIND_SHIFT 40 /* of mmap() offsets: slots of kind k begin at k << KIND_SHIFT */
 
@@ -372,23 +373,30 @@ static sockmi_ioctl *const ioctls[] = {
 	[_IOC_NR(SOCKMI_IOC_IMPORT)] = sockmi_ioctl_import,
 };
 
-static long device_ioctl(struct file *filp, unsigned int command, unsigned long arg)
+static long call(struct sockmi_file *file, unsigned int nr, void __user *arg, size_t size)
 {
-	struct sockmi_file *file = filp->private_data;
-	unsigned int nr = _IOC_NR(command);
-
-	if (_IOC_TYPE(command) != SOCKMI_IOC_MAGIC || _IOC_DIR(command) != (_IOC_READ | _IOC_WRITE))
-		return -ENOTTY;
 	if (nr != _IOC_NR(SOCKMI_IOC_HELLO) && !READ_ONCE(file->greeted))
 		return -EPROTO;
 	if (nr >= 0x40 && nr <= 0x5f)
-		return sockmi_nat_ioctl(file, nr, (void __user *)arg, _IOC_SIZE(command));
+		return sockmi_nat_ioctl(file, nr, arg, size);
 	if (nr >= ARRAY_SIZE(ioctls))
 		return -ENOTTY;
 	nr = array_index_nospec(nr, ARRAY_SIZE(ioctls));
 	if (!ioctls[nr])
 		return -ENOTTY;
-	return ioctls[nr](file, (void __user *)arg, _IOC_SIZE(command));
+	return ioctls[nr](file, arg, size);
+}
+
+static long device_ioctl(struct file *filp, unsigned int command, unsigned long arg)
+{
+	unsigned int nr = _IOC_NR(command), size = _IOC_SIZE(command);
+	long result;
+
+	if (_IOC_TYPE(command) != SOCKMI_IOC_MAGIC || _IOC_DIR(command) != (_IOC_READ | _IOC_WRITE))
+		return -ENOTTY;
+	result = call(filp->private_data, nr, (void __user *)arg, size);
+	trace_sockmi_call(NULL, nr, size, result, 0);
+	return result;
 }
 
 const struct file_operations sockmi_fops = {

@@ -68,8 +68,8 @@ static void tell_taken(struct batch *b, const struct sockmi_entry *entry)
 	spin_unlock_bh(&b->sn->lists_lock);
 }
 
-/* One entry into one socket. */
-static void import_one(struct batch *b, unsigned int i, struct sockmi_entry *entry)
+/* One entry into one socket: 1, or a negative errno. */
+static int import_one(struct batch *b, unsigned int i, struct sockmi_entry *entry)
 {
 	struct sockmi_ioc_request *request = &b->waiter.requests[i];
 	const struct sockmi_image *image = &entry->blob->image;
@@ -93,13 +93,30 @@ static void import_one(struct batch *b, unsigned int i, struct sockmi_entry *ent
 	request->refusal = refusal;
 	request->id = entry->id;
 	memcpy(request->migration_id, image->identity.migration_id, sizeof(request->migration_id));
-	finish(b, i, result ?: 1);
 	if (result) {
 		sockmi_entry_put_back(b->sn, entry);
-		return;
+		return result;
 	}
 	tell_taken(b, entry);
 	sockmi_entry_done(b->sn, entry);
+	return 1;
+}
+
+/* What this host cannot take for its address is in nobody's way: the next one may do. */
+static void serve(struct batch *b, unsigned int i)
+{
+	struct sockmi_entry *entry;
+	u64 after = 0;
+	int result = 0;
+
+	while ((entry = sockmi_entry_take(b->sn, &b->waiter, i, after))) {
+		after = entry->turn;
+		result = import_one(b, i, entry);
+		if ((result != -EADDRINUSE && result != -EADDRNOTAVAIL) || fatal_signal_pending(current))
+			break;
+	}
+	if (result)
+		finish(b, i, result);
 }
 
 /* Gives every request what there is for it. True: at least one has a result. */
@@ -107,15 +124,9 @@ static bool sweep(struct batch *b)
 {
 	unsigned int i;
 
-	for (i = 0; i < b->waiter.count; i++) {
-		struct sockmi_entry *entry;
-
-		if (!b->files[i] || b->waiter.requests[i].result)
-			continue;
-		entry = sockmi_entry_take(b->sn, &b->waiter, &b->waiter.requests[i]);
-		if (entry)
-			import_one(b, i, entry);
-	}
+	for (i = 0; i < b->waiter.count; i++)
+		if (b->files[i] && !b->waiter.requests[i].result)
+			serve(b, i);
 	return b->done;
 }
 
@@ -132,8 +143,8 @@ static bool anything(struct batch *b)
 			if (entry->owner || entry->taken)
 				continue;
 			for (i = 0; i < b->waiter.count && !found; i++)
-				found = sockmi_wants(&b->waiter, &b->waiter.requests[i], &entry->blob->image.identity,
-						     entry->uid, entry->any_uid);
+				found = sockmi_wants(&b->waiter, i, &entry->blob->image.identity, entry->uid,
+						     entry->any_uid);
 			if (found)
 				break;
 		}
@@ -141,11 +152,19 @@ static bool anything(struct batch *b)
 	return found;
 }
 
-static void tell_waiting(struct batch *b)
+/* Others walk the list of waiters under the lock: no user makes it long. */
+static int tell_waiting(struct batch *b)
 {
-	unsigned int i;
+	const struct sockmi_waiter *other;
+	unsigned int i, same = 0;
 
 	spin_lock_bh(&b->sn->lists_lock);
+	list_for_each_entry(other, &b->sn->waiters, node)
+		same += uid_eq(other->uid, b->waiter.uid);
+	if (same >= SOCKMI_WAITERS_MAX && !b->waiter.admin) {
+		spin_unlock_bh(&b->sn->lists_lock);
+		return -EBUSY;
+	}
 	list_add_tail(&b->waiter.node, &b->sn->waiters);
 	for (i = 0; b->sn->serving && i < b->waiter.count; i++) {
 		struct sockmi_event event = {
@@ -161,16 +180,19 @@ static void tell_waiting(struct batch *b)
 			sockmi_event(b->sn->serving, &event);
 	}
 	spin_unlock_bh(&b->sn->lists_lock);
+	return 0;
 }
 
 static int wait_and_take(struct batch *b, int timeout_ms)
 {
 	unsigned long deadline = jiffies + msecs_to_jiffies(max(timeout_ms, 0));
-	int result = 0;
+	int result;
 
 	if (sweep(b) || !timeout_ms)
 		return 0;
-	tell_waiting(b);
+	result = tell_waiting(b);
+	if (result)
+		return result;
 	while (!sweep(b)) {
 		long left = timeout_ms < 0 ? MAX_SCHEDULE_TIMEOUT : (long)(deadline - jiffies);
 
@@ -191,7 +213,8 @@ static int wait_and_take(struct batch *b, int timeout_ms)
 static int check_request(const struct sockmi_ioc_request *request)
 {
 	return request->list < 1 || request->list > SOCKMI_LISTS || request->local_prefix > 128 ||
-		       request->remote_prefix > 128 || request->flags || request->reserved ? -EINVAL : 0;
+		       request->remote_prefix > 128 || request->flags || request->reserved ||
+		       request->local.reserved || request->remote.reserved ? -EINVAL : 0;
 }
 
 /* Opens the requests' sockets; they must be of one namespace. */
@@ -219,6 +242,7 @@ static int open_requests(struct batch *b)
 		if (net && !net_eq(net, sock_net(sk)))
 			return -EXDEV;
 		net = sock_net(sk);
+		b->waiter.families[i] = sk->sk_family;
 	}
 	if (!net)
 		return -EINVAL;

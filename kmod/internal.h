@@ -75,7 +75,8 @@ struct sockmi_nat_net; /* nat.c's own */
  * @lists: published and reserved entries, in the order of publication
  * @counts: entries of each list, reserved ones included
  * @max: limit of each list (sysctl)
- * @next_entry: id of the entry to come
+ * @next_entry: id of the latest entry
+ * @published: how many entries were published
  * @waiters: import requests that wait
  * @wait: they sleep here, and so do writers of the sysctl
  * @serving: the daemon's file, or NULL
@@ -93,6 +94,7 @@ struct sockmi_net {
 	unsigned int counts[SOCKMI_LISTS];
 	unsigned int max[SOCKMI_LISTS];
 	u64 next_entry;
+	u64 published;
 	struct list_head waiters;
 	wait_queue_head_t wait;
 	struct sockmi_file *serving;

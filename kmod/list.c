@@ -66,6 +66,7 @@ static struct sockmi_entry *find(struct sockmi_net *sn, u64 id)
 static void publish(struct sockmi_net *sn, struct sockmi_entry *entry)
 {
 	entry->owner = NULL;
+	entry->turn = ++sn->published;
 	list_move_tail(&entry->node, &sn->lists[entry->list]);
 	wake_up_all(&sn->wait);
 }
@@ -123,10 +124,14 @@ static bool fits(const struct sockmi_dev_endpoint *wanted, unsigned int prefix, 
 	return (!wanted->port || wanted->port == is->port) && same_prefix(wanted->address, is->address, prefix);
 }
 
-bool sockmi_wants(const struct sockmi_waiter *waiter, const struct sockmi_ioc_request *request,
-		  const struct sockmi_identity *identity, kuid_t uid, bool any_uid)
+bool sockmi_wants(const struct sockmi_waiter *waiter, unsigned int i, const struct sockmi_identity *identity,
+		  kuid_t uid, bool any_uid)
 {
+	const struct sockmi_ioc_request *request = &waiter->requests[i];
+
 	if (request->fd < 0 || request->result)
+		return false;
+	if (identity->family && identity->family != waiter->families[i])
 		return false;
 	if (request->list != list_of(identity->kind) + 1)
 		return false;
@@ -138,16 +143,15 @@ bool sockmi_wants(const struct sockmi_waiter *waiter, const struct sockmi_ioc_re
 	return any_uid || waiter->admin || uid_eq(uid, waiter->uid);
 }
 
-struct sockmi_entry *sockmi_entry_take(struct sockmi_net *sn, const struct sockmi_waiter *waiter,
-				       const struct sockmi_ioc_request *request)
+struct sockmi_entry *sockmi_entry_take(struct sockmi_net *sn, const struct sockmi_waiter *waiter, unsigned int i,
+				       u64 after)
 {
 	struct sockmi_entry *entry;
 
 	spin_lock_bh(&sn->lists_lock);
-	list_for_each_entry(entry, &sn->lists[request->list - 1], node) {
-		if (entry->owner || entry->taken ||
-		    !sockmi_wants(waiter, request, &entry->blob->image.identity, entry->uid,
-						  entry->any_uid))
+	list_for_each_entry(entry, &sn->lists[waiter->requests[i].list - 1], node) {
+		if (entry->owner || entry->taken || entry->turn <= after ||
+		    !sockmi_wants(waiter, i, &entry->blob->image.identity, entry->uid, entry->any_uid))
 			continue;
 		entry->taken = true;
 		spin_unlock_bh(&sn->lists_lock);
@@ -383,7 +387,8 @@ long sockmi_ioctl_match(struct sockmi_file *file, void __user *arg, size_t size)
 
 	if (result)
 		return result;
-	if (a.pad || a.pad2 || a.flags & ~SOCKMI_ENTRY_ANY_UID || a.kind < 1 || a.kind > 4 || a.state > 11)
+	if (a.pad || a.pad2 || a.local.reserved || a.remote.reserved || a.flags & ~SOCKMI_ENTRY_ANY_UID ||
+	    a.kind < 1 || a.kind > 4 || a.state > 11)
 		return -EINVAL;
 	if (!sockmi_net_admin(file->net))
 		return -EPERM;
@@ -397,8 +402,7 @@ long sockmi_ioctl_match(struct sockmi_file *file, void __user *arg, size_t size)
 	spin_lock_bh(&sn->lists_lock);
 	list_for_each_entry(waiter, &sn->waiters, node)
 		for (i = 0; i < waiter->count; i++)
-			a.waiting += sockmi_wants(waiter, &waiter->requests[i], &identity, uid,
-						  a.flags & SOCKMI_ENTRY_ANY_UID);
+			a.waiting += sockmi_wants(waiter, i, &identity, uid, a.flags & SOCKMI_ENTRY_ANY_UID);
 	spin_unlock_bh(&sn->lists_lock);
 	return sockmi_arg_out(arg, size, &a, sizeof(a));
 }

@@ -42,6 +42,7 @@ DECLARE_EVENT_CLASS(sockmi_step,
 		     TP_PROTO(const struct sock *sk, u64 id, u64 bytes, long result, u32 refusal), \
 		     TP_ARGS(sk, id, bytes, result, refusal))
 
+SOCKMI_STEP(sockmi_call); /* every ioctl, after its step. id: its ordinal; bytes: the size of its argument */
 SOCKMI_STEP(sockmi_claim);
 SOCKMI_STEP(sockmi_unclaim);
 SOCKMI_STEP(sockmi_freeze);

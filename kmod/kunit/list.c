@@ -45,6 +45,7 @@ struct wish {
 	struct sockmi_ioc_request request;
 	u8 kind;
 	u8 state;
+	u8 family;
 	bool others;
 	bool admin;
 	bool any_uid;
@@ -71,6 +72,8 @@ static const struct wish wishes[] = {
 	{ "another remote address", false, { REMOTE(192, 0, 2, 8, 0), .remote_prefix = 128 } },
 	{ "its network", true, { REMOTE(192, 0, 2, 8, 40000), .remote_prefix = 120 } },
 	{ "another local port", false, { .local = { .port = 81 } } },
+	{ "its family", true, .family = AF_INET },
+	{ "another family", false, .family = AF_INET6 },
 	{ "another's", false, .others = true },
 	{ "another's, which anybody may have", true, .others = true, .any_uid = true },
 	{ "another's, by an administrator", true, .others = true, .admin = true },
@@ -82,16 +85,23 @@ static void matches_requests(struct kunit *test)
 	const struct wish *wish = test->param_value;
 	struct sockmi_ioc_request request = wish->request;
 	struct sockmi_identity identity = {
+		.family = wish->family,
 		.kind = wish->kind ?: SOCKMI_KIND_CONNECTED,
 		.state = wish->state ?: SOCKMI_ESTABLISHED,
 		.local = { .port = 80 },
 		.remote = { .address = { [10] = 0xff, 0xff, 192, 0, 2, 7 }, .port = 40000 },
 	};
-	struct sockmi_waiter waiter = { .uid = KUIDT_INIT(OWNER), .admin = wish->admin };
+	struct sockmi_waiter waiter = {
+		.requests = &request,
+		.families = { AF_INET },
+		.count = 1,
+		.uid = KUIDT_INIT(OWNER),
+		.admin = wish->admin,
+	};
 	kuid_t uid = KUIDT_INIT(wish->others ? ANOTHER : OWNER);
 
 	request.list = request.list ?: SOCKMI_LIST_CONNECTED;
-	KUNIT_EXPECT_EQ(test, sockmi_wants(&waiter, &request, &identity, uid, wish->any_uid), wish->wanted);
+	KUNIT_EXPECT_EQ(test, sockmi_wants(&waiter, 0, &identity, uid, wish->any_uid), wish->wanted);
 }
 
 static struct kunit_case cases[] = {

@@ -560,7 +560,7 @@ struct sockmi_ioc_list_next {
 
 /**
  * struct sockmi_ioc_match - would a waiting import request take this?
- * @family: in: as in an image
+ * @family: in: as in an image; 0: any
  * @kind: in
  * @state: in
  * @pad: in: 0
@@ -585,7 +585,7 @@ struct sockmi_ioc_match {
 
 /**
  * struct sockmi_ioc_request - one socket that waits for an import
- * @fd: in: unconnected, unbound TCP socket; its family must be the image's; negative: skipped, as poll() does
+ * @fd: in: unconnected, unbound TCP socket, for images of its family; negative: skipped, as poll() does
  * @list: in: enum sockmi_list
  * @states: in: bit 1 << state for each that is wanted; 0: all
  * @local_prefix: in: bits of @local.address that must agree, 0..128 (IPv4: 96 + n)
@@ -625,6 +625,7 @@ struct sockmi_ioc_request {
 };
 
 #define SOCKMI_REQUESTS_MAX 64
+#define SOCKMI_WAITERS_MAX 64 /* calls of a user that wait, in a network namespace */
 
 /**
  * struct sockmi_ioc_import - the paper's import_socket(): wait for entries, take them
@@ -635,7 +636,9 @@ struct sockmi_ioc_request {
  * @flags: in: 0
  *
  * Returns how many were imported, 0 after the timeout, -EINTR after a signal. The lists are those of the
- * sockets' network namespace. Like poll(): it returns as soon as at least one was imported or has failed.
+ * sockets' network namespace. Like poll(): it returns as soon as at least one was imported or has failed. An entry
+ * whose address this host has not, or has in use, is left for others, and the next one tried: such a failure is
+ * told if none of them does. -EBUSY: SOCKMI_WAITERS_MAX calls of this user wait, who does not administer the namespace.
  */
 struct sockmi_ioc_import {
 	__aligned_u64 requests;

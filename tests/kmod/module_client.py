@@ -473,12 +473,12 @@ class Device:
     def decide(self, name: str, ident: int) -> None:
         self.call(name, Decision(id=ident))
 
-    def list_add(self, image: bytes, flags: int = ANY_UID | PUBLISH, uid: int = 0) -> ListAdd:
+    def list_add(
+        self, image: bytes, flags: int = ANY_UID | PUBLISH, uid: int = 0, **members: object
+    ) -> ListAdd:
         memory = ctypes.create_string_buffer(image, max(len(image), 1))
-        return self.call(
-            "list_add",
-            ListAdd(slot=NO_SLOT, flags=flags, image=ctypes.addressof(memory), bytes=len(image), uid=uid),
-        )
+        given = {"slot": NO_SLOT, "image": ctypes.addressof(memory), "bytes": len(image)}
+        return self.call("list_add", ListAdd(flags=flags, uid=uid, **given, **members))
 
     def list_info(self, name: ListName) -> ListInfo:
         return self.call("list_info", ListInfo(list=name))

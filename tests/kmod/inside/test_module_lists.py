@@ -14,10 +14,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
+from sockmi.addresses import Endpoint
 from tests.kmod.inside.test_module_core import join_all, new_socket, pair, read_exactly, wait_for
 from tests.kmod.module_client import (
     ANY_UID,
@@ -43,9 +45,11 @@ from tests.kmod.module_client import (
     Slots,
     frozen,
 )
+from tests.kmod.module_mover import packed
 
 SYSCTL = Path("/proc/sys/sockmi")
 NOBODY = 65534
+WAITERS_MAX = 64  # SOCKMI_WAITERS_MAX
 
 
 @pytest.fixture
@@ -173,15 +177,63 @@ def test_criteria_choose(device: Device) -> None:
     assert device.take(request)[0] == 1
 
 
-def test_a_socket_of_the_wrong_family_leaves_the_entry(device: Device) -> None:
-    ours, peer = pair()
+@pytest.mark.parametrize(("first", "second"), [("ipv4", "ipv6"), ("ipv6", "ipv4")])
+def test_entries_of_another_family_are_in_nobody_s_way(device: Device, first: str, second: str) -> None:
+    ours, _peer = pair(first)
     device.list_add(captured(device, ours))
-    wrong = new_socket("ipv6")
-    count, (request,) = device.take(wanted(wrong))
-    assert (count, request.result, request.refusal) == (0, -errno.EAFNOSUPPORT, Refusal.FAMILY)
-    assert device.take(wanted(copy := new_socket("ipv4")))[0] == 1
+    copy = new_socket(second)
+    count, (request,) = device.take(wanted(copy), timeout_ms=10)
+    assert (count, request.result) == (0, 0), "it waits, as if there were none"
+    ours, peer = pair(second)
+    device.list_add(captured(device, ours))
+    assert device.take(wanted(copy))[0] == 1
     peer.sendall(b"1")
     assert read_exactly(copy, 1) == b"1"
+    assert device.list_info(ListName.CONNECTED).entries == 1
+
+
+def test_who_waits_is_told_by_family(device: Device) -> None:
+    waiter = threading.Thread(
+        target=device.take, args=[wanted(new_socket("ipv4"))], kwargs={"timeout_ms": 30_000}
+    )
+    waiter.start()
+    wait_for(lambda: device.list_info(ListName.CONNECTED).waiting == 1)
+
+    def waiting(family: int) -> int:
+        return int(device.call("match", Match(family=family, kind=3, state=1)).waiting)
+
+    assert [waiting(family) for family in (socket.AF_INET, socket.AF_INET6, 0)] == [1, 0, 1]
+    ours, _peer = pair()
+    device.list_add(captured(device, ours))
+    join_all(waiter)
+
+
+def test_an_entry_whose_address_is_not_here_is_left_for_others(device: Device) -> None:
+    ours, _peer = pair()
+    device.list_add(captured(device, ours), local=packed(Endpoint(ip_address("192.0.2.77"), 80)))
+    copy = new_socket("ipv4")
+    count, (request,) = device.take(wanted(copy))
+    assert (count, request.result, request.refusal) == (0, -errno.EADDRNOTAVAIL, Refusal.ADDRESS)
+    ours, peer = pair()
+    device.list_add(captured(device, ours))
+    count, (request,) = device.take(wanted(copy))
+    assert (count, request.result, request.refusal) == (1, 1, 0)
+    peer.sendall(b"1")
+    assert read_exactly(copy, 1) == b"1"
+    assert device.list_info(ListName.CONNECTED).entries == 1
+
+
+def test_the_calls_of_a_user_that_wait_are_bounded() -> None:
+    def wait() -> int:
+        with Device(slots=0) as mine:
+            for _turn in range(WAITERS_MAX):
+                sock = new_socket("ipv4")
+                threading.Thread(target=mine.take, args=[wanted(sock)], kwargs={"timeout_ms": -1}).start()
+            for _turn in range(1000):
+                mine.take(wanted(new_socket("ipv4")), timeout_ms=10)
+        return 0
+
+    assert as_nobody(wait) == errno.EBUSY
 
 
 @pytest.mark.parametrize("name", ListName, ids=[name.name.lower() for name in ListName])

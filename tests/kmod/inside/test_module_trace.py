@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -18,6 +19,7 @@ from tests.kmod import nat_client
 from tests.kmod.inside.test_module_core import four_tuple, held, new_socket, pair, read_exactly, wait_for
 from tests.kmod.module_client import (
     ANY_UID,
+    ORDINALS,
     PUBLISH,
     Device,
     Forget,
@@ -30,8 +32,8 @@ from tests.kmod.module_client import (
 
 TRACING = Path("/sys/kernel/tracing")
 EVENTS = (
-    "claim", "unclaim", "freeze", "thaw", "commit", "abort", "release", "restore", "activate", "discard",
-    "deliver", "list_add", "publish", "remove", "import", "sysctl", "serve", "answer", "forget",
+    "call", "claim", "unclaim", "freeze", "thaw", "commit", "abort", "release", "restore", "activate",
+    "discard", "deliver", "list_add", "publish", "remove", "import", "sysctl", "serve", "answer", "forget",
     "nat_change", "nat_flush", "nat_hand_on",
 )  # fmt: skip
 LINE = re.compile(r": sockmi_(\w+): (.*)$", re.MULTILINE)
@@ -56,19 +58,33 @@ def told(tracing: Path) -> Told:
     """What was told since the test began: (step, fields)."""
     (tracing / "trace").write_text("")
 
-    def read() -> list[tuple[str, dict[str, int]]]:
-        found = []
-        for step, text in LINE.findall((tracing / "trace").read_text()):
-            fields = dict(part.split("=") for part in text.split())
-            found.append((step, {name: int(value) for name, value in fields.items()}))
-        return found
+    return lambda: [one for one in lines(tracing) if one[0] != "call"]
 
-    return read
+
+def lines(tracing: Path) -> list[tuple[str, dict[str, int]]]:
+    found = []
+    for step, text in LINE.findall((tracing / "trace").read_text()):
+        fields = dict(part.split("=") for part in text.split())
+        found.append((step, {name: int(value) for name, value in fields.items()}))
+    return found
 
 
 def test_there_is_one_for_each_step(tracing: Path) -> None:
     there = {entry.name for entry in (tracing / "events/sockmi").iterdir() if entry.is_dir()}
     assert there == {f"sockmi_{name}" for name in EVENTS}
+
+
+@pytest.mark.parametrize("name", sorted(ORDINALS))
+def test_every_call_is_told_though_it_does_not_come_to_its_step(tracing: Path, name: str) -> None:
+    ordinal, kind = ORDINALS[name]
+    wrong = kind.from_buffer_copy(b"\xff" * ctypes.sizeof(kind))
+    with Device(slots=0) as device:
+        (tracing / "trace").write_text("")
+        with pytest.raises(Refused) as caught:
+            device.call(name, wrong)
+        [call] = [fields for step, fields in lines(tracing) if step == "call"]
+    assert (call["id"], call["bytes"]) == (ordinal, ctypes.sizeof(kind))
+    assert call["result"] == -(caught.value.errno or 0)
 
 
 def test_a_move_is_told_step_by_step(told: Told) -> None:
