@@ -42,7 +42,7 @@ bench: setup-tests ## Blackout, throughput and costs, as ratios inside one run
 	@$(PYTHON) -m bench
 
 bench-kernel: setup-tests ## The kernel engine beside the repair engine, and the NAT helper beside nftables, in a guest
-	@nice -n 19 $(PYTHON) -m bench.kernel
+	@$(PYTHON) -m bench.kernel
 
 clean: ## Remove what the above made in this folder
 	rm -rf .venv .build

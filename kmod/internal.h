@@ -4,7 +4,8 @@
  *
  * Locks, outermost first: sockmi_export.lock or sockmi_dormant.lock, the socket's lock (owned, across system calls
  * while frozen), sockmi_net.lists_lock (spinlock), sockmi_file.events_lock (spinlock). sockmi_file.lock guards
- * the making of slots alone.
+ * the making of slots alone; main.c's nets_lock is outermost, claim.c's claims_lock innermost. nat.h has the NAT
+ * helper's.
  */
 #ifndef SOCKMI_INTERNAL_H
 #define SOCKMI_INTERNAL_H

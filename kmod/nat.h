@@ -3,7 +3,7 @@
  * The NAT helper, as the rest of the module sees it. What it does for programs stands in uapi/sockmi.h.
  *
  * Locks: sockmi_nat_net.lock is a mutex and innermost but for memory allocation: it may be taken with a socket's lock
- * owned, and nothing of the module's is taken under it.
+ * owned, and of the module's only nat_kept.c's shares_lock and a queue's own lock are taken under it.
  */
 #ifndef SOCKMI_NAT_H
 #define SOCKMI_NAT_H

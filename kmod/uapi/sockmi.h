@@ -324,8 +324,9 @@ struct sockmi_ioc_freeze {
  *
  * -ENOENT: no such id on this file; -EBUSY: wrong state; COMMIT, ABORT: -ETIMEDOUT the deadline was
  * first, -ESTALE another epoch; COMMIT: -EBADF its owner has closed it, -EAGAIN handshakes are half done; it stays frozen. REMOVE
- * takes entries of the namespace, also those that another file has published; -EBUSY: an import is trying this one right now,
- * and if it fails the entry stays: ask again.
+ * takes entries of the namespace, also those that another file has published or reserved; -EBUSY: an import is trying
+ * this one right now, and if it fails the entry stays: ask again. PUBLISH: -EPERM another file has reserved it, -EBUSY
+ * it is published.
  */
 struct sockmi_ioc_decision {
 	__aligned_u64 id;
@@ -403,7 +404,8 @@ struct sockmi_ioc_export_info {
  *
  * The socket's options become the image's, whatever it had; only IP_TRANSPARENT, IP_FREEBIND and their like for IPv6 stay
  * set if they were, for they are the caller's consent to a foreign address. After an error, and after DISCARD, it is
- * closed again, unbound, with the options that it had before, and nothing was sent.
+ * closed again, unbound, with the options that it had before, and nothing was sent. (An IPv6 socket that has had an
+ * IPv4-mapped connection takes no other IPv6 one after that: TARGET.)
  */
 struct sockmi_ioc_restore {
 	__s32 fd;

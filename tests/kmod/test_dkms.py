@@ -31,6 +31,10 @@ dkms install sockmi/1.0 -k "$release"
 dkms status sockmi/1.0
 cp "$(modinfo -k "$release" -F filename sockmi)" /build/
 modinfo -k "$release" -F vermagic sockmi
+# A kernel that the module does not know is installed: its package runs this, and would fail with it.
+code=0
+dkms autoinstall -k 8.0.0-1-amd64 || code=$?
+echo "unknown kernel: $code"
 dkms remove sockmi/1.0 --all
 echo "left: $(dkms status sockmi/1.0)$(find /lib/modules -name 'sockmi.ko*')"
 """
@@ -54,6 +58,7 @@ def test_added_built_installed_removed(
     assert f"{debian.release}, x86_64: installed" in done.stdout
     assert f"\n{debian.release} SMP" in done.stdout
     assert done.stdout.splitlines()[-1] == "left: "
+    assert "\nunknown kernel: 0\n" in done.stdout
 
     (built,) = tree.parent.glob("sockmi.ko*")
     (guest,) = guests(1)

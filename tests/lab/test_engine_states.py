@@ -27,13 +27,13 @@ import pytest
 from sockmi import image as codec
 from sockmi.engine.base import Captured, Placement, Restored
 from sockmi.engine.keeper import Keeper
+from sockmi.image.words import NegotiatedFlag
 from sockmi.refusal import Code, Refusal
 from tests.lab import engine_lab as el
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 KINDS = ["v4", "v6", "mapped"]
 FIN, SYN, RST = 1, 2, 4
-ECN_NEGOTIATED = 8  # docs/image.md
 HERE = Placement(None, False)
 CLONE_NEWNS, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 4096, 16384, 1 << 18
 
@@ -380,7 +380,7 @@ def test_ecn_that_a_syn_has_offered(lab: el.Lab, engine: el.Pair, copy_asks: boo
         ours.connect_ex((el.PEER4, port))
         image = captured(lab, engine, ours).image
         negotiated = codec.decode(image).negotiated
-        assert negotiated is not None and negotiated.flags & ECN_NEGOTIATED
+        assert negotiated is not None and negotiated.flags & NegotiatedFlag.ECN
         with lab.host("b"):
             (item,) = engine.restore([image], [HERE])
     assert isinstance(item, Restored), item

@@ -22,6 +22,8 @@ import pytest
 
 from sockmi import image as images
 from sockmi.addresses import Endpoint, FourTuple
+from sockmi.image.sections import Image, Ktls
+from sockmi.image.words import NegotiatedFlag
 from tests.kmod import nat_client
 from tests.kmod.module_client import (
     ACTIVATE,
@@ -38,7 +40,6 @@ from tests.kmod.module_client import (
 
 FAMILIES = ("ipv4", "ipv6", "mapped")
 ESTABLISHED, SYN_SENT, FIN_WAIT_1, FIN_WAIT_2, TIME_WAIT = 1, 2, 4, 5, 6
-ECN_NEGOTIATED = 8  # docs/image.md
 CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 7, 8, 9, 10, 11
 
 
@@ -694,37 +695,76 @@ def test_a_connection_that_is_being_made_moves(device: Device, family: str) -> N
     assert read_exactly(copy, 7) == b"welcome"
 
 
-@pytest.mark.parametrize("offered", [True, False])
-def test_a_syn_says_of_ecn_what_it_has_said(device: Device, offered: bool) -> None:
-    """Whatever this host's own would say: the peer may have heard the first one."""
-    switch = Path("/proc/sys/net/ipv4/tcp_ecn")
-    usual = switch.read_text()
-    asks, answers = "1", "2"  # with every SYN; only those who ask
-    listener = new_socket("ipv4")
+@contextlib.contextmanager
+def sysctl(name: str, value: int) -> Iterator[None]:
+    """Of IPv4 TCP, in this namespace."""
+    switch = Path("/proc/sys/net/ipv4", name)
+    before = switch.read_text()
+    switch.write_text(str(value))
+    try:
+        yield
+    finally:
+        switch.write_text(before)
+
+
+@contextlib.contextmanager
+def connecting(listener: socket.socket) -> Iterator[socket.socket]:
+    """One in SYN-SENT, whose SYNs are held until the end."""
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     name = listener.getsockname()
-    ours, copy = new_socket("ipv4"), new_socket("ipv4")
-    try:
-        with nat_client.opened() as nat:
-            nat.add(nat_client.Flow(Endpoint(plain_address(name[0]), name[1]), None, nat_client.Flag.HOLD))
-            switch.write_text(asks if offered else answers)
-            ours.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                ours.connect(name)
-            switch.write_text(answers if offered else asks)
-            with frozen(device, ours) as (freeze, image):
-                assert bool(images.decode(image).negotiated.flags & ECN_NEGOTIATED) is offered
-                device.commit(freeze)
+    ours = new_socket("ipv4")
+    with nat_client.opened() as nat:
+        nat.add(nat_client.Flow(Endpoint(plain_address(name[0]), name[1]), None, nat_client.Flag.HOLD))
+        ours.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            ours.connect(name)
+        assert state_of(ours) == SYN_SENT
+        yield ours
+
+
+ASKS, ANSWERS, ASKS_FOR_ACCURATE = 1, 2, 3  # tcp_ecn: with every SYN; only those who ask
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_syn_says_of_ecn_what_it_has_said(device: Device, offered: bool) -> None:
+    """Whatever this host's own would say: the peer may have heard the first one."""
+    listener, copy = new_socket("ipv4"), new_socket("ipv4")
+    with sysctl("tcp_ecn", ASKS if offered else ANSWERS), connecting(listener) as ours:
+        with frozen(device, ours) as (freeze, image):
+            assert bool(images.decode(image).negotiated.flags & NegotiatedFlag.ECN) is offered
+            device.commit(freeze)
+        with sysctl("tcp_ecn", ANSWERS if offered else ASKS):
             device.restore(copy, image)
-        wait_for(lambda: state_of(copy) == ESTABLISHED, 10)
-        child, _unused = listener.accept()
-        for end in (copy, child):
-            with frozen(device, end) as (freeze, image):
-                assert bool(images.decode(image).negotiated.flags & ECN_NEGOTIATED) is offered
-                device.abort(freeze)
-    finally:
-        switch.write_text(usual)
+    wait_for(lambda: state_of(copy) == ESTABLISHED, 10)
+    child, _unused = listener.accept()
+    for end in (copy, child):
+        with frozen(device, end) as (freeze, image):
+            assert bool(images.decode(image).negotiated.flags & NegotiatedFlag.ECN) is offered
+            device.abort(freeze)
+
+
+@pytest.mark.parametrize("name", ["tcp_sack", "tcp_timestamps", "tcp_window_scaling"])
+def test_a_syn_that_this_host_does_not_send_is_refused(device: Device, name: str) -> None:
+    copy = new_socket("ipv4")
+    with connecting(new_socket("ipv4")) as ours:
+        with frozen(device, ours) as (freeze, image):
+            device.commit(freeze)
+        with sysctl(name, 0), pytest.raises(Refused) as caught:
+            device.restore(copy, image)
+        assert caught.value.refusal == Refusal.SCALE
+        device.restore(copy, image)
+
+
+@pytest.mark.kernels("7.2")
+def test_accurate_ecn_is_refused_offered_or_agreed_on(device: Device) -> None:
+    with sysctl("tcp_ecn", ASKS_FOR_ACCURATE):
+        agreed, _peer = pair()
+        with connecting(new_socket("ipv4")) as offered:
+            for ours in (agreed, offered):
+                with pytest.raises(Refused) as caught, frozen(device, ours):
+                    pass
+                assert caught.value.refusal == Refusal.ACCECN
 
 
 # ---- Refusals ----
@@ -748,6 +788,44 @@ def test_refusals_have_names(device: Device) -> None:
         device.claim(ours)
     assert caught.value.refusal == Refusal.REPAIR
     ours.setsockopt(socket.IPPROTO_TCP, 19, 0)
+
+
+def with_ktls(image: Image) -> None:
+    image.ktls = [Ktls(1, 0x0304, 0x1301, bytes(16), bytes(12), bytes(4), bytes(8))]
+
+
+def with_accurate_ecn(image: Image) -> None:
+    image.negotiated.flags |= NegotiatedFlag.ECN | NegotiatedFlag.ACCECN
+
+
+def in_microseconds(image: Image) -> None:
+    image.timestamp.unit = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        (with_ktls, Refusal.KTLS),
+        (with_accurate_ecn, Refusal.ACCECN),
+        pytest.param(in_microseconds, Refusal.TS_UNIT, marks=pytest.mark.kernels("6.1", "uml-*")),
+    ],
+)
+def test_images_that_no_socket_here_can_be(
+    device: Device, change: Callable[[Image], None], refusal: Refusal
+) -> None:
+    """The socket is as good as before."""
+    ours, peer = pair()
+    with frozen(device, ours) as (freeze, image):
+        device.commit(freeze)
+    forged = images.decode(image)
+    change(forged)
+    copy = new_socket("ipv4")
+    with pytest.raises(Refused) as caught:
+        device.restore(copy, images.encode(forged))
+    assert caught.value.refusal == refusal
+    device.restore(copy, image)
+    peer.sendall(b"lives")
+    assert read_exactly(copy, 5) == b"lives"
 
 
 def test_targets_that_are_in_use_are_refused(device: Device) -> None:
