@@ -97,7 +97,7 @@ class Guest:
         ]
         words = [
             "console=ttyS0", "loglevel=6", "panic=-1", "oops=panic", "net.ifnames=0", "mitigations=off",
-            "tsc=reliable", "random.trust_cpu=on", f"sockmi.name={plan.name}", *plan.boot,
+            "tsc=reliable", "no_timer_check", "random.trust_cpu=on", f"sockmi.name={plan.name}", *plan.boot,
         ]  # fmt: skip
         if plan.systemd:
             words += ["sockmi.init=/lib/systemd/systemd", "quiet", "systemd.show_status=no"]

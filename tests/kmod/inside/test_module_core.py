@@ -709,16 +709,17 @@ def sysctl(name: str, value: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def connecting(listener: socket.socket) -> Iterator[socket.socket]:
-    """One in SYN-SENT, whose SYNs are held until the end."""
+    """One in SYN-SENT: the listener has heard it, and what it answers is held until the end."""
     listener.bind(("127.0.0.1", 0))
     listener.listen()
-    name = listener.getsockname()
     ours = new_socket("ipv4")
+    ours.bind(("127.0.0.1", 0))
+    name = ours.getsockname()
     with nat_client.opened() as nat:
         nat.add(nat_client.Flow(Endpoint(plain_address(name[0]), name[1]), None, nat_client.Flag.HOLD))
         ours.setblocking(False)
         with contextlib.suppress(BlockingIOError):
-            ours.connect(name)
+            ours.connect(listener.getsockname())
         assert state_of(ours) == SYN_SENT
         yield ours
 

@@ -193,9 +193,8 @@ def test_entries_of_another_family_are_in_nobody_s_way(device: Device, first: st
 
 
 def test_who_waits_is_told_by_family(device: Device) -> None:
-    waiter = threading.Thread(
-        target=device.take, args=[wanted(new_socket("ipv4"))], kwargs={"timeout_ms": 30_000}
-    )
+    copy = new_socket("ipv4")
+    waiter = threading.Thread(target=device.take, args=[wanted(copy)], kwargs={"timeout_ms": 30_000})
     waiter.start()
     wait_for(lambda: device.list_info(ListName.CONNECTED).waiting == 1)
 
@@ -225,12 +224,12 @@ def test_an_entry_whose_address_is_not_here_is_left_for_others(device: Device) -
 
 def test_the_calls_of_a_user_that_wait_are_bounded() -> None:
     def wait() -> int:
+        sockets = [new_socket("ipv4") for _turn in range(WAITERS_MAX + 1)]
         with Device(slots=0) as mine:
-            for _turn in range(WAITERS_MAX):
-                sock = new_socket("ipv4")
+            for sock in sockets[1:]:
                 threading.Thread(target=mine.take, args=[wanted(sock)], kwargs={"timeout_ms": -1}).start()
-            for _turn in range(1000):
-                mine.take(wanted(new_socket("ipv4")), timeout_ms=10)
+            for _turn in range(1000):  # until they all wait
+                mine.take(wanted(sockets[0]), timeout_ms=10)
         return 0
 
     assert as_nobody(wait) == errno.EBUSY
