@@ -38,7 +38,11 @@ from tests.lab.test_migration import CLIENTS, pause
 NUMBER = struct.Struct("!Q")
 LINES = ("lines", "--interval-s", "0.05", "--silence-s", "60")
 # Three moves of daemons in an emulated machine take their time.
-PATIENT = {"lines": LINES, "download": ("curl", "--bytes", "12000000", "--pace", "800000")}
+PATIENT = {
+    "lines": LINES,
+    "download": ("curl", "--bytes", "12000000", "--pace", "800000"),
+    "duplex": ("duplex", "--pace", "400000"),
+}
 
 # A daemon takes 10 s to start, where the processor is emulated.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]

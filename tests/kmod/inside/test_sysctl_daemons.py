@@ -264,9 +264,9 @@ def own_listener(pid: int) -> str:
     raise AssertionError(f"process {pid} does not listen")
 
 
-def test_several_at_once(lab: Lab, running: Daemons) -> None:
-    """Each shell gets the answer to its own command."""
-    a, log = lab.host("a"), Log(running["a"])
+def test_several_at_once(lab: Lab, running: Daemons, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shell gets the answer to its own command; what has moved waits for whoever asks."""
+    a, b, log = lab.host("a"), lab.host("b"), Log(running["a"])
     with contextlib.ExitStack() as stack:
         many = [stack.enter_context(connection(lab)) for _turn in range(6)]
         wrong = f"{many[0].command} to=192.0.2.77"
@@ -280,6 +280,12 @@ def test_several_at_once(lab: Lab, running: Daemons) -> None:
         assert os.strerror(errno.EHOSTUNREACH) in said[0]
         assert log.text().count(": moved to b, migration") == 5
         many[0].lives()
+        by_client = {one.client.getsockname(): one for one in many[1:]}
+        while by_client:
+            heir = Importer(b, monkeypatch).got()
+            one = by_client.pop(heir.getpeername())
+            one.lives(heir)
+            one.end(heir)
 
 
 def test_the_same_socket_twice(lab: Lab, running: Daemons) -> None:
