@@ -441,8 +441,7 @@ class Export:
             except ControlError as error:
                 if error.code != "no-such-socket" or not tries_left:
                     raise
-            there = {(row["pid"], row["fd"], row["inode"]) for row in self.mover.client.sockets(wanted)}
-            left = [row for row in rows if (row["pid"], row["fd"], row["inode"]) in there]
+            left = [now for now in self._now(wanted, rows) if now is not None]
             self.closed += len(rows) - len(left)
             rows = left
             if not rows:
@@ -456,15 +455,21 @@ class Export:
         records = self.records[before:]
         if not any(_not_found(record) for record in records):
             return
-        inodes = {(row["pid"], row["fd"]): row["inode"] for row in rows}
-        there = {row["inode"] for row in self.mover.client.sockets(wanted)}
-        kept = [
-            record
-            for record in records
-            if not _not_found(record) or inodes.get((record.get("pid"), record.get("fd"))) in there
-        ]
+        pairs = zip(records, self._now(wanted, rows))  # noqa: B905 - Python 3.8
+        kept = [record for record, now in pairs if not _not_found(record) or now is not None]
         self.closed += len(records) - len(kept)
         self.records[before:] = kept
+
+    def _now(self, wanted: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+        """``rows`` as they are listed now, None: nowhere. Applications may have what waited."""
+        listed = self.mover.listed(wanted)[0]
+        by_inode = {row["inode"]: row for row in listed}
+        taken = {(row["local"], row.get("remote")): row for row in listed if "listed" not in row}
+        return [
+            by_inode.get(row["inode"])
+            or (taken.get((row["local"], row.get("remote"))) if "listed" in row else None)
+            for row in rows
+        ]
 
     def _move(self, sockets: list[dict[str, Any]]) -> None:
         records = self.mover.move(sockets, self.params["to"])

@@ -89,11 +89,12 @@ def run(
 class OddDaemon:
     """Answers each request with the next of ``answers``: a dict, raw bytes, or None to hang up.
 
-    Whoever looks for what could be moved finds nothing in the import lists.
+    Whoever looks for what could be moved finds nothing in the import lists, or the next of ``imports``.
     """
 
     def __init__(self, folder: Path, answers: list[Any]) -> None:
         self.path = folder / "control.sock"
+        self.imports: list[list[dict[str, Any]]] = []
         self.requests: list[dict[str, Any]] = []
         self._answers = iter(answers)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -109,7 +110,8 @@ class OddDaemon:
                     for line in lines:
                         request = json.loads(line)
                         if request.get("table") == "imports" and "filter" in request:
-                            connection.sendall(b'{"ok": true, "imports": []}\n')
+                            rows = self.imports.pop(0) if self.imports else []
+                            connection.sendall(json.dumps({"ok": True, "imports": rows}).encode() + b"\n")
                             continue
                         self.requests.append(request)
                         answer = next(self._answers)
@@ -491,6 +493,40 @@ def test_sockets_that_were_not_found(collections: Path, odd: Callable[..., OddDa
     result = run(collections, "export", control=str(daemon.path), all=True)
     assert (result["failed"], result["moved"], result["refused"], result["closed"]) == (True, 0, 2, 1)
     assert [one["fd"] for one in result["migrations"]] == [8, 9]
+
+
+def waiting(number: int) -> dict[str, Any]:
+    """A row of the import lists."""
+    ends = {"local": "192.0.2.1:80", "remote": f"192.0.2.9:{number}"}
+    return {"migration_id": f"7f0c0f0e-3f0b-4d0f-9f3d-{number:012}", **ends}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the request", "each"])
+def test_listed_ones_that_were_not_found(
+    collections: Path, odd: Callable[..., OddDaemon], whole: bool
+) -> None:
+    """One has ended; one has been taken by an application, and is not closed; one waits still."""
+    why = {"code": "no-such-socket", "message": "No.", "errno": "EBADF"}
+    lost = record(outcome="refused", kind=None, state=None, local=None, remote=None, refusal=why)
+    taken = row(77, remote="192.0.2.9:2")
+    first = {"ok": False, "error": why} if whole else {"migrations": [lost, lost, record()]}
+    daemon = odd({"sockets": []}, first, {"sockets": [taken]}, {"migrations": [record(), record()]})
+    daemon.imports = [[waiting(1), waiting(2), waiting(3)], [waiting(3)]]
+    result = run(collections, "export", control=str(daemon.path), all=True)
+    assert result["closed"] == 1
+    assert (result["moved"], result["refused"]) == ((2, 0) if whole else (1, 1))
+    named = [one.get("listed", one.get("fd")) for one in daemon.requests[-1].get("sockets", [])]
+    assert named == ([77, waiting(3)["migration_id"]] if whole else [])
+
+
+def test_the_history_has_what_is_documented(collections: Path, odd: Callable[..., OddDaemon]) -> None:
+    """`run` compares each record with the description, which is the one of the module export."""
+    told = [record(), record(direction="import"), record(outcome="refused", local=None, blackout_us=None)]
+    daemon = odd({"migrations": told})
+    result = run(collections, "info", control=str(daemon.path), gather_subset=["history"])
+    assert [one["direction"] for one in result["history"]] == ["export", "import", "export"]
+    [first, *_others] = result["history"]
+    assert list(returned.differences("info", {"history": [first | {"other": 1}]}))
 
 
 def test_many_go_in_batches(collections: Path, odd: Callable[..., OddDaemon]) -> None:
