@@ -56,7 +56,7 @@ _sockmi() {
 		groups) words="$common --address --peer --port --interface --key-file --force list join leave forget" ;;
 		drain) words="$common $select $moving --all --rate" ;;
 		doctor) words=$common ;;
-		reload) words=$common ;;
+		reload) words="$common --check" ;;
 		"") words="$common export import list status history groups drain doctor reload key --version --help" ;;
 		key)
 			words=$common

@@ -216,6 +216,10 @@ class RedirectConfig(Strict):
         return self
 
 
+LIVE = frozenset({"timing", "imports", "policy", "weight", "chunk_size", "pipeline_depth", "log_level"})
+"""Options that a reload puts into effect."""
+
+
 class Config(Strict):
     """Everything that an operator can choose."""
 
@@ -248,6 +252,11 @@ class Config(Strict):
             raise ValueError("groups: name at least one group, and each name once")
         return self
 
+    def differing(self, new: Config) -> tuple[list[str], list[str]]:
+        """What is another in ``new``: options that take effect at once, and those that need a restart."""
+        names = [name for name in type(self).model_fields if getattr(new, name) != getattr(self, name)]
+        return [name for name in names if name in LIVE], [name for name in names if name not in LIVE]
+
     @property
     def control_path(self) -> Path:
         """The control socket."""
@@ -267,10 +276,18 @@ class Config(Strict):
     def load(cls, path: Path) -> Config:
         """Read and check a YAML file; raise ConfigError with file, place and reason."""
         try:
-            document = _Loader(path.read_text()).get_single_data()
+            return cls.parse(path.read_text(), str(path))
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; create it or name another with --config") from error
-        except (YAMLError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not usable as YAML: {' '.join(str(error).split())}") from error
+
+    @classmethod
+    def parse(cls, text: str, path: str) -> Config:
+        """The same of a text, which is called ``path``."""
+        try:
+            document = _Loader(text).get_single_data()
+        except YAMLError as error:
             raise ConfigError(f"{path}: not usable as YAML: {' '.join(str(error).split())}") from error
         if document is None:
             document = {}

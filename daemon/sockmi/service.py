@@ -362,11 +362,7 @@ class Daemon:
                 self.members.rekey()
             except KeyFileError as error:
                 raise ConfigError(str(error)) from error
-            live = {"timing", "imports", "policy", "weight", "chunk_size", "pipeline_depth", "log_level"}
-            differing = [
-                name for name in Config.model_fields if getattr(new, name) != getattr(self.config, name)
-            ]
-            changed = [name for name in differing if name in live]
+            changed, restart_needed = self.config.differing(new)
             self.config = self.shell.config = self.config.model_copy(
                 update={name: getattr(new, name) for name in changed}
             )
@@ -377,7 +373,7 @@ class Daemon:
             logs.set_level(self.config)
         finally:
             notify.ready()
-        return changed, [name for name in differing if name not in live]
+        return changed, restart_needed
 
     def missed(self) -> list[HostId]:
         """See `sockmi.parts.Parts`."""

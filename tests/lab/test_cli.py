@@ -1018,6 +1018,7 @@ WRONG: list[tuple[str, str]] = [
     ("drain --pid 5 --timeout 0", "'0' is not a number of seconds"),
     ("drain --port 80 --local-port x", "'x' is not a port"),
     ("reload now", "unrecognized arguments: now"),
+    ("reload --check /none", "'/none' cannot be read: "),
     ("key", "file"),
 ]  # fmt: skip
 

@@ -353,7 +353,13 @@ def test_reload(lab: Lab, host: Host) -> None:
         assert "changed: nothing" in run("reload", host=host).out
 
         written(host, policy="weighted", imports={"max_connected": 7}, metrics_port=9781, timing=timing)
+        later = daemon.config_file.rename(daemon.config_file.with_suffix(".later"))
+        written(host, timing=timing)
+        foretold = run("reload", "--json", "--check", later, host=host).json
+        assert run("reload", "--json", host=host).json["changed"] == []
+        later.rename(daemon.config_file)
         changed = run("reload", "--json", host=host).json
+        assert foretold == changed
         assert set(changed["changed"]) == {"policy", "imports"}
         assert changed["restart_needed"] == ["metrics_port"]
         assert status(host)["import_lists"]["connected"]["maximum"] == 7

@@ -217,6 +217,9 @@ class ReloadRequest(_Request):
     """Read the configuration again. For administrators."""
 
     op: Literal["reload"] = "reload"
+    instead: str | None = Field(
+        None, description="do nothing; say what would change if this text were the configuration"
+    )
 
 
 class DoctorRequest(_Request):

@@ -124,6 +124,13 @@ def _uuid(text: str) -> UUID:
         raise argparse.ArgumentTypeError(f"{text!r} is no id; `sockmi list imports` has them") from None
 
 
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path!r} cannot be read: {error}") from None
+
+
 def _name(text: str) -> str:
     if not 1 <= len(text) <= 255:
         raise argparse.ArgumentTypeError("it must have 1 to 255 characters")
@@ -189,7 +196,13 @@ def build_parser() -> argparse.ArgumentParser:
     _groups(command("groups", "groups of daemons and their members"))
     _drain(command("drain", "move all sockets that match"))
     command("doctor", "what would make a migration fail here, and its mend")
-    command("reload", "have the daemon read its configuration and keys again")
+    reload = command("reload", "have the daemon read its configuration and keys again")
+    reload.add_argument(
+        "--check",
+        type=_text_of,
+        metavar="FILE",
+        help="do nothing; say what would change if FILE were the configuration",
+    )
     key = command("key", "make a group key")
     key.add_argument("file", type=Path, help="the new file; it must not exist")
     return parser

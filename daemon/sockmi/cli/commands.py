@@ -374,7 +374,8 @@ def _member(member: dict[str, Any]) -> tuple[Any, ...]:
 
 def reload(options: argparse.Namespace) -> int:
     """``sockmi reload``."""
-    answer = _one(options, "reload")
+    compared = {} if options.check is None else {"instead": options.check}
+    answer = _one(options, "reload", **compared)
     if options.json:
         print_json(answer)
     else:

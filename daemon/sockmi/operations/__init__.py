@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from sockmi import api
-from sockmi.config import ConfigError
+from sockmi.config import Config, ConfigError
 from sockmi.control import Client
 from sockmi.doctor import examine, examine_slowly
 from sockmi.engine.closing import close_all
@@ -96,7 +96,11 @@ class Operations:
     def _reload(self, client: Client, request: api.ReloadRequest, descriptors: list[int]) -> None:
         before = self._daemon.members.keyrings()
         try:
-            changed, restart_needed = self._daemon.reload()
+            if request.instead is None:
+                changed, restart_needed = self._daemon.reload()
+            else:
+                new = Config.parse(request.instead, "the configuration")
+                changed, restart_needed = self._daemon.config.differing(new)
         except ConfigError as error:
             raise Refusal(Code.BAD_REQUEST, f"Not reloaded, the old settings stay: {error}") from None
         after = self._daemon.members.keyrings()
