@@ -57,7 +57,7 @@ case $verb in
 is-active) [ -e $running ] && echo active || { echo inactive; exit 3; } ;;
 is-enabled) [ -e $running.enabled ] && echo enabled || { echo disabled; exit 1; } ;;
 show)
-	[ "$2" = "$unit" ] || { echo 0; exit; }
+	[ "$2" = "$unit" ] || { [ -s $running ] && cat $running || echo 0; exit; }
 	[ -e /etc/systemd/system/$unit ] && echo LoadState=loaded || echo LoadState=not-found
 	[ -e $running ] && echo ActiveState=active || echo ActiveState=inactive ;;
 *)

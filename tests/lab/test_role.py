@@ -101,7 +101,8 @@ def test_keys_of_groups_that_it_left_go(host: RoleHost) -> None:
     def configure(*names: str, check: bool = False) -> int:
         groups = [{"name": name, "port": 7780 + number} for number, name in enumerate(names)]
         code, output, changed = host.tasks(
-            "gather", "host", "configure", check=check, sockmi_group_key=KEY, sockmi_groups=groups
+            *("gather", "host", "configure", "forget_keys"),
+            **{"check": check, "sockmi_group_key": KEY, "sockmi_groups": groups},
         )
         assert code == 0, output
         return changed

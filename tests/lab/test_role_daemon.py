@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +70,87 @@ def test_force_removes_one_that_does_not_answer(host: RoleHost) -> None:
     assert code == 0, output
     assert host.asked()[:2] == [f"disable {UNIT}", f"stop {UNIT}"]
     assert "sockmi" not in host.sh("ls /opt /etc /etc/systemd/system")
+
+
+# As the role writes it, but that it can run in a namespace of its own.
+SETTINGS = {"engine": "repair", "state_dir": "/var/lib/sockmi", "metrics_port": 0}
+GROUPS = [{"name": "default", "interface": "lan"}]
+ROLE = ("gather", "host", "configure", "daemon")
+
+
+def running(host: RoleHost, **settings: Any) -> dict[str, Any]:
+    """Have the daemon run as the role has configured it; the role's variables."""
+    variables = {
+        "sockmi_group_key": KEY,
+        "sockmi_groups": GROUPS,
+        "sockmi_settings": SETTINGS | settings,
+        "sockmi_kernel_module": "none",
+        "sockmi_sysctls": {},
+        "sockmi_verify": "never",
+    }
+    host.sh("ip link add lan type veth peer name far; ip link set lan up; ip link set far up")
+    host.sh("ip address add 192.0.2.1/24 dev lan; mkdir -p /etc/sockmi /run/sockmi /var/lib/sockmi")
+    code, output, _changed = host.tasks("gather", "host", "configure", **variables)
+    assert code == 0, output
+    config = "/etc/sockmi/sockmi.yml"
+    host.sh(f"setsid -f /opt/sockmi/current/bin/sockmid --config {config} >/var/log/sockmid 2>&1 </dev/null")
+    host.sh("timeout 60 sh -c 'while ! [ -S /run/sockmi/control.sock ]; do sleep 0.2; done'")
+    programs = Path(sys.executable).parent
+    host.sh(f"ln -s {programs}/sockmi /opt/sockmi/current/bin; pgrep -xo sockmid >/run/units/{UNIT}")
+    code, output, _changed = host.tasks(*ROLE, **variables)
+    assert code == 0, output
+    host.asked()
+    return variables
+
+
+def test_what_cannot_be_reloaded_is_restarted(host: RoleHost) -> None:
+    """And check mode says so; what can be is no restart."""
+    variables = running(host)
+    assert host.tasks(*ROLE, **variables)[::2] == (0, 0)
+    live = variables | {"sockmi_settings": SETTINGS | {"policy": "weighted"}}
+    other = variables | {"sockmi_settings": SETTINGS | {"policy": "weighted", "metrics_port": 9781}}
+    for wanted, asked in ((live, []), (other, [f"restart {UNIT}"])):
+        code, output, predicted = host.tasks(*ROLE, check=True, **wanted)
+        assert (code, host.asked()) == (0, []), output
+        code, output, changed = host.tasks(*ROLE, **wanted)
+        assert (code, host.asked()) == (0, asked), output
+        assert predicted == changed == 2, output
+
+
+def test_why_it_did_not_reload_is_told(host: RoleHost) -> None:
+    """And its ports are its own: only of another program they are taken."""
+    variables = running(host)
+    taken = "The daemon's ports are taken: tcp/7781 by sockmid ("
+    asked = [(("preflight",), variables)]
+    assert taken not in host.cases(asked)[0]
+    host.sh(f"mv /run/units/{UNIT} /run/pid; touch /run/units/{UNIT}")
+    assert taken in host.cases(asked)[0]
+    host.sh(f"mv /run/pid /run/units/{UNIT}")
+    host.sh("chmod 644 /etc/sockmi/default.key")
+    done = host.tasks("gather", "reload", **variables)
+    assert done[0] != 0
+    assert "sockmid runs with its former settings: " in done[1]
+    assert "lets others read it" in done[1]
+
+
+def test_the_former_release_comes_back(host: RoleHost) -> None:
+    """With its configuration, unit and keys, if the new one does not start."""
+    variables = running(host)
+    host.sh("cp -r /opt/sockmi/releases/1.0-abc /opt/sockmi/releases/2.0-def")
+    host.sh("echo 2.0-def >/opt/sockmi/releases/2.0-def/release; echo >>/etc/systemd/system/sockmid.service")
+    host.sh("echo '! [ $(readlink /opt/sockmi/current) = releases/2.0-def ]' >/run/refuses")
+    kept = "cat /etc/sockmi/sockmi.yml /etc/systemd/system/sockmid.service /etc/sockmi/default.key"
+    before = host.sh(f"{kept}; readlink /opt/sockmi/current; find /usr/local -type l | sort")
+    wanted = variables | {
+        "sockmi_groups": [{"name": "blue", "interface": "lan"}],
+        "sockmi_c_library": True,
+        "__sockmi_bundle": {"release": "2.0-def", "file": "none"},
+    }
+    code, output, _changed = host.tasks(*ROLE, **wanted)
+    assert code != 0
+    assert "sockmid did not start; the former release 1.0-abc runs again. Unable to restart service" in output
+    assert host.sh(f"{kept}; readlink /opt/sockmi/current; find /usr/local -type l | sort") == before
+    assert host.asked() == [
+        *("daemon-reload", f"restart {UNIT}"),
+        *("daemon-reload", f"start {UNIT}"),
+    ]

@@ -37,6 +37,11 @@ PROBING = """
     - ansible.builtin.include_role: {name: sockmi.appliance.sockmi, tasks_from: gather, public: true}
     - ansible.builtin.copy: {content: "{{ __sockmi_probe | to_json }}", dest: /run/probe.json, mode: "0600"}
 """
+# A stranger at the daemon's UDP port, and one of this host alone, who is in nobody's way.
+STRANGER = (
+    "import socket, time; all = socket.socket(type=socket.SOCK_DGRAM); all.bind(('', 7780));"
+    "own = socket.create_server(('127.0.0.1', 7781)); time.sleep(900)"
+)
 UBUNTU = 'ID=ubuntu\nID_LIKE=debian\nVERSION_ID="24.04"\nPRETTY_NAME="Ubuntu 24.04.2 LTS"\n'
 ROCKY = 'ID=rocky\nID_LIKE="rhel centos fedora"\nVERSION_ID="9.5"\nPRETTY_NAME="Rocky Linux 9.5"\n'
 
@@ -143,6 +148,7 @@ def test_what_is_in_the_way_is_named(host: RoleHost, tmp_path: Path) -> None:
         ({"systemd": False}, {}, "systemd does not run there, and the daemon is a unit of it"),
         ({"kernel": "5.9.16-1-amd64"}, {}, "Linux 5.9.16-1-amd64 is too old; the daemon needs 5.10"),
         ({"ptrace_scope": "3"}, {}, "kernel.yama.ptrace_scope is 3, so no owner of a socket can be stopped"),
+        ({"taken": {"tcp/7781": "nginx (8)"}}, {}, "ports are taken: tcp/7781 by nginx (8); end that"),
         ({"free_mib": 200}, {}, "/opt/sockmi has 200 MiB left; a release needs 200"),
         ({}, tunnel, "The MTU of tun0 is below 1450"),
         ({"mtu": {"tun0": 1450}}, tunnel, ""),
@@ -158,6 +164,13 @@ def test_what_is_in_the_way_is_named(host: RoleHost, tmp_path: Path) -> None:
         assert said in answer, (unfit, answer)
         assert bool(said) == bool(answer), (unfit, answer)
     assert untouched(host) == before
+
+
+def test_a_port_that_is_taken(host: RoleHost) -> None:
+    host.sh(f'setsid -f python3 -c "{STRANGER}" >/dev/null 2>&1 </dev/null')
+    host.sh("timeout 60 sh -c 'while ! ss -ltn | grep -q 7781; do sleep 0.2; done'")
+    [answer] = host.cases([(("preflight",), {"sockmi_group_key": KEY, "sockmi_kernel_module": "none"})])
+    assert re.search(r"The daemon's ports are taken: udp/7780 by python3\S* \([0-9]+\); end that, or", answer)
 
 
 def test_packages_may_bring_a_python(host: RoleHost, tmp_path: Path) -> None:

@@ -213,7 +213,8 @@ def test_links_are_made_changed_and_removed(tmp_path: Path) -> None:
     wanted = {new: "/ours/current/new", old: None, changed: "/ours/current/changed", theirs: None, file: None}
 
     def run(*flags: str) -> list[str]:
-        question = json.dumps({"links": wanted, "own": ["/ours", "/former/"]})
+        record = str(tmp_path / "etc/made")
+        question = json.dumps({"links": wanted, "own": ["/ours", "/former/"], "made": record})
         command = [sys.executable, "-I", "-c", program, question, *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         said: list[str] = json.loads(done.stdout)
@@ -237,6 +238,19 @@ def test_links_are_made_changed_and_removed(tmp_path: Path) -> None:
     assert str((tmp_path / "deep/new").readlink()) == "/ours/current/new"
     assert str((tmp_path / "theirs").readlink()) == "/oursalike/theirs"
     assert (tmp_path / "file").read_text() == "somebody's"
+    # Folders that were made for links go with the last of them, but with nobody else's file in them.
+    (tmp_path / "kept").mkdir()
+    more = [str(tmp_path / name) for name in ("kept/new", "deep/down/new", "other/new")]
+    wanted |= dict.fromkeys(more, "/ours/current/new")
+    run()
+    (tmp_path / "other/theirs").touch()
+    wanted |= dict.fromkeys([new, *more])
+    run()
+    assert not (tmp_path / "deep").exists()
+    assert [list((tmp_path / name).iterdir()) for name in ("kept", "other")] == [
+        [],
+        [tmp_path / "other/theirs"],
+    ]
 
 
 QUESTION = {"pythons": {}, "sysctls": [], "prefix": "/nowhere", "units": []}
@@ -247,7 +261,9 @@ QUESTION = {"pythons": {}, "sysctls": [], "prefix": "/nowhere", "units": []}
     [
         (
             "links.py",
-            lambda _folder: [json.dumps({"links": {"/proc/none/link": "/own/x"}, "own": ["/own"]})],
+            lambda folder: [
+                json.dumps({"links": {"/proc/none/link": "/x"}, "own": [], "made": str(folder / "made")})
+            ],
             "/proc/none: No such file",
         ),
         (

@@ -2,12 +2,13 @@
 """What the host is like, as JSON: all that the role must know before it touches anything.
 
 The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`, the
-file `before`, `groups` (none: to remove all), `headers` (how a family's package of the kernel's headers
-begins), `xtables` (the kernel's modules of legacy iptables); with `by_unit` the prefix is the installed
-unit's, if any.
+file `before`, `groups` (none: to remove all), `ports` (as udp/7780) of the daemon, `headers` (how a family's
+package of the kernel's headers begins), `xtables` (the kernel's modules of legacy iptables); with `by_unit`
+the prefix is the installed unit's, if any.
 Python 3.8 and later.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -245,9 +246,37 @@ def key_files():
     return sorted(name for name in named if "Managed by Ansible" in config and f'"{name}"' not in joined)
 
 
+def main_process(unit):
+    """Id of a unit's main process, as text; "0" or "": it does not run."""
+    return said("systemctl", "show", "--property=MainPID", "--value", unit)
+
+
+def taken(ports):
+    """Those that another than the daemon has at all addresses: {"udp/7780": "named (812)"}."""
+    sockets = {}
+    for port in ports:
+        proto, _unused, number = port.partition("/")
+        for table in (proto, proto + "6"):
+            for line in (text(f"/proc/net/{table}") or "").splitlines()[1:]:
+                fields = line.split()
+                address, _unused, local = fields[1].rpartition(":")
+                listens = proto == "udp" or fields[3] == "0A"
+                if listens and int(local, 16) == int(number) and not address.strip("0"):
+                    sockets[f"socket:[{fields[9]}]"] = port
+    holders = {}
+    for link in Path("/proc").glob("[0-9]*/fd/*") if sockets else ():
+        with contextlib.suppress(OSError):  # it has ended
+            port = sockets.get(os.readlink(str(link)))  # noqa: PTH115 - Python 3.8
+            if port:
+                holders.setdefault(port, []).append(link.parts[2])
+    own = main_process("sockmid.service")
+    named = {port: pids[0] for port, pids in holders.items() if own not in pids}
+    return {port: "{} ({})".format(text(f"/proc/{pid}/comm"), pid) for port, pid in named.items()}
+
+
 def process(unit, prefix):
     """Of a unit's main process: when it was started (seconds since 1970), and which release it runs."""
-    pid = said("systemctl", "show", "--property=MainPID", "--value", unit)
+    pid = main_process(unit)
     try:
         ticks = int(text(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
         uptime_s = float(text("/proc/uptime").split()[0])
@@ -315,6 +344,7 @@ def main():
             "key_files": key_files(),
             "configured": Path("/etc/sockmi/sockmi.yml").exists(),
             "firewalld": firewalld(asked["groups"]),
+            "taken": taken(asked.get("ports", [])),
             "ufw": "ENABLED=yes" in (text("/etc/ufw/ufw.conf") or ""),
             "before": known,
         }
