@@ -60,7 +60,7 @@ def test_what_keeps_the_module_keeps_all(host: RoleHost) -> None:
 def test_force_removes_one_that_does_not_answer(host: RoleHost) -> None:
     host.sh("mkdir -p /run/sockmi")
     host.sh(f'setsid -f python3 -c "{MUTE}" >/dev/null 2>&1 </dev/null')
-    host.sh("timeout 60 sh -c 'while ! [ -S /run/sockmi/control.sock ]; do sleep 0.2; done'")
+    host.sh("timeout 600 sh -c 'while ! [ -S /run/sockmi/control.sock ]; do sleep 0.2; done'")
     before = installed(host)
     code, output, changed = host.tasks("uninstall", sockmi_uninstall_force="false")
     assert (code, changed) == (2, 0), output
@@ -94,7 +94,7 @@ def running(host: RoleHost, **settings: Any) -> dict[str, Any]:
     assert code == 0, output
     config = "/etc/sockmi/sockmi.yml"
     host.sh(f"setsid -f /opt/sockmi/current/bin/sockmid --config {config} >/var/log/sockmid 2>&1 </dev/null")
-    host.sh("timeout 60 sh -c 'while ! [ -S /run/sockmi/control.sock ]; do sleep 0.2; done'")
+    host.sh("timeout 600 sh -c 'while ! [ -S /run/sockmi/control.sock ]; do sleep 0.2; done'")
     programs = Path(sys.executable).parent
     host.sh(f"ln -s {programs}/sockmi /opt/sockmi/current/bin; pgrep -xo sockmid >/run/units/{UNIT}")
     code, output, _changed = host.tasks(*ROLE, **variables)
