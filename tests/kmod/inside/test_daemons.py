@@ -40,8 +40,8 @@ LINES = ("lines", "--interval-s", "0.05", "--silence-s", "60")
 # Three moves of daemons in an emulated machine take their time.
 PATIENT = {
     "lines": LINES,
-    "download": ("curl", "--bytes", "12000000", "--pace", "800000"),
-    "duplex": ("duplex", "--pace", "400000"),
+    "download": ("curl", "--bytes", "9000000", "--pace", "300000"),
+    "duplex": ("duplex", "--pace", "100000"),
 }
 
 # A daemon takes 10 s to start, where the processor is emulated.
