@@ -50,9 +50,15 @@ done
 [ ! -d {there}/etc ] || cp -r {there}/etc/. /etc
 """
 # Units run while their file in /run/units is there; /run/refuses, a script, fails where one does not start.
+# Of a oneshot ExecStart and ExecStop are run.
 SYSTEMCTL = """#!/bin/sh
 verb=$1 unit=$2 running=/run/units/$2
 [ "$verb" != show ] || [ "$2" = "${2#--}" ] || unit=$4 running=/run/units/$4
+oneshot() {
+	grep -qs ^Type=oneshot /etc/systemd/system/$unit || return 0
+	words=$(sed -n "s/^$1=//p" /etc/systemd/system/$unit)
+	case $words in -*) ${words#-} 2>/dev/null || : ;; *) $words ;; esac
+}
 case $verb in
 is-active) [ -e $running ] && echo active || { echo inactive; exit 3; } ;;
 is-enabled) [ -e $running.enabled ] && echo enabled || { echo disabled; exit 1; } ;;
@@ -63,8 +69,10 @@ show)
 *)
 	echo "$*" >>/run/units/asked
 	case $verb in
-	start|restart) rm -f $running; sh /run/refuses && touch $running || { echo 'Job failed.' >&2; exit 1; } ;;
-	stop) rm -f $running ;;
+	start|restart)
+		[ $verb = start ] || [ ! -e $running ] || oneshot ExecStop
+		rm -f $running; sh /run/refuses && oneshot ExecStart && touch $running || { echo 'Job failed.' >&2; exit 1; } ;;
+	stop) rm -f $running; oneshot ExecStop ;;
 	enable) touch $running.enabled ;;
 	disable) rm -f $running.enabled ;;
 	esac ;;

@@ -179,18 +179,118 @@ def test_a_route_of_router_advertisements_stays(host: RoleHost, tmp_path: Path) 
     host.sh(f"{sys.executable} {tmp_path}/router.py")
     route = "ip -6 route show default dev lan"
     until(lambda: "proto ra" in host.sh(route))
-    sysctls = {"net.ipv6.conf.all.forwarding": 1}
-    code, output, predicted = host.tasks("gather", "host", check=True, sockmi_sysctls=sysctls)
+    wanted = {"net.ipv6.conf.all.forwarding": 1}
+    code, output, predicted = host.tasks("gather", "host", "settings", check=True, sockmi_sysctls=wanted)
     assert (code, host.sh(f"cat {FORWARDING}")) == (0, "0\n"), output
-    code, output, changed = host.tasks("gather", "host", sockmi_sysctls=sysctls)
+    code, output, changed = host.tasks("gather", "host", "settings", sockmi_sysctls=wanted)
     assert (code, changed, host.sh(f"cat {FORWARDING}")) == (0, predicted, "1\n"), output
     assert "proto ra" in host.sh(route)
     assert "net/ipv6/conf/lan/accept_ra = 2" in host.sh("cat /etc/sysctl.d/60-sockmi.conf")
-    code, output, changed = host.tasks("gather", "host", sockmi_sysctls=sysctls)
+    code, output, changed = host.tasks("gather", "host", "settings", sockmi_sysctls=wanted)
     assert (code, changed) == (0, 0), output
     code, output, _changed = host.tasks("uninstall")
     assert code == 0, output
     assert host.sh(f"cat {FORWARDING} /proc/sys/net/ipv6/conf/lan/accept_ra") == "0\n1\n"
+
+
+# A host that takes no redirects, and forwards what comes in by lan and wan, but not by far.
+HARDENED = """
+for one in lan wan far; do
+	ip netns add $one
+	ip link add $one type veth peer name eth0 netns $one
+	ip link set $one up
+	ip -n $one link set eth0 up
+done
+ip address add 192.0.2.1/26 dev lan; ip -n lan address add 192.0.2.2/26 dev eth0
+ip address add 192.0.2.65/26 dev wan; ip -n wan address add 192.0.2.66/26 dev eth0
+ip address add 192.0.2.129/26 dev far; ip -n far address add 192.0.2.130/26 dev eth0
+ip -n lan route add default via 192.0.2.1; ip -n wan route add default via 192.0.2.65
+ip -n far route add default via 192.0.2.129
+sysctl -q -w net.ipv4.conf.lan.forwarding=1 net.ipv4.conf.wan.forwarding=1
+sysctl -q -w net.ipv4.conf.all.accept_redirects=0 net.ipv6.conf.lan.forwarding=1 net.ipv6.conf.wan.accept_ra=2
+"""
+# From far nobody gets there, from lan one does.
+ACROSS = """
+if ip netns exec far ping -c 1 -W 1 192.0.2.66; then exit 1; fi
+ip netns exec lan ping -c 1 -W 5 192.0.2.66
+"""
+
+
+def sysctls(host: RoleHost) -> list[str]:
+    """All of the network's that are the namespace's."""
+    return sorted(
+        host.sh("sysctl -a 2>/dev/null | grep '^net.ipv[46].*conf\\|^net.ipv4.ip_forward'").splitlines()
+    )
+
+
+def test_what_forwarding_rewrites_is_as_it_was_after_uninstall(host: RoleHost) -> None:
+    """And who was forwarded before is between, and nobody else; redirects are not taken."""
+    tasks = ("gather", "host", "firewall", "settings")
+    host.systemd()
+    host.sh(HARDENED)
+    before = sysctls(host)
+    host.sh(ACROSS)
+    host.sh("ip link add gone type veth peer name late")
+    code, output, _changed = host.tasks(*tasks)
+    assert code == 0, output
+    assert host.sh("sysctl -n net.ipv4.ip_forward net.ipv6.conf.all.forwarding").split() == ["1", "1"]
+    host.sh(ACROSS)
+    assert "net.ipv4.conf.all.accept_redirects = 0" in sysctls(host)
+    kept = host.sh("cat /etc/sockmi/before-install.json")
+    host.sh("ip link delete gone; ip link add new type veth peer name other")
+    code, output, changed = host.tasks(*tasks)
+    assert (code, changed, host.sh("cat /etc/sockmi/before-install.json")) == (0, 0, kept), output
+    code, output, predicted = host.tasks("uninstall", check=True)
+    assert code == 0, output
+    code, output, changed = host.tasks("uninstall")
+    assert (code, changed) == (0, predicted), output
+    assert host.sh("sysctl -n net.ipv4.conf.new.forwarding net.ipv6.conf.new.forwarding").split() == [
+        "0",
+        "0",
+    ]
+    host.sh("ip link delete new")
+    assert sysctls(host) == before
+    host.sh(ACROSS)
+
+
+def test_redirects_are_not_taken_where_forwarding_is_switched_off(host: RoleHost) -> None:
+    host.sh("sysctl -q -w net.ipv4.ip_forward=1 net.ipv4.conf.all.accept_redirects=0")
+    before = sysctls(host)
+    code, output, _changed = host.tasks(
+        "gather", "host", "settings", sockmi_sysctls={"net.ipv4.ip_forward": 0}
+    )
+    assert code == 0, output
+    now = host.sh("sysctl -n net.ipv4.ip_forward net.ipv4.conf.all.accept_redirects").split()
+    assert now == ["0", "0"]
+    code, output, _changed = host.tasks("uninstall")
+    assert (code, sysctls(host)) == (0, before), output
+
+
+def test_a_setting_that_forwarding_rewrites_is_what_it_is_wanted_to_be(host: RoleHost) -> None:
+    wanted = {"net.ipv4.conf.all.accept_redirects": 1, "net.ipv4.ip_forward": 1}
+    tasks = ("gather", "host", "settings")
+    code, output, _changed = host.tasks(*tasks, sockmi_sysctls=wanted)
+    assert code == 0, output
+    assert host.sh("sysctl -n net.ipv4.ip_forward net.ipv4.conf.all.accept_redirects").split() == ["1", "1"]
+    lines = host.sh("tail -n 2 /etc/sysctl.d/60-sockmi.conf").splitlines()
+    assert lines == ["net.ipv4.ip_forward = 1", "net.ipv4.conf.all.accept_redirects = 1"]
+    assert host.tasks(*tasks, sockmi_sysctls=wanted)[2] == 0
+
+
+def test_it_does_not_forward_without_its_guard(host: RoleHost) -> None:
+    """Where the firewall's part fails."""
+    host.systemd()
+    host.release("/opt/sockmi")
+    host.sh(
+        f"cd {host.scratch}; printf '#!/bin/sh\\necho nft: not today >&2; exit 1\\n' >nft; chmod +x nft;"
+        "mount --bind nft $(command -v nft)"
+    )
+    words = ["-i", "localhost,", "-c", "local", "--tags", "configure", PROJECT / "install.yml"]
+    done = host.play(*words, sockmi_hosts="localhost", sockmi_group_key=KEY)
+    assert "nft: not today" in done.stdout, done.stdout + done.stderr
+    switches = "sysctl -n net.ipv4.ip_forward net.ipv6.conf.all.forwarding; ls /etc/sysctl.d"
+    assert host.sh(switches).split()[:2] == ["0", "0"]
+    assert "60-sockmi.conf" not in host.sh(switches)
 
 
 def test_the_firewall_base_follows_what_is_chosen(host: RoleHost) -> None:
@@ -199,7 +299,7 @@ def test_the_firewall_base_follows_what_is_chosen(host: RoleHost) -> None:
     def firewall(choice: str) -> tuple[int, str]:
         code, output, changed = host.tasks(
             "gather",
-            *("host", "firewall"),
+            *("host", "firewall", "settings"),
             sockmi_firewall=choice,
             sockmi_firewall_sources=["192.0.2.1"],
             sockmi_sysctls={"net.ipv4.ip_forward": 1},

@@ -115,7 +115,7 @@ FILES = {
     ],
     "/etc/systemd/system/sockmid.service": [("prefix", r"^ExecStart=/opt/elsewhere/current/bin/sockmid ")],
     "/etc/sysctl.d/60-sockmi.conf": [
-        ("sysctls", r"^net\.ipv4\.conf\.lo\.rp_filter = 2\nnet\.ipv4\.ip_forward = 1$")
+        ("sysctls", r"^net\.ipv4\.ip_forward = 1\nnet\.ipv4\.conf\.lo\.rp_filter = 2$")
     ],
     "/proc/sys/net/ipv4/conf/lo/rp_filter": [("sysctls", r"^2$")],
     "/etc/sockmi/firewall.nft": [
@@ -150,7 +150,7 @@ def test_install_predicts_and_then_each_variable_is_where_it_belongs(host: RoleH
     # The same for real, with a release that is there; but no daemon can be started.
     host.release("/opt/elsewhere", unit=False)
     del variables["sockmi_wheelhouse"], variables["sockmi_wheelhouse_build"]
-    done = host.run_tasks("gather", "host", "firewall", "configure", "daemon", **variables)
+    done = host.run_tasks("gather", "host", "firewall", "settings", "configure", "daemon", **variables)
     assert "sockmid runs, but does not answer" in done.stdout  # within wait_s
     real = [name for name in changed_tasks(done.stdout) if name != "Have the linker know the C library"]
     assert real == [name for name in predicted if name not in release]
@@ -166,6 +166,12 @@ def test_install_predicts_and_then_each_variable_is_where_it_belongs(host: RoleH
         "stat -c '%a %U' /etc/sockmi/*.key; /usr/local/sbin/sockmid --config /etc/sockmi/sockmi.yml --check"
     )
     assert said.startswith("600 root\n600 root\n/etc/sockmi/sockmi.yml: good\n")
+
+
+def test_without_settings_there_is_nothing_to_keep(host: RoleHost) -> None:
+    code, output, _changed = host.tasks("gather", "host", "firewall", "settings", sockmi_sysctls={})
+    assert code == 0, output
+    assert host.sh("ls /etc/sockmi") == "firewall.nft\n"
 
 
 def test_no_variable_is_left_out() -> None:

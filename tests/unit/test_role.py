@@ -110,8 +110,8 @@ TAGGED = {
 }
 
 
-@pytest.mark.parametrize("tag", ["install", "configure", "kmod", "uninstall"])
-def test_a_tag_chooses_parts(tag: str) -> None:
+def listed(tag: str) -> list[str]:
+    """The tasks that a tag chooses, in order."""
     playbook = PROJECT / ("uninstall.yml" if tag == "uninstall" else "install.yml")
     program = Path(sys.executable).with_name("ansible-playbook")
     words = ["-i", "web1,", "-e", "sockmi_hosts=web1", playbook, "--list-tasks", "--tags", tag]
@@ -119,8 +119,26 @@ def test_a_tag_chooses_parts(tag: str) -> None:
     done = subprocess.run(
         [program, *words], capture_output=True, text=True, check=True, cwd=PROJECT, env=environment
     )
-    listed = set(re.findall(r"sockmi : (.*?)\tTAGS: ", done.stdout))
-    assert listed & set(TAGGED) == {name for name, tags in TAGGED.items() if tag in tags}
+    return re.findall(r"sockmi : (.*?)\tTAGS: ", done.stdout)
+
+
+@pytest.mark.parametrize("tag", ["install", "configure", "kmod", "uninstall"])
+def test_a_tag_chooses_parts(tag: str) -> None:
+    assert set(listed(tag)) & set(TAGGED) == {name for name, tags in TAGGED.items() if tag in tags}
+
+
+def test_the_guard_is_there_before_forwarding_and_until_after_it() -> None:
+    """Or a run that fails between leaves a host that forwards for all."""
+    guard, forwarding = "Load them at boot, and now", "Set the kernel's settings at boot"
+    there = [one for one in listed("install") if one in (guard, forwarding, "Set them now")]
+    assert there == [guard, forwarding, "Set them now"]
+    forwarding = "Do not set them at boot any more"
+    there = [
+        one
+        for one in listed("uninstall")
+        if one in ("Restore the kernel's settings", forwarding, "Unload the firewall base")
+    ]
+    assert there == ["Restore the kernel's settings", forwarding, "Unload the firewall base"]
 
 
 # A value that each variable must not have, and what is said of it before any host is asked.
@@ -253,7 +271,7 @@ def test_links_are_made_changed_and_removed(tmp_path: Path) -> None:
     ]
 
 
-QUESTION = {"pythons": {}, "sysctls": [], "prefix": "/nowhere", "units": []}
+QUESTION = {"pythons": {}, "sysctls": {}, "prefix": "/nowhere", "units": []}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What the host is like, as JSON: all that the role must know before it touches anything.
 
-The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (names), `prefix`, `units`, the
+The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (wanted), `prefix`, `units`, the
 file `before`, `groups` (none: to remove all), `ports` (as udp/7780) of the daemon, `headers` (how a family's
 package of the kernel's headers begins), `xtables` (the kernel's modules of legacy iptables); with `by_unit`
 the prefix is the installed unit's, if any.
@@ -37,6 +37,11 @@ SYSTEM = {
     *("/usr/local/share", "/usr/local/src", "/usr/sbin", "/usr/share", "/usr/src", "/var", "/var/backups"),
     *("/var/cache", "/var/lib", "/var/local", "/var/log", "/var/mail", "/var/opt", "/var/spool"),
     *("/etc/sockmi", "/var/lib/sockmi"),
+}
+# By these all of a family is forwarded. With them the kernel sets each device's, and IPv4's accept_redirects.
+SWITCHES = {
+    "ipv4": ("/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv4/conf/all/forwarding"),
+    "ipv6": ("/proc/sys/net/ipv6/conf/all/forwarding",),
 }
 RTF_ADVERTISED = 0x50000  # RTF_DEFAULT and RTF_ADDRCONF of linux/ipv6_route.h
 ADDRESS = "239.77.83.1"  # of a group that names none
@@ -197,6 +202,56 @@ def advertised(known):
     return sorted(found | {name for name in known if name.endswith("/accept_ra") and text(setting(name))})
 
 
+def switches(names, family):
+    """Those of settings by which all of a family is forwarded."""
+    return [name for name in names if setting(name) in SWITCHES[family]]
+
+
+def devices(family, name, value):
+    """Whose setting has a value; `all` and `default` are among them."""
+    found = Path(f"/proc/sys/net/{family}/conf").glob(f"*/{name}")
+    return sorted(path.parent.name for path in found if text(path) == value)
+
+
+def rewritten(wanted, known):
+    """What the kernel will change unasked as the role switches forwarding for the first time: its values."""
+    found = {}
+    for family, same in SWITCHES.items():
+        for switch in switches(wanted, family):
+            now = text(setting(switch))
+            if known.get(switch, now) == now != str(wanted[switch]):
+                paths = list(Path(f"/proc/sys/net/{family}/conf").glob("*/forwarding"))
+                paths += [Path("/proc/sys/net/ipv4/conf/all/accept_redirects")] if family == "ipv4" else []
+                found.update(
+                    {"/".join(path.parts[3:]): text(path) for path in paths if str(path) not in same}
+                )
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def guarded(sysctls):
+    """The families that forwarded nothing before, or only what came in by some devices: those.
+
+    IPv4 asks each device, IPv6 only where that is forced.
+    """
+    kept = (re.fullmatch("net/ipv4/conf/([^/]+)/forwarding", name) for name in sysctls)
+    by = {
+        "ipv4": sorted(one.group(1) for one in kept if one and sysctls[one.group()] == "1"),
+        "ipv6": devices("ipv6", "force_forwarding", "1"),
+    }
+    off = [name for name in by if "0" in [sysctls[one] for one in switches(sysctls, name)]]
+    return {name: by[name] for name in off if not {"all", "default"} & set(by[name])}
+
+
+def restored(known):
+    """What was before, for sysctl(8). The switches first: they change others.
+
+    And `accept_ra` behind them, or the routes of router advertisements would go.
+    """
+    of_all = {name for family in SWITCHES for name in switches(known, family)}
+    order = sorted(known, key=lambda name: (name not in of_all, not name.endswith("forwarding"), name))
+    return [f"{name}={known[name]}" for name in order if known[name] is not None]
+
+
 def setting(name):
     """Where the kernel has it; sysctl(8) writes a dot in a name as a slash, or has slashes only."""
     slashes = re.match("[^.]*/", name)
@@ -307,7 +362,10 @@ def main():
     found = system()
     family = found["family"]
     known = before(asked["before"])
-    heard = advertised((known or {}).get("sysctls", {})) if asked.get("forwards_ipv6") else []
+    kept = (known or {}).get("sysctls", {})
+    heard = advertised(kept) if asked.get("forwards_ipv6") else []
+    wanted = asked["sysctls"]
+    sysctls = {**rewritten(wanted, kept), **{name: text(setting(name)) for name in [*heard, *wanted]}}
     candidates = asked["pythons"].get(family) or ["python3"]
     found.update(
         {
@@ -326,7 +384,10 @@ def main():
             "releases": sorted(path.parent.name for path in prefix.glob("releases/*/complete")),
             "free_mib": free_mib(prefix),
             "advertised": heard,
-            "sysctls": {name: text(setting(name)) for name in [*heard, *asked["sysctls"]]},
+            "sysctls": sysctls,
+            "switches": [name for family in SWITCHES for name in switches(wanted, family)],
+            "guarded": guarded({**sysctls, **kept}),
+            "restored": restored(kept),
             "ptrace_scope": text("/proc/sys/kernel/yama/ptrace_scope"),
             "mtu": {path.parent.name: int(text(path) or 0) for path in Path("/sys/class/net").glob("*/mtu")},
             "xtables": xtables(asked.get("xtables", [])),
