@@ -71,7 +71,8 @@ show)
 	case $verb in
 	start|restart)
 		[ $verb = start ] || [ ! -e $running ] || oneshot ExecStop
-		rm -f $running; sh /run/refuses && oneshot ExecStart && touch $running || { echo 'Job failed.' >&2; exit 1; } ;;
+		rm -f $running; sh /run/refuses && oneshot ExecStart && touch $running && exit
+		echo 'Job failed.' >&2; exit 1 ;;
 	stop) rm -f $running; oneshot ExecStop ;;
 	enable) touch $running.enabled ;;
 	disable) rm -f $running.enabled ;;
