@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.lab.scenario import until
 pytest.importorskip("ansible")
 
 pytestmark = pytest.mark.timeout(900)  # some runs of Ansible
+KEY = secrets.token_hex(32)
 SOURCES = ["192.0.2.0/24", "2001:db8::1"]
 # As its postinst does; and an operator who lets SSH in.
 UFW = """
@@ -140,6 +142,48 @@ def test_ufw_lets_in_what_the_role_names_and_no_more(ufw: RoleHost) -> None:
     )
     assert firewall(ufw, sockmi_firewall="nftables") > 0
     assert ufw_rules(ufw) == []
+
+
+def test_ufw_knows_what_it_was_given_again(ufw: RoleHost) -> None:
+    """However it was written."""
+    sources = ["192.0.2.11/32", "10.0.0.5/24", "2001:DB8::1", "2001:db8:1::5/64", "::ffff:10.0.0.1", "::/0"]
+    assert firewall(ufw, sockmi_firewall_sources=sources) > 0
+    assert len(ufw_rules(ufw)) == 2 * len(sources)
+    assert firewall(ufw, sockmi_firewall_sources=sources) == 0
+
+
+def test_uninstall_closes_in_a_ufw_that_is_not_in_use(ufw: RoleHost) -> None:
+    """Whatever is chosen then: what it would open when it is enabled again."""
+    assert firewall(ufw) > 0
+    ufw.sh("ufw --force disable")
+    assert "sockmi" in " ".join(ufw_rules(ufw))
+    code, output, predicted = ufw.tasks("uninstall", sockmi_firewall="nftables", check=True)
+    assert code == 0, output
+    code, output, changed = ufw.tasks("uninstall", sockmi_firewall="nftables")
+    assert (code, changed) == (0, predicted), output
+    assert ufw_rules(ufw) == []
+
+
+def test_a_base_that_was_flushed_is_loaded_again(host: RoleHost) -> None:
+    host.systemd()
+    host.sh("mkdir /etc/sockmi")
+    assert firewall(host) > 0
+    before = host.sh("nft list ruleset")
+    assert "chain forward" in before
+    assert firewall(host) == 0
+    host.sh("nft flush ruleset")
+    assert firewall(host, check=True) == 1
+    assert firewall(host) == 1
+    assert host.sh("nft list ruleset") == before
+    host.sh("nft flush ruleset")
+    code, output, _changed = host.tasks("uninstall")
+    assert code == 0, output
+
+
+def test_a_firewall_that_is_not_there_is_refused(host: RoleHost) -> None:
+    host.sh("mkdir -p /run/systemd/system")
+    said = host.cases([(("preflight",), {"sockmi_group_key": KEY, "sockmi_firewall": "ufw"})])
+    assert "sockmi_firewall is ufw, but that is not installed there" in said[0]
 
 
 def test_firewalld_lets_in_what_the_role_names_and_no_more(firewalld: RoleHost) -> None:

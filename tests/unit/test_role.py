@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import ast
+import base64
 import hashlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -19,13 +21,14 @@ from typing import Any
 import pytest
 import yaml
 
+from sockmi.transport.keyring import KeyFileError, Keyring
 from tests import collection
 
 pytest.importorskip("ansible")
 
 PROJECT = Path(__file__).resolve().parents[2]
 ROLE = PROJECT / "roles/sockmi"
-KEY = "f00d" * 16
+KEY = "0123456789abcdef" * 4
 
 
 def _yaml(name: str) -> Any:
@@ -167,6 +170,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("c_library", "perhaps", "sockmi_c_library"),
     ("sysctls", "net.ipv4.ip_forward", "sockmi_sysctls"),
     ("firewall", "iptables", "sockmi_firewall must be one of: auto, nftables, firewalld, ufw, none"),
+    ("group_key", "0" * 64, "the key of the group default is not random; make one with"),
+    ("group_key", f"{KEY}\n{KEY.upper()}", "the key of the group default is there twice; make one"),
+    ("groups", [{"name": "a"}, {"name": "b", "key": "x"}], "of the group a is not random; of the group b is"),
+    ("firewall_sources", ["192.0.2.300"], "sockmi_firewall_sources has '192.0.2.300'; give addresses"),
+    ("firewall_sources", ["192.0.2.0/33"], "sockmi_firewall_sources has '192.0.2.0/33'; give addresses"),
+    ("firewall_sources", ["2001:db8::/129"], "sockmi_firewall_sources has '2001:db8::/129'; give"),
     (
         "firewall_sources",
         ["192.0.2.1", "web2"],
@@ -212,6 +221,57 @@ def test_wrong_values_are_named_before_any_host_is_asked(tmp_path: Path) -> None
     assert "UNREACHABLE" not in done.stdout
     options = set(_yaml("meta/argument_specs.yml")["argument_specs"]["main"]["options"])
     assert options - {f"sockmi_{name}" for name, _value, _said in WRONG} == ANY_TEXT
+
+
+def filtered(name: str) -> Callable[[str], str | None]:
+    """A filter of the collection."""
+    found: dict[str, Callable[[str], str | None]] = runpy.run_path(str(PROJECT / f"plugins/filter/{name}.py"))
+    return found[name]
+
+
+OTHER = base64.b64encode(bytes(range(32))).decode()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *(KEY, KEY.upper(), OTHER, f"{KEY}\n\n# a comment\n {OTHER} # one more", "00" * 32),
+        *("deadbeef" * 8, f"{KEY}\n{KEY.upper()}", f"{OTHER}\n{OTHER}", "", "# none", KEY[:-2]),
+        *(KEY[:-1] + "g", OTHER[:-1], f"{KEY} {OTHER}"),
+        *("\n".join(f"{KEY[:-2]}{number:02x}" for number in range(count)) for count in (8, 9)),
+    ],
+)
+def test_keys_are_refused_that_the_daemon_would_refuse(keys: str, tmp_path: Path) -> None:
+    """Before they are on a host, where it would not start with them."""
+    file = tmp_path / "group.key"
+    file.touch(0o600)
+    file.write_text(keys + "\n")
+    fault = filtered("key_fault")(keys)
+    if fault == "":
+        Keyring.load(file)
+    else:
+        assert fault and keys not in fault.split()
+        with pytest.raises(KeyFileError):
+            Keyring.load(file)
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("192.0.2.11/32", "192.0.2.11"),
+        ("10.0.0.5/24", "10.0.0.0/24"),
+        ("2001:DB8::1", "2001:db8::1"),
+        ("2001:db8:0:0::5/64", "2001:db8::/64"),
+        ("::ffff:10.0.0.1", "::ffff:10.0.0.1"),
+        ("0.0.0.0/0", "0.0.0.0/0"),
+        *(
+            (wrong, None)
+            for wrong in ("010.0.0.5", "192.0.2.300", "10.0.0.0/33", "fe80::1%lan", "::/129", "web2", "")
+        ),
+    ],
+)
+def test_sources_are_as_firewalls_write_them(given: str, written: str | None) -> None:
+    assert filtered("network")(given) == written
 
 
 @pytest.mark.parametrize("name", ["probe.py", "links.py", "install_release.py"])

@@ -46,6 +46,7 @@ SWITCHES = {
 RTF_ADVERTISED = 0x50000  # RTF_DEFAULT and RTF_ADDRCONF of linux/ipv6_route.h
 ADDRESS = "239.77.83.1"  # of a group that names none
 FIREWALLD_PRIORITY = 7780  # by which the role's rules there are told from the operator's
+UFW_MARK = " comment 'sockmi'"
 # Numbers of linux/capability.h; a test compares the names with the unit's.
 CAPABILITIES = {
     "CAP_CHOWN": 0,
@@ -183,6 +184,16 @@ def firewalld(groups):
                 rules.append({"zone": zone, "rule": line.strip()})
         found[name] = rules
     return found
+
+
+def ufw():
+    """Whether it is there, and in use; the role's rules in it, which outlive that it is not."""
+    lines = said("ufw", "show", "added").splitlines()
+    return {
+        "there": shutil.which("ufw") is not None,
+        "enabled": "ENABLED=yes" in (text("/etc/ufw/ufw.conf") or ""),
+        "rules": [line[: -len(UFW_MARK)] for line in lines if line.endswith(UFW_MARK)],
+    }
 
 
 def advertised(known):
@@ -406,7 +417,8 @@ def main():
             "configured": Path("/etc/sockmi/sockmi.yml").exists(),
             "firewalld": firewalld(asked["groups"]),
             "taken": taken(asked.get("ports", [])),
-            "ufw": "ENABLED=yes" in (text("/etc/ufw/ufw.conf") or ""),
+            "ufw": ufw(),
+            "firewall_base": bool(said("nft", "list", "table", "inet", "sockmi_firewall")),
             "before": known,
         }
     )
