@@ -172,7 +172,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("firewall", "iptables", "sockmi_firewall must be one of: auto, nftables, firewalld, ufw, none"),
     ("group_key", "0" * 64, "the key of the group default is not random; make one with"),
     ("group_key", f"{KEY}\n{KEY.upper()}", "the key of the group default is there twice; make one"),
-    ("groups", [{"name": "a"}, {"name": "b", "key": "x"}], "of the group a is not random; of the group b is"),
+    ("groups", [{"name": "a"}, {"name": "b", "key": "x"}], "the key of the group b is not set, or not 64"),
     ("firewall_sources", ["192.0.2.300"], "sockmi_firewall_sources has '192.0.2.300'; give addresses"),
     ("firewall_sources", ["192.0.2.0/33"], "sockmi_firewall_sources has '192.0.2.0/33'; give addresses"),
     ("firewall_sources", ["2001:db8::/129"], "sockmi_firewall_sources has '2001:db8::/129'; give"),
