@@ -156,6 +156,60 @@ def test_modules_of_legacy_iptables_are_loaded(host: RoleHost, tmp_path: Path) -
     assert "sockmi" not in host.sh("ls /etc/modules-load.d")
 
 
+# As a kernel with AppArmor, whose parser notes what it loads.
+APPARMOR = """
+mount -t tmpfs modules /sys/module; mkdir -p /sys/module/apparmor/parameters
+echo Y >/sys/module/apparmor/parameters/enabled
+mount -t tmpfs security /sys/kernel/security; mkdir /sys/kernel/security/apparmor
+cd /sys/kernel/security/apparmor; touch .replace; echo 'sockmid-other (enforce)' >profiles
+mkdir -p /etc/apparmor.d/local; echo '# Mine.' >/etc/apparmor.d/local/sockmid
+mount -t tmpfs cache /var/cache; mkdir -p /var/cache/apparmor/1a2b.0
+"""
+PARSER = """#!/bin/sh
+loaded=/sys/kernel/security/apparmor/profiles
+case $1 in
+--skip-kernel-load) grep -q '^profile sockmid ' "$3" ;;
+--replace) cp "$2" /var/cache/apparmor/1a2b.0/sockmid; echo 'sockmid (enforce)' >>$loaded ;;
+--remove) sed -i '/^sockmid (/d' $loaded ;;
+esac
+"""
+
+
+def test_the_daemons_apparmor_profile(host: RoleHost, tmp_path: Path) -> None:
+    """Written for the prefix, loaded, and removed with all that the parser has made of it."""
+    place, loaded = "/etc/apparmor.d/sockmid", "cat /sys/kernel/security/apparmor/profiles"
+    host.release("/opt/elsewhere")
+    where: dict[str, Any] = {"sockmi_prefix": "/opt/elsewhere", "sockmi_apparmor": True}
+
+    def run(*tasks: str, check: bool = False, **variables: Any) -> int:
+        code, output, changed = host.tasks(*tasks, check=check, **variables)
+        assert code == 0, output
+        return changed
+
+    assert run("gather", "apparmor", **where) == 0  # there is none
+    host.sh(APPARMOR)
+    assert run("gather", "apparmor", **where) == 0  # nobody could load it
+    (tmp_path / "parser").write_text(PARSER)
+    host.sh(f"install -m 755 {tmp_path}/parser /usr/local/sbin/apparmor_parser")
+    assert run("gather", "apparmor", **where | {"sockmi_apparmor": False}) == 0
+    predicted = run("gather", "apparmor", check=True, **where)
+    assert "sockmid (" not in host.sh(f"{loaded}; test ! -e {place}")
+    assert run("gather", "apparmor", **where) == predicted == 2
+    assert "sockmid (enforce)\n" in host.sh(loaded)
+    assert "\n@{sockmi_prefix}=/opt/elsewhere\n" in host.sh(f"cat {place}")
+    assert run("gather", "apparmor", **where) == 0
+    host.sh("sed -i '/^sockmid (/d' /sys/kernel/security/apparmor/profiles")  # as aa-teardown does
+    assert run("gather", "apparmor", **where) == 1
+    for tasks, variables in ((("gather", "apparmor"), {"sockmi_apparmor": False}), (("uninstall",), {})):
+        run("gather", "apparmor", **where)
+        assert run(*tasks, check=True, **where | variables) == run(*tasks, **where | variables) > 0
+        assert host.sh(loaded) == "sockmid-other (enforce)\n"
+        assert (
+            host.sh("find /etc/apparmor.d /var/cache/apparmor -name sockmid")
+            == "/etc/apparmor.d/local/sockmid\n"
+        )
+
+
 # As a router says it (RFC 4861, 4.2): for 1800 s by this way.
 ADVERTISING = """
 import socket, struct

@@ -144,7 +144,7 @@ def test_a_variable_that_the_role_has_not_is_refused(installed: Path, name: str,
     done = run(installed, "ansible-playbook", *words, "-e", f"{wrong}=1", "-e", f"{ok}=1")
     assert done.returncode == 2
     said = " ".join((done.stdout + done.stderr).split())
-    assert f"web1: {wrong}: the role has no such variable. It has sockmi_c_library," in said
+    assert f"web1: {wrong}: the role has no such variable. It has sockmi_apparmor," in said
     assert "Nothing was changed" in said
 
 

@@ -295,6 +295,9 @@ def test_every_capability_is_explained() -> None:
         r"^(?:CapabilityBoundingSet|AmbientCapabilities)=(.*)$", unit, re.MULTILINE
     )
     assert bounding == ambient
+    profile = (PROJECT / "daemon/apparmor/sockmid").read_text()
+    confined = re.findall(r"^  capability (\w+),$", profile, re.MULTILINE)
+    assert sorted(f"CAP_{name.upper()}" for name in confined) == sorted(bounding.split())
     said = re.findall(r"^\| `(CAP_\w+)` \|", (DOCS / "security.md").read_text(), re.MULTILINE)
     assert set(said) == set(bounding.split())
     assert len(said) == len(set(said))

@@ -57,6 +57,7 @@ CAPABILITIES = {
     "CAP_SYS_PTRACE": 19,
     "CAP_SYS_ADMIN": 21,
 }
+SBIN = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 PASSING = {"dev", "proc", "run", "sys", "tmp"}  # what is there is gone after a boot
 
 
@@ -137,12 +138,24 @@ def headers_known(package):
 def xtables(names):
     """Those that the kernel has not loaded, and of these those that it has not at all."""
     unloaded = [name for name in names if not Path("/proc/net", name + "_names").exists()]
-    program = shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    program = shutil.which("modprobe", path=SBIN)
     absent = []
     for name in unloaded if program else []:
         if subprocess.run([program, "--dry-run", "--quiet", name], check=False).returncode:
             absent.append(name)
     return {"unloaded": unloaded, "absent": absent}
+
+
+def apparmor():
+    """Whether the kernel confines by it, what loads profiles, and what is there of the daemon's."""
+    place = Path("/sys/kernel/security/apparmor")
+    caches = sorted(Path("/var/cache/apparmor").glob("*/sockmid"))
+    return {
+        "enabled": text("/sys/module/apparmor/parameters/enabled") == "Y" and (place / ".replace").exists(),
+        "parser": shutil.which("apparmor_parser", path=SBIN),
+        "loaded": any(line.startswith("sockmid (") for line in (text(place / "profiles") or "").splitlines()),
+        "files": [str(path) for path in [Path("/etc/apparmor.d/sockmid"), *caches] if path.exists()],
+    }
 
 
 def before(path):
@@ -341,19 +354,20 @@ def taken(ports):
 
 
 def process(unit, prefix):
-    """Of a unit's main process: when it was started (seconds since 1970), and which release it runs."""
+    """Of a unit's main process: when it was started (since 1970), its release, whether it is confined."""
     pid = main_process(unit)
     try:
         ticks = int(text(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
         uptime_s = float(text("/proc/uptime").split()[0])
     except (AttributeError, IndexError, ValueError):
-        return {"started": None, "release": None}
+        return {"started": None, "release": None, "confined": False}
     # Of its libraries: the kernel names them as they are, without the link.
     maps = text(f"/proc/{pid}/maps") or ""
     mapped = re.search(re.escape(str(prefix.resolve())) + r"/releases/([^/\s]+)/", maps)
     return {
         "started": time.time() - uptime_s + ticks / os.sysconf("SC_CLK_TCK"),
         "release": mapped.group(1) if mapped else None,
+        "confined": (text(f"/proc/{pid}/attr/current") or "").startswith("sockmid "),
     }
 
 
@@ -401,6 +415,7 @@ def main():
             "restored": restored(kept),
             "ptrace_scope": text("/proc/sys/kernel/yama/ptrace_scope"),
             "mtu": {path.parent.name: int(text(path) or 0) for path in Path("/sys/class/net").glob("*/mtu")},
+            "apparmor": apparmor(),
             "xtables": xtables(asked.get("xtables", [])),
             "module_there": Path("/sys/module/sockmi").is_dir() or any(Path("/usr/src").glob("sockmi-*")),
             "units": {

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""The daemon's AppArmor profile, in kernels that have AppArmor: whole moves under it, with either engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from guests.guest import Guest
+from guests.kernels import DEBIAN_KERNELS
+from guests.paths import PROJECT
+
+pytestmark = [pytest.mark.timeout(2400), pytest.mark.slow]
+CONFIG = {
+    "groups": [{"name": "default", "key_file": "/etc/sockmi/group.key", "interface": "eth0"}],
+    "redirect": {"modes": ["forward", "nat", "takeover"]},
+}
+SUITES = ("bookworm", "trixie")  # as AppArmor's parser is of one, not of the kernel
+
+
+def test_what_a_confined_daemon_does_and_may_not(guests: Callable[..., list[Guest]], kernel: str) -> None:
+    """The tests of tests/lab/test_confined.py, with the module: each ran, and passed."""
+    (guest,) = guests(1, packages=["apparmor"], memory=1024, boot=["audit_backlog_limit=8192"])
+    guest.load(DEBIAN_KERNELS[kernel].module())
+    guest.run("mount -t securityfs securityfs /sys/kernel/security; modprobe -a ip_tables ip6_tables")
+    where = {
+        "SOCKMI_INSIDE": kernel,
+        "PYTHONDONTWRITEBYTECODE": "1",  # as beside an installed one, where nothing is to be written
+        "PATH": f"{PROJECT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    }
+    words = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/lab/test_confined.py"]
+    done = guest.run(words, cwd=PROJECT, env=where, check=False, limit=2200)
+    told = done.stdout.splitlines()
+    assert done.code == 0, done.stdout[-8000:]
+    assert "skipped" not in told[-1], told[-1]
+
+
+def test_the_installed_service(guests: Callable[..., list[Guest]], tmp_path: Path) -> None:
+    """A release as the role unpacks it, in the daemon's own unit: it and what it starts are confined."""
+    version = (
+        f"{sys.version_info.major}.{sys.version_info.minor}"  # of the guest's suite, which is this one's
+    )
+    words = [sys.executable, PROJECT / "scripts/wheelhouse", tmp_path, "--python", version]
+    subprocess.run(words, check=True, capture_output=True, timeout=900)
+    [bundle] = json.loads((tmp_path / "manifest.json").read_text())["bundles"].values()
+    (guest,) = guests(1, systemd=True, packages=["apparmor"], memory=512, checkout=False)
+    releases = "/opt/sockmi/releases"
+    guest.put(f"{releases}/new.tar", (tmp_path / bundle["file"]).read_bytes())
+    unpacking = (PROJECT / "roles/sockmi/files/install_release.py").read_text()
+    there = f"{releases}/{bundle['release']}"
+    guest.run(["python3", "-I", "-c", unpacking, f"{releases}/new.tar", there], limit=900)
+    guest.run(["ln", "-s", there, "/opt/sockmi/current"])
+    unit = (
+        (PROJECT / "daemon/systemd/sockmid.service")
+        .read_text()
+        .replace("/opt/sockmi/", "/opt/sockmi/current/")
+    )
+    guest.put("/etc/systemd/system/sockmid.service", unit.encode())
+    guest.put("/etc/apparmor.d/sockmid", (PROJECT / "daemon/apparmor/sockmid").read_bytes())
+    guest.put("/etc/sockmi/group.key", b"ab01cd23ef456789" * 4, 0o600)
+    guest.put("/etc/sockmi/sockmi.yml", yaml.safe_dump(CONFIG).encode())
+    guest.run("echo 0 >/proc/sys/kernel/printk_ratelimit; apparmor_parser --replace /etc/apparmor.d/sockmid")
+    for verb in ("start", "restart"):
+        guest.run(f"systemctl daemon-reload; systemctl {verb} sockmid", limit=400)
+    for command in ("list", "groups", "history", "doctor"):
+        guest.run([f"{there}/bin/sockmi", command], check=False, limit=200)
+    processes = guest.run("cat /sys/fs/cgroup/system.slice/sockmid.service/cgroup.procs").stdout.split()
+    labels = {guest.run(["cat", f"/proc/{one}/attr/current"], check=False).stdout for one in processes}
+    assert len(processes) > 1  # workers, too
+    assert labels <= {"sockmid (enforce)\n", ""}  # one has ended
+    said = guest.run("dmesg").stdout.splitlines()
+    assert [line for line in said if 'apparmor="DENIED"' in line] == []
+    guest.run("systemctl is-active sockmid && systemctl stop sockmid", limit=100)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_its_language(guests: Callable[..., list[Guest]], suite: str) -> None:
+    """Of the parsers of both Debians, without a warning."""
+    (guest,) = guests(1, suite=suite, packages=["apparmor"], checkout=False)
+    guest.run("mount -t securityfs securityfs /sys/kernel/security")
+    guest.put("/etc/apparmor.d/sockmid", (PROJECT / "daemon/apparmor/sockmid").read_bytes())
+    done = guest.run("apparmor_parser --replace --warn=all --Werror /etc/apparmor.d/sockmid")
+    assert (done.stdout, done.stderr) == ("", "")
+    assert "sockmid (enforce)" in guest.run("cat /sys/kernel/security/apparmor/profiles").stdout
