@@ -82,6 +82,16 @@ def test_variables_have_the_prefix() -> None:
             assert all(name.startswith("__sockmi_") for name in names), (file.name, names)
 
 
+def test_no_task_takes_the_name_of_a_variable() -> None:
+    """What a task registers would hide the variable from those after it."""
+    registered = {
+        task.get("register")
+        for file in ROLE.glob("tasks/*.yml")
+        for task in _tasks(yaml.safe_load(file.read_text()))
+    }
+    assert registered & {*_yaml("vars/main.yml"), *_yaml("defaults/main.yml")} == set()
+
+
 def test_tasks_that_see_a_key_are_not_logged() -> None:
     seen = 0
     for file in ROLE.glob("tasks/*.yml"):
