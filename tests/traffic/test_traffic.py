@@ -560,3 +560,15 @@ def test_not_a_timeline(text: str, tmp_path: Path) -> None:
     (tmp_path / "t").write_text(text)
     with pytest.raises(ValueError, match="t"):
         timeline.read(tmp_path / "t")
+
+
+def test_it_runs_where_nothing_else_of_this_project_is(tmp_path: Path) -> None:
+    """As on the machines of Molecule: from an archive of its own."""
+    archive = tmp_path / "traffic.zip"
+    packer = PROJECT / "molecule/resources/files/pack_traffic.py"
+    subprocess.run([sys.executable, packer, archive], check=True, timeout=30)
+    words, alone = [sys.executable, "-S", "-m", "lab.traffic", "--help"], {"PYTHONPATH": str(archive)}
+    done = subprocess.run(
+        words, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 0, done.stderr
