@@ -19,7 +19,6 @@ ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
     "LANG": "C.UTF-8",
-    "PYTHONDONTWRITEBYTECODE": "1",
 }
 
 

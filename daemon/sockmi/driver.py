@@ -43,6 +43,15 @@ class Driver:
         if not self._draining:
             self._drain(list)
 
+    def carry_out_late(self, work: Callable[[], None]) -> None:
+        """Carry out what an action asked for earlier, and had to wait."""
+
+        def begin() -> list[Action]:
+            work()
+            return []
+
+        self._drain(begin)
+
     def _drain(self, begin: Callable[[], list[Action]]) -> None:
         """Carry out actions, then handle what events there are, and their actions, until nothing is left."""
         if self.failure is not None:

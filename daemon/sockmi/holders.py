@@ -15,6 +15,9 @@ from sockmi.starting import StartError
 
 _log = logging.getLogger(__name__)
 
+#: Gets the processes of each socket, and what is against stopping some of them.
+Found = Callable[[dict[int, list[int]], dict[int, Refusal]], None]
+
 
 class Holders:
     """Found in a thread: looking through /proc takes milliseconds."""
@@ -23,10 +26,8 @@ class Holders:
         self._loop = loop
         self._engine = engine
 
-    def find(
-        self, inodes: set[int], found: Callable[[dict[int, list[int]], dict[int, Refusal]], None]
-    ) -> None:
-        """``found`` gets the processes of each socket, and what is against stopping some of them; later."""
+    def find(self, inodes: set[int], found: Found) -> None:
+        """``found`` is called later."""
         owners = self._engine.owners
 
         def finish(one: asyncio.Future[dict[int, dict[int, list[int]]]]) -> None:

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from sockmi import durable, logs, notify
+from sockmi.awaiting_routes import AwaitingRoutes
 from sockmi.chores import Chores
 from sockmi.config import Config, ConfigError
 from sockmi.control import ControlServer
@@ -35,7 +36,7 @@ from sockmi.engine.kernel import ModuleMissing
 from sockmi.engine.listing import listeners
 from sockmi.engine.trial import obstacle
 from sockmi.exporting import Exporting
-from sockmi.holders import Holders, duplicates
+from sockmi.holders import Found, Holders, duplicates
 from sockmi.importing import Importing
 from sockmi.journal import Journal, JournalError
 from sockmi.limits import raise_limit
@@ -180,12 +181,13 @@ class Daemon:
             self.capacity,
             self.redirecting,
         )
-        holders = Holders(self.loop, self.engine)
+        self._awaiting_routes = AwaitingRoutes(self.loop, self.driver, self._routes_worker)
+        self._holders = Holders(self.loop, self.engine)
         self.exporting = Exporting(
             self.shell,
             self.redirecting,
             look=functools.partial(look, self.loop, self.engine),
-            find_holders=holders.find,
+            find_holders=self._find_holders,
             find=self.diag.find,
             destroy=self.diag.destroy,
             onward=self.importing.onward,
@@ -223,6 +225,7 @@ class Daemon:
             **self.importing.carry_out(),
             **self.redirecting.carry_out(),
             actions.Reserve: self._reserve,
+            actions.Unreserve: self._unreserve,
         }
 
     # -- life
@@ -414,10 +417,21 @@ class Daemon:
             self._rehearsal.lead_away()
             self.loop.call_later(0, self._rehearse, until)
 
+    def _find_holders(self, inodes: set[int], found: Found) -> None:
+        """As `Holders.find`; and what then is put to the core may ask the routes."""
+        self._awaiting_routes.wake()
+        self._holders.find(inodes, lambda *answer: self._awaiting_routes.do(lambda: found(*answer)))
+
     def _reserve(self, action: actions.Reserve) -> None:
-        if self._rehearsal and not self.core.frozen and len(action.items) <= FEW:
-            self._rehearsal.take_in()
-        self.importing.reservations.reserve(action)
+        def reserve() -> None:
+            if self._rehearsal and not self.core.frozen and len(action.items) <= FEW:
+                self._rehearsal.take_in()
+            self.importing.reservations.reserve(action)
+
+        self._awaiting_routes.do(reserve)
+
+    def _unreserve(self, action: actions.Unreserve) -> None:
+        self._awaiting_routes.do(lambda: self.importing.reservations.unreserve(action))
 
     def _members_changed(self, group: str, count: int) -> None:
         self.metrics.members.labels(group=group).set(count)

@@ -6,10 +6,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -122,6 +124,38 @@ def test_it_ends_when_it_is_not_asked_and_comes_back(routes: Routes) -> None:
     [second] = ours()
     os.kill(second, 9)
     assert routes.addresses() == addresses
+
+
+_LATE = """\
+import sys, time
+if "sockmi.redirect.routes_worker" in sys.orig_argv:
+    time.sleep(3)
+"""
+
+
+def test_the_daemon_goes_on_while_its_own_starts(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes seconds on a slow host: nobody may take the daemon for dead, nor a freeze wait for it."""
+    (tmp_path / "sitecustomize.py").write_text(_LATE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with daemons(lab, "ab") as running:
+        for daemon in running.by_host.values():
+            for pid in [pid for pid, words in daemon.children().items() if "routes_worker" in words]:
+                os.kill(pid, signal.SIGKILL)
+        conn, peer = connection(lab)
+        with conn, peer, ThreadPoolExecutor(1) as pool:
+            one = {"pid": os.getpid(), "fd": conn.fileno()}
+            moved = pool.submit(ask, lab.host("a"), "export", sockets=[one], timeout_s=30.0)
+            slowest = dict.fromkeys("ab", 0.0)
+            while not moved.done():
+                for name in slowest:
+                    asked = time.monotonic()
+                    ask(lab.host(name), "status")
+                    slowest[name] = max(slowest[name], time.monotonic() - asked)
+            assert '"moved"' in json.dumps(moved.result())
+        assert all(has_one(one) for one in running.by_host.values()), "both have asked one"
+        assert max(slowest.values()) < 1.0, slowest
 
 
 def connection(lab: Lab) -> tuple[socket.socket, socket.socket]:

@@ -15,6 +15,7 @@ from sockmi.exporting.descriptors import close_ours
 from sockmi.exporting.export import Export, Selected, owned
 from sockmi.exporting.exports import Exports
 from sockmi.exporting.items import item_of
+from sockmi.holders import Found
 from sockmi.importing.onward import Onward
 from sockmi.looking import Look, unseen
 from sockmi.protocol.events import CancelExport, StartExport
@@ -25,7 +26,7 @@ from sockmi.shell import Shell, unwritable
 
 _log = logging.getLogger(__name__)
 
-FindHolders = Callable[[set[int], Callable[[dict[int, list[int]], dict[int, Refusal]], None]], None]
+FindHolders = Callable[[set[int], Found], None]
 
 
 class Admission:

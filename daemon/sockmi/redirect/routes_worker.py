@@ -2,8 +2,9 @@
 """The daemon's `Routes`, in a process of its own: pyroute2 takes 4 MB, and is asked at times only.
 
 That is: at the daemon's start, when addresses change, and in negotiations, before a freeze. The process is
-started when there is something to ask (0.1 s, for which the daemon waits), in the caller's network namespace,
-and ends by itself when it has not been asked for ``IDLE_S``. While something is frozen it is told to stay.
+started when there is something to ask (0.1 s, and seconds on a slow or busy host: a loop has it woken by a
+thread, see awaiting_routes.py), in the caller's network namespace, and ends by itself when it has not been
+asked for ``IDLE_S``. While something is frozen it is told to stay.
 JSON lines: a request ``[settings, method, arguments, named ones]`` on standard input, ``{"result": ...}`` or
 ``{"error": text, "errno": number or null}`` back; what JSON has no word for is in ``_plain``.
 """
@@ -18,6 +19,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,19 @@ class RoutesWorker:
         self._idle_s = idle_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._answered_at = -idle_s  # time.monotonic()
+
+    @property
+    def awake(self) -> bool:
+        """Whether it answers at once, and will for half of its idle time."""
+        process = self._process
+        fresh = time.monotonic() < self._answered_at + self._idle_s / 2
+        return fresh and process is not None and process.returncode is None
+
+    def wake(self) -> None:
+        """Start it, if it is not there, and wait until it answers. What is wrong with it, ``call`` tells."""
+        with contextlib.suppress(OSError):
+            self.call("stay")
 
     def call(self, method: str, *arguments: Any, **named: Any) -> Any:
         """What ``Routes.method`` returns or raises. It may be done twice, if the process dies over it."""
@@ -62,9 +77,14 @@ class RoutesWorker:
 
     def stay(self) -> None:
         """If it is there it stays for another while: to start it anew would hold up what is frozen."""
-        with self._lock, contextlib.suppress(BrokenPipeError, EOFError):
-            if self._process is not None:
-                self._asked(["stay"])
+        if not self._lock.acquire(blocking=False):
+            return  # it is being asked, or started, which takes its time
+        try:
+            with contextlib.suppress(BrokenPipeError, EOFError):
+                if self._process is not None:
+                    self._asked(["stay"])
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """End the process, and wait until it has: none is to be left when the daemon ends."""
@@ -82,6 +102,7 @@ class RoutesWorker:
         process.stdin.flush()
         if not (line := process.stdout.readline()):
             raise EOFError
+        self._answered_at = time.monotonic()
         answer: dict[str, Any] = json.loads(line, object_hook=_typed)
         return answer
 
