@@ -210,7 +210,7 @@ class Batch:
         others = {name: releases.module(name, debian) for name in self._releases}
         several = self._processors > 1
         boot = ["ignore_loglevel", *([PREEMPTIBLE] if several else [])]
-        plan = Plan(debian, memory=768, processors=self._processors, boot=boot)
+        plan = Plan(debian, memory=1024, processors=self._processors, boot=boot)
         with Guest(plan).wait() as guest:
             guest.put(f"/run/{module.name}", module.read_bytes())
             if self._load:
