@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from guests.guest import Guest
 from guests.kernels import DEBIAN_KERNELS
 from guests.paths import PROJECT
+from tests.kmod.bundle import install, made
 
 pytestmark = [pytest.mark.timeout(2400), pytest.mark.slow]
 CONFIG = {
@@ -43,28 +41,11 @@ def test_what_a_confined_daemon_does_and_may_not(guests: Callable[..., list[Gues
 
 def test_the_installed_service(guests: Callable[..., list[Guest]], tmp_path: Path) -> None:
     """A release as the role unpacks it, in the daemon's own unit: it and what it starts are confined."""
-    version = (
-        f"{sys.version_info.major}.{sys.version_info.minor}"  # of the guest's suite, which is this one's
-    )
-    words = [sys.executable, PROJECT / "scripts/wheelhouse", tmp_path, "--python", version]
-    subprocess.run(words, check=True, capture_output=True, timeout=900)
-    [bundle] = json.loads((tmp_path / "manifest.json").read_text())["bundles"].values()
+    # Of the guest's suite, which is this one's.
+    bundle, name = made(tmp_path, f"{sys.version_info.major}.{sys.version_info.minor}")
     (guest,) = guests(1, systemd=True, packages=["apparmor"], memory=512, checkout=False)
-    releases = "/opt/sockmi/releases"
-    guest.put(f"{releases}/new.tar", (tmp_path / bundle["file"]).read_bytes())
-    unpacking = (PROJECT / "roles/sockmi/files/install_release.py").read_text()
-    there = f"{releases}/{bundle['release']}"
-    guest.run(["python3", "-I", "-c", unpacking, f"{releases}/new.tar", there], limit=900)
-    guest.run(["ln", "-s", there, "/opt/sockmi/current"])
-    unit = (
-        (PROJECT / "daemon/systemd/sockmid.service")
-        .read_text()
-        .replace("/opt/sockmi/", "/opt/sockmi/current/")
-    )
-    guest.put("/etc/systemd/system/sockmid.service", unit.encode())
+    there = install(guest, bundle, name, CONFIG)
     guest.put("/etc/apparmor.d/sockmid", (PROJECT / "daemon/apparmor/sockmid").read_bytes())
-    guest.put("/etc/sockmi/group.key", b"ab01cd23ef456789" * 4, 0o600)
-    guest.put("/etc/sockmi/sockmi.yml", yaml.safe_dump(CONFIG).encode())
     guest.run("echo 0 >/proc/sys/kernel/printk_ratelimit; apparmor_parser --replace /etc/apparmor.d/sockmid")
     for verb in ("start", "restart"):
         guest.run(f"systemctl daemon-reload; systemctl {verb} sockmid", limit=400)

@@ -16,26 +16,32 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "daemon/dependencies.lock"
+SOURCES = ROOT / "daemon/sources.lock"
 
 
-def pins() -> dict[str, str]:
+def pins(lock: Path = LOCK) -> dict[str, str]:
     found = re.findall(
-        r"^(\S+)==(\S+) \\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", LOCK.read_text(), re.M
+        r"^(\S+)==(\S+) \\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", lock.read_text(), re.M
     )
     return {canonicalize_name(name): version for name, version in found}
 
 
 def test_it_has_what_the_daemon_asks_for() -> None:
     project = tomllib.loads((ROOT / "daemon/pyproject.toml").read_text())["project"]
-    for text in project["dependencies"]:
-        wanted = Requirement(text)
-        assert wanted.specifier.contains(pins()[canonicalize_name(wanted.name)]), text
+    for texts, lock in (
+        (project["dependencies"], LOCK),
+        (project["optional-dependencies"]["iptables"], SOURCES),
+    ):
+        for text in texts:
+            wanted = Requirement(text)
+            assert wanted.specifier.contains(pins(lock)[canonicalize_name(wanted.name)]), text
 
 
-def test_every_line_is_a_pin_or_a_checksum() -> None:
-    lines = LOCK.read_text().splitlines()[1:]
+@pytest.mark.parametrize("lock", [LOCK, SOURCES], ids=lambda lock: lock.stem)
+def test_every_line_is_a_pin_or_a_checksum(lock: Path) -> None:
+    lines = lock.read_text().splitlines()[1:]
     assert all(re.fullmatch(r"\S+==\S+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in lines)
-    assert len([line for line in lines if "==" in line]) == len(pins())
+    assert len([line for line in lines if "==" in line]) == len(pins(lock))
 
 
 def test_a_wheel_with_another_checksum_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,4 +56,9 @@ def test_a_wheel_with_another_checksum_is_not_taken(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     with pytest.raises(wheelhouse.WheelhouseError, match="DO NOT MATCH THE HASHES"):
         wheelhouse.dependencies(Path(sys.executable), tmp_path / "got", "3.11", "x86_64")
+    assert not list((tmp_path / "got").glob("*"))
+    for name, version in pins(SOURCES).items():
+        (index / f"{name.replace('-', '_')}-{version}.tar.gz").write_bytes(b"something else")
+    with pytest.raises(wheelhouse.WheelhouseError, match="DO NOT MATCH THE HASHES"):
+        wheelhouse.built(Path(sys.executable), tmp_path / "got", ["--no-build-isolation"], {})
     assert not list((tmp_path / "got").glob("*"))
