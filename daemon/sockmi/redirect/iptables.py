@@ -87,6 +87,21 @@ def unloaded() -> str | None:
     )
 
 
+def _environment() -> dict[str, str]:
+    """A worker's: it finds this package, and python-iptables the library that came with it.
+
+    Untold ctypes would look for that, with a compiler and a linker if there are any, which AppArmor's
+    profile has not.
+    """
+    first = {"PYTHONPATH": _PACKAGES}
+    spec = importlib.util.find_spec("iptc")
+    if spec and spec.origin:
+        first["IPTABLES_LIBDIR"] = str(Path(spec.origin).parents[1])
+    return os.environ | {
+        name: os.pathsep.join(filter(None, (one, os.environ.get(name)))) for name, one in first.items()
+    }
+
+
 class _Worker:
     """iptables_worker for one IP version, started in the caller's network namespace when first needed."""
 
@@ -100,13 +115,12 @@ class _Worker:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 command = (sys.executable, "-W", "ignore", "-m", "sockmi.redirect.iptables_worker")
-                path = os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH"))))
                 self._process = subprocess.Popen(
                     command + self._arguments,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
-                    env={**os.environ, "PYTHONPATH": path},
+                    env=_environment(),
                 )
             process = self._process
             assert process.stdin and process.stdout
