@@ -112,6 +112,46 @@ def test_a_kernel_without_legacy_iptables(host: RoleHost) -> None:
     assert (code, changed) == (0, 0), said
 
 
+BY_IPTABLES: dict[str, Any] = {"sockmi_group_key": KEY, "sockmi_redirect_modes": ["nat", "iptables"]}
+
+
+def test_an_iptables_that_others_may_use(host: RoleHost) -> None:
+    """It is refused where it is the one of nf_tables, and left as it is."""
+    host.sh("update-alternatives --set iptables /usr/sbin/iptables-nft")
+    before = untouched(host)
+    code, said, changed = host.tasks("preflight", **BY_IPTABLES)
+    assert code != 0
+    assert re.search(r"There iptables is v1\S+ \(nf_tables\), which does not see the rules of", said)
+    assert (changed, untouched(host)) == (0, before)
+    code, said, changed = host.tasks("preflight", sockmi_group_key=KEY)
+    assert (code, changed) == (0, 0), said
+    host.sh("update-alternatives --set iptables /usr/sbin/iptables-legacy")
+    code, said, changed = host.tasks("preflight", **BY_IPTABLES)
+    assert (code, changed) == (0, 0), said
+
+
+def test_an_iptables_that_nobody_has_used(host: RoleHost, tmp_path: Path) -> None:
+    """The package is named where it may not be installed, and made the legacy one where the role does it."""
+    for one in ("iptables", "ip6tables"):
+        host.sh(f"update-alternatives --set {one} /usr/sbin/{one}-nft")
+    found = probed(host, tmp_path)
+    absent = {"packages": [one for one in found["packages"] if one != "iptables"]}
+    known: dict[str, Any] = {"__sockmi_probe": found | absent, "sockmi_kernel_module": "none", **BY_IPTABLES}
+    code, said, changed = host.tasks("preflight", sockmi_packages=False, **known)
+    assert (code, changed) == (2, 0)
+    assert "lacks the packages iptables, and sockmi_packages is false" in said
+    code, said, predicted = host.tasks("preflight", check=True, **known)
+    assert code == 0, said
+    assert "(nf_tables)" in host.sh("iptables -V")
+    code, said, changed = host.tasks("preflight", **known)
+    assert (code, changed) == (0, predicted), said
+    for one in ("iptables", "ip6tables"):
+        assert "(legacy)" in host.sh(f"{one} -V")
+    known["sockmi_redirect_modes"] = ["nat"]
+    code, said, changed = host.tasks("preflight", sockmi_packages=False, **known)
+    assert (code, changed) == (0, 0), said
+
+
 @pytest.mark.parametrize(("release", "name"), [(UBUNTU, "Ubuntu 24.04.2 LTS"), (ROCKY, "Rocky Linux 9.5")])
 def test_what_is_not_proven_is_said_to_be(host: RoleHost, tmp_path: Path, release: str, name: str) -> None:
     proven = "SockMi is proven on Debian 12 and 13."

@@ -3,8 +3,8 @@
 
 The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (wanted), `prefix`, `units`, the
 file `before`, `groups` (none: to remove all), `ports` (as udp/7780) of the daemon, `headers` (how a family's
-package of the kernel's headers begins), `xtables` (the kernel's modules of legacy iptables); with `by_unit`
-the prefix is the installed unit's, if any.
+package of the kernel's headers begins), `xtables` (the kernel's modules of legacy iptables, where that is to
+be used); with `by_unit` the prefix is the installed unit's, if any.
 Python 3.8 and later.
 """
 
@@ -136,14 +136,15 @@ def headers_known(package):
 
 
 def xtables(names):
-    """Those that the kernel has not loaded, and of these those that it has not at all."""
+    """Those that the kernel has not loaded, and of these those that it has not at all; what `iptables` is."""
     unloaded = [name for name in names if not Path("/proc/net", name + "_names").exists()]
     program = shutil.which("modprobe", path=SBIN)
     absent = []
     for name in unloaded if program else []:
         if subprocess.run([program, "--dry-run", "--quiet", name], check=False).returncode:
             absent.append(name)
-    return {"unloaded": unloaded, "absent": absent}
+    version = said(shutil.which("iptables", path=SBIN) or "iptables", "-V") if names else ""
+    return {"unloaded": unloaded, "absent": absent, "version": version}
 
 
 def apparmor():
