@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.machinery import SourceFileLoader
@@ -62,3 +63,12 @@ def test_a_wheel_with_another_checksum_is_not_taken(tmp_path: Path, monkeypatch:
     with pytest.raises(wheelhouse.WheelhouseError, match="DO NOT MATCH THE HASHES"):
         wheelhouse.built(Path(sys.executable), tmp_path / "got", ["--no-build-isolation"], {})
     assert not list((tmp_path / "got").glob("*"))
+
+
+def test_hosts_with_an_older_libc_load_the_c_libraries() -> None:
+    """Debian 12 has glibc 2.36; wherever they were built."""
+    for name in ("libsockmi-engine.so", "libsockmi.so"):
+        words = ["objdump", "-T", ROOT / "daemon/libsockmi/build" / name]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        needed = {tuple(map(int, one.split("."))) for one in re.findall(r"GLIBC_([\d.]+)", said)}
+        assert (2, 30) < max(needed) <= (2, 36), name
