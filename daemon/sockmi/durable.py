@@ -231,7 +231,14 @@ def _write_item(item: Item) -> list[Any]:
 
 
 def _write_needs(one: Needs) -> list[Any]:
-    return [one.window_scale, one.timestamp_us, one.image_bytes_max, one.bind_flags, one.urgent]
+    return [
+        one.window_scale,
+        one.timestamp_us,
+        one.image_bytes_max,
+        one.bind_flags,
+        one.urgent,
+        one.direct,
+    ]
 
 
 def _read_needs(content: list[Any]) -> Needs:

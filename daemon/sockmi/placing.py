@@ -22,6 +22,11 @@ _PATH_TTL_S = 2.0
 _PORT_TRIES = 64
 _EPHEMERAL = (32768, 60999)
 _PRESERVING = frozenset({Mode.FORWARD, Mode.TAKEOVER})
+_DIRECT = Refusal(
+    Code.NO_REDIRECT,
+    "Its application looks at the TTL of what comes (IP_MINTTL, IPV6_MINHOPCOUNT), or has set its own to 1, and "
+    "redirects that forward lower it; allow takeover (redirect.modes) on both hosts.",
+)
 
 
 class Placing:
@@ -88,6 +93,10 @@ class Placing:
         if item.kind is not Kind.CONNECTED or item.local is None or item.remote is None:
             return self._bind(item)
         origin = item.origin or item.local
+        if item.needs.direct and not self._is_local(origin.address):
+            modes = [mode for mode in modes if mode is Mode.TAKEOVER]
+            if not modes:
+                raise _DIRECT
         if former is None and self._is_local(origin.address):
             former = origin
         if former is not None:

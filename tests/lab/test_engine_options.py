@@ -59,6 +59,7 @@ GENERAL: list[tuple[str, int, int, bytes]] = [
     ("SO_TXREHASH", SOL, 74, number(0)),
     ("SO_RCVMARK", SOL, 75, number(1)),
     ("SO_RCVPRIORITY", SOL, 82, number(1)),
+    ("TCP_WINDOW_CLAMP", TCP, 10, number(40_000)),
     ("TCP_NODELAY", TCP, 1, number(1)),
     ("TCP_CORK", TCP, 3, number(1)),
     ("TCP_KEEPIDLE", TCP, 4, number(1234)),
@@ -130,7 +131,6 @@ INET6: list[tuple[str, int, int, bytes]] = [
 #: Only before connect(), or only readable on a socket without a connection.
 UNCONNECTED: list[tuple[str, int, int, bytes]] = [
     ("TCP_MAXSEG", TCP, 2, number(1000)),
-    ("TCP_WINDOW_CLAMP", TCP, 10, number(40_000)),
     ("TCP_SAVE_SYN", TCP, 27, number(1)),
     ("SO_INCOMING_CPU", SOL, 49, number(1)),
 ]

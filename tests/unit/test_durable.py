@@ -37,7 +37,7 @@ ITEM = Item(
     LOCAL,
     2,
     C,
-    Needs(7, True, 900, BindFlag.V6_ONLY, True),
+    Needs(7, True, 900, BindFlag.V6_ONLY, True, True),
     800,
     C,
 )

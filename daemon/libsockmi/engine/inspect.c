@@ -134,6 +134,18 @@ static uint8_t bind_flags(int fd, const struct sockmi_facts *f)
 	return (uint8_t)flags;
 }
 
+/*
+ * Whether the application drops what a router has passed on (RFC 5082), or speaks to its neighbour alone, as the
+ * peer then does, too (eBGP): a redirect that forwards lowers the TTL.
+ */
+static bool direct(int fd, const struct sockmi_facts *f)
+{
+	if (f->version == 4)
+		return int_option(fd, IPPROTO_IP, IP_MINTTL, 0) > 1 || int_option(fd, IPPROTO_IP, IP_TTL, 0) == 1;
+	return int_option(fd, IPPROTO_IPV6, IPV6_MINHOPCOUNT, 0) > 1 ||
+	       int_option(fd, IPPROTO_IPV6, IPV6_UNICAST_HOPS, 0) == 1;
+}
+
 static void set_activity(struct sockmi_facts *f, const struct tcp_info *info)
 {
 	f->state = info->tcpi_state;
@@ -213,6 +225,7 @@ static void inspect_one(int fd, struct sockmi_facts *f, short events, uint64_t n
 	f->receive_buffer = (uint32_t)int_option(fd, SOL_SOCKET, SO_RCVBUF, 0);
 	f->send_buffer = (uint32_t)int_option(fd, SOL_SOCKET, SO_SNDBUF, 0);
 	inspect_names(fd, f);
+	f->direct = f->state != CLOSED && f->state != LISTEN && direct(fd, f);
 	inspect_queues(fd, f, &info, events);
 
 	length = sizeof(f->ulp);

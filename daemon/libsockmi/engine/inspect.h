@@ -54,7 +54,8 @@ struct sockmi_facts {
 	uint8_t timestamp_us;
 	uint8_t version;		/* 4 (v4-mapped too) or 6: of the addresses */
 	uint8_t bind_flags;		/* enum sockmi_bind_flag, unless it is connected */
-	uint8_t pad[2];
+	uint8_t direct;			/* its packets must not pass a router: see direct() */
+	uint8_t pad;
 	uint8_t local[16], remote[16];	/* network byte order; IPv4 in the first four */
 	char ulp[16];
 	uint64_t received;		/* bytes that have come in order */

@@ -386,6 +386,24 @@ static int set_clock(struct restore *r, uint32_t tsval)
 	return 0;
 }
 
+static void restore_clamp(int fd, const struct sockmi_window *w)
+{
+	bool grown = w->flags & SOCKMI_WINDOW_HAS_SSTHRESH && w->rcv_ssthresh > 65535;
+	int clamp = 0;
+
+	if (!(w->flags & SOCKMI_WINDOW_HAS_CLAMP) || w->window_clamp >= INT32_MAX)
+		return;
+	/*
+	 * A new socket offers 64 KiB until it has seen data. Lowering the clamp to what it was, from just above,
+	 * makes the kernel believe in the window that the peer has been told (tcp_set_window_clamp).
+	 */
+	if (grown)
+		sockmi_set_int(fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, (int)w->window_clamp + 1);
+	else if (sockmi_get_int(fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, &clamp) < 0 || clamp == (int)w->window_clamp)
+		return;
+	sockmi_set_int(fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, (int)w->window_clamp);
+}
+
 static int set_window(struct restore *r)
 {
 	const struct sockmi_window *w = &r->image->window;
@@ -400,15 +418,7 @@ static int set_window(struct restore *r)
 	if (setsockopt(r->fd, IPPROTO_TCP, TCP_REPAIR_WINDOW, &window, sizeof(window)) < 0)
 		return failed_call(r, SOCKMI_STEP_WINDOW);
 	r->result->carried |= SOCKMI_FIDELITY_BIT(WINDOW);
-	/*
-	 * A new socket offers 64 KiB until it has seen data. Lowering the clamp to what it was, from just above,
-	 * makes the kernel believe in the window that the peer has been told (tcp_set_window_clamp).
-	 */
-	if (w->flags & SOCKMI_WINDOW_HAS_CLAMP && w->flags & SOCKMI_WINDOW_HAS_SSTHRESH && w->rcv_ssthresh > 65535 &&
-	    w->window_clamp < INT32_MAX) {
-		sockmi_set_int(r->fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, (int)w->window_clamp + 1);
-		sockmi_set_int(r->fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, (int)w->window_clamp);
-	}
+	restore_clamp(r->fd, w);
 	return 0;
 }
 

@@ -50,7 +50,8 @@ class Needs:
     """What the importer must be able to do for this socket.
 
     ``window_scale``: the larger one of a connection; of a socket in SYN-SENT the one that it has offered.
-    ``urgent``: urgent data, or the mark of it, is in the receive queue.
+    ``urgent``: urgent data, or the mark of it, is in the receive queue. ``direct``: no router may pass its
+    packets on, as the application looks at their TTL (RFC 5082), or has set it to 1.
     """
 
     window_scale: int = 0
@@ -58,6 +59,7 @@ class Needs:
     image_bytes_max: int = 0
     bind_flags: BindFlag = _NO_FLAGS
     urgent: bool = False
+    direct: bool = False
 
 
 @frozen

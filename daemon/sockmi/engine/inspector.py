@@ -34,7 +34,7 @@ _GRACE_S = 10.0  # more than that, and it is not a lock that the answer waits fo
 _REQUEST = struct.Struct("=III")
 _LOOK = struct.Struct("=iiQ")
 _ANSWER = struct.Struct("=I")
-_FACTS = struct.Struct("=QQIiIIIIHHHHBBBBBB2x16s16s16sQIII4x")  # struct sockmi_facts
+_FACTS = struct.Struct("=QQIiIIIIHHHHBBBBBBBx16s16s16sQIII4x")  # struct sockmi_facts
 _NOT_TAKEN, _LOCKED = 1 << 17, 1 << 18
 
 
@@ -67,6 +67,7 @@ class Facts(NamedTuple):
     timestamp_us: int
     version: int
     bind_flags: int
+    direct: int
     local: bytes
     remote: bytes
     ulp: bytes

@@ -264,6 +264,7 @@ def _facts(fd: int, seen: Facts, carried: Finding) -> SocketFacts:
         IMAGE_OVERHEAD_BYTES if listening else queued + IMAGE_OVERHEAD_BYTES,
         BindFlag(0 if connected or findings & unseen else seen.bind_flags),
         urgent,
+        bool(seen.direct),
     )
     return SocketFacts(
         seen.inode,

@@ -60,6 +60,7 @@ _NEEDS = struct.Struct(">BBQ")
 
 _BIND_FLAGS = [BindFlag(number) for number in range(sum(BindFlag) + 1)]
 _URGENT = 2 * len(_BIND_FLAGS)
+_DIRECT = 2 * _URGENT
 
 
 def _flag(value: int) -> bool:
@@ -71,14 +72,15 @@ def _flag(value: int) -> bool:
 def _needs(scale: int, flags: int, image_bytes_max: int) -> Needs:
     if scale > 14:
         raise CodecError(f"window scale {scale} is more than 14 (RFC 7323)")
-    if flags >= 2 * _URGENT:
+    if flags >= 2 * _DIRECT:
         raise CodecError(f"unknown flags {flags:#x}")
     bind_flags = _BIND_FLAGS[(flags & _URGENT - 1) >> 1]
-    return Needs(scale, bool(flags & 1), image_bytes_max, bind_flags, bool(flags & _URGENT))
+    urgent, direct = bool(flags & _URGENT), bool(flags & _DIRECT)
+    return Needs(scale, bool(flags & 1), image_bytes_max, bind_flags, urgent, direct)
 
 
 def _needs_parts(needs: Needs) -> tuple[int, int, int]:
-    flags = needs.timestamp_us | needs.bind_flags << 1 | needs.urgent * _URGENT
+    flags = needs.timestamp_us | needs.bind_flags << 1 | needs.urgent * _URGENT | needs.direct * _DIRECT
     return needs.window_scale, flags, needs.image_bytes_max
 
 
