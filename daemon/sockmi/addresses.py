@@ -5,7 +5,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+_MAPPED_BITS = 96
+
+
+def parse_address(text: str) -> IPv4Address | IPv6Address:
+    """As it is on the wire: a v4-mapped one (``::ffff:192.0.2.1``) is IPv4. Raises ValueError."""
+    address = ip_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+def parse_network(text: str) -> IPv4Network | IPv6Network:
+    """``ADDRESS/BITS``, or an address alone; like ``parse_address``. Raises ValueError."""
+    network = ip_network(text, strict=False)
+    mapped = parse_address(str(network.network_address))
+    if network.version == mapped.version or network.prefixlen < _MAPPED_BITS:
+        return network
+    return IPv4Network((int(mapped), network.prefixlen - _MAPPED_BITS))
 
 
 def text_of(address: IPv4Address | IPv6Address) -> str:
@@ -49,7 +67,7 @@ class Endpoint:
             raise ValueError(f"{text!r} is not ADDRESS:PORT")
         if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
             raise ValueError(f"{text!r}: write an IPv6 address in brackets, [ADDRESS]:PORT")
-        return cls(ip_address(host.strip("[]")), int(port))
+        return cls(parse_address(host.strip("[]")), int(port))
 
     def __str__(self) -> str:
         host = text_of(self.address)

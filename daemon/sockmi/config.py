@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from sockmi.addresses import Endpoint
+from sockmi.addresses import Endpoint, parse_address
 from sockmi.problems import problems
 from sockmi.protocol.records import IMAGE_BYTES_MAX
 from sockmi.redirect.base import Mode
@@ -60,7 +60,7 @@ def _mode(bits: int) -> int:
 def _address(value: object) -> object:
     if isinstance(value, str):
         try:
-            return ip_address(value)
+            return parse_address(value)
         except ValueError:
             raise ValueError(f"{value!r} is no IP address") from None
     return value

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sockmi import api
-from sockmi.addresses import Endpoint
+from sockmi.addresses import Endpoint, parse_address
 from sockmi.config import Config, GroupConfig
 from sockmi.joined_groups import JoinedGroups
 from sockmi.problems import problems
@@ -237,7 +237,7 @@ class Members:
             return None, None
         known = {host: one for joined in self._joined.values() for host, one in joined.group.members.items()}
         try:
-            address = ip_address(text)
+            address = parse_address(text)
         except ValueError:
             address = None
         for host, member in known.items():

@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 from sockmi import api
-from sockmi.addresses import Endpoint
+from sockmi.addresses import Endpoint, parse_network
 from sockmi.engine.base import Kind, SocketFacts
 from sockmi.engine.listing import Holder, ListedSocket, list_sockets
 from sockmi.frozen import frozen
@@ -110,7 +110,7 @@ def _is_at(end: Endpoint | None, address: str | None, port: int | None) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _network(text: str) -> IPv4Network | IPv6Network:
-    return ip_network(text, strict=False)
+    return parse_network(text)
 
 
 def unit_of(pid: int) -> str | None:

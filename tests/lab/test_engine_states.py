@@ -25,11 +25,13 @@ from pathlib import Path
 import pytest
 
 from sockmi import image as codec
+from sockmi.addresses import Endpoint, FourTuple
 from sockmi.engine.base import Captured, Placement, Restored
 from sockmi.engine.keeper import Keeper
 from sockmi.image.words import NegotiatedFlag
 from sockmi.refusal import Code, Refusal
 from tests.lab import engine_lab as el
+from tests.lab.raw_segments import segments
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 KINDS = ["v4", "v6", "mapped"]
@@ -664,3 +666,27 @@ def test_what_cannot_be_made_dead_is_as_before(lab: el.Lab, engine: el.Pair) -> 
 def restore_again(lab: el.Lab, engine: el.Pair, image: bytes) -> list[Restored | Refusal]:
     with lab.host("b"):
         return engine.restore([image], [HERE])
+
+
+def test_a_hole_is_told_only_while_there_is_one(lab: el.Lab, engine: el.Pair) -> None:
+    """The kernel counts what has ever come out of order; what of it still waits is what the copy will not have."""
+    lab.switch("a")
+    sock, peer = lab.pair("v4", lab.port())
+    ends = FourTuple(Endpoint.parse("%s:%d" % peer.getsockname()), Endpoint.parse("%s:%d" % sock.getsockname()))
+    before, then, behind = b"0123456789", b"abcdefghij", 10
+    peer.setsockopt(el.TCP, el.REPAIR, 1)
+    numbers = []
+    for queue in (1, 2):  # TCP_RECV_QUEUE, TCP_SEND_QUEUE
+        peer.setsockopt(el.TCP, el.REPAIR_QUEUE, queue)
+        numbers.append(struct.unpack("I", peer.getsockopt(el.TCP, el.QUEUE_SEQ, 4))[0])
+    peer.setsockopt(el.TCP, el.REPAIR, -1)
+    with lab.host("peer"), segments(ends, then, sequence=numbers[1] + behind, ack=numbers[0]) as send:
+        send()
+    el.wait_for(lambda: struct.unpack_from("I", sock.getsockopt(el.TCP, socket.TCP_INFO, 240), 224)[0] > 0)
+    left_out = engine.exporter.name == "repair"
+    assert ("out-of-order-queue" in captured(lab, engine, sock).fidelity.reset) is left_out
+    peer.sendall(before + then)
+    assert sock.recv(20, socket.MSG_WAITALL) == before + then
+    assert "out-of-order-queue" not in captured(lab, engine, sock).fidelity.reset
+    sock.close()
+    peer.close()

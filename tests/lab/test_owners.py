@@ -187,6 +187,25 @@ CALLS = {
     "nanosleep": ("call('nanosleep', struct.pack('=qq', 0, 300000000), None)", "", ("0", "0"), (0.3, 3)),
     "futex": ("word = ctypes.c_int(0)\ncall('syscall', 202, ctypes.byref(word), 0, 0,"
               " struct.pack('=qq', 0, 300000000), None, 0)", "", ("-1", str(ETIMEDOUT)), (0.3, 3)),
+    "io_getevents": (
+        """
+        context = ctypes.c_ulong(0)
+        libc.syscall(206, 8, ctypes.byref(context))
+        ready, events = os.eventfd(0), ctypes.create_string_buffer(64)
+        poll = ctypes.create_string_buffer(struct.pack("=QIIHhIQQqQII", 7, 0, 0, 5, 0, FD, 1, 0, 0, 0, 0, 0), 64)
+        libc.syscall(209, context, 1, ctypes.byref(ctypes.c_void_p(ctypes.addressof(poll))))
+        call("syscall", 208, context, 1, 1, events, None)
+        """,
+        "send", ("1", "0"), None,
+    ),
+    "splice-timeout": (
+        """
+        libc.setsockopt(FD, 1, 20, struct.pack("=qq", 30, 0), 16)
+        reading, writing = os.pipe()
+        call("splice", FD, None, writing, None, 64, 0)
+        """,
+        "send", ("1", "0"), None,
+    ),
     "sigwaitinfo": ("signal.pthread_sigmask(signal.SIG_BLOCK, [10])\n"
                     "call('sigwaitinfo', ctypes.create_string_buffer(struct.pack('=Q', 1 << 9), 128), None)",
                     "usr1", ("10", "0"), None),

@@ -37,6 +37,7 @@ struct capture {
 	/* What the kernel said before the queues were read; compared afterwards. */
 	uint32_t rcv_end, snd_end;
 	int inq, outq, unsent;
+	uint32_t receive_memory; /* bytes that the kernel accounts for what has come and is not read */
 	uint32_t shut; /* SOCKMI_SHUT_RD, by the application or a FIN */
 	struct sockmi_syn syn;
 };
@@ -151,6 +152,7 @@ static int write_options(struct capture *c)
 		sockmi_writer_option_int(c->writer, SOCKMI_OPT_REUSEADDR, 0, c->reuse);
 	if (getsockopt(c->fd, SOL_SOCKET, SO_MEMINFO, memory, &length) < 0)
 		return failed_call(c, SOCKMI_STEP_OPTION);
+	c->receive_memory = memory[0];
 	if (sockmi_get_int(c->fd, SOL_SOCKET, SO_BUF_LOCK, &locks) < 0)
 		locks = 0; /* Linux < 5.15: sizes are carried, whether they are fixed is not known */
 	write_buffer(c, SOCKMI_OPT_SNDBUF, (int)memory[3], locks & 1);
@@ -471,7 +473,9 @@ static void note_losses(struct capture *c)
 		r->reset |= SOCKMI_FIDELITY_BIT(TS_RECENT);
 	if (c->negotiated.flags & SOCKMI_NEGOTIATED_SACK && c->info.tcpi_sacked)
 		r->reset |= SOCKMI_FIDELITY_BIT(SACK_SCOREBOARD);
-	if (c->info_bytes >= (int)(offsetof(struct tcp_info, tcpi_rcv_ooopack) + 4) && c->info.tcpi_rcv_ooopack)
+	/* That counts all that ever came out of order. With nothing to be read, the memory is what still waits. */
+	if (c->info_bytes >= (int)(offsetof(struct tcp_info, tcpi_rcv_ooopack) + 4) && c->info.tcpi_rcv_ooopack &&
+	    (c->inq || c->receive_memory))
 		r->reset |= SOCKMI_FIDELITY_BIT(OUT_OF_ORDER);
 	if (c->negotiated.flags & SOCKMI_NEGOTIATED_ECN)
 		r->reset |= SOCKMI_FIDELITY_BIT(ECN);

@@ -48,7 +48,10 @@ static bool restartable(pid_t tid, unsigned long number, const unsigned long arg
 	case SYS_read: case SYS_readv: case SYS_recvfrom: case SYS_recvmsg: case SYS_recvmmsg:
 	case SYS_write: case SYS_writev: case SYS_sendto: case SYS_sendmsg: case SYS_sendmmsg:
 	case SYS_accept: case SYS_accept4: case SYS_connect: case SYS_semop:
+	case SYS_sendfile: case SYS_splice:
 		return true;
+	case SYS_io_getevents: case SYS_io_pgetevents:
+		return !argument[4];
 	case SYS_semtimedop:
 		return !argument[3];
 	case SYS_rt_sigtimedwait:
@@ -78,7 +81,10 @@ static bool restartable32(const struct regs32 *r)
 	case 337: case 345:			/* recvmmsg, sendmmsg */
 	case 362: case 364:			/* connect, accept4 */
 	case 369: case 370: case 371: case 372:	/* sendto, sendmsg, recvfrom, recvmsg */
+	case 187: case 239: case 313:		/* sendfile, sendfile64, splice */
 		return true;
+	case 247: case 385:			/* io_getevents, io_pgetevents */
+		return !r->di;
 	default:
 		return false;
 	}

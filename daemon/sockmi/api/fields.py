@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from sockmi.addresses import Endpoint
+from sockmi.addresses import Endpoint, parse_address
 
 API_VERSION = 1
 """Grows when a request or response changes in a way that old clients cannot ignore."""
@@ -28,14 +27,14 @@ def _endpoint(text: str) -> str:
 
 
 def _address(text: str) -> str:
-    return str(ip_address(text))
+    return str(parse_address(text))
 
 
 EndpointText = Annotated[str, AfterValidator(_endpoint)]
 """``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
 
 AddressText = Annotated[str, AfterValidator(_address)]
-"""``192.0.2.1`` or ``2001:db8::1``."""
+"""``192.0.2.1`` or ``2001:db8::1``; ``::ffff:192.0.2.1`` is the former."""
 
 Port = Annotated[int, Field(ge=1, le=0xFFFF)]
 Count = Annotated[int, Field(ge=0)]
