@@ -24,8 +24,8 @@ _EPHEMERAL = (32768, 60999)
 _PRESERVING = frozenset({Mode.FORWARD, Mode.TAKEOVER})
 _DIRECT = Refusal(
     Code.NO_REDIRECT,
-    "Its application looks at the TTL of what comes (IP_MINTTL, IPV6_MINHOPCOUNT), or has set its own to 1, and "
-    "redirects that forward lower it; allow takeover (redirect.modes) on both hosts.",
+    "Its application looks at the TTL of what comes (IP_MINTTL, IPV6_MINHOPCOUNT), or has set its own to 1, "
+    "and redirects that forward lower it; allow takeover (redirect.modes) on both hosts.",
 )
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -669,10 +670,10 @@ def restore_again(lab: el.Lab, engine: el.Pair, image: bytes) -> list[Restored |
 
 
 def test_a_hole_is_told_only_while_there_is_one(lab: el.Lab, engine: el.Pair) -> None:
-    """The kernel counts what has ever come out of order; what of it still waits is what the copy will not have."""
+    """The kernel counts what ever came out of order; what still waits is what the copy will not have."""
     lab.switch("a")
     sock, peer = lab.pair("v4", lab.port())
-    ends = FourTuple(Endpoint.parse("%s:%d" % peer.getsockname()), Endpoint.parse("%s:%d" % sock.getsockname()))
+    far, near = (Endpoint(ip_address(name[0]), name[1]) for name in (peer.getsockname(), sock.getsockname()))
     before, then, behind = b"0123456789", b"abcdefghij", 10
     peer.setsockopt(el.TCP, el.REPAIR, 1)
     numbers = []
@@ -680,7 +681,10 @@ def test_a_hole_is_told_only_while_there_is_one(lab: el.Lab, engine: el.Pair) ->
         peer.setsockopt(el.TCP, el.REPAIR_QUEUE, queue)
         numbers.append(struct.unpack("I", peer.getsockopt(el.TCP, el.QUEUE_SEQ, 4))[0])
     peer.setsockopt(el.TCP, el.REPAIR, -1)
-    with lab.host("peer"), segments(ends, then, sequence=numbers[1] + behind, ack=numbers[0]) as send:
+    with (
+        lab.host("peer"),
+        segments(FourTuple(far, near), then, sequence=numbers[1] + behind, ack=numbers[0]) as send,
+    ):
         send()
     el.wait_for(lambda: struct.unpack_from("I", sock.getsockopt(el.TCP, socket.TCP_INFO, 240), 224)[0] > 0)
     left_out = engine.exporter.name == "repair"

@@ -191,8 +191,9 @@ CALLS = {
         """
         context = ctypes.c_ulong(0)
         libc.syscall(206, 8, ctypes.byref(context))
-        ready, events = os.eventfd(0), ctypes.create_string_buffer(64)
-        poll = ctypes.create_string_buffer(struct.pack("=QIIHhIQQqQII", 7, 0, 0, 5, 0, FD, 1, 0, 0, 0, 0, 0), 64)
+        events = ctypes.create_string_buffer(64)
+        wanted = struct.pack("=QIIHhIQQqQII", 7, 0, 0, 5, 0, FD, 1, 0, 0, 0, 0, 0)  # IOCB_CMD_POLL
+        poll = ctypes.create_string_buffer(wanted, 64)
         libc.syscall(209, context, 1, ctypes.byref(ctypes.c_void_p(ctypes.addressof(poll))))
         call("syscall", 208, context, 1, 1, events, None)
         """,

@@ -21,7 +21,9 @@ def test_v4_mapped_is_what_is_on_the_wire() -> None:
     assert Endpoint.parse("[::ffff:192.0.2.1]:80") == Endpoint(ONE, 80)
     assert TypeAdapter(AddressText).validate_python("::ffff:192.0.2.1") == "192.0.2.1"
     assert TypeAdapter(EndpointText).validate_python("[::ffff:192.0.2.1]:80") == "192.0.2.1:80"
-    assert parse_network("::ffff:192.0.2.77/120") == parse_network("192.0.2.0/24") == ip_network("192.0.2.0/24")
+    assert (
+        parse_network("::ffff:192.0.2.77/120") == parse_network("192.0.2.0/24") == ip_network("192.0.2.0/24")
+    )
     assert parse_network("::ffff:192.0.2.1") == ip_network("192.0.2.1")
     assert parse_network("::/0") == ip_network("::/0")
     with pytest.raises(ValueError, match="does not appear to be"):
