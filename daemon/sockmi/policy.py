@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from sockmi.protocol.records import Counts, HostId
 
+FULL = 1000
+"""A load of that many per mille: import lists without room."""
+
 
 class Candidate(NamedTuple):
     """A host with a valid offer. Fields as in ``messages.Offer``."""
@@ -64,6 +67,28 @@ def fill(wanted: Iterable[int], candidates: Iterable[Candidate]) -> list[Share]:
     return shares
 
 
+class Deal:
+    """A batch that is being divided: what nobody has got yet, and who has got what."""
+
+    def __init__(self, wanted: Counts, candidates: Iterable[Candidate]) -> None:
+        self.left = list(wanted)
+        self._given = {candidate.host: [0, 0, 0] for candidate in candidates}
+
+    def give(self, candidate: Candidate, most: int) -> int:
+        """As much as it has room for, ``most`` at most; how much that was."""
+        given = self._given[candidate.host]
+        before = sum(given)
+        for index, room in enumerate(candidate.rooms):
+            got = max(0, min(self.left[index], room - given[index], most + before - sum(given)))
+            given[index] += got
+            self.left[index] -= got
+        return sum(given) - before
+
+    def shares(self) -> list[Share]:
+        """Of those who have got something."""
+        return [Share(host, Counts(*given)) for host, given in self._given.items() if any(given)]
+
+
 class FirstValid(Policy):
     """The paper's: the first valid offer, but one with a waiting importer before one without.
 
@@ -83,7 +108,7 @@ class FirstValid(Policy):
 
 
 class LeastLoaded(Policy):
-    """The host whose import lists are the emptiest; a waiting importer decides among equals."""
+    """The hosts whose import lists are the emptiest; a waiting importer decides among equals."""
 
     name = "least-loaded"
     grace_s = 0.05
@@ -91,6 +116,24 @@ class LeastLoaded(Policy):
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Lowest load first."""
         return sorted(candidates, key=lambda candidate: (candidate.load, not candidate.waiting.total))
+
+    def assign(self, wanted: Counts, candidates: Sequence[Candidate]) -> list[Share]:
+        """To each as much as makes their loads equal; the rest, in order, to who has room."""
+        ordered, deal = self.order(candidates), Deal(wanted, candidates)
+        levels = range(FULL + 1)
+        enough = (level for level in levels if sum(_up_to(one, level) for one in candidates) >= wanted.total)
+        level = next(enough, FULL)
+        for candidate in ordered:
+            deal.give(candidate, _up_to(candidate, level))
+        for candidate in ordered:
+            deal.give(candidate, sum(deal.left))
+        return deal.shares()
+
+
+def _up_to(candidate: Candidate, load: int) -> int:
+    """How many sockets bring a host to that ``load``. Its lists are as long as its room and load tell."""
+    free = FULL - candidate.load
+    return -(-candidate.rooms.total * max(0, load - candidate.load) // free) if free else 0
 
 
 class Weighted(Policy):
@@ -125,22 +168,15 @@ class Weighted(Policy):
         """Shares by earned credit, rounded down; what is left goes to whom has the most credit then."""
         if not self._earn(wanted, candidates):
             return super().assign(wanted, candidates)
-        given: dict[HostId, list[int]] = {candidate.host: [0, 0, 0] for candidate in candidates}
-        left = list(wanted)
+        deal = Deal(wanted, candidates)
         for capped in (True, False):
             for candidate in self.order(candidates):
-                allowance = int(self._credit[candidate.host] + 1e-9) if capped else sum(left)
-                for index in range(3):
-                    room = candidate.rooms[index] - given[candidate.host][index]
-                    got = max(0, min(left[index], room, allowance))
-                    given[candidate.host][index] += got
-                    self._credit[candidate.host] -= got
-                    left[index] -= got
-                    allowance -= got
+                most = int(self._credit[candidate.host] + 1e-9) if capped else sum(deal.left)
+                self._credit[candidate.host] -= deal.give(candidate, most)
         bound = float(max(wanted.total, 1))  # a host that was full does not claim it all back later
         for candidate in candidates:
             self._credit[candidate.host] = max(-bound, min(bound, self._credit[candidate.host]))
-        return [Share(host, Counts(*counts)) for host, counts in given.items() if any(counts)]
+        return deal.shares()
 
     def _earn(self, wanted: Counts, candidates: Sequence[Candidate]) -> bool:
         """Credit each candidate's share; False if nobody has a weight."""

@@ -54,6 +54,23 @@ def test_least_loaded() -> None:
     assert [one.host for one in LeastLoaded().order(offers)] == [C, B, A]
 
 
+def shares(wanted: int, *offers: Candidate) -> dict[bytes, int]:
+    return {host: counts.connected for host, counts in LeastLoaded().assign(Counts(0, 0, wanted), offers)}
+
+
+def test_least_loaded_levels_the_loads() -> None:
+    """One batch is not for the first host alone."""
+    room = Counts(0, 0, 1000)
+    assert shares(300, *(candidate(host, room) for host in (A, B, C))) == {A: 100, B: 100, C: 100}
+    half = candidate(A, Counts(0, 0, 500), load=500)
+    assert shares(400, half, candidate(B, room)) == {B: 400}
+    divided = shares(700, half, candidate(B, room))
+    assert divided[A] + divided[B] == 700 and abs(divided[A] - 100) <= 1
+    assert shares(9, *(candidate(host, Counts(0, 0, 2), load=1000) for host in (A, B))) == {A: 2, B: 2}
+    assert shares(2, candidate(A, room), candidate(B, room, waiting=1)) == {A: 1, B: 1}
+    assert shares(1, candidate(A, room), candidate(B, room, waiting=1)) == {B: 1}
+
+
 def test_weights_hold_over_many_small_batches_and_in_one_large() -> None:
     offers = [candidate(A, weight=3), candidate(B, weight=1), candidate(C, weight=0)]
     policy, got = Weighted(), Counter[bytes]()
