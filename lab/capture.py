@@ -3,7 +3,7 @@
 
 The checker reads a capture made at one end of the connections, the observer's. There every
 byte that was acknowledged must have been seen, nothing may be reset or ended that should not
-be, and no receiver may take back what it has acknowledged.
+be, and no receiver may take back what it has acknowledged, or the room that it has told of.
 """
 
 from __future__ import annotations
@@ -116,7 +116,10 @@ class Capture:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One TCP segment. ``sack``: (left, right) edges as on the wire; ``length`` of the payload, bytes."""
+    """One TCP segment. ``sack``: (left, right) edges as on the wire; ``length`` of the payload, bytes.
+
+    ``window`` as on the wire, so not yet scaled; ``scale``: what a SYN offers (RFC 7323).
+    """
 
     at_s: float
     source: Ends
@@ -126,6 +129,8 @@ class Segment:
     flags: int
     length: int
     sack: tuple[tuple[int, int], ...] = ()
+    window: int | None = None
+    scale: int | None = None
 
     def has(self, flag: int) -> bool:
         """True if a flag (``dpkt.tcp.TH_*``) is set."""
@@ -156,6 +161,8 @@ def read_pcap(path: Path) -> Iterator[Segment]:
                     tcp.flags,
                     length - tcp.off * 4,
                     _sack(tcp.opts),
+                    tcp.win,
+                    _scale(tcp.opts) if tcp.flags & dpkt.tcp.TH_SYN else None,
                 )
 
 
@@ -170,6 +177,11 @@ def _sack(options: bytes) -> tuple[tuple[int, int], ...]:
     return ()
 
 
+def _scale(options: bytes) -> int | None:
+    found = [value for kind, value in dpkt.tcp.parse_opts(options) if kind == dpkt.tcp.TCP_OPT_WSCALE]
+    return min(found[0][0], 14) if found and found[0] else None
+
+
 class Trouble(StrEnum):
     """What can be wrong with a capture."""
 
@@ -180,6 +192,7 @@ class Trouble(StrEnum):
     ACK_UNSENT = "ack-unsent"
     ACK_BACK = "ack-back"
     SACK_RENEGED = "sack-reneged"
+    WINDOW_BACK = "window-back"
     RESTARTED = "restarted"
     INCOMPLETE = "incomplete"
     NOTHING = "nothing"
@@ -232,6 +245,9 @@ class _Direction:
         self.acknowledged_seen = False
         self.regressions = 0
         self.sacked: list[tuple[int, int]] = []  # by the other side, above ``acknowledged``
+        self.offered: list[int | None] = []  # the window scale of its SYN, when that was seen
+        self.room_to = 0  # the highest right edge of the window that the other side has told it
+        self.room_at_s = 0.0
 
     @property
     def over(self) -> bool:
@@ -292,8 +308,8 @@ def judge(
 
     ``fin_from``: addresses that may end their side (None: all; a FIN may still not move or be
     followed by data). ``rst_from``: addresses that may reset. ``allow``: troubles that are not
-    reported. ``reordering_s``: a segment that acknowledges less than one before, but no
-    later after it than this, was overtaken on its way.
+    reported. ``reordering_s``: a segment that acknowledges less than one before, or tells of less room, but
+    no later after it than this, was overtaken on its way.
     """
     rules = Rules(fin_from, rst_from, allow, reordering_s)
     connections: dict[frozenset[Ends], _Connection] = {}
@@ -349,6 +365,8 @@ def _look(
         if begin != 0:
             yield Trouble.RESTARTED, "a second SYN with another sequence number"
             return
+    if syn:
+        sender.offered = [segment.scale]
     end = begin + segment.length + syn + fin
     if end > begin:
         # A one byte probe of a closed window repeats old data, as a keepalive does.
@@ -363,7 +381,26 @@ def _look(
             yield Trouble.FIN_MOVED, f"FIN at {end - 1}, before at {sender.fin_at}"
         sender.fin_at = end - 1
     if segment.has(dpkt.tcp.TH_ACK):
+        behind = other.acknowledged_seen and other.unwrap(segment.acknowledgment) < other.acknowledged
         yield from _acknowledged(other, segment, rules.reordering_s)
+        if not behind:
+            yield from _told_room(sender, other, segment, rules.reordering_s)
+
+
+def _told_room(
+    sender: _Direction, sent: _Direction, segment: Segment, reordering_s: float
+) -> Iterator[tuple[Trouble, str]]:
+    """RFC 9293, 3.8.6: the right edge is not to move back. Closed it may be: memory may have run out."""
+    if not (sender.offered and sent.offered and segment.window):
+        return
+    scales = sender.offered[0], sent.offered[0]
+    scale = 0 if None in scales or segment.has(dpkt.tcp.TH_SYN) else scales[0] or 0
+    room_to = sent.unwrap(segment.acknowledgment) + (segment.window << scale)
+    # What is told is rounded to the scale.
+    if room_to + (1 << scale) <= sent.room_to and segment.at_s > sent.room_at_s + reordering_s:
+        yield Trouble.WINDOW_BACK, f"room for bytes up to {room_to}, before up to {sent.room_to}"
+    if room_to > sent.room_to:
+        sent.room_to, sent.room_at_s = room_to, segment.at_s
 
 
 def _acknowledged(sent: _Direction, segment: Segment, reordering_s: float) -> Iterator[tuple[Trouble, str]]:

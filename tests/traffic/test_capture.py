@@ -188,6 +188,19 @@ def test_acknowledgement_that_goes_back(trace: Trace) -> None:
     assert troubles(trace) == {Trouble.ACK_BACK}
 
 
+@pytest.mark.parametrize(("window", "back"), [(100, False), (99, True), (50, True), (0, False)])
+@pytest.mark.parametrize("scale", [None, 2])
+def test_window_that_is_taken_back(trace: Trace, window: int, back: bool, scale: int | None) -> None:
+    """Memory may run out, and segments overtake each other; a scale must have been seen."""
+    trace.send(SERVER)
+    trace.send(SERVER, later_s=0.5)
+    seen = [replace(one, window=100, scale=scale if one.flags & SYN else None) for one in trace.segments]
+    seen[-1] = replace(seen[-1], window=window)
+    assert {one.trouble for one in judge(seen).findings} == ({Trouble.WINDOW_BACK} if back else set())
+    assert judge([one for one in seen if not one.flags & SYN]).clean
+    assert judge(seen, reordering_s=1).clean
+
+
 @pytest.mark.parametrize("left", [(), ((60, 100),), ((20, 60),)])
 def test_reneging(trace: Trace, left: tuple[tuple[int, int], ...]) -> None:
     at = trace.next[PEER]
