@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
-import socket
 import sqlite3
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 
 from sockmi import notify
+from sockmi.device_news import DeviceNews
 from sockmi.native import trim
 from sockmi.protocol.context import Capacity
 from sockmi.shell import Shell
@@ -22,8 +21,10 @@ _log = logging.getLogger(__name__)
 
 _FOLD_INTERVAL_S = 1.0
 _TRIM_AFTER_ROWS = 100
-_ADDRESSES_PAUSE_S = 1.0  # they come and go in numbers
-_RTMGRP_ADDRESSES = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
+_DEVICES_AFTER_S = 0.05  # a new one gets its address and goes up
+_DEVICES_PAUSE_S = 1.0  # they come and go in numbers
+_DEVICES_WAIT_S = 1.0  # at most, until nothing is frozen
+_DEVICES_AGAIN_MAX_S = 60.0
 _AGES_INTERVAL_S = 1.0
 _KEEP_HISTORY = 100_000
 _PRUNE_INTERVAL_S = 60.0
@@ -42,11 +43,13 @@ class Chores:
         is_calm: Callable[[], bool],
         look_at_listeners: Callable[[], None],
         look_at_ages: Callable[[], None],
+        renew_devices: Callable[[], None],
         local_addresses: Callable[[], frozenset[IPv4Address | IPv6Address]],
         keep_workers: Callable[[], None],
     ) -> None:
         """``look_at_listeners``: the kernel has no news of a socket that only stops listening.
         ``keep_workers``: called once a second while something is frozen, or about to be.
+        ``renew_devices``: of the redirects, in a thread, as is ``local_addresses``.
 
         ``look_at_ages``: of what waits in the import lists. ``is_calm``: nothing is frozen, nor about to be.
         """
@@ -56,13 +59,12 @@ class Chores:
         self._is_calm = is_calm
         self._look_at_listeners = look_at_listeners
         self._look_at_ages = look_at_ages
+        self._renew_devices = renew_devices
         self._local_addresses = local_addresses
         self._keep_workers = keep_workers
-        self._address_news = socket.socket(
-            socket.AF_NETLINK,
-            socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
-            socket.NETLINK_ROUTE,
-        )
+        self._device_news = DeviceNews()  # from now on: what comes while the redirects are set up counts
+        self._devices_again_s = _DEVICES_PAUSE_S
+        self._ended = False
         self._untrimmed = 0  # rows folded since memory was given back
         self._trim_again = True  # at first: the start is work, too
 
@@ -70,15 +72,15 @@ class Chores:
         """Do all of them, from now on."""
         self._fold()
         self._prune()
-        self._address_news.bind((0, _RTMGRP_ADDRESSES))
-        self._learn_addresses()
+        self._look_at_devices()
         self._listeners()
         self._ages()
 
     def finish(self) -> None:
         """What must not be left undone when the daemon ends."""
-        self._loop.remove_reader(self._address_news)
-        self._address_news.close()
+        self._ended = True
+        self._loop.remove_reader(self._device_news.socket)
+        self._device_news.close()
         while self._shell.moves.write(calm=True):
             pass
         try:
@@ -124,27 +126,49 @@ class Chores:
         more = pruned == _PRUNE_ROWS or not self._is_calm()
         self._loop.call_later(_FOLD_INTERVAL_S if more else _PRUNE_INTERVAL_S, self._prune)
 
-    def _learn_addresses(self) -> None:
-        """An exporter may name its target by any address of that host."""
-        self._loop.add_reader(self._address_news, self._addresses_changed)
-        future = self._loop.run_in_executor(None, self._local_addresses)
+    def _look_at_devices(self) -> None:
+        """See that the redirects have all devices, and that an exporter may name this host by any address."""
+        not_before = self._loop.time() + _DEVICES_PAUSE_S
+        future = self._loop.run_in_executor(None, self._renewed)
 
-        def learnt(one: asyncio.Future[frozenset[IPv4Address | IPv6Address]]) -> None:
-            if not one.cancelled() and one.exception() is None:
+        def looked(one: asyncio.Future[frozenset[IPv4Address | IPv6Address]]) -> None:
+            if self._ended or one.cancelled():
+                return
+            if (error := one.exception()) is None:
                 self._capacity.addresses = one.result()
+                self._devices_again_s = _DEVICES_PAUSE_S
+            else:
+                pause_s, self._devices_again_s = self._devices_again_s, self._devices_again_s * 2
+                self._devices_again_s = min(self._devices_again_s, _DEVICES_AGAIN_MAX_S)
+                _log.warning(
+                    "devices have changed, and the redirects have not (%s); once more in %g s", error, pause_s
+                )
+                self._loop.call_later(pause_s, self._look_at_devices)
+                return
+            self._loop.add_reader(self._device_news.socket, self._devices_changed, not_before)
 
-        future.add_done_callback(learnt)
+        future.add_done_callback(looked)
 
-    def _addresses_changed(self) -> None:
-        """What has changed is no matter, nor whether the kernel had room to tell all (ENOBUFS)."""
-        self._loop.remove_reader(self._address_news)
-        try:
-            while self._address_news.recv(65536):
-                pass
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
-                raise
-        self._loop.call_later(_ADDRESSES_PAUSE_S, self._learn_addresses)
+    def _renewed(self) -> frozenset[IPv4Address | IPv6Address]:
+        self._renew_devices()
+        return self._local_addresses()
+
+    def _devices_changed(self, not_before: float) -> None:
+        if not self._device_news.read():
+            return
+        self._loop.remove_reader(self._device_news.socket)
+        now = self._loop.time()
+        at = max(not_before, now + _DEVICES_AFTER_S)
+        self._loop.call_later(at - now, self._when_calm, at + _DEVICES_WAIT_S)
+
+    def _when_calm(self, at_last: float) -> None:
+        if self._ended:
+            return
+        if self._is_calm() or self._loop.time() >= at_last:
+            self._device_news.read()  # it is all looked at now
+            self._look_at_devices()
+        else:
+            self._loop.call_later(_DEVICES_AFTER_S, self._when_calm, at_last)
 
     def _listeners(self) -> None:
         self._look_at_listeners()

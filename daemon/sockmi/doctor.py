@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,9 +54,14 @@ def examine(daemon: Parts) -> list[Check]:
     ]
 
 
-def examine_slowly(modes: Sequence[Mode], silent: Mapping[str, Sequence[Endpoint]]) -> list[Check]:
-    """The others, which may take seconds; in any thread. ``silent``: members without an open stream."""
-    return [*_iptables(modes), _streams(silent)]
+def examine_slowly(
+    modes: Sequence[Mode], silent: Mapping[str, Sequence[Endpoint]], unled: Callable[[], list[str]]
+) -> list[Check]:
+    """The others, which may take seconds; in any thread. ``silent``: members without an open stream.
+
+    ``unled``: devices for which the redirects have nothing.
+    """
+    return [_devices(unled), *_iptables(modes), _streams(silent)]
 
 
 def _ok(name: str, message: str) -> Check:
@@ -240,6 +245,16 @@ def _reverse_path() -> Check:
             warning=True,
         )
     return _ok("reverse path", "Packets of moved connections pass the reverse path filter.")
+
+
+def _devices(unled: Callable[[], list[str]]) -> Check:
+    mend = "Restart the daemon, if it does not make them within a minute; its log has why it cannot."
+    try:
+        if names := unled():
+            return _bad("devices", f"There are no redirects for {', '.join(names)}.", mend)
+    except OSError as error:
+        return _bad("devices", f"The devices of the redirects are not as configured: {error}.", mend)
+    return _ok("devices", "Every device by which peers may come has its redirects.")
 
 
 def _iptables(modes: Sequence[Mode]) -> list[Check]:

@@ -39,18 +39,23 @@ class Placing:
         states_of: Callable[[Sequence[FourTuple]], list[int | None]],
         bury: Callable[[FourTuple], bool],
         obstacle: Callable[[Needs, str, Placement, Endpoint | None], Refusal | None],
+        *,
+        is_led: Callable[[str], bool],
     ) -> None:
         """``path_to``: this host's route to an address. ``states_of``: of connections; None: not here.
 
         ``bury``: ends one that is in TIME-WAIT; False if it is not, or this kernel cannot.
         ``obstacle``: why this host could not restore such a socket at a place (engine/trial.py).
+        ``is_led``: whether what comes in by a device for another host's address would be delivered here.
         """
         self._modes = frozenset(modes)
         self._path_to = path_to
         self._states_of = states_of
         self._bury = bury
         self._obstacle = obstacle
+        self._is_led = is_led
         self._paths: dict[IPv4Address | IPv6Address, tuple[float, Way | None]] = {}
+        self._led: dict[str, tuple[float, bool]] = {}
         self._given: dict[MigrationId, FourTuple] = {}
         self._taken: set[FourTuple] = set()
         self._absent: frozenset[FourTuple] = frozenset()  # as long as `asked_at_once` lasts
@@ -128,7 +133,8 @@ class Placing:
         if former == item.local:
             fitting = [mode for mode in modes if mode in _PRESERVING]
             path = self._path(former.address)
-            address = former.address if mine else path.source if path else None
+            there = path if path and self._delivers(path) else None
+            address = former.address if mine else there.source if there else None
         else:
             fitting = [mode for mode in modes if mode not in _PRESERVING] if mine else []
             address = former.address
@@ -148,7 +154,7 @@ class Placing:
             return None
         if mode in _PRESERVING:
             direct = path.gateway is None and path.device_type == ARPHRD_ETHER
-            if not direct or origin != item.local:
+            if not direct or origin != item.local or not self._delivers(path):
                 return None
             connection = FourTuple(item.local, item.remote)
             self._free(connection)
@@ -231,6 +237,13 @@ class Placing:
             return True
         path = self._path(address)
         return path is not None and path.kind == RTN_LOCAL
+
+    def _delivers(self, path: Way) -> bool:
+        now = time.monotonic()
+        known = self._led.get(path.device)
+        if known is None or known[0] < now:
+            known = self._led[path.device] = (now + _PATH_TTL_S, self._is_led(path.device))
+        return known[1]
 
     def _path(self, address: IPv4Address | IPv6Address) -> Way | None:
         now = time.monotonic()

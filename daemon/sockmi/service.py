@@ -177,6 +177,7 @@ class Daemon:
                 self.diag.states,
                 self.diag.bury,
                 functools.partial(obstacle, carries_urgent=self.engine.carries_urgent),
+                is_led=self.tables.is_led,
             ),
             self.capacity,
             self.redirecting,
@@ -211,6 +212,7 @@ class Daemon:
             is_calm=lambda: self.core.calm,
             look_at_listeners=self.redirecting.look_at_listeners,
             look_at_ages=self.importing.ages.look,
+            renew_devices=self.tables.renew,
             local_addresses=self.tables.routes.addresses,
             keep_workers=self._routes_worker.stay,
         )

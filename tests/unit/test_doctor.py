@@ -129,6 +129,15 @@ def test_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resource.RLIMIT_NOFILE == 7
 
 
+def test_devices() -> None:
+    def absent() -> list[str]:
+        raise OSError("redirect.devices: no device eth9; see `ip link`")
+
+    assert doctor._devices(list).status is CheckStatus.OK
+    bad(doctor._devices(lambda: ["eth8", "eth9"]), CheckStatus.ERROR, "no redirects for eth8, eth9")
+    bad(doctor._devices(absent), CheckStatus.ERROR, "no device eth9")
+
+
 def test_streams() -> None:
     with socket.create_server(("127.0.0.1", 0)) as open_port, socket.socket() as shut_port:
         shut_port.bind(("127.0.0.1", 0))  # bound, and not listening

@@ -76,7 +76,9 @@ def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None
 
     spool, later = SimpleNamespace(provide=None), SimpleNamespace(call_later=lambda *_unused: None)
     shell, events = told(loop=later, spool=spool)
-    placing = Placing([Mode.NAT], lambda _unused: None, nowhere, lambda _unused: False, trying)
+    placing = Placing(
+        [Mode.NAT], lambda _unused: None, nowhere, lambda _unused: False, trying, is_led=lambda _unused: True
+    )
     redirecting: Any = SimpleNamespace(left_by_takeover=lambda _unused: False)
     importing = Importing(shell, placing, Capacity(), redirecting)
     importing.reservations.reserve(a.Reserve(BATCH, HOME, 1, (bound(1), bound(2)), (Mode.NAT,), (None, None)))

@@ -29,14 +29,15 @@ def item(number: int) -> Item:
     return Item(bytes([number]) * 16, bytes(16), Kind.CONNECTED, "", LOCAL, REMOTE, LOCAL, 1, bytes(16))
 
 
-def placing(mode: Mode, state: str = "") -> Placing:
-    """``state``: of what is here already."""
+def placing(mode: Mode, state: str = "", *, led: bool = True) -> Placing:
+    """``state``: of what is here already. ``led``: whether the redirects know the device."""
     return Placing(
         [mode],
         lambda _address: PATH,
         lambda connections: [1 if state else None] * len(connections),
         lambda _connection: state == "TIME-WAIT",
         lambda *_unused: None,
+        is_led=lambda _device: led,
     )
 
 
@@ -57,6 +58,17 @@ def test_a_translated_one_leaves_alone_what_is_in_time_wait() -> None:
     assert told.value.code is Code.PORT_TAKEN
 
 
+@pytest.mark.parametrize("mode", [Mode.FORWARD, Mode.TAKEOVER])
+def test_a_device_that_has_no_redirects_yet(mode: Mode) -> None:
+    """What would be led here by it would not be delivered."""
+    with pytest.raises(Refusal, match="No redirect of") as told:
+        placing(mode, led=False).choose(item(1), [mode])
+    assert told.value.code is Code.NO_REDIRECT
+    with pytest.raises(Refusal, match="The connection was at"):
+        placing(mode, led=False).choose(item(1), [mode], LOCAL)
+    assert placing(Mode.NAT, led=False).choose(item(1), [Mode.NAT]).mode is Mode.NAT
+
+
 def test_another_attempt_has_its_place() -> None:
     it = placing(Mode.FORWARD)
     assert it.choose(item(1), [Mode.FORWARD]) == PRESERVED
@@ -75,7 +87,14 @@ def test_many_are_asked_about_at_once() -> None:
         asked.append(list(connections))
         return [None] * len(connections)
 
-    it = Placing([Mode.FORWARD], lambda _address: PATH, states, lambda _one: False, lambda *_unused: None)
+    it = Placing(
+        [Mode.FORWARD],
+        lambda _address: PATH,
+        states,
+        lambda _one: False,
+        lambda *_unused: None,
+        is_led=lambda _device: True,
+    )
     items = [replace(item(number), remote=replace(REMOTE, port=4000 + number)) for number in range(1, 4)]
     with it.asked_at_once(items, [Mode.FORWARD]):
         for one in items:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
@@ -116,4 +117,5 @@ class Operations:
 
         # What takes its time, in a thread.
         modes, silent = self._daemon.config.redirect.modes, self._daemon.members.not_connected()
-        self._daemon.loop.run_in_executor(None, examine_slowly, modes, silent).add_done_callback(finish)
+        slowly = functools.partial(examine_slowly, modes, silent, self._daemon.tables.unled)
+        self._daemon.loop.run_in_executor(None, slowly).add_done_callback(finish)

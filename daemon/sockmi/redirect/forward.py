@@ -15,26 +15,30 @@ from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.redirect.base import Inbound, Mode, Outbound
-from sockmi.redirect.routes import ARPHRD_ETHER, RTN_UNICAST, Routes
+from sockmi.redirect.routes import ARPHRD_ETHER, RTN_UNICAST
 from sockmi.redirect.settings import Tag
 from sockmi.redirect.tables import Tables, by_version
 from sockmi.redirect.ways import Way
 
 
-def on_segment(routes: Routes, importer: IPv4Address | IPv6Address) -> Way | str:
+def on_segment(tables: Tables, importer: IPv4Address | IPv6Address) -> Way | str:
     """The way to ``importer`` if it is on a segment of ours, else why its link-layer address is of no use."""
-    way = routes.path(importer)
+    way, configured = tables.routes.path(importer), tables.settings.devices
     if way is None:
         return f"no route to {importer}; see `ip route get {importer}`"
     if way.kind != RTN_UNICAST:
         return f"{importer} is this host itself, or not a unicast address"
     if way.gateway is not None:
         return f"{importer} is behind router {way.gateway}, not on a segment of this host; use nat"
-    devices = routes.devices()
-    if way.device not in devices:
-        return f"{importer} is reached by {way.device}, but redirects use {', '.join(devices) or 'no device'}"
+    if configured and way.device not in configured:
+        return f"{importer} is reached by {way.device}, but redirects use {', '.join(configured)}"
     if way.device_type != ARPHRD_ETHER:
         return f"{way.device} has no link-layer addresses; use nat"
+    if not tables.is_led(way.device):
+        return (
+            f"{importer} is reached by {way.device}, for which no redirects are made: it is new, down or "
+            "without an address; try again in some seconds, or see `sockmi doctor`"
+        )
     return way
 
 
@@ -56,7 +60,7 @@ class Forward:
 
     def reachable(self, importer: IPv4Address | IPv6Address) -> str | None:
         """None if ``importer`` is on-link by one of our devices; has the kernel resolve its MAC."""
-        way = on_segment(self._tables.routes, importer)
+        way = on_segment(self._tables, importer)
         if isinstance(way, str):
             return way
         self._tables.routes.warm(importer, way.device)

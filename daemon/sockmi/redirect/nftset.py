@@ -21,7 +21,7 @@ _SET = struct.Struct("=BBBx32s32s")  # struct sockmi_nft_set
 _OP = struct.Struct("=BBxxI40s16s")  # struct sockmi_nft_op
 _ADD, _REMOVE = 0, 1
 _NFNL_SUBSYS_NFTABLES = 10 << 8
-_NFT_MSG_NEWSETELEM, _NFT_MSG_GETSETELEM = 12, 13
+_NFT_MSG_GETCHAIN, _NFT_MSG_GETSETELEM = 4, 13
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _DUMP_BYTES = 1 << 18
@@ -164,23 +164,27 @@ class NftSocket:
             time.sleep(_REHASH_S)
         return list(found.items())
 
+    def has_chain(self, family: int, table: str, name: str) -> bool:
+        """Whether there is that chain."""
+        # NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME
+        asked = _attr(1, table.encode() + b"\0") + _attr(3, name.encode() + b"\0")
+        return any(True for _unused in self._answers(_NFT_MSG_GETCHAIN, family, asked, f"chain {name}"))
+
     def _request(self, nftset: NftSet, flags: int, elements: bytes) -> Iterator[tuple[bytes, bytes]]:
+        asked = _attr(1, nftset.table.encode() + b"\0") + _attr(2, nftset.name.encode() + b"\0") + elements
+        what = f"set {nftset.name}"
+        for answer in self._answers(_NFT_MSG_GETSETELEM, nftset.family, asked, what, flags):
+            yield from _elements(answer)
+
+    def _answers(
+        self, message: int, family: int, asked: bytes, what: str, flags: int = 0
+    ) -> Iterator[memoryview]:
+        """The attributes of each answer; none if what is asked for is not there."""
         self._seq += 1
         seq = self._seq
-        body = (
-            struct.pack("=BBH", nftset.family, 0, 0)
-            + _attr(1, nftset.table.encode() + b"\0")
-            + _attr(2, nftset.name.encode() + b"\0")
-            + elements
-        )
-        header = struct.pack(
-            "=IHHII",
-            16 + len(body),
-            _NFNL_SUBSYS_NFTABLES | _NFT_MSG_GETSETELEM,
-            _NLM_F_REQUEST | flags,
-            seq,
-            0,
-        )
+        body = struct.pack("=BBH", family, 0, 0) + asked
+        kind = _NFNL_SUBSYS_NFTABLES | message
+        header = struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST | flags, seq, 0)
         self._reader.send(header + body)
         while True:
             answer = memoryview(self._reader.recv(_DUMP_BYTES))
@@ -193,10 +197,10 @@ class NftSocket:
                     (error,) = struct.unpack_from("=i", payload)
                     if error == -errno.ENOENT and not flags:
                         return
-                    raise OSError(-error, f"nftables: set {nftset.name}: {os.strerror(-error)}")
+                    raise OSError(-error, f"nftables: {what}: {os.strerror(-error)}")
                 if kind == _NLMSG_DONE:
                     return
-                yield from _elements(payload[4:])
+                yield payload[4:]
                 if not flags:
                     return
 

@@ -59,14 +59,14 @@ def apart(work: Callable[[Any], T]) -> T:
     return results[0]
 
 
-def _unless(code: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call; a kernel answer of ``code`` (errno) is as good as success."""
+def _unless(codes: tuple[int, ...], call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call; a kernel answer that is one of ``codes`` (errno) is as good as success."""
     from sockmi.redirect.netlink import NetlinkError
 
     try:
         call(*args, **kwargs)
     except NetlinkError as error:
-        if error.code != code:
+        if error.code not in codes:
             raise
 
 
@@ -106,27 +106,30 @@ class Routes:
         return work(self._ip) if self._ip else apart(work)
 
     @_asked
-    def devices(self) -> list[str]:
-        """Devices at which peers' packets arrive: the configured ones, which must exist, or all fit ones."""
+    def devices(self, needed: bool = True) -> dict[str, int]:
+        """Devices at which peers' packets arrive, and their indexes: the configured ones, or all fit ones.
 
-        def work(ip: Any) -> list[str]:
+        OSError if a configured one is not there, and ``needed``.
+        """
+
+        def work(ip: Any) -> dict[str, int]:
             links = {link.get("ifname"): link for link in ip.get_links()}
             if self._settings.devices:
                 missing = [name for name in self._settings.devices if name not in links]
-                if missing:
+                if missing and needed:
                     raise OSError(
                         errno.ENODEV, f"redirect.devices: no device {', '.join(missing)}; see `ip link`"
                     )
-                return list(self._settings.devices)
+                return {name: links[name]["index"] for name in self._settings.devices if name in links}
             addressed = {message["index"] for message in ip.get_addr()}
-            return [
-                name
+            return {
+                name: link["index"]
                 for name, link in links.items()
                 if link["flags"] & _IFF_UP
                 and not link["flags"] & _IFF_LOOPBACK
                 and link["ifi_type"] == ARPHRD_ETHER
                 and link["index"] in addressed
-            ]
+            }
 
         return self._done(work)
 
@@ -142,7 +145,8 @@ class Routes:
         def work(ip: Any) -> None:
             s = self._settings
             wanted = {(device, s.marked(Tag.LOCAL)) for device in devices} | {("lo", s.inject_mark)}
-            links = [ip.link_lookup(ifname=name)[0] for name in ("lo", *devices)]
+            # One that is gone or down by now has no route, and its rule waits for it.
+            links = [link for name in ("lo", *devices) for link in ip.link_lookup(ifname=name)]
             for version, family in _FAMILY.items():
                 have: set[tuple[str | None, int | None]] = set()
                 for rule in self._rules(ip, family):
@@ -153,7 +157,7 @@ class Routes:
                         self._delete_rule(ip, family, iif, mark)
                 for link in links:
                     _unless(
-                        errno.EEXIST,
+                        (errno.EEXIST, errno.ENETDOWN, errno.ENODEV),
                         ip.route,
                         "add",
                         family=family,
@@ -192,7 +196,7 @@ class Routes:
         if mark is not None:
             match |= {"fwmark": mark, "fwmask": _TAG_MASK}  # type: ignore[dict-item]
         _unless(
-            errno.ENOENT,
+            (errno.ENOENT,),
             ip.rule,
             "del",
             family=family,
@@ -245,7 +249,9 @@ class Routes:
 
         def work(ip: Any) -> None:
             index = ip.link_lookup(ifname=device)[0]
-            _unless(errno.EEXIST, ip.neigh, "add", dst=str(address), ifindex=index, state=0, flags=_NTF_USE)
+            _unless(
+                (errno.EEXIST,), ip.neigh, "add", dst=str(address), ifindex=index, state=0, flags=_NTF_USE
+            )
 
         self._done(work)
 
@@ -305,7 +311,7 @@ class Routes:
             index = ip.link_lookup(ifname=device)[0]
             flags = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
             _unless(
-                errno.EEXIST,
+                (errno.EEXIST,),
                 ip.addr,
                 "add",
                 index=index,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import socket
 import struct
 import subprocess
 import threading
@@ -23,6 +25,8 @@ from sockmi.redirect.nftset import INET, NETDEV, Batch, NftSet, NftSocket
 from sockmi.redirect.routes import Routes
 from sockmi.redirect.settings import Settings, Tag
 from sockmi.redirect.ways import Address
+
+_log = logging.getLogger(__name__)
 
 _KEY4 = struct.Struct("!4sHxx4sHxx")
 _KEY6 = struct.Struct("!16sHxx16sHxx")
@@ -84,6 +88,8 @@ class Tables:
         self.routes = Routes(self.settings)
         self._nft = NftSocket(use_destroy)
         self._lock = threading.RLock()
+        self._making = threading.Lock()  # of the tables; elements are changed meanwhile
+        self._devices: dict[str, int] = {}  # what has been made for: names and indexes
         self._known_ports: set[int] = set()
         self._users: set[object] = set()
         table = self.settings.table
@@ -117,21 +123,65 @@ class Tables:
 
         ``user``: who needs them; they go when the last user has called ``teardown``.
         """
-        with self._lock:
+        with self._making:
             devices = self.routes.devices()
-            text = ruleset.inet(self.settings) + ruleset.netdev(self.settings, devices)
+            text = ruleset.inet(self.settings) + ruleset.netdev(self.settings, list(devices))
             self._load(text + self._stale_chains(devices))
-            self.routes.install(devices)
+            self.routes.install(list(devices))
+            self._devices = devices
             self._users.add(user)
+
+    def renew(self) -> None:
+        """After ``setup``: the same for devices that have come since, or are there again.
+
+        Nothing else is touched. Devices that are down or without an address for a while keep what they have.
+        """
+        with self._making:
+            if not self._users:
+                return
+            had = self._devices
+            present = {name: index for index, name in socket.if_nameindex()}
+            kept = {name: index for name, index in had.items() if present.get(name) == index}
+            devices = kept | self.routes.devices(needed=False)
+            new = [name for name, index in devices.items() if not self._is_led(name, index)]
+            stale = "" if had.keys() <= devices.keys() else self._stale_chains(devices)
+            if new or stale:
+                self._load(ruleset.netdev(self.settings, new) + stale)
+            # Also of those that were down: their routes are gone.
+            self.routes.install(list(devices))
+            self._devices = devices
+            if new:
+                _log.info("packets are led on from %s now, too", ", ".join(new))
+
+    def is_led(self, device: str) -> bool:
+        """Whether the packets that come in by ``device`` meet our redirects.
+
+        One of that name that was there before it may have left its chain behind, which leads nowhere.
+        """
+        try:
+            return self._is_led(device, socket.if_nametoindex(device))
+        except OSError:
+            return False
+
+    def _is_led(self, device: str, index: int) -> bool:
+        with self._lock:
+            return self._devices.get(device) == index and self._nft.has_chain(
+                NETDEV, self.settings.table, ruleset.chain_of(device)
+            )
+
+    def unled(self) -> list[str]:
+        """Devices of ``setup`` for which nothing has been made, or no more. OSError as there."""
+        return [name for name, index in self.routes.devices().items() if not self._is_led(name, index)]
 
     def teardown(self, user: object = None) -> None:
         """Remove all that ``setup`` made, with all elements, when ``user`` was the last; idempotent."""
-        with self._lock:
+        with self._making:
             self._users.discard(user)
             if self._users:
                 return
             self.routes.remove()
             self._load(ruleset.gone(self.settings))
+            self._devices = {}
             self._known_ports.clear()
 
     def close(self) -> None:
@@ -146,7 +196,7 @@ class Tables:
                 f"made the table, drain this host and run `nft delete table inet {self.settings.table}`"
             )
 
-    def _stale_chains(self, devices: Sequence[str]) -> str:
+    def _stale_chains(self, devices: Iterable[str]) -> str:
         """Commands that remove the ingress chains of devices that are no longer ours."""
         listed = _nft(["-j", "list", "chains", "netdev"], "")
         if listed.returncode:

@@ -82,7 +82,7 @@ class Takeover:
 
     def reachable(self, importer: IPv4Address | IPv6Address) -> str | None:
         """None if ``importer`` is on a segment of ours, where it can be heard announcing an address."""
-        way = on_segment(self._tables.routes, importer)
+        way = on_segment(self._tables, importer)
         return way if isinstance(way, str) else None
 
     def conflicts(self, leaving: Collection[FourTuple], listeners: Collection[Endpoint] = ()) -> list[str]:

@@ -86,6 +86,7 @@ class Rehearsal:
             states_of=lambda tuples: [None] * len(tuples),
             bury=lambda _tuple: True,
             obstacle=lambda *_unused: None,
+            is_led=lambda _device: True,
         )
         self._importing = Importing(stage, placing, Capacity(), self._redirecting)
         self._exporting = Exporting(
