@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from sockmi import api
 from sockmi.addresses import Endpoint, parse_address
+from sockmi.ip_versions import families
 from sockmi.config import Config, GroupConfig
 from sockmi.joined_groups import JoinedGroups
 from sockmi.problems import problems
@@ -83,8 +84,8 @@ class Members:
     def start(self) -> None:
         """Listen for streams; join the configured groups, and those that were joined before."""
         stream = self._config.stream
-        everywhere: list[IPv4Address | IPv6Address] = [IPv4Address(0), IPv6Address(0)]
-        addresses = [stream.address] if stream.address else everywhere
+        wildcards: dict[int, IPv4Address | IPv6Address] = {4: IPv4Address(0), 6: IPv6Address(0)}
+        addresses = [stream.address] if stream.address else [wildcards[version] for version in families()]
         listening = self._streams.listen([Endpoint(address, stream.port) for address in addresses])
         self._introduction = Introduction(
             certificate=self._identity.certificate,

@@ -26,6 +26,7 @@ from ipaddress import ip_address
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.frozen import frozen
+from sockmi.ip_versions import families
 from sockmi.redirect.base import Outbound, Redirect
 from sockmi.redirect.settings import Tag
 from sockmi.redirect.tables import Tables
@@ -184,7 +185,7 @@ class _RawSender:
 
     def __init__(self, mark: int) -> None:
         self._sockets: dict[int, socket.socket] = {}
-        for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        for version, family in families().items():
             sock = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
             sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
             sock.setblocking(False)
@@ -217,12 +218,14 @@ class IcmpListener:
         v4.setsockopt(
             _SOL_RAW, _ICMP_FILTER, struct.pack("=I", ~sum(1 << t for t in _ERRORS[4]) & 0xFFFFFFFF)
         )
-        v6 = socket.socket(socket.AF_INET6, socket.SOCK_RAW, ICMP6)
-        passed = sum(1 << t for t in _ERRORS[6])
-        v6.setsockopt(ICMP6, 1, struct.pack("=8I", ~passed & 0xFFFFFFFF, *[0xFFFFFFFF] * 7))
-        self._sockets = (v4, v6)
         v4.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-        v6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        self._sockets = [v4]
+        if 6 in families():
+            v6 = socket.socket(socket.AF_INET6, socket.SOCK_RAW, ICMP6)
+            passed = sum(1 << t for t in _ERRORS[6])
+            v6.setsockopt(ICMP6, 1, struct.pack("=8I", ~passed & 0xFFFFFFFF, *[0xFFFFFFFF] * 7))
+            v6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+            self._sockets.append(v6)
         for sock in self._sockets:
             sock.setblocking(False)
 

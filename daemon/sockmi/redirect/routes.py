@@ -17,6 +17,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from sockmi.ip_versions import families
 from sockmi.redirect.routes_worker import RoutesWorker
 from sockmi.redirect.settings import Settings, Tag
 from sockmi.redirect.ways import Address, Held, Way
@@ -147,7 +148,7 @@ class Routes:
             wanted = {(device, s.marked(Tag.LOCAL)) for device in devices} | {("lo", s.inject_mark)}
             # One that is gone or down by now has no route, and its rule waits for it.
             links = [link for name in ("lo", *devices) for link in ip.link_lookup(ifname=name)]
-            for version, family in _FAMILY.items():
+            for version, family in families().items():
                 have: set[tuple[str | None, int | None]] = set()
                 for rule in self._rules(ip, family):
                     iif, mark = rule.get("iifname"), rule.get("fwmark")
@@ -210,7 +211,7 @@ class Routes:
         """Remove all rules and routes that are ours."""
 
         def work(ip: Any) -> None:
-            for family in _FAMILY.values():
+            for family in families().values():
                 for rule in self._rules(ip, family):
                     self._delete_rule(ip, family, rule.get("iifname"), rule.get("fwmark"))
                 ip.flush_routes(family=family, table=self._settings.route_table)
