@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from sockmi import api
 from sockmi.addresses import Endpoint, parse_address
-from sockmi.ip_versions import families
 from sockmi.config import Config, GroupConfig
+from sockmi.ip_versions import families
 from sockmi.joined_groups import JoinedGroups
 from sockmi.problems import problems
 from sockmi.protocol.codec import STREAM_BYTES_MAX
