@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
@@ -57,7 +57,12 @@ class _Lost:
     @classmethod
     def of(cls, row: Found) -> _Lost:
         one = row.socket
-        return cls(one.inode, kind_of(one), FourTuple(one.local, one.remote) if one.remote else None)
+        return cls(one.inode, kind_of(one), _tuple(row))
+
+
+def _tuple(row: Found) -> FourTuple | None:
+    one = row.socket
+    return FourTuple(one.local, one.remote) if one.remote else None
 
 
 class Drain:
@@ -75,13 +80,20 @@ class Drain:
         target: tuple[bytes | None, IPv4Address | IPv6Address | None],
         report: Callable[[dict[str, Any]], None],
         fail: Callable[[Exception], None],
+        *,
+        logins: Collection[FourTuple] = (),
     ) -> None:
-        """``report`` gets each line of the answer; ``fail`` what ends the drain instead."""
+        """``report`` gets each line of the answer; ``fail`` what ends the drain instead.
+
+        ``logins``: connections that stay, as who asks for the drain is logged in by them.
+        """
         self._daemon = daemon
         self._request = request
         self._target = target
         self._report = report
         self._fail = fail
+        self._logins = logins
+        self._spared = 0
         self._started = time.monotonic()
         self._scan = Scan.now()  # before who holds the sockets was looked for
         self._left: list[list[Found] | Copy] = []
@@ -108,6 +120,10 @@ class Drain:
         by_inode: dict[int, list[Found]] = {}
         for one in found:
             by_inode.setdefault(one.socket.inode, []).append(one)
+        own = [inode for inode, rows in by_inode.items() if _tuple(rows[0]) in self._logins]
+        self._spared = len(own)
+        for inode in own:
+            del by_inode[inode]
         listed = self._daemon.importing.onward.select(self._request.filter)
         self._left = [*by_inode.values(), *listed, *late]
         holders = {inode: rows[0].socket.holders for inode, rows in by_inode.items()}
@@ -322,6 +338,7 @@ class Drain:
                     failed=self._counts[api.Outcome.FAILED],
                     planned=self._counts[api.Outcome.PLANNED],
                     closed=self._closed,
+                    spared=self._spared,
                     remaining=len(self._left) + len(self._missing) + self._under_way,
                     elapsed_s=elapsed_s,
                     rate_per_s=moved / elapsed_s if elapsed_s else 0.0,

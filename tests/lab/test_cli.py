@@ -363,6 +363,26 @@ def test_to_by_address_and_id(scene: Scene, lab: Lab) -> None:
 # -- list, status, history, doctor
 
 
+def test_a_drain_leaves_the_own_login_alone(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sshd tells of it; who names a process means it."""
+    server = scene.server("a", 5131)
+    mine, other = (scene.client("a", 5131) for _client in range(2))
+    ends = mine.connection.getsockname(), mine.connection.getpeername()
+    monkeypatch.setenv("SSH_CONNECTION", " ".join(f"{address} {port}" for address, port in ends))
+
+    def plan(*words: object) -> str:
+        """A process of its own: its environment is that which it was begun with."""
+        process = scene.program("a", "drain", *words, "--kind", "connected", "--dry-run")
+        return process.communicate(timeout=60)[0]
+
+    planned = json.loads(plan("--port", 5131, "--json"))
+    assert [one["remote"] for one in planned["migrations"]] == [other.local]
+    assert (planned["progress"]["selected"], planned["progress"]["spared"]) == (1, 1)
+    assert "1 left alone: your own login" in plan("--port", 5131)
+    meant = json.loads(plan("--pid", server.pid, "--json"))
+    assert (meant["progress"]["selected"], meant["progress"]["spared"]) == (2, 0)
+
+
 def test_list_filters(scene: Scene, lab: Lab) -> None:
     one = scene.server("a", 5120, name="smt-alpha")
     two = scene.server("a", 5121, name="smt-beta")

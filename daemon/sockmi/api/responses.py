@@ -197,6 +197,7 @@ class Progress(Model):
     """How far a drain has come; ``planned`` counts for dry runs.
 
     ``closed``: those of ``selected`` that had ended, or that nobody held any more, when their turn came.
+    ``spared``: connections, none of ``selected``, by which who asks is logged in.
     """
 
     selected: Count
@@ -206,6 +207,7 @@ class Progress(Model):
     failed: Count
     planned: Count = 0
     closed: Count = 0
+    spared: Count = 0
     remaining: Count
     elapsed_s: float
     rate_per_s: float

@@ -229,6 +229,8 @@ def drain(options: argparse.Namespace) -> int:
         gone = f" ({progress['closed']} had ended by then)" if progress["closed"] else ""
         took = "" if options.dry_run else f" in {progress['elapsed_s']:.2f} s"
         print(f"{done} of {progress['selected']} {verb}{took}{gone}")
+        if progress["spared"]:
+            print(f"{progress['spared']} left alone: your own login")
         for host, count in Counter(one["to"] for one in records if one["outcome"] == "planned").items():
             print(f"room for {count} on {host}")
         if listed:

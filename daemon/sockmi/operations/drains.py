@@ -11,6 +11,7 @@ from sockmi import api
 from sockmi.control import Client
 from sockmi.draining import Drain
 from sockmi.importing.copies import Copy
+from sockmi.logins import logins
 from sockmi.operations.sockets import Sockets
 from sockmi.parts import Parts
 from sockmi.refusal import Code, Refusal
@@ -52,7 +53,8 @@ class Drains:
             with client.answering(request):
                 raise error
 
-        drain = Drain(self._daemon, request, target, report, fail)
+        own = logins(client.pid) if request.filter.pid is None else frozenset()
+        drain = Drain(self._daemon, request, target, report, fail, logins=own)
         self._look(client, request, drain.start, time.monotonic() + _ARRIVAL_MAX_S)
         self.going[client] = drain
         if target[0] is not None and not request.dry_run:
