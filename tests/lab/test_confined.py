@@ -15,19 +15,22 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab import Lab
+from lab.daemons import METRICS_PORT, Daemon
 from lab.host import PROJECT, Host
-from lab.plan import PATIENCE
+from lab.plan import PATIENCE, LabError
 from lab.record import ROOT
 from sockmi.client import Export, Imported, ImportRequest, export_sockets, import_socket
 from tests.lab.mode_lab import SERVICE, give_service, legacy_iptables, needs_legacy, take_service
-from tests.lab.scenario import ask, daemons, status, until
+from tests.lab.scenario import ask, daemons, drain, status, until, wait_for_members
 
 ENABLED = Path("/sys/module/apparmor/parameters/enabled")
 pytestmark = [
@@ -38,12 +41,15 @@ pytestmark = [
     ),
 ]
 NAME = "sockmid-lab"
-# The places that a lab's daemon has instead of an installed one's.
+PORT, CONTEXT = 7500, b"a session"
+# The places that a lab's daemon has instead of an installed one's, with the same rights.
 PLACES = f"""
   {PROJECT}/{{,daemon/,.venv/}} r,
   {PROJECT}/{{daemon,.venv}}/** r,
   {PROJECT}/{{daemon,.venv}}/**.so* mr,
-  {ROOT}/** rwkl,
+  {ROOT}/*/*/etc/** r,
+  owner {ROOT}/*/*/run/{{,**}} rw,
+  owner {ROOT}/*/*/state/{{,**}} rwkl,
 """
 # Owners of sockets that are confined themselves: one as Debian's are, and one that nobody may trace.
 OWNERS = """
@@ -73,16 +79,30 @@ sys.stdin.readline()
 # Each in a process of its own, as the daemon's user, with all that the unit leaves it.
 FORBIDDEN = {
     "the passwords": "open('/etc/shadow')",
+    "homes": "os.listdir('/root')",
     "others' state": "open('/var/lib/other', 'w')",
     "the host's configuration": "open('/etc/hosts', 'a')",
     "the unit": "open('/etc/systemd/system/sockmid.service', 'w')",
+    "its own program": f"open('{PROJECT}/daemon/other', 'w')",
+    "its own profile": "open('/sys/kernel/security/apparmor/.replace', 'w')",
     "memory of others": "open('/proc/1/mem', 'rb').read(1)",
     "a shell": "os.execv('/bin/sh', ['sh', '-c', 'true'])",
     "a module": "os.execv('/sbin/modprobe', ['modprobe', '-n', 'loop'])",
     "a kernel setting": "open('/proc/sys/kernel/core_pattern', 'w')",
+    "a mount": "done(ctypes.CDLL(None, use_errno=True).mount(b'none', b'/mnt', b'tmpfs', 0, None))",
     "a signal": "os.kill(1, signal.SIGHUP)",
     "Bluetooth": "socket.socket(socket.AF_BLUETOOTH, socket.SOCK_RAW, 1)",
 }
+FORBIDDING = """
+import ctypes, os, signal, socket, sys
+def done(failed):
+    if failed:
+        raise OSError(ctypes.get_errno(), "")
+try:
+    {}
+except PermissionError:
+    print("no")
+"""
 
 
 def parser(*words: str, text: str) -> None:
@@ -147,8 +167,12 @@ def denied(confined: None) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("mode", ["forward", "nat", "takeover", pytest.param("iptables", marks=needs_legacy)])
 def test_connections_move_by_each_redirect(lab: Lab, tmp_path: Path, mode: str) -> None:
-    """There with a context, and home; from the kernel engine, if it can be had, to the other, and back."""
-    a, b, peer = lab.host("a"), lab.host("b"), lab.host("peer")
+    """Away, home and away: from the kernel engine, if it can be had, to the other, and back.
+
+    Each move is asked for in another way. With redirects in use one daemon dies, both start anew and are
+    asked all that they can tell; at the end the redirects are removed.
+    """
+    a, b = lab.host("a"), lab.host("b")
     with contextlib.ExitStack() as stack:
         if mode == "iptables":
             stack.enter_context(legacy_iptables(tmp_path))
@@ -157,50 +181,59 @@ def test_connections_move_by_each_redirect(lab: Lab, tmp_path: Path, mode: str) 
             stack.callback(take_service, lab)
         redirect = {"devices": ["eth0"], "modes": [mode]}
         running = stack.enter_context(daemons(lab, "ab", engines={"b": "repair"}, redirect=redirect))
-        for daemon in running.by_host.values():
-            label = Path(f"/proc/{daemon.pid}/attr/current").read_text()
-            assert label == f"{NAME} (enforce)\n"
-        listen = SERVICE[4] if mode == "takeover" else a.address(4)
-        ours, client = stack.enter_context(connected(a, peer, listen))
-        for source, target in ((a, b), (b, a)):
-            client.sendall(b"on its way")
-            ours, record = moved(ours, source, target, context=b"a session")
-            assert (record.mode, record.outcome) == (mode, "moved"), record
-            assert ours.recv(99) == b"on its way"
-            ours.sendall(b"heard")
-            assert client.recv(99) == b"heard"
+        pairs = [stack.enter_context(connected(lab, mode, version)) for version in (4, 6)]
+        move(pairs, a, b, exported)
+        running["a"].kill()
+        for name in "ab":
+            running[name].restart()
+        wait_for_members(lab, "ab")
+        talk(pairs)
         for host in (a, b):
             for request in ("doctor", "list", "history", "groups", "reload"):
                 ask(host, request)
-        ours.close()
-        assert client.recv(1) == b""
+            assert host.python(metrics).count(b"sockmi_migrations_total")
+            assert set(labels(running[host.name])) == {f"{NAME} (enforce)\n"}
+        move(pairs, b, a, drained)
+        talk(pairs)
+        move(pairs, a, b, by_sysctl if status(a)["engine"] == "kernel" else exported)
+        talk(pairs)
+        for host in (a, b):
+            assert running[host.name].stop() == 0
+            words = [*confining(), sys.executable, "-m", "sockmi.service", "--remove-redirects", "--config"]
+            for more, code in (([], 1), (["--force"], 0)):
+                done = host.run([*words, running[host.name].config_file, *more], check=False, timeout_s=60)
+                assert done.returncode == code, done.stderr
+            shutil.rmtree(host.state_dir)  # what it knows of the redirects
+            host.state_dir.mkdir()
 
 
-def test_a_listener_moves_with_its_queue(lab: Lab) -> None:
+@pytest.mark.skipif(not shutil.which("iptables-nft"), reason="iptables-nft is not installed")
+def test_iptables_that_are_not_legacy(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are run, and refused for what they say."""
+    (tmp_path / "iptables").symlink_to(shutil.which("iptables-nft") or "")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with (
+        pytest.raises(LabError, match="does not see legacy rules"),
+        daemons(lab, "a", redirect={"devices": ["eth0"], "modes": ["iptables"]}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("engines", [{}, {"a": "repair", "b": "repair"}], ids=["any", "repair"])
+def test_a_listener_moves_with_its_queue(lab: Lab, engines: dict[str, str]) -> None:
     """The keeper that accepts what waits there is confined, too."""
     a, b, peer = lab.host("a"), lab.host("b"), lab.host("peer")
     with (
-        daemons(lab, "ab", redirect={"devices": ["eth0"], "modes": ["nat"]}),
-        a.socket() as listener,
+        daemons(lab, "ab", engines=engines, redirect={"devices": ["eth0"], "modes": ["nat"]}),
+        a.python(socket.create_server, (a.address(4), PORT)) as listener,
         peer.socket() as client,
     ):
-        listener.bind((a.address(4), 7600))
-        listener.listen()
         client.settimeout(60)
         client.connect(listener.getsockname())
         client.sendall(b"waits")
-        came: list[Imported] = []
-        wanted = [ImportRequest([kind]) for kind in ("listening", "connected")]
-
-        def take() -> None:
-            while len(came) < 2:
-                came.extend(import_socket(wanted, 300, control=b.control_socket))
-
-        taker = threading.Thread(target=take)
-        taker.start()
-        [record] = export_sockets([Export(listener)], "b", control=a.control_socket, timeout_s=60)
-        assert record.outcome == "moved", record
-        taker.join(300)
+        with taken(b, "listening", "connected") as came:
+            [record] = export_sockets([Export(listener)], "b", control=a.control_socket, timeout_s=60)
+            assert record.outcome == "moved", record
         [connection] = [one.socket for one in came if one.socket and one.kind == "connected"]
         assert connection.recv(99) == b"waits"
         for one in came:
@@ -236,11 +269,8 @@ def test_owners_that_are_confined_themselves(lab: Lab, profile: str) -> None:
 def test_what_it_must_not(what: str, denied: list[str]) -> None:
     denied += [f'profile="{NAME}"']
     before = len(denials())
-    program = (
-        f"import os, signal, socket\ntry:\n    {FORBIDDEN[what]}\nexcept PermissionError:\n    print('no')"
-    )
     done = subprocess.run(
-        [*confining(), sys.executable, "-c", program],
+        [*confining(), sys.executable, "-c", FORBIDDING.format(FORBIDDEN[what])],
         capture_output=True,
         text=True,
         check=False,
@@ -250,34 +280,103 @@ def test_what_it_must_not(what: str, denied: list[str]) -> None:
     assert len(denials()) > before or what == "a module"  # which is denied without a word
 
 
-@contextlib.contextmanager
-def connected(server: Host, peer: Host, address: str) -> Iterator[tuple[socket.socket, socket.socket]]:
+@dataclass
+class Pair:
     """Both ends of a connection of this process."""
-    with server.socket() as listener, peer.socket() as client:
-        listener.bind((address, 7500))
-        listener.listen()
+
+    ours: socket.socket
+    client: socket.socket
+
+
+@contextlib.contextmanager
+def connected(lab: Lab, mode: str, version: int) -> Iterator[Pair]:
+    """Of host a with the peer."""
+    a, family = lab.host("a"), {4: socket.AF_INET, 6: socket.AF_INET6}[version]
+    address = SERVICE[version] if mode == "takeover" else a.address(version)
+    with (
+        a.python(socket.create_server, (address, PORT), family=family) as listener,
+        lab.host("peer").socket(family) as client,
+    ):
         client.settimeout(60)
-        client.connect(listener.getsockname())
-        ours, _unused = listener.accept()
-        yield ours, client
+        client.connect(listener.getsockname()[:2])
+        pair = Pair(listener.accept()[0], client)
+        try:
+            yield pair
+        finally:
+            pair.ours.close()
 
 
-def moved(ours: socket.socket, source: Host, target: Host, context: bytes) -> tuple[socket.socket, Any]:
-    """From one host's daemon to the other's, by this process, which is the owner on both."""
+def talk(pairs: Sequence[Pair]) -> None:
+    """Both ways."""
+    for pair in pairs:
+        for one, other in ((pair.ours, pair.client), (pair.client, pair.ours)):
+            one.sendall(b"is heard")
+            assert other.recv(99) == b"is heard"
+
+
+@contextlib.contextmanager
+def taken(host: Host, *kinds: str) -> Iterator[list[Imported]]:
+    """What the block moves there; this process is the application there, too."""
     came: list[Imported] = []
-    there = target.control_socket
-    taker = threading.Thread(
-        target=lambda: came.extend(import_socket(ImportRequest(["connected"]), 300, control=there))
-    )
+    wanted = [ImportRequest([kind]) for kind in kinds]
+
+    def take() -> None:
+        while len(came) < len(kinds):
+            came.extend(import_socket(wanted, 300, control=host.control_socket))
+
+    taker = threading.Thread(target=take, daemon=True)
     taker.start()
-    until(lambda: status(target)["import_lists"]["connected"]["waiting"] > 0)
-    [record] = export_sockets(
-        [Export(ours, context=context)], target.name, control=source.control_socket, timeout_s=60
-    )
+    until(lambda: status(host)["import_lists"][kinds[-1]]["waiting"] > 0)
+    yield came
     taker.join(300)
-    ours.close()
-    [one] = came
-    assert one.socket is not None
-    assert one.context == context
-    one.socket.settimeout(60)
-    return one.socket, record
+    assert len(came) == len(kinds)
+
+
+def move(pairs: Sequence[Pair], source: Host, target: Host, how: Callable[..., None]) -> None:
+    """With what the client has said meanwhile."""
+    for pair in pairs:
+        pair.client.sendall(b"on its way")
+    with taken(target, *["connected"] * len(pairs)) as came:
+        how([pair.ours for pair in pairs], source, target)
+    arrived = {one.socket.getpeername(): one for one in came if one.socket}
+    for pair in pairs:
+        pair.ours.close()
+        one = arrived[pair.client.getsockname()]
+        assert one.socket is not None
+        assert one.context == (CONTEXT if how is exported else b"")
+        pair.ours = one.socket
+        pair.ours.settimeout(60)
+        assert pair.ours.recv(99) == b"on its way"
+
+
+def exported(ours: Sequence[socket.socket], source: Host, target: Host) -> None:
+    """By their application."""
+    exports = [Export(one, context=CONTEXT) for one in ours]
+    records = export_sockets(exports, target.name, control=source.control_socket, timeout_s=60)
+    assert {record.outcome for record in records} == {"moved"}, records
+
+
+def drained(ours: Sequence[socket.socket], source: Host, target: Host) -> None:
+    """By the daemon, whatever their application does."""
+    records = drain(source, target.name, local_port=PORT)
+    assert [record["outcome"] for record in records] == ["moved"] * len(ours), records
+
+
+def by_sysctl(ours: Sequence[socket.socket], source: Host, target: Host) -> None:
+    """One by one."""
+    for one in ours:
+        command = f"pid={os.getpid()} fd={one.fileno()} to={target.address4}"
+        source.run(["sysctl", "-w", f"sockmi.export={command}"], timeout_s=60)
+
+
+def metrics() -> bytes:
+    """What the daemon of this thread's host counts."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORT}/metrics", timeout=60) as answer:
+        return bytes(answer.read())
+
+
+def labels(daemon: Daemon) -> Iterator[str]:
+    """What confines the daemon and its workers."""
+    for pid in (daemon.pid, *daemon.children()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one has ended
+            yield Path(f"/proc/{pid}/attr/current").read_text()
