@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from lab import Lab
-from lab.daemons import METRICS_PORT, Daemon
+from lab.daemons import METRICS_PORT, Daemon, Daemons
 from lab.host import PROJECT, Host
 from lab.plan import PATIENCE, LabError
 from lab.record import ROOT
@@ -33,6 +33,7 @@ from tests.lab.mode_lab import SERVICE, give_service, legacy_iptables, needs_leg
 from tests.lab.scenario import ask, daemons, drain, status, until, wait_for_members
 
 ENABLED = Path("/sys/module/apparmor/parameters/enabled")
+WAIT_MS = Path("/sys/module/sockmi/parameters/sysctl_wait_ms")
 pytestmark = [
     pytest.mark.timeout(120 * PATIENCE),
     pytest.mark.skipif(
@@ -179,8 +180,7 @@ def test_connections_move_by_each_redirect(lab: Lab, tmp_path: Path, mode: str) 
         if mode == "takeover":
             give_service(lab)
             stack.callback(take_service, lab)
-        redirect = {"devices": ["eth0"], "modes": [mode]}
-        running = stack.enter_context(daemons(lab, "ab", engines={"b": "repair"}, redirect=redirect))
+        running = stack.enter_context(patient(lab, "ab", mode, b="repair"))
         pairs = [stack.enter_context(connected(lab, mode, version)) for version in (4, 6)]
         move(pairs, a, b, exported)
         running["a"].kill()
@@ -214,7 +214,7 @@ def test_iptables_that_are_not_legacy(lab: Lab, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with (
         pytest.raises(LabError, match="does not see legacy rules"),
-        daemons(lab, "a", redirect={"devices": ["eth0"], "modes": ["iptables"]}),
+        patient(lab, "a", "iptables"),
     ):
         pass
 
@@ -224,7 +224,7 @@ def test_a_listener_moves_with_its_queue(lab: Lab, engines: dict[str, str]) -> N
     """The keeper that accepts what waits there is confined, too."""
     a, b, peer = lab.host("a"), lab.host("b"), lab.host("peer")
     with (
-        daemons(lab, "ab", engines=engines, redirect={"devices": ["eth0"], "modes": ["nat"]}),
+        patient(lab, "ab", "nat", **engines),
         a.python(socket.create_server, (a.address(4), PORT)) as listener,
         peer.socket() as client,
     ):
@@ -245,7 +245,7 @@ def test_a_listener_moves_with_its_queue(lab: Lab, engines: dict[str, str]) -> N
 def test_owners_that_are_confined_themselves(lab: Lab, profile: str) -> None:
     """They move if their profile lets them be traced, as abstractions/base does; else they are refused."""
     a, peer = lab.host("a"), lab.host("peer")
-    with daemons(lab, "ab", engines={"a": "repair"}, redirect={"devices": ["eth0"], "modes": ["nat"]}):
+    with patient(lab, "ab", "nat", a="repair"):
         words = ["aa-exec", "-p", profile, "--", sys.executable, "-c", OWNER, a.address(4), "7700"]
         owner = a.popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
@@ -278,6 +278,14 @@ def test_what_it_must_not(what: str, denied: list[str]) -> None:
     )
     assert done.stdout == "no\n", done.stderr
     assert len(denials()) > before or what == "a module"  # which is denied without a word
+
+
+def patient(lab: Lab, hosts: str, mode: str, **engines: str) -> contextlib.AbstractContextManager[Daemons]:
+    """Daemons that take their time, where processors are emulated and others want them too."""
+    timing = {"negotiation_timeout_s": 60.0, "lease_s": 300.0}
+    return daemons(
+        lab, hosts, engines=engines, redirect={"devices": ["eth0"], "modes": [mode]}, timing=timing
+    )
 
 
 @dataclass
@@ -364,9 +372,14 @@ def drained(ours: Sequence[socket.socket], source: Host, target: Host) -> None:
 
 def by_sysctl(ours: Sequence[socket.socket], source: Host, target: Host) -> None:
     """One by one."""
-    for one in ours:
-        command = f"pid={os.getpid()} fd={one.fileno()} to={target.address4}"
-        source.run(["sysctl", "-w", f"sockmi.export={command}"], timeout_s=60)
+    before = WAIT_MS.read_text()
+    WAIT_MS.write_text("60000")
+    try:
+        for one in ours:
+            command = f"pid={os.getpid()} fd={one.fileno()} to={target.address4}"
+            source.run(["sysctl", "-w", f"sockmi.export={command}"], timeout_s=90)
+    finally:
+        WAIT_MS.write_text(before)
 
 
 def metrics() -> bytes:
