@@ -188,14 +188,18 @@ class DestroyedSockets:
         self,
         ended: Callable[[FourTuple], None],
         listener_ended: Callable[[Endpoint], None],
+        aborted: Callable[[Endpoint, IPv4Address | IPv6Address], None],
         lost: Callable[[], None],
     ) -> None:
         """``ended`` gets each connection; ``lost``: news were dropped, look for yourself.
 
         ``listener_ended`` gets the local end of each socket without a peer: it need not have listened.
+        ``aborted`` gets what the kernel still knows of a connection whose owner has reset it (SO_LINGER
+        of 0): its local end and the peer's address.
         """
         self._ended = ended
         self._listener_ended = listener_ended
+        self._aborted = aborted
         self._lost = lost
         self.socket = socket.socket(
             socket.AF_NETLINK,
@@ -222,8 +226,10 @@ class DestroyedSockets:
             for local, remote in _ends(news):
                 if remote.port:
                     self._ended(FourTuple(local, remote))
-                elif local.port:
+                elif local.port and remote.address.is_unspecified:
                     self._listener_ended(local)
+                elif local.port:
+                    self._aborted(local, remote.address)
 
     def close(self) -> None:
         """Close the netlink socket."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 # What the kernel says nothing of when it ends: until then late packets belong to the copy's host.
 _SILENT_STATES = frozenset({5, 6})  # FIN-WAIT-2 (of which the same is left), TIME-WAIT: 60 s at most
 _AT_ONCE_S = 0.2
+_ABORTED_S = 1.0  # there may be many that one of these could have been
 
 
 class Redirecting:
@@ -57,6 +58,7 @@ class Redirecting:
         self._missed: dict[tuple[Record, bytes], Endpoint] = {}
         self._watched: set[bytes] = set()
         self._destroyed: list[bytes] = []  # since the loop's last turn
+        self._aborted: set[tuple[Endpoint, IPv4Address | IPv6Address]] = set()
         # More than one only until an ended connection is forgotten whose tuple another has by now: the last.
         self._by_tuple: dict[FourTuple, dict[bytes, None]] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
@@ -363,6 +365,25 @@ class Redirecting:
         destroyed, self._destroyed = self._destroyed, []
         self._shell.loop.call_later(_AT_ONCE_S, self._look, destroyed)
 
+    def aborted(self, local: Endpoint, remote: IPv4Address | IPv6Address) -> None:
+        """The kernel has destroyed a connection of this host that its owner had reset."""
+        if self.holdings and not self._aborted:
+            self._shell.loop.call_later(_ABORTED_S, self._look_at_aborted)
+        if self.holdings:
+            self._aborted.add((local, remote))
+
+    def _look_at_aborted(self) -> None:
+        aborted, self._aborted = self._aborted, set()
+        there = [known for t, known in self._by_tuple.items() if (t.local, t.remote.address) in aborted]
+        self._look([each for known in there for each in known])
+
+    def begun_anew(self, connection: FourTuple) -> None:
+        """Its peer begins a new one with the same ends, and here is no more of it than TIME-WAIT.
+
+        So the peer waits for nothing; it repeats its SYN, which the connection's home is to answer.
+        """
+        self._look(self._by_tuple.get(connection, ()), _SILENT_STATES)
+
     def listener_destroyed(self, local: Endpoint) -> None:
         """The kernel has destroyed a socket that was not connected."""
         if local in self._listening:
@@ -389,16 +410,18 @@ class Redirecting:
         if ended:
             self._shell.dispatch(ConnectionsEnded(tuple(ended)))
 
-    def _look(self, connections: Iterable[bytes]) -> None:
+    def _look(self, connections: Iterable[bytes], over: Collection[int] = ()) -> None:
+        """End those that are no more, or are in a state of ``over``."""
         lives: dict[bytes, FourTuple] = {}
         for connection in connections:
             holding = self.holdings.get(connection)
             if holding is not None and not self._is_waiting(holding) and (there := living(holding)):
                 lives[connection] = there
         states, unanswered = self._ask(lives)
-        if ended := tuple(connection for connection, state in states.items() if state is None):
+        ended = tuple(one for one, state in states.items() if state is None or state in over)
+        if ended:
             self._shell.dispatch(ConnectionsEnded(ended))
-        silent = [one for one, state in states.items() if state in _SILENT_STATES]
+        silent = [one for one, state in states.items() if state in _SILENT_STATES and one not in ended]
         later = [one for one in silent + unanswered if one not in self._watched]
         if later:
             self._watched.update(later)

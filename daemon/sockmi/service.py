@@ -241,8 +241,12 @@ class Daemon:
             redirect.setup()
         self.driver.dispatch(self._recover())
         self._destroyed = DestroyedSockets(
-            self.redirecting.destroyed, self.redirecting.listener_destroyed, self.redirecting.look_at_all
+            self.redirecting.destroyed,
+            self.redirecting.listener_destroyed,
+            self.redirecting.aborted,
+            self.redirecting.look_at_all,
         )
+        self.held.begun_anew = self.redirecting.begun_anew
         self.loop.add_reader(self._destroyed.socket, self._destroyed.readable)
         for descriptor in self._icmp_relay.filenos():
             self.loop.add_reader(descriptor, self._icmp_relay.work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -479,6 +480,81 @@ def test_late_packet(lab: Lab, mode: Mode, version: int) -> None:
         assert bool(c.capture.resets) is (mode is not Mode.TAKEOVER)
         until(lambda: lab.a.tables.read_flows() == {}, "nothing is left", 5)
     site.teardown()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("caller", ["peer", "a"])
+def test_its_ports_come_again(lab: Lab, mode: Mode, version: int, caller: str) -> None:
+    """A connection that has ended elsewhere bars no new one with the same ends, whoever begins it.
+
+    Late segments of the old one are still met with silence, also when that happens a second time.
+    """
+    if caller == "peer":  # as it has called before: conntrack does not like it if they change their parts
+        harden(lab.a)
+    site = Site(lab, mode)
+    with connection(site, version, talk=False) as c:
+        c.move(lab.b)
+        with lab.peer.inside():
+            lab_of.dump(c.peer_sock)
+            c.peer_sock.close()
+        with lab.b.inside():
+            lab_of.dump(c.sock)
+            c.sock.close()
+            site.on(lab.b).evict([Inbound(FourTuple(c.placed(lab.b), c.home.remote), c.home.local)])
+        if mode is Mode.TAKEOVER:  # the address comes back, but not for this connection
+            lab.b.ip("addr", "flush", "dev", "eth0", "to", str(c.home.local.address))
+        for _turn in range(2):
+            with lab.a.inside():
+                site.on(lab.a).expire([c.home], 120)
+                if mode is Mode.TAKEOVER and not lab.a.ip("addr", "show", "to", str(c.home.local.address)):
+                    extra = ("nodad",) if version == 6 else ()
+                    address = f"{c.home.local.address}/{24 if version == 4 else 64}"
+                    lab.a.ip("addr", "add", address, "dev", "eth0", *extra)
+                    lab.peer.ip("neigh", "flush", "dev", "eth0")
+            before = c.capture.resets
+            for _segment in range(3):
+                segment(lab.peer, FourTuple(c.home.remote, c.home.local))
+            time.sleep(0.1)
+            assert c.capture.resets == before
+            one, other = (lab.peer, lab.a) if caller == "peer" else (lab.a, lab.peer)
+            local, remote = (
+                (c.home.remote, c.home.local) if caller == "peer" else (c.home.local, c.home.remote)
+            )
+            began = time.monotonic()
+            again = call(one, local, other, remote)
+            assert time.monotonic() - began < 0.9  # a SYN is repeated after 1 s
+            for sender, receiver in (again, reversed(again)):
+                sender.sendall(b"anew" * 1000)
+                assert len(receiver.recv(4000, socket.MSG_WAITALL)) == 4000
+            peers, ours = again if caller == "peer" else reversed(again)
+            # The peer sends the RST, and no TIME-WAIT is left.
+            peers.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            peers.close()
+            with ours, pytest.raises(ConnectionResetError):
+                ours.recv(1)
+        with lab.a.inside():
+            site.on(lab.a).take_back([c.home])
+    site.teardown()
+
+
+def call(one: Host, local: Endpoint, other: Host, remote: Endpoint) -> tuple[socket.socket, socket.socket]:
+    """A connection between these ends: the caller's socket, and the one that has been accepted."""
+    family = socket.AF_INET if local.version == 4 else socket.AF_INET6
+    with other.inside(), socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((str(remote.address), remote.port))
+        listener.listen()
+        listener.settimeout(5)
+        with one.inside():
+            sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((str(local.address), local.port))
+        sock.settimeout(5)
+        sock.connect((str(remote.address), remote.port))
+        accepted, _unused = listener.accept()
+        accepted.settimeout(5)
+    return sock, accepted
 
 
 @pytest.mark.parametrize("version", VERSIONS)

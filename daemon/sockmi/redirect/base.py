@@ -122,7 +122,9 @@ class Redirect(Protocol):
 
     def expire(self, tuples: Sequence[FourTuple], linger_s: float) -> None:
         """Exporter: the connection has ended; stop diverting, but go on dropping late packets
-        silently for ``linger_s`` (no RST), then nothing is left."""
+        silently for ``linger_s`` (no RST), then nothing is left.
+
+        A new connection with the same ends is not hindered meanwhile, neither the peer's nor this host's."""
 
     def expect(self, connections: Sequence[Inbound]) -> None:
         """Importer, of what waits for its application under a hold: the peer's packets come here."""

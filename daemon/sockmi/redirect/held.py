@@ -29,7 +29,7 @@ _SUBSYS_ULOG = 4
 _MSG_PACKET, _MSG_CONFIG = 0, 1
 _CFG_CMD, _CFG_MODE, _CFG_NLBUFSIZ, _CFG_TIMEOUT, _CFG_QTHRESH = 1, 2, 3, 4, 5
 _CMD_BIND, _COPY_PACKET = 1, 2
-_ATTRIBUTE_PAYLOAD = 9
+_ATTRIBUTE_PAYLOAD, _ATTRIBUTE_PREFIX = 9, 10
 _NLM_F_REQUEST, _NLM_F_ACK, _NLMSG_ERROR = 1, 4, 2
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _ATTRIBUTE = struct.Struct("=HH")
@@ -81,6 +81,8 @@ class HeldPackets:
 
     def __init__(self, group: int, inject_mark: int) -> None:
         """``group``: the NFLOG group that the hold's rules name. Raises OSError if it is taken."""
+        #: Gets the ends of a SYN, and of a connection that had come to this host.
+        self.begun_anew: Callable[[FourTuple], None] = lambda _unused: None
         self._mark = inject_mark
         self._kept: dict[bytes, _Kept] = {}  # by segment.key
         self._bytes = 0
@@ -260,9 +262,11 @@ class HeldPackets:
                 if error.errno == errno.ENOBUFS:  # some were lost: their senders will repeat them
                     continue
                 raise
-            for packet in _payloads(self._buffer[:length]):
-                name = key_of(packet)
-                if name is not None:
+            for packet, held in _payloads(self._buffer[:length]):
+                if not held:
+                    if (segment := parse(packet)) is not None:
+                        self.begun_anew(segment.connection)
+                elif (name := key_of(packet)) is not None:
                     self._add(name, packet)
 
     def _configure(self, group: int, attribute: int, value: bytes) -> None:
@@ -315,21 +319,23 @@ def unpack(content: bytes) -> dict[bytes, list[bytes]]:
     return found
 
 
-def _payloads(data: memoryview) -> Iterator[bytes]:
-    """The packets in netlink messages."""
+def _payloads(data: memoryview) -> Iterator[tuple[bytes, bool]]:
+    """The packets in netlink messages, and whether a hold has dropped them: the other rule gives a prefix."""
     at = 0
     while at + _HEADER.size <= len(data):
         length, kind, *_unused = _HEADER.unpack_from(data, at)
         if length < _HEADER.size:
             return
         if kind == _SUBSYS_ULOG << 8 | _MSG_PACKET:
-            position, end = at + _HEADER.size + 4, at + length
+            position, end, held = at + _HEADER.size + 4, at + length, True
             while position + 4 <= end:
                 size, attribute = _ATTRIBUTE.unpack_from(data, position)
                 if size < 4:
                     break
-                if attribute & 0x3FFF == _ATTRIBUTE_PAYLOAD:
-                    yield bytes(data[position + 4 : position + size])
+                if attribute & 0x3FFF == _ATTRIBUTE_PREFIX:
+                    held = False
+                elif attribute & 0x3FFF == _ATTRIBUTE_PAYLOAD:
+                    yield bytes(data[position + 4 : position + size]), held
                 position += (size + 3) & ~3
         at += (length + 3) & ~3
 

@@ -266,8 +266,10 @@ class Iptables:
 
     def expire(self, tuples: Sequence[FourTuple], linger_s: float) -> None:
         """See base.Redirect; iptables has no timeouts, so the late packets meet our nftables flow map."""
-        self._tables.expire(self.mode, tuples, linger_s)
+        # A new connection must not begin before the rules are gone: they would lead it away.
+        self._tables.silence(self.mode, tuples)
         self._drop(tuples)
+        self._tables.expire(self.mode, tuples, linger_s)
 
     def expect(self, connections: Sequence[Inbound]) -> None:
         """See base.Redirect; their packets come here already."""

@@ -6,7 +6,8 @@ missing, and replaces the rules, all in one transaction.
 
 A packet of no moved connection costs four hash look-ups when it comes in (six if it is a SYN), two when
 it goes out and one at ingress. The flow map yields a mark whose bits say what to do (settings.Tag), so
-each connection is one element there, whatever its state.
+each connection is one element there, whatever its state. That element outlives its connection for a while;
+a new one with the same ends is told from what is late of the old one by the SYN that began it (set anew).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 
 from sockmi.redirect.settings import Settings, Tag
 
+_ANEW = "15m"  # longer than anything lingers
+_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 HOOK_PRIORITY = -310  # raw - 10: before connection tracking, and before others' raw rules
 
 
@@ -49,12 +52,16 @@ def _family(settings: Settings, version: int) -> str:
         "in",
         "away",
         "syn",
+        "unmoved",
         "did_in",
+        "ended_in",
         "local_in",
+        "begun_in",
         "nat_out",
         "nat_in",
         "out",
         "did_out",
+        "ended_out",
         "nat_src",
     )
     lines = [
@@ -65,6 +72,7 @@ def _family(settings: Settings, version: int) -> str:
         f"add set {table} away{v} {{ type {address} . inet_service; }}",
         f"add set {table} away_port{v} {{ type inet_service; }}",
         f"add set {table} led{v} {{ type {conn}; }}",
+        f"add set {table} anew{v} {{ type {conn}; flags dynamic, timeout; timeout {_ANEW}; }}",
         f"add map {table} flow{v} {{ type {conn} : mark; flags timeout; }}",
         f"add map {table} addr{v} {{ type {conn} : {address}; }}",
         f"add map {table} given{v} {{ type {address} : mark; }}",
@@ -76,22 +84,35 @@ def _family(settings: Settings, version: int) -> str:
     rules = (
         ("in", f"{into} @hold{v} log group {settings.log_group} queue-threshold 1 drop"),
         ("in", f"meta mark set {into} map @flow{v} goto did_in{v}"),
-        ("in", f"{ip} daddr . tcp dport @away{v} jump away{v}"),
-        ("in", f"tcp dport @away_port{v} jump away{v}"),
+        ("in", f"goto unmoved{v}"),
+        ("unmoved", f"{ip} daddr . tcp dport @away{v} jump away{v}"),
+        ("unmoved", f"tcp dport @away_port{v} jump away{v}"),
         # What iptables' own rules lead on has no flow, and no socket here.
         ("away", f"{into} @led{v} return"),
         # Connections that have not moved with their listener have a socket here, and so has who listens anew.
         ("away", "socket transparent { 0, 1 } return"),
         ("away", "fib daddr type local drop"),
-        ("in", f"tcp flags & (fin | syn | rst | ack) == syn goto syn{v}"),
+        ("unmoved", f"{_SYN} goto syn{v}"),
         ("syn", f"{ip} daddr . tcp dport @hold_syn{v} drop"),
         ("syn", f"tcp dport @hold_port{v} drop"),
         (
             "did_in",
             f"meta mark & 0xffff0000 vmap {{ {mark(Tag.MOVED)} : drop, {mark(Tag.LOCAL)} : goto local_in{v}, "
-            f"{mark(Tag.NAT_OUT)} : goto nat_out{v}, {mark(Tag.NAT_IN)} : goto nat_in{v} }}",
+            f"{mark(Tag.NAT_OUT)} : goto nat_out{v}, {mark(Tag.NAT_IN)} : goto nat_in{v}, "
+            f"{mark(Tag.ENDED)} : goto ended_in{v} }}",
         ),
+        ("ended_in", f"{_SYN} update @anew{v} {{ {into} }} meta mark set 0 goto unmoved{v}"),  # noqa: S608
+        ("ended_in", f"{into} @anew{v} meta mark set 0 goto unmoved{v}"),
+        ("ended_in", "drop"),
+        # A socket of a connection that came here answers a SYN itself; if there is none, or TIME-WAIT,
+        # which is no full socket, the daemon sees to it that the connection's home can answer.
+        ("begun_in", "socket wildcard { 0, 1 } return"),
+        ("begun_in", f'log prefix "begun" group {settings.log_group} queue-threshold 1'),
+        ("begun_in", "socket transparent { 0, 1 } return"),
+        ("begun_in", "drop"),
+        ("local_in", f"{_SYN} jump begun_in{v}"),
         ("local_in", "notrack accept"),  # the mark stays: the ip rule delivers by it
+        ("nat_in", f"{_SYN} jump begun_in{v}"),
         ("nat_in", "meta mark set 0 notrack accept"),
         (
             "nat_out",
@@ -105,8 +126,12 @@ def _family(settings: Settings, version: int) -> str:
             "did_out",
             f"meta mark & 0xffff0000 vmap {{ {mark(Tag.MOVED)} : drop, "
             f"{mark(Tag.LOCAL)} : goto own_mark, "
-            f"{mark(Tag.NAT_OUT)} : drop, {mark(Tag.NAT_IN)} : goto nat_src{v} }}",
+            f"{mark(Tag.NAT_OUT)} : drop, {mark(Tag.NAT_IN)} : goto nat_src{v}, "
+            f"{mark(Tag.ENDED)} : goto ended_out{v} }}",
         ),
+        ("ended_out", f"{_SYN} update @anew{v} {{ {out} }} goto new_mark"),
+        ("ended_out", f"{out} @anew{v} goto new_mark"),
+        ("ended_out", "drop"),
         ("nat_src", f"{ip} saddr set {out} map @addr{v} tcp sport set {port} goto own_mark"),
         ("nat_src", "drop"),
     )
@@ -126,6 +151,10 @@ def inet(settings: Settings) -> str:
         f"flush chain {table} own_mark",
         f"add rule {table} own_mark meta mark set socket mark notrack accept",
         f"add rule {table} own_mark meta mark set 0 notrack accept",
+        f"add chain {table} new_mark",
+        f"flush chain {table} new_mark",
+        f"add rule {table} new_mark meta mark set socket mark accept",
+        f"add rule {table} new_mark meta mark set 0 accept",
         # Whatever the routes say, what is injected stays here.
         f"add chain {table} injected",
         f"flush chain {table} injected",

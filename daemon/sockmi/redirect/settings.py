@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,30}")
 class Tag(IntEnum):
     """What is done with a connection's packets; bits 16..19 of the mark that the flow map gives them.
 
-    The low 16 bits carry a port (NAT_OUT, NAT_IN) or which mode made the entry (LOCAL).
+    The low 16 bits carry a port (NAT_OUT, NAT_IN) or which mode made the entry (MOVED, LOCAL, ENDED).
     """
 
     MOVED = 1
@@ -29,6 +29,8 @@ class Tag(IntEnum):
     """A segment or an ICMP error that the daemon made: past the hold, delivered locally."""
     PASS = 6
     """An ICMP error that the daemon sends on: not caught a second time."""
+    ENDED = 7
+    """Left this host and has ended: what is late is dropped, but a SYN begins a new connection here."""
 
 
 @frozen

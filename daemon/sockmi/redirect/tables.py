@@ -107,6 +107,7 @@ class Tables:
         self.addresses = each(INET, "addr", 2, 1)
         self.nexts = each(NETDEV, "next", 2, 1)
         self.led = each(INET, "led", 2)
+        self._anew = each(INET, "anew", 2)
         self.importers = {v: NftSet(INET, table, f"importers{v}", wide) for v, wide in ((4, 4), (6, 16))}
         self._syn_holds = each(INET, "hold_syn", 1)
         self._port_holds = {version: NftSet(INET, table, f"hold_port{version}", 2) for version in (4, 6)}
@@ -289,6 +290,10 @@ class Tables:
         """Flow data: the connection left; drop its packets both ways."""
         return self._mark(Tag.MOVED, _NUMBER[mode])
 
+    def ended(self, mode: Mode) -> bytes:
+        """Flow data: the connection left and is no more; its ends are free for a new one."""
+        return self._mark(Tag.ENDED, _NUMBER[mode])
+
     def local(self, mode: Mode) -> bytes:
         """Flow data: the connection came and kept its address."""
         return self._mark(Tag.LOCAL, _NUMBER[mode])
@@ -318,17 +323,26 @@ class Tables:
     def expire(
         self, mode: Mode, tuples: Sequence[FourTuple], linger_s: float, *maps: dict[int, NftSet]
     ) -> None:
-        """Forget where connections went, but drop their packets for ``linger_s`` more; 0: not at all."""
+        """Forget where connections went, but drop what is late of them for ``linger_s``; 0: not at all.
+
+        A new connection with the same ends is none of ours from its SYN on, whoever sends it.
+        """
         with self.transaction() as batch:
             for version, keys in keys_by_version(tuples):
-                for each in maps:
+                for each in (*maps, self._anew):
                     batch.remove(each[version], keys)
                 if linger_s > 0:
                     batch.put(
-                        self.flows[version], keys, [self.moved(mode)] * len(keys), _milliseconds(linger_s)
+                        self.flows[version], keys, [self.ended(mode)] * len(keys), _milliseconds(linger_s)
                     )
                 else:
                     batch.remove(self.flows[version], keys)
+
+    def silence(self, mode: Mode, tuples: Sequence[FourTuple]) -> None:
+        """Drop all packets of connections that others' rules lead away, until those are gone."""
+        with self.transaction() as batch:
+            for version, keys in keys_by_version(tuples):
+                batch.put(self.flows[version], keys, [self.moved(mode)] * len(keys))
 
     def forget(self, tuples: Sequence[FourTuple], *maps: dict[int, NftSet]) -> None:
         """Connections are ordinary ones again: no flow and no element in ``maps``."""
