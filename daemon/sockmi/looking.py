@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from sockmi.engine.base import Engine, Kind, Needs, SocketFacts
 from sockmi.engine.listing import known
+from sockmi.peers import Peers
 from sockmi.refusal import Code, Refusal
 from sockmi.selection import kind_of
 
@@ -19,6 +20,7 @@ Look = Callable[[Sequence[int], Callable[[list[SocketFacts] | Exception], None]]
 def look(
     loop: asyncio.AbstractEventLoop,
     engine: Engine,
+    peers: Peers,
     descriptors: Sequence[int],
     done: Callable[[list[SocketFacts] | Exception], None],
 ) -> None:
@@ -35,12 +37,12 @@ def look(
             return
         done(facts)
 
-    loop.run_in_executor(None, _look, engine, descriptors).add_done_callback(finish)
+    loop.run_in_executor(None, _look, engine, peers, descriptors).add_done_callback(finish)
 
 
-def _look(engine: Engine, descriptors: Sequence[int]) -> list[SocketFacts]:
+def _look(engine: Engine, peers: Peers, descriptors: Sequence[int]) -> list[SocketFacts]:
     """Those that are locked have a name at least."""
-    facts = engine.look(descriptors)
+    facts = peers.judge(engine.look(descriptors))
     locked = {one.inode for one in facts if one.refusal and one.refusal.code is Code.LOCKED}
     if not locked:
         return facts

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -203,6 +203,11 @@ class Members:
                 return member
         return None
 
+    def addresses_of(self, host: HostId) -> Collection[IPv4Address | IPv6Address]:
+        """Those of its streams, and the one by which it is heard; none of a host that is no member."""
+        member = self.member(host)
+        return _addresses_of(member) if member is not None else ()
+
     def count(self) -> int:
         """How many other hosts are heard."""
         return len({host for joined in self._joined.values() for host in joined.group.members})
@@ -242,10 +247,7 @@ class Members:
         except ValueError:
             address = None
         for host, member in known.items():
-            addresses = {endpoint.address for endpoint in member.endpoints} | {
-                to_endpoint(member.address).address
-            }
-            if text in (member.host_name, host.hex()) or address in addresses:
+            if text in (member.host_name, host.hex()) or address in _addresses_of(member):
                 return host, None
         if address is not None:
             return None, address
@@ -364,6 +366,10 @@ class Members:
             )
             for name, joined in self._joined.items()
         ]
+
+
+def _addresses_of(member: Member) -> set[IPv4Address | IPv6Address]:
+    return {one.address for one in member.endpoints} | {to_endpoint(member.address).address}
 
 
 def _member_endpoint(text: str, port: int) -> Endpoint:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.engine.base import Kind, Needs, Placement
+from sockmi.peers import Peers, at_both, at_importer, serving_importer
 from sockmi.ports import Ports
 from sockmi.protocol.records import Item, MigrationId, Place
 from sockmi.redirect.base import Mode
@@ -41,12 +42,14 @@ class Placing:
         obstacle: Callable[[Needs, str, Placement, Endpoint | None], Refusal | None],
         *,
         is_led: Callable[[str], bool],
+        peers: Peers,
     ) -> None:
         """``path_to``: this host's route to an address. ``states_of``: of connections; None: not here.
 
         ``bury``: ends one that is in TIME-WAIT; False if it is not, or this kernel cannot.
         ``obstacle``: why this host could not restore such a socket at a place (engine/trial.py).
         ``is_led``: whether what comes in by a device for another host's address would be delivered here.
+        ``peers`` knows for a while what it was asked about together.
         """
         self._modes = frozenset(modes)
         self._path_to = path_to
@@ -54,6 +57,7 @@ class Placing:
         self._bury = bury
         self._obstacle = obstacle
         self._is_led = is_led
+        self._peers = peers
         self._paths: dict[IPv4Address | IPv6Address, tuple[float, Way | None]] = {}
         self._led: dict[str, tuple[float, bool]] = {}
         self._given: dict[MigrationId, FourTuple] = {}
@@ -62,8 +66,9 @@ class Placing:
         self._ports = Ports()
 
     @contextlib.contextmanager
-    def asked_at_once(self, items: Iterable[Item], modes: Sequence[Mode]) -> Iterator[None]:
+    def asked_at_once(self, items: Collection[Item], modes: Sequence[Mode]) -> Iterator[None]:
         """While their places are chosen: one question to the kernel about all that they will likely be."""
+        self._peers.here({item.remote.address for item in items if item.remote})
         preserved = bool(self._modes & _PRESERVING & set(modes))
         with contextlib.suppress(OSError):  # then each is asked for by itself, and fails by itself
             likely = [one for item in items if (one := self._likely(item, preserved=preserved))]
@@ -98,11 +103,17 @@ class Placing:
         if item.kind is not Kind.CONNECTED or item.local is None or item.remote is None:
             return self._bind(item)
         origin = item.origin or item.local
+        if self._peers.here([item.remote.address]):
+            if not (serving := serving_importer(modes, item.remote.version)):
+                raise at_importer(item.remote.address, modes)
+            modes = serving
         if item.needs.direct and not self._is_local(origin.address):
             modes = [mode for mode in modes if mode is Mode.TAKEOVER]
             if not modes:
                 raise _DIRECT
         if former is None and self._is_local(origin.address):
+            if item.hop == 1 and Mode.TAKEOVER not in self._modes.intersection(modes):
+                raise Refusal(Code.NO_REDIRECT, at_both(origin.address))
             former = origin
         if former is not None:
             return self._return(item, modes, former, item.remote)
@@ -133,7 +144,7 @@ class Placing:
         if former == item.local:
             fitting = [mode for mode in modes if mode in _PRESERVING]
             path = self._path(former.address)
-            there = path if path and self._delivers(path) else None
+            there = path if path and self._delivers(path.device) else None
             address = former.address if mine else there.source if there else None
         else:
             fitting = [mode for mode in modes if mode not in _PRESERVING] if mine else []
@@ -154,7 +165,10 @@ class Placing:
             return None
         if mode in _PRESERVING:
             direct = path.gateway is None and path.device_type == ARPHRD_ETHER
-            if not direct or origin != item.local or not self._delivers(path):
+            if not direct or origin != item.local or not self._delivers(path.device):
+                return None
+            behind = self._peers.neighbour_by(item.remote.address)
+            if mode is Mode.FORWARD and behind and not self._delivers(behind):
                 return None
             connection = FourTuple(item.local, item.remote)
             self._free(connection)
@@ -238,11 +252,11 @@ class Placing:
         path = self._path(address)
         return path is not None and path.kind == RTN_LOCAL
 
-    def _delivers(self, path: Way) -> bool:
+    def _delivers(self, device: str) -> bool:
         now = time.monotonic()
-        known = self._led.get(path.device)
+        known = self._led.get(device)
         if known is None or known[0] < now:
-            known = self._led[path.device] = (now + _PATH_TTL_S, self._is_led(path.device))
+            known = self._led[device] = (now + _PATH_TTL_S, self._is_led(device))
         return known[1]
 
     def _path(self, address: IPv4Address | IPv6Address) -> Way | None:

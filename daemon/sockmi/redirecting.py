@@ -141,6 +141,14 @@ class Redirecting:
         there = self._by_tuple.get(facts.tuple) if facts.tuple is not None else None
         return self.holdings[next(reversed(there))] if there else None
 
+    def is_led_here(self, connection: FourTuple) -> bool:
+        """Whether its packets come from another host, its home, wherever its peer is; for any thread."""
+        holdings = [self.holdings.get(one) for one in tuple(self._by_tuple.get(connection, ()))]
+        return any(
+            one and one.home != self._shell.host_id and one.place.mode not in (None, Mode.TAKEOVER)
+            for one in holdings
+        )
+
     def _listener_of(self, local: Endpoint, inode: int) -> Holding | None:
         """One of those at its endpoint (SO_REUSEPORT), always the same: nothing tells them apart."""
         there = self._listening.get(local, {})

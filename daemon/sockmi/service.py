@@ -46,6 +46,7 @@ from sockmi.messenger import Messenger
 from sockmi.metrics import Metrics
 from sockmi.native import library, one_heap, trim
 from sockmi.operations import Operations
+from sockmi.peers import Peers
 from sockmi.placing import Placing
 from sockmi.policy import POLICIES
 from sockmi.protocol import actions, events
@@ -155,18 +156,21 @@ class Daemon:
             holds=self.tables,
             held=self.held,
             redirects=self.redirects,
+            peers=Peers(config.redirect.modes),
             journal=self.journal,
             spool=Spool(config.spool_dir),
             metrics=self.metrics,
             dispatch=self.driver.dispatch,
             send_held=self._send_held,
             name_of=self.members.name_of,
+            addresses_of=self.members.addresses_of,
         )
         routes: dict[bytes, Route] = {}
         holdings: dict[bytes, Holding] = {}
         self.redirecting = Redirecting(
             self.shell, routes, holdings, self.diag.states, listeners, self._waits_for_application
         )
+        self.shell.peers.led_here = self.redirecting.is_led_here
         if isinstance(takeover := self.shell.redirects.get(Mode.TAKEOVER), Takeover):
             takeover.needed = self.redirecting.led_from
         self.importing = Importing(
@@ -178,6 +182,7 @@ class Daemon:
                 self.diag.bury,
                 functools.partial(obstacle, carries_urgent=self.engine.carries_urgent),
                 is_led=self.tables.is_led,
+                peers=self.shell.peers,
             ),
             self.capacity,
             self.redirecting,
@@ -187,7 +192,7 @@ class Daemon:
         self.exporting = Exporting(
             self.shell,
             self.redirecting,
-            look=functools.partial(look, self.loop, self.engine),
+            look=functools.partial(look, self.loop, self.engine, self.shell.peers),
             find_holders=self._find_holders,
             find=self.diag.find,
             destroy=self.diag.destroy,

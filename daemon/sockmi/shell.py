@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
@@ -19,11 +19,13 @@ from sockmi.engine.base import Engine
 from sockmi.journal import Change, Journal
 from sockmi.metrics import Metrics
 from sockmi.movelog import MoveLog
+from sockmi.peers import Peers
 from sockmi.protocol.actions import Action
 from sockmi.protocol.events import Event
 from sockmi.protocol.records import Holding, HostId, Route
 from sockmi.redirect.base import Holds, Inbound, Mode, Outbound, Redirect
 from sockmi.redirect.held import HeldPackets
+from sockmi.redirect.ways import Address
 from sockmi.refusal import Code, Refusal
 from sockmi.spool import Spool
 
@@ -51,7 +53,8 @@ class Shell:
     """This host's parts.
 
     ``dispatch`` feeds an event to the protocol core; its actions follow in order. ``send_held`` ships
-    packets that a hold has kept to the importer, with the message that follows at once.
+    packets that a hold has kept to the importer, with the message that follows at once. ``addresses_of`` a
+    host of the group: those that are known.
     """
 
     config: Config
@@ -62,12 +65,14 @@ class Shell:
     holds: Holds
     held: HeldPackets
     redirects: dict[Mode, Redirect]
+    peers: Peers
     journal: Journal
     spool: Spool
     metrics: Metrics
     dispatch: Callable[[Event], None]
     send_held: Callable[[HostId, bytes], bool]
     name_of: Callable[[HostId], str]
+    addresses_of: Callable[[HostId], Collection[Address]]
     unwritten: deque[tuple[UUID, str, dict[str, Any]]] = field(
         default_factory=lambda: deque(maxlen=_UNWRITTEN_MAX)
     )

@@ -77,7 +77,13 @@ def test_a_place_that_cannot_be_tried_is_refused_alone(error: Exception) -> None
     spool, later = SimpleNamespace(provide=None), SimpleNamespace(call_later=lambda *_unused: None)
     shell, events = told(loop=later, spool=spool)
     placing = Placing(
-        [Mode.NAT], lambda _unused: None, nowhere, lambda _unused: False, trying, is_led=lambda _unused: True
+        [Mode.NAT],
+        lambda _unused: None,
+        nowhere,
+        lambda _unused: False,
+        trying,
+        is_led=lambda _unused: True,
+        peers=SimpleNamespace(here=lambda _addresses: ()),  # type: ignore[arg-type]
     )
     redirecting: Any = SimpleNamespace(left_by_takeover=lambda _unused: False)
     importing = Importing(shell, placing, Capacity(), redirecting)

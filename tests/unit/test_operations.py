@@ -107,7 +107,7 @@ class Setting:
             journal=self.journal,
             exporting=SimpleNamespace(admission=self.exporting, exports={}, batches=()),
             members=SimpleNamespace(target=lambda to: (None, None)),
-            shell=SimpleNamespace(engine=self.engine),
+            shell=SimpleNamespace(engine=self.engine, peers=SimpleNamespace(judge=lambda seen: seen)),
             stopping=False,
             host_name="a",
         )

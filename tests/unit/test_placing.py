@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ from sockmi.refusal import Code, Refusal
 OURS = IPv4Address("192.0.2.2")
 LOCAL, REMOTE = Endpoint(IPv4Address("192.0.2.1"), 80), Endpoint(IPv4Address("192.0.2.3"), 4000)
 PATH = Way(RTN_UNICAST, "eth0", ARPHRD_ETHER, None, OURS, 1500)
+NOWHERE: Any = SimpleNamespace(here=lambda _addresses: (), neighbour_by=lambda _address: None)  # near
 PRESERVED = Place(Endpoint(OURS, 80), Mode.FORWARD)
 
 
@@ -29,7 +32,7 @@ def item(number: int) -> Item:
     return Item(bytes([number]) * 16, bytes(16), Kind.CONNECTED, "", LOCAL, REMOTE, LOCAL, 1, bytes(16))
 
 
-def placing(mode: Mode, state: str = "", *, led: bool = True) -> Placing:
+def placing(mode: Mode, state: str = "", *, led: bool = True, peers: Any = NOWHERE) -> Placing:
     """``state``: of what is here already. ``led``: whether the redirects know the device."""
     return Placing(
         [mode],
@@ -37,7 +40,8 @@ def placing(mode: Mode, state: str = "", *, led: bool = True) -> Placing:
         lambda connections: [1 if state else None] * len(connections),
         lambda _connection: state == "TIME-WAIT",
         lambda *_unused: None,
-        is_led=lambda _device: led,
+        is_led=lambda device: led and device != "inside",
+        peers=peers,
     )
 
 
@@ -94,6 +98,7 @@ def test_many_are_asked_about_at_once() -> None:
         lambda _one: False,
         lambda *_unused: None,
         is_led=lambda _device: True,
+        peers=NOWHERE,
     )
     items = [replace(item(number), remote=replace(REMOTE, port=4000 + number)) for number in range(1, 4)]
     with it.asked_at_once(items, [Mode.FORWARD]):
@@ -109,3 +114,22 @@ def test_one_that_is_here_is_found_among_many() -> None:
     it = placing(Mode.FORWARD, "ESTABLISHED")
     with it.asked_at_once([item(1)], [Mode.FORWARD]), pytest.raises(Refusal, match="exists at the importer"):
         it.choose(item(1), [Mode.FORWARD])
+
+
+def test_a_peer_here_is_served_by_takeover_alone() -> None:
+    """Over IPv4."""
+    here: Any = SimpleNamespace(here=lambda addresses: addresses, neighbour_by=lambda _address: None)
+    with pytest.raises(Refusal, match=r"is the importer itself, and over IPv4 .* by forward, nat; ") as told:
+        placing(Mode.FORWARD, peers=here).choose(item(1), [Mode.FORWARD, Mode.NAT])
+    assert told.value.code is Code.NO_REDIRECT
+    place = placing(Mode.TAKEOVER, peers=here).choose(item(1), [Mode.FORWARD, Mode.TAKEOVER])
+    assert place.mode is Mode.TAKEOVER
+
+
+def test_forward_does_not_serve_who_is_behind_this_host() -> None:
+    """By a device at which no redirects are made."""
+    behind: Any = SimpleNamespace(here=lambda _addresses: (), neighbour_by=lambda _address: "inside")
+    with pytest.raises(Refusal, match="allow nat") as told:
+        placing(Mode.FORWARD, peers=behind).choose(item(1), [Mode.FORWARD])
+    assert told.value.code is Code.NO_REDIRECT
+    assert placing(Mode.NAT, peers=behind).choose(item(1), [Mode.NAT]).mode is Mode.NAT

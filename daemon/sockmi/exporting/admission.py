@@ -76,6 +76,10 @@ class Admission:
         def looked(seen: list[SocketFacts] | Exception) -> None:
             batch.looking = False
             facts = self._facts(selection, seen)
+            host, address = target
+            importer = self._shell.addresses_of(host) if host else (address,) if address else ()
+            if importer:
+                facts = self._shell.peers.judge_importer(facts, importer)
             going = self._admit(batch_id, batch, selection, facts, dry_run=dry_run)
             if not going:
                 self._exports.tell()

@@ -179,11 +179,14 @@ class Freezer:
         """What has come against it since it was asked for; empty bytes: nothing."""
         results: list[bytes | Refusal] = [refusal or b"" for refusal in self._take(exports)]
         self._refuse_foreign(exports, results)
+        apart = self._shell.peers.obstacles(
+            [(export.facts.tuple, place) for export, place in zip(exports, action.places, strict=True)]
+        )
         queued = queued_at_most([export.selected.descriptor for export in exports])
         for index, place in enumerate(action.places):
             if isinstance(results[index], Refusal):
                 continue
-            if obstacle := self._reachability.obstacle(place):
+            if obstacle := apart[index] or self._reachability.obstacle(place):
                 results[index] = Refusal(Code.NO_REDIRECT, obstacle)
             elif too_much := self._grown(exports[index], queued[index]):
                 results[index] = too_much

@@ -74,7 +74,8 @@ class Sockets:
                 return
             say(rows)
 
-        look(self._daemon.loop, self._daemon.shell.engine, list(duplicates.values()), seen)
+        shell = self._daemon.shell
+        look(self._daemon.loop, shell.engine, shell.peers, list(duplicates.values()), seen)
 
 
 def _owners_verdict(found: Found, known: dict[int, Refusal | None]) -> Refusal | None:

@@ -87,6 +87,7 @@ class Rehearsal:
             bury=lambda _tuple: True,
             obstacle=lambda *_unused: None,
             is_led=lambda _device: True,
+            peers=shell.peers,
         )
         self._importing = Importing(stage, placing, Capacity(), self._redirecting)
         self._exporting = Exporting(
