@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 # What the kernel says nothing of when it ends: until then late packets belong to the copy's host.
 _SILENT_STATES = frozenset({5, 6})  # FIN-WAIT-2 (of which the same is left), TIME-WAIT: 60 s at most
 _AT_ONCE_S = 0.2
+_RESERVE_S = 0.05  # for a whole batch
 _ABORTED_S = 1.0  # there may be many that one of these could have been
 
 
@@ -62,6 +63,8 @@ class Redirecting:
         # More than one only until an ended connection is forgotten whose tuple another has by now: the last.
         self._by_tuple: dict[FourTuple, dict[bytes, None]] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
+        self._ports: Counter[int] = Counter()  # this host's, of what is led away
+        self._reserves = False
         self._takeover = shell.redirects.get(Mode.TAKEOVER)
         for direction, table in (("export", routes), ("import", holdings)):
             shell.metrics.redirects.labels(direction=direction).set_function(functools.partial(len, table))
@@ -88,7 +91,9 @@ class Redirecting:
         for route in routes:
             self.routes[route.connection] = route
             if (one := outbound(route)) is not None:
+                self._ports[one.tuple.local.port] += one.tuple not in self._routes_by_tuple
                 self._routes_by_tuple[one.tuple] = route.connection
+                self._reserve_soon()
         self.miss_listeners(_listeners_of(routes))
 
     def drop_route(self, connection: bytes) -> Route | None:
@@ -97,8 +102,25 @@ class Redirecting:
         if route is not None:
             if (one := self._led(route)) is not None:
                 del self._routes_by_tuple[one.tuple]
+                self._ports[one.tuple.local.port] -= 1
+                if not self._ports[one.tuple.local.port]:
+                    del self._ports[one.tuple.local.port]
+                self._reserve_soon()
             self.listener_found((Record.ROUTE, connection))
         return route
+
+    def _reserve_soon(self) -> None:
+        if not self._reserves:
+            self._reserves = True
+            self._shell.loop.call_later(_RESERVE_S, self.reserve_ports)
+
+    def reserve_ports(self) -> None:
+        """New connections of this host shall not get the ports of those that are led away."""
+        self._reserves = False
+        try:
+            self._shell.holds.reserve_ports(self._ports)
+        except OSError as error:
+            _log.warning("ports of connections that have left cannot be reserved: %s", error)
 
     def _led(self, route: Route) -> Outbound | None:
         """What the kernel has of a route; None if that is another connection's by now, or nothing is led."""

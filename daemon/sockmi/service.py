@@ -251,6 +251,7 @@ class Daemon:
             self.redirecting.aborted,
             self.redirecting.look_at_all,
         )
+        self.redirecting.reserve_ports()
         self.held.begun_anew = self.redirecting.begun_anew
         self.loop.add_reader(self._destroyed.socket, self._destroyed.readable)
         for descriptor in self._icmp_relay.filenos():

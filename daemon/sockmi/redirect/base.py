@@ -8,7 +8,7 @@ host that makes the call sees them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
@@ -81,6 +81,12 @@ class Holds(Protocol):
         by RST that nobody listens. For listeners that live elsewhere, or wait for their application.
 
         ``no_more`` are answered again, unless they are among ``endpoints``.
+        """
+
+    def reserve_ports(self, ports: Collection[int]) -> None:
+        """Of connections that were led away: no new connection of this host gets such a port by chance.
+
+        Replaces what was reserved before, also by an earlier daemon.
         """
 
     def missed_listeners(self) -> list[Endpoint]:

@@ -144,7 +144,11 @@ def inet(settings: Settings) -> str:
     inject, passing = (f"{settings.marked(tag):#x}" for tag in (Tag.INJECT, Tag.PASS))
     base = {"prerouting": "in", "output": "out"}
     injected = {"prerouting": "notrack accept", "output": "goto injected"}
-    lines = [f"add table {table}", f"add map {table} ports {{ type mark : inet_service; }}"]
+    lines = [
+        f"add table {table}",
+        f"add map {table} ports {{ type mark : inet_service; }}",
+        f"add set {table} reserved {{ type inet_service; }}",
+    ]
     # The flow map has had the mark; what goes out gets back the one of its socket (SO_MARK), if it has one.
     lines += [
         f"add chain {table} own_mark",

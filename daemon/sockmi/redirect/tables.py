@@ -8,18 +8,19 @@ entries live in the kernel only: a daemon that restarts finds them as they were.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeVar
 
 from sockmi.addresses import Endpoint, FourTuple
-from sockmi.redirect import ruleset
+from sockmi.redirect import own_ports, ruleset
 from sockmi.redirect.base import Inbound, Mode, Outbound
 from sockmi.redirect.nftset import INET, NETDEV, Batch, NftSet, NftSocket
 from sockmi.redirect.routes import Routes
@@ -91,6 +92,7 @@ class Tables:
         self._making = threading.Lock()  # of the tables; elements are changed meanwhile
         self._devices: dict[str, int] = {}  # what has been made for: names and indexes
         self._known_ports: set[int] = set()
+        self._ours: set[int] | None = None  # of those that are reserved; None: not yet read
         self._users: set[object] = set()
         table = self.settings.table
 
@@ -109,6 +111,7 @@ class Tables:
         self.led = each(INET, "led", 2)
         self._anew = each(INET, "anew", 2)
         self.importers = {v: NftSet(INET, table, f"importers{v}", wide) for v, wide in ((4, 4), (6, 16))}
+        self._reserved = NftSet(INET, table, "reserved", 2)
         self._syn_holds = each(INET, "hold_syn", 1)
         self._port_holds = {version: NftSet(INET, table, f"hold_port{version}", 2) for version in (4, 6)}
         self._away = each(INET, "away", 1)
@@ -181,9 +184,11 @@ class Tables:
             if self._users:
                 return
             self.routes.remove()
+            self._release_ports()
             self._load(ruleset.gone(self.settings))
             self._devices = {}
             self._known_ports.clear()
+            self._ours = None
 
     def close(self) -> None:
         """Close the sockets; the tables stay."""
@@ -275,6 +280,36 @@ class Tables:
                     Endpoint(anywhere, *_PORT.unpack_from(key)) for key, _unused in self._nft.dump(nftset)
                 ]
         return found
+
+    def reserve_ports(self, ports: Collection[int]) -> None:
+        """See base.Holds. The set keeps which are ours, as the kernel keeps them reserved."""
+        with self._lock:
+            if self._ours is None:
+                self._ours = {_PORT.unpack_from(key)[0] for key, _unused in self._nft.dump(self._reserved)}
+            ours = self._ours
+            wanted = own_ports.chosen(ports, ours)
+            if not wanted | ours:
+                return
+            now = own_ports.reserved()
+            if ours == wanted <= now:
+                return
+            new = wanted - ours - now  # what was reserved before we came is not for us to release
+            with self.transaction() as batch:
+                batch.add(self._reserved, ((_PORT.pack(port), b"") for port in new))
+            self._ours = ours | new
+            kept = (ours | new) & wanted
+            if (after := now - (ours - kept) | kept) != now:
+                own_ports.reserve(after)
+            with self.transaction() as batch:
+                batch.remove(self._reserved, [_PORT.pack(port) for port in ours - kept])
+            self._ours = kept
+
+    def _release_ports(self) -> None:
+        try:
+            self.reserve_ports(())
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # no such table, or set: of an earlier version
+                raise
 
     # --- elements of the modes ---------------------------------------------------------------
 
