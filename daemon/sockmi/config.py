@@ -263,6 +263,11 @@ class Config(Strict):
         return self.run_dir / "control.sock"
 
     @property
+    def in_repair_path(self) -> Path:
+        """Which sockets are in repair: for the next daemon, and gone with them when the host ends."""
+        return self.run_dir / "in-repair"
+
+    @property
     def journal_path(self) -> Path:
         """The SQLite journal."""
         return self.state_dir / "journal.db"

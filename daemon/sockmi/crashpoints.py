@@ -32,6 +32,12 @@ EXPORTER = (
     "decision.forgotten",
     "queue.ended",
 )
+IN_REPAIR = (  # of the exporter by the repair engine; inside its calls, see arm()
+    "capture.inlined",  # if something is unread
+    "capture.peeked",  # the same
+    "capture.in-repair",
+    "release.arrested",
+)
 IMPORTER = (
     "prepare.held",
     "prepare.restored",
@@ -65,7 +71,7 @@ ROUTES = (
 )
 REHEARSAL = ("rehearsal.led-away", "rehearsal.taken-in")  # all that a real move would have set is set
 RESTART = ("recovery.taken-back", "queue.closing")
-POINTS = EXPORTER + IMPORTER + ENGINE + ROUTES + REHEARSAL + RESTART
+POINTS = EXPORTER + IN_REPAIR + IMPORTER + ENGINE + ROUTES + REHEARSAL + RESTART
 
 
 _rehearsals = 0

@@ -150,12 +150,17 @@ class Recovery:
         return stayed
 
     def _end_repair(self, connections: Iterable[FourTuple]) -> None:
-        """The state was being read, or the original being closed, when the daemon was killed."""
+        """The state was being read, or the original being closed, when the daemon was killed.
+
+        Usually that has been done by the process that keeps owners stopped, unless it was killed as well.
+        """
         inodes = {found.inode for one in connections if (found := self._find(one)) and found.inode}
+        inodes |= self._shell.engine.left_in_repair()
         for descriptor in self._descriptors(inodes).values() if inodes else ():
             if self._shell.engine.end_repair(descriptor):
                 _log.warning("socket %d was left in repair: ended", os.fstat(descriptor).st_ino)
             close_all([descriptor])
+        self._shell.engine.forget_left()
 
     # -- what was on its way in
 

@@ -34,6 +34,7 @@ from sockmi.engine.choice import choose
 from sockmi.engine.inspector import inspectors
 from sockmi.engine.kernel import ModuleMissing
 from sockmi.engine.listing import listeners
+from sockmi.engine.repair import keep_record
 from sockmi.engine.trial import obstacle
 from sockmi.exporting import Exporting
 from sockmi.holders import Found, Holders, duplicates
@@ -126,6 +127,7 @@ class Daemon:
         )
         self.driver = Driver(self.loop, self.core)
         arm(library())
+        _keep_record(config.in_repair_path)
         try:
             self.engine, self.why_engine = choose(config.engine, self.tables.settings.inject_mark)
         except ModuleMissing as missing:
@@ -471,6 +473,14 @@ class Daemon:
 
     def _waits_for_application(self, holding: Holding) -> bool:
         return holding.migration in self.importing.stock.copies
+
+
+def _keep_record(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_record(path)
+    except OSError:  # only if this daemon is killed together with the process that stops owners is it missed
+        _log.exception("what is in repair is not kept for the next start")
 
 
 def _uninstall(config: Config, *, force: bool, check: bool) -> int:

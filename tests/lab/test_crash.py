@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from lab.labs import Lab
-from sockmi.crashpoints import ENGINE, EXPORTER, IMPORTER, POINTS, REHEARSAL
+from sockmi.crashpoints import ENGINE, EXPORTER, IMPORTER, IN_REPAIR, POINTS, REHEARSAL
 from tests.lab.crash_lab import (
     CLOSED,
     Sleeper,
@@ -50,7 +50,7 @@ SOON = {"freeze_deadline_s": 0.5}
 #: Until then the exporter has not decided, or can and does undo it.
 UNDECIDED = {
     "freeze.stopped", "freeze.held", "freeze.captured",
-    "commit.led-away", "commit.journalled", "commit.accepted", REHEARSAL[0],
+    "commit.led-away", "commit.journalled", "commit.accepted", *IN_REPAIR, REHEARSAL[0],
 }  # fmt: skip
 #: Where translation makes a difference.
 TRANSLATED = {
@@ -60,7 +60,7 @@ TRANSLATED = {
 }  # fmt: skip
 #: For the special modes: about each change of their own, and of the journal. iptables is slow to start.
 BY_IPTABLES = {"commit.led-away", "commit.journalled", "commit.done", "activate.journalled", "taken.admitted"}
-BY_TAKEOVER = BY_IPTABLES | {"freeze.held", "prepare.journalled", "taken.answered"}
+BY_TAKEOVER = BY_IPTABLES | {"freeze.held", "release.arrested", "prepare.journalled", "taken.answered"}
 
 UNDOING = [
     ({"a": "thaw.unheld", "b": "prepare.journalled:1:STOP"}, "a"),
@@ -104,6 +104,8 @@ AGAIN = "recovery.taken-back"
 QUEUE = {"queue.ended", "queue.closing"}
 #: Only connections with something unsent get there: test_tail.py.
 UNSENT = {"restore.open"}
+#: Only connections with something unread get there: test_killed_in_repair.py.
+UNREAD = {"capture.inlined", "capture.peeked"}
 #: In a child of the daemon: test_released_together.py.
 CLOSED_TOGETHER = "release.closed"
 #: Reached only when something else goes wrong: they have tests of their own.
@@ -115,6 +117,7 @@ UNDONE = {
     "discard.journalled",
     *QUEUE,
     *UNSENT,
+    *UNREAD,
 }
 
 
@@ -155,13 +158,13 @@ def test_every_point_has_its_test() -> None:
     crashes = [at for ats, _unused in UNDOING for at in ats.values()] + [
         at for _unused, at, _unused in FURTHER_HOP + END
     ]
-    crashes += [case.values[0] for case in cases(EXPORTER + IMPORTER + ENGINE + REHEARSAL)]
+    crashes += [case.values[0] for case in cases(EXPORTER + IN_REPAIR + IMPORTER + ENGINE + REHEARSAL)]
     crashes += [point for point, _unused in RETURN]
-    crashes += [AGAIN, CLOSED_TOGETHER, *QUEUE, *UNSENT]
+    crashes += [AGAIN, CLOSED_TOGETHER, *QUEUE, *UNSENT, *UNREAD]
     assert {one.partition(":")[0] for at in crashes for one in at.split(",")} == set(POINTS)
 
 
-@pytest.mark.parametrize(("point", "mode"), cases(EXPORTER + REHEARSAL[:1]))
+@pytest.mark.parametrize(("point", "mode"), cases(EXPORTER + IN_REPAIR + REHEARSAL[:1]))
 def test_exporter_dies(stages: Stages, tmp_path: Path, point: str, mode: str) -> None:
     """Two-way load; the exporter is killed at one step and comes back."""
     with stages("duplex", tmp_path, {"a": point}, mode) as (daemons, serving):

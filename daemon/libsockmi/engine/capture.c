@@ -12,6 +12,7 @@
 #include <time.h>
 
 #include "engine_internal.h"
+#include "in_repair.h"
 
 #define TRIES 3
 #define ACKED_SLACK_BYTES 65536 /* the kernel may keep acknowledged bytes of the first segment */
@@ -29,6 +30,8 @@ struct capture {
 	int info_bytes;
 	int reuse;	 /* SO_REUSEADDR */
 	int peek_offset; /* SO_PEEK_OFF */
+	uint64_t inode;
+	struct sockmi_in_repair *record;
 	struct sockmi_identity identity;
 	struct sockmi_sequence sequence;
 	struct sockmi_window window;
@@ -90,8 +93,10 @@ static int read_identity(struct capture *c)
 	socklen_t length = sizeof(c->info);
 	struct stat status;
 
-	if (!fstat(c->fd, &status)) /* of a socket: its user (sockfs_setattr(), net/socket.c) */
+	if (!fstat(c->fd, &status)) { /* of a socket: its user (sockfs_setattr(), net/socket.c) */
 		c->identity.owner_uid = status.st_uid;
+		c->inode = status.st_ino;
+	}
 	if (getsockopt(c->fd, IPPROTO_TCP, TCP_INFO, &c->info, &length) < 0)
 		return sockmi_fail_access(c->result, SOCKMI_STEP_INFO);
 	c->info_bytes = (int)length;
@@ -317,9 +322,12 @@ static int check_urgent(struct capture *c)
 		if (sockmi_get_int(c->fd, SOL_SOCKET, SO_OOBINLINE, &inlined) < 0)
 			return failed_call(c, SOCKMI_STEP_OPTION);
 		if (!inlined) {
+			c->record->inlined = 1;
 			sockmi_set_int(c->fd, SOL_SOCKET, SO_OOBINLINE, 1);
 			back = queue_length(c, SOCKMI_SIOCINQ, &all);
+			sockmi_reached("capture.inlined");
 			sockmi_set_int(c->fd, SOL_SOCKET, SO_OOBINLINE, 0);
+			c->record->inlined = 0;
 			if (back < 0)
 				return -1;
 		}
@@ -351,11 +359,16 @@ static int write_receive_queue(struct capture *c)
 	place = sockmi_writer_reserve(c->writer, SOCKMI_RECEIVE_QUEUE, (size_t)c->inq);
 	if (!place)
 		return 0;
-	if (c->peek_offset >= 0)
+	if (c->peek_offset >= 0) {
+		c->record->peek_offset = c->peek_offset;
 		sockmi_set_int(c->fd, SOL_SOCKET, SO_PEEK_OFF, -1);
+	}
 	got = recv(c->fd, place, (size_t)c->inq, MSG_PEEK | MSG_DONTWAIT);
-	if (c->peek_offset >= 0)
+	sockmi_reached("capture.peeked");
+	if (c->peek_offset >= 0) {
 		sockmi_set_int(c->fd, SOL_SOCKET, SO_PEEK_OFF, c->peek_offset);
+		c->record->peek_offset = -1;
+	}
 	if (got < 0)
 		return failed_call(c, SOCKMI_STEP_RECEIVE_QUEUE);
 	if (got != c->inq)
@@ -595,14 +608,20 @@ static int capture_connected(struct capture *c)
 
 	if (c->identity.state != SOCKMI_SYN_SENT)
 		read_events(c);
-	if (sockmi_repair(c->fd, TCP_REPAIR_ON) < 0)
-		return sockmi_fail_access(c->result, SOCKMI_STEP_REPAIR);
+	c->record = sockmi_in_repair_begin(c->fd, c->inode, c->reuse);
+	if (sockmi_repair(c->fd, TCP_REPAIR_ON) < 0) {
+		outcome = sockmi_fail_access(c->result, SOCKMI_STEP_REPAIR);
+		sockmi_in_repair_end(c->record);
+		return outcome;
+	}
 	outcome = in_repair(c);
+	sockmi_reached("capture.in-repair");
 	/* Off without a window probe; that clears SO_REUSEADDR. */
 	if (sockmi_repair(c->fd, TCP_REPAIR_OFF_NO_WP) < 0 && outcome == 0)
 		outcome = failed_call(c, SOCKMI_STEP_REPAIR);
 	if (c->reuse && sockmi_set_int(c->fd, SOL_SOCKET, SO_REUSEADDR, c->reuse) < 0 && outcome == 0)
 		outcome = failed_call(c, SOCKMI_STEP_OPTION);
+	sockmi_in_repair_end(c->record);
 	return outcome;
 }
 

@@ -199,6 +199,21 @@ SOCKMI_EXPORT int sockmi_release_together(const int *fds, const void *const *ima
 /* As sockmi_release(), for one that does not listen any more, or is bound or unconnected; also if it is dead already. 0, or -1 with errno. */
 SOCKMI_EXPORT int sockmi_deaden(int fd);
 
+/*
+ * Keep in the file @path which originals are in repair, and what is to be put back: for the daemon that starts after this
+ * one was killed. At the start, before any other call. How many were left by the last one, or -errno: then it is kept in memory.
+ */
+SOCKMI_EXPORT int sockmi_in_repair_keep(const char *path);
+
+/* The inodes of those that were left; how many (never more than @room). */
+SOCKMI_EXPORT size_t sockmi_in_repair_left(uint64_t *inodes, size_t room);
+
+/* Lead an original that was left in repair out of it, and put its options back. 1, or 0: it was not. */
+SOCKMI_EXPORT int sockmi_end_repair(int fd);
+
+/* What is still left has no owner any more. */
+SOCKMI_EXPORT void sockmi_in_repair_forget(void);
+
 /* Close dormant copies without a packet. */
 SOCKMI_EXPORT void sockmi_discard(const int *fds, size_t n);
 

@@ -12,13 +12,15 @@
 #include <sys/types.h>
 #include <unistd.h>
 
+#include "stop.h"
+
 #define API __attribute__((visibility("default")))
 #define NAMES_BYTES 32768
 
 struct scan {
 	const uint64_t *inodes;
 	size_t n_inodes;
-	pid_t except;
+	pid_t except, tracer; /* the second has the first's descriptors */
 	struct sockmi_holder *holders;
 	size_t room, found;
 	pid_t *rings;
@@ -152,7 +154,7 @@ static void scan_process(struct scan *s, pid_t pid)
 {
 	char task[48];
 
-	if (pid == s->except)
+	if (pid == s->except || pid == s->tracer)
 		return;
 	snprintf(task, sizeof(task), "%d", pid);
 	if (scan_table(s, pid, task))
@@ -193,7 +195,8 @@ API ssize_t sockmi_find_holders(const uint64_t *inodes, size_t n_inodes, const p
 				pid_t except, struct sockmi_holder *holders, size_t room,
 				pid_t *rings, size_t rings_room, size_t *n_rings)
 {
-	struct scan s = { .inodes = inodes, .n_inodes = n_inodes, .except = except, .holders = holders,
+	struct scan s = { .inodes = inodes, .n_inodes = n_inodes, .except = except, .tracer = sockmi_stop_tracer(),
+			  .holders = holders,
 			  .room = room, .rings = rings, .rings_room = rings_room };
 
 	s.proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);

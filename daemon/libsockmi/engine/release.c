@@ -2,10 +2,13 @@
 /* Closes originals, for every process that holds them, without a packet. */
 #include <pthread.h>
 #include <signal.h>
+#include <stdlib.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "engine_internal.h"
+#include "in_repair.h"
 
 static int failed_call(struct sockmi_result *result, int step)
 {
@@ -91,38 +94,63 @@ static int disconnect(int fd, struct sockmi_result *result)
 	return 0;
 }
 
-/* The inverse of going into repair, which takes the option away. */
-static void leave_repair(int fd, const struct sockmi_image *image)
+static int reuse_of(const struct sockmi_image *image)
 {
-	int reuse = (int)sockmi_options_find(image->socket_options, SOCKMI_OPT_REUSEADDR, 0, NULL);
+	return (int)sockmi_options_find(image->socket_options, SOCKMI_OPT_REUSEADDR, 0, NULL);
+}
+
+/* The inverse of going into repair, which takes the option away. */
+static void leave_repair(int fd, const struct sockmi_image *image, struct sockmi_in_repair *record)
+{
+	int reuse = reuse_of(image);
 
 	sockmi_repair(fd, TCP_REPAIR_OFF_NO_WP);
 	if (reuse)
 		sockmi_set_int(fd, SOL_SOCKET, SO_REUSEADDR, reuse);
+	sockmi_in_repair_end(record);
 }
 
 /* In repair nobody else can change it. */
-static int arrest(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+static int arrest(int fd, const struct sockmi_image *image, struct sockmi_result *result,
+		  struct sockmi_in_repair **record)
 {
-	if (sockmi_repair(fd, TCP_REPAIR_ON) < 0)
+	struct stat status = { 0 };
+
+	if (fstat(fd, &status) < 0)
 		return sockmi_fail_access(result, SOCKMI_STEP_REPAIR);
-	if (compare(fd, image, result) == 0)
+	*record = sockmi_in_repair_begin(fd, status.st_ino, reuse_of(image));
+	if (sockmi_repair(fd, TCP_REPAIR_ON) < 0) {
+		sockmi_fail_access(result, SOCKMI_STEP_REPAIR);
+		sockmi_in_repair_end(*record);
+		return -1;
+	}
+	if (compare(fd, image, result) == 0) {
+		sockmi_reached("release.arrested");
 		return 0;
-	leave_repair(fd, image);
+	}
+	leave_repair(fd, image, *record);
 	return -1;
 }
 
-static int end_arrested(int fd, const struct sockmi_image *image, struct sockmi_result *result)
+static int end_arrested(int fd, const struct sockmi_image *image, struct sockmi_result *result,
+			struct sockmi_in_repair *record)
 {
-	if (disconnect(fd, result) == 0)
-		return image->identity.state == SOCKMI_SYN_SENT ? forbid_connect(fd, image, result) : 0;
-	leave_repair(fd, image);
-	return -1;
+	int outcome;
+
+	if (disconnect(fd, result) < 0) {
+		leave_repair(fd, image, record);
+		return -1;
+	}
+	outcome = image->identity.state == SOCKMI_SYN_SENT ? forbid_connect(fd, image, result) : 0;
+	sockmi_in_repair_end(record);
+	return outcome;
 }
 
 static int release_connection(int fd, const struct sockmi_image *image, struct sockmi_result *result)
 {
-	return arrest(fd, image, result) < 0 ? -1 : end_arrested(fd, image, result);
+	struct sockmi_in_repair *record;
+
+	return arrest(fd, image, result, &record) < 0 ? -1 : end_arrested(fd, image, result, record);
 }
 
 static int compare_state(int fd, const struct sockmi_image *image, struct sockmi_result *result)
@@ -139,17 +167,16 @@ static int compare_state(int fd, const struct sockmi_image *image, struct sockmi
 
 static int compare_only(int fd, const struct sockmi_image *image, struct sockmi_result *result)
 {
-	int outcome;
+	struct sockmi_in_repair *record;
 
 	if (compare_state(fd, image, result) < 0)
 		return -1;
 	if (image->identity.kind != SOCKMI_KIND_CONNECTED)
 		return 0;
-	if (sockmi_repair(fd, TCP_REPAIR_ON) < 0)
-		return sockmi_fail_access(result, SOCKMI_STEP_REPAIR);
-	outcome = compare(fd, image, result);
-	leave_repair(fd, image);
-	return outcome;
+	if (arrest(fd, image, result, &record) < 0)
+		return -1;
+	leave_repair(fd, image, record);
+	return 0;
 }
 
 static int release(int fd, const struct sockmi_image *image, struct sockmi_result *result)
@@ -200,6 +227,7 @@ struct originals {
 	const size_t *lengths;
 	size_t n;
 	struct sockmi_result *results;
+	struct sockmi_in_repair **records;
 };
 
 void sockmi_first_closed(void)
@@ -220,7 +248,7 @@ static int release_joined(const struct originals *o)
 
 		if (sockmi_decode_own(o->images[i], o->lengths[i], &image, result) == 0 &&
 		    (image.identity.kind != SOCKMI_KIND_CONNECTED ||
-		     (compare_state(o->fds[i], &image, result) == 0 && arrest(o->fds[i], &image, result) == 0)))
+		     (compare_state(o->fds[i], &image, result) == 0 && arrest(o->fds[i], &image, result, &o->records[i]) == 0)))
 			continue;
 		stay = true;
 		count++;
@@ -234,10 +262,10 @@ static int release_joined(const struct originals *o)
 		if (image.identity.kind != SOCKMI_KIND_CONNECTED) {
 			outcome = release(o->fds[i], &image, result);
 		} else if (stay) {
-			leave_repair(o->fds[i], &image);
+			leave_repair(o->fds[i], &image, o->records[i]);
 			outcome = changed(result, SOCKMI_STEP_SEQUENCE);
 		} else {
-			outcome = end_arrested(o->fds[i], &image, result);
+			outcome = end_arrested(o->fds[i], &image, result, o->records[i]);
 			if (!begun)
 				sockmi_first_closed();
 			begun = true;
@@ -280,7 +308,17 @@ int sockmi_whatever_happens(int (*work)(const void *argument), const void *argum
 int sockmi_release_together(const int *fds, const void *const *images, const size_t *lengths, size_t n,
 			    struct sockmi_result *results)
 {
-	const struct originals originals = { fds, images, lengths, n, results };
+	struct sockmi_in_repair **records = calloc(n ? n : 1, sizeof(*records));
+	const struct originals originals = { fds, images, lengths, n, results, records };
+	int count;
 
-	return sockmi_whatever_happens(release_all, &originals);
+	if (!records) {
+		memset(results, 0, n * sizeof(*results));
+		for (size_t i = 0; i < n; i++)
+			sockmi_fail(&results[i], SOCKMI_RESULT_FAILED, SOCKMI_STEP_DISCONNECT, ENOMEM);
+		return (int)n;
+	}
+	count = sockmi_whatever_happens(release_all, &originals);
+	free(records);
+	return count;
 }

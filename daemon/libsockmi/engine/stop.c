@@ -22,8 +22,10 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
+#include "in_repair.h"
 #include "restart.h"
 
 #define API __attribute__((visibility("default")))
@@ -36,6 +38,7 @@
 #define NAP_MAX_US 200
 #define STRAY_POLL_US 1000
 #define BUCKETS 256
+#define KEEPER_STACK_BYTES (512 << 10)
 
 /* ---- time ---- */
 
@@ -89,6 +92,7 @@ struct process {
 	struct process *next_new;	/* in the list of the stop under way */
 };
 
+static pid_t tracing_pid;	/* for whom we stop: not ours in a child by fork(2), which has no tracing process */
 static struct process *processes[BUCKETS];
 static struct process *new_processes;
 static pid_t *strays;
@@ -430,18 +434,20 @@ static bool process_poll(struct process *p, bool all, bool look)
 	return true;
 }
 
-/* Let one thread run; what is not in a stop (on its way into one, or killed) is let go by strays_poll(). */
+/* Let one thread run; false: it is not in a stop (on its way into one, or killed). */
+static bool thread_detach(const struct thread *t)
+{
+	if (t->state != THREAD_STOPPED)
+		return t->state == THREAD_GONE;
+	if (!t->signal)
+		sockmi_restart_release(t->tid, &t->restart);
+	return !ptrace(PTRACE_DETACH, t->tid, NULL, (long)t->signal);
+}
+
 static void thread_release(const struct thread *t)
 {
-	if (t->state == THREAD_GONE)
-		return;
-	if (t->state == THREAD_STOPPED) {
-		if (!t->signal)
-			sockmi_restart_release(t->tid, &t->restart);
-		if (!ptrace(PTRACE_DETACH, t->tid, NULL, (long)t->signal))
-			return;
-	}
-	stray_add(t->tid);
+	if (!thread_detach(t))
+		stray_add(t->tid); /* strays_poll() lets it go */
 }
 
 static struct process *process_adopted_by(pid_t pid)
@@ -562,7 +568,7 @@ static void run_stop(const struct command *c)
 	for (size_t i = 0; i < c->n; i++) {
 		struct process *p = process_find(c->pids[i]);
 
-		if (!p && c->pids[i] > 0 && c->pids[i] != getpid()) {
+		if (!p && c->pids[i] > 0 && c->pids[i] != tracing_pid) {
 			p = process_new(c->pids[i]);
 			if (p)
 				process_begin(p);
@@ -577,8 +583,8 @@ static void run_stop(const struct command *c)
 			c->results[i] = p->result;
 		else
 			c->results[i] = (struct sockmi_stop_result){
-				.code = c->pids[i] == getpid() ? SOCKMI_STOP_SELF : SOCKMI_STOP_ERROR,
-				.error = c->pids[i] <= 0 ? EINVAL : c->pids[i] == getpid() ? 0 : ENOMEM };
+				.code = c->pids[i] == tracing_pid ? SOCKMI_STOP_SELF : SOCKMI_STOP_ERROR,
+				.error = c->pids[i] <= 0 ? EINVAL : c->pids[i] == tracing_pid ? 0 : ENOMEM };
 		if (p && p->result.code == SOCKMI_STOP_OK)
 			p->count++;
 	}
@@ -612,19 +618,41 @@ static void run_resume(const struct command *c)
 	}
 }
 
-/* ---- the tracing thread ---- */
+/*
+ * ---- the tracing process ----
+ *
+ * Whoever traces the owners must outlive this process: they may run again only when no socket of theirs is in repair any
+ * more, whoever was killed in the middle. So it is a process of its own, that shares our memory and our descriptors; and one
+ * of our threads, whose thread-local memory it has, does nothing but wait for its end.
+ */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 static pthread_cond_t finished = PTHREAD_COND_INITIALIZER;
 static const struct command *command;
-static pid_t tracing_pid;	/* the process that the thread belongs to: fork(2) does not copy it */
+static volatile pid_t tracer;	/* the tracing process; 0: there is none */
+static volatile sig_atomic_t at_work;
 
-static void *tracing_thread(void *unused)
+static int end_signal(void)
 {
-	(void)unused;
-	prctl(PR_SET_NAME, "sockmi-stop");
-	prctl(PR_SET_TIMERSLACK, 1UL, 0UL, 0UL, 0UL);
+	return SIGRTMIN + 6;
+}
+
+/* This process has ended: nothing here may wait for what one of its threads had locked. */
+static void let_all_go(int number)
+{
+	(void)number;
+	sockmi_in_repair_mend();
+	if (!at_work) /* else the kernel does it, without a restart of interrupted calls on aarch64 */
+		for (size_t b = 0; b < BUCKETS; b++)
+			for (struct process *p = processes[b]; p; p = p->next)
+				for (size_t i = 0; i < p->n; i++)
+					thread_detach(&p->threads[i]);
+	_exit(0);
+}
+
+static void trace(void)
+{
 	pthread_mutex_lock(&lock);
 	for (;;) {
 		while (!command) {
@@ -639,17 +667,65 @@ static void *tracing_thread(void *unused)
 			until.tv_sec += until.tv_nsec / 1000000000;
 			until.tv_nsec %= 1000000000;
 			pthread_cond_clockwait(&wake, &lock, CLOCK_MONOTONIC, &until);
+			at_work = 1;
 			strays_poll();
+			at_work = 0;
 		}
+		at_work = 1;
 		if (command->results)
 			run_stop(command);
 		else
 			run_resume(command);
 		if (stray_count)
 			strays_poll();
+		at_work = 0;
 		command = NULL;
 		pthread_cond_broadcast(&finished);
 	}
+}
+
+/* Signals: none of the host program's handlers, which are for it; all but SIGCHLD are blocked, see tracing_start(). */
+static int keep_tracing(void *unused)
+{
+	struct sigaction action = { .sa_handler = SIG_DFL };
+	sigset_t end;
+
+	(void)unused;
+	tracer = getpid();
+	for (int number = 1; number < NSIG; number++)
+		sigaction(number, &action, NULL);
+	action.sa_handler = let_all_go;
+	sigfillset(&action.sa_mask);
+	sigaction(end_signal(), &action, NULL);
+	sigemptyset(&end);
+	sigaddset(&end, end_signal());
+	prctl(PR_SET_PDEATHSIG, end_signal());
+	sigprocmask(SIG_UNBLOCK, &end, NULL);
+	if (getppid() != tracing_pid)
+		let_all_go(0);
+	prctl(PR_SET_TIMERSLACK, 1UL, 0UL, 0UL, 0UL);
+	trace();
+	return 0;
+}
+
+static void *tracing_thread(void *unused)
+{
+	void *stack = mmap(NULL, KEEPER_STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+	pid_t child = -1;
+
+	(void)unused;
+	prctl(PR_SET_NAME, "sockmi-stop");
+	if (stack != MAP_FAILED)
+		child = clone(keep_tracing, (char *)stack + KEEPER_STACK_BYTES, CLONE_VM | CLONE_FILES, NULL);
+	if (child < 0) { /* no room for a process: the kernel lets owners go when we end */
+		prctl(PR_SET_TIMERSLACK, 1UL, 0UL, 0UL, 0UL);
+		trace();
+	}
+	/* Not waitpid(): it would have a hand in the thread-local memory. */
+	while (syscall(SYS_wait4, child, NULL, __WALL, NULL) != child)
+		;
+	/* It was killed, and owners run of whom somebody believes that they are stopped: the next start settles that. */
+	kill(getpid(), SIGKILL);
 	return NULL;
 }
 
@@ -663,6 +739,8 @@ static int tracing_start(void)
 		return 0;
 	memset(processes, 0, sizeof(processes));
 	stray_count = 0;
+	tracer = 0;
+	tracing_pid = getpid();
 	/*
 	 * No handler of the host program runs here. SIGCHLD stays open: the kernel sends one for
 	 * every stop, and drops it at once if it is neither blocked nor handled.
@@ -673,10 +751,11 @@ static int tracing_start(void)
 	int error = pthread_create(&thread, NULL, tracing_thread, NULL);
 
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (error)
+	if (error) {
+		tracing_pid = 0;
 		return -error;
+	}
 	pthread_detach(thread);
-	tracing_pid = getpid();
 	return 0;
 }
 
@@ -722,6 +801,11 @@ API int sockmi_resume(const pid_t *pids, size_t n)
 	if (!n)
 		return 0;
 	return pids ? run(&c) : -EINVAL;
+}
+
+API pid_t sockmi_stop_tracer(void)
+{
+	return tracing_pid == getpid() ? tracer : 0;
 }
 
 API void sockmi_stop_census(size_t *stopped, size_t *stray)

@@ -3,9 +3,10 @@
  * Stops whole processes while the sockets that they hold are read, and lets them run again.
  *
  * Every thread is stopped by ptrace(2) (SEIZE, INTERRUPT); what a stopped process forks or clones
- * while it is being stopped is stopped with it. All ptrace calls are made by one thread of our own,
- * so the functions may be called from any thread, one at a time. If this process dies, the kernel
- * lets every stopped one run again.
+ * while it is being stopped is stopped with it. All ptrace calls are made by one process of our own, which
+ * shares our memory and our descriptors, so the functions may be called from any thread, one at a time. If this
+ * process dies, that one leads sockets out of repair (in_repair.h) and lets every stopped process run again. If it
+ * dies, this process ends as well: nothing that was frozen is.
  */
 #ifndef SOCKMI_ENGINE_STOP_H
 #define SOCKMI_ENGINE_STOP_H
@@ -45,6 +46,9 @@ int sockmi_stop(const pid_t *pids, size_t n, unsigned int timeout_us, struct soc
 
 /* The inverse of sockmi_stop(); pids that are not stopped are ignored. Returns 0 or -errno. */
 int sockmi_resume(const pid_t *pids, size_t n);
+
+/* The process that traces for us, or 0: there is none yet. */
+pid_t sockmi_stop_tracer(void);
 
 /*
  * How many threads are in our hands: stopped ones (@stopped), and those of a failed stop which

@@ -206,7 +206,16 @@ class Engine(Protocol):
         """Whether a socket is in repair: if it is one of ours, dormant."""
 
     def end_repair(self, fd: int) -> bool:
-        """Lead a socket out of repair that a killed daemon left in it; False if it was not."""
+        """Lead a socket out of repair that a killed daemon left in it; False if it was not.
+
+        Options that repair has changed are put back, if it is one of ``left_in_repair``.
+        """
+
+    def left_in_repair(self) -> set[int]:
+        """The inodes of originals that a killed daemon left in repair, or with an option changed."""
+
+    def forget_left(self) -> None:
+        """What is left in repair still has no owner."""
 
     def restore(self, images: Sequence[bytes], placements: Sequence[Placement]) -> list[Restored | Refusal]:
         """Make a dormant copy of each image."""

@@ -486,6 +486,14 @@ class KernelEngine:
         """Lead a socket out of repair that a killed daemon left in it; False if it was not."""
         return self._repair.end_repair(fd)
 
+    def left_in_repair(self) -> set[int]:
+        """The inodes of originals that a killed daemon left in repair, which had the other engine."""
+        return self._repair.left_in_repair()
+
+    def forget_left(self) -> None:
+        """What is left in repair still has no owner."""
+        self._repair.forget_left()
+
 
 def _facts_of(fd: int, image: bytes) -> SocketFacts:
     """Of a socket that is frozen."""

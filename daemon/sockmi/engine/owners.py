@@ -2,8 +2,8 @@
 """Owners: the processes that hold a socket. Who they are, and how they are stopped.
 
 :class:`Owners` finds the holders of a set of sockets (one scan of ``/proc``, in C; run it in a
-worker thread before the freeze), and stops and resumes them (ptrace, in C). The daemon's own
-duplicates never count.
+worker thread before the freeze), and stops and resumes them (ptrace, in C, by a process of its own
+that outlives this one). The daemon's own duplicates never count.
 
 Between the scan and the stop a new holder can appear. Children are caught: each process id that
 the kernel has given out since the scan is looked at when the owners have stopped, until nothing new
@@ -88,6 +88,7 @@ def _native() -> Any:
     lib.sockmi_resume.restype = ctypes.c_int
     lib.sockmi_stop_census.argtypes = [ctypes.POINTER(size), ctypes.POINTER(size)]
     lib.sockmi_stop_census.restype = None
+    lib.sockmi_stop_tracer.restype = ctypes.c_int32
     return lib
 
 
@@ -253,7 +254,7 @@ def obstacle_of(pid: int, *, has_ring: bool) -> Refusal | None:
     if has_ring:
         return _io_uring(pid)
     (tracer,) = _status(pid, "TracerPid")
-    if tracer in ("", "0") or (_PROC / "self/task" / tracer).exists():
+    if tracer in ("", "0") or int(tracer) == _native().sockmi_stop_tracer():
         return None
     return _traced(pid, int(tracer))
 

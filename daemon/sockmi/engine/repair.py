@@ -14,6 +14,7 @@ import itertools
 import os
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from sockmi.engine import preflight
@@ -36,7 +37,7 @@ from sockmi.refusal import Code, Refusal
 INJECT_MARK = 0x50C1
 
 _TCP_REPAIR = 19
-_REPAIR_OFF_NO_PROBE = -1
+_IN_REPAIR_MAX = 1024  # RECORDS of in_repair.c
 _FIRST_BUFFER_BYTES = 1 << 20
 
 
@@ -53,8 +54,23 @@ def _native() -> Any:
         each.argtypes = [ints, pointer, pointer, size, pointer]
     lib.sockmi_discard.argtypes = [ints, size]
     lib.sockmi_discard.restype = None
-    lib.sockmi_deaden.argtypes = [ctypes.c_int]
+    lib.sockmi_deaden.argtypes = lib.sockmi_end_repair.argtypes = [ctypes.c_int]
+    lib.sockmi_in_repair_keep.argtypes = [ctypes.c_char_p]
+    lib.sockmi_in_repair_left.argtypes = [ctypes.POINTER(ctypes.c_uint64), size]
+    lib.sockmi_in_repair_left.restype = size
+    lib.sockmi_in_repair_forget.restype = None
     return lib
+
+
+def keep_record(path: Path) -> int:
+    """Keep in a file, best in memory (``/run``), which originals are in repair, for the next daemon.
+
+    Before anything else is done here. How many the last one has left; OSError: nothing is kept.
+    """
+    left: int = _native().sockmi_in_repair_keep(os.fsencode(path))
+    if left < 0:
+        raise OSError(-left, os.strerror(-left), str(path))
+    return left
 
 
 class RepairEngine:
@@ -172,11 +188,16 @@ class RepairEngine:
 
     def end_repair(self, fd: int) -> bool:
         """Lead a socket out of repair that a killed daemon left in it; False if it was not."""
-        if not self.in_repair(fd):
-            return False
-        with socket.socket(fileno=os.dup(fd)) as each:
-            each.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_OFF_NO_PROBE)
-            return True
+        return bool(_native().sockmi_end_repair(fd))
+
+    def left_in_repair(self) -> set[int]:
+        """The inodes of originals that a killed daemon left in repair, or with an option changed."""
+        inodes = (ctypes.c_uint64 * _IN_REPAIR_MAX)()
+        return set(inodes[: _native().sockmi_in_repair_left(inodes, _IN_REPAIR_MAX)])
+
+    def forget_left(self) -> None:
+        """What is left in repair still has no owner."""
+        _native().sockmi_in_repair_forget()
 
     def renew(self, fds: Sequence[int], images: Sequence[bytes]) -> list[Refusal | None]:
         """Refuse those of which a timer has run out: timers run in repair as well, and count."""
