@@ -46,9 +46,11 @@ class Chores:
         renew_devices: Callable[[], None],
         local_addresses: Callable[[], frozenset[IPv4Address | IPv6Address]],
         keep_workers: Callable[[], None],
+        look_at_tables: Callable[[], None],
     ) -> None:
         """``look_at_listeners``: the kernel has no news of a socket that only stops listening.
         ``keep_workers``: called once a second while something is frozen, or about to be.
+        ``look_at_tables``: whether they are there, once a second if nothing is frozen.
         ``renew_devices``: of the redirects, in a thread, as is ``local_addresses``.
 
         ``look_at_ages``: of what waits in the import lists. ``is_calm``: nothing is frozen, nor about to be.
@@ -62,6 +64,7 @@ class Chores:
         self._renew_devices = renew_devices
         self._local_addresses = local_addresses
         self._keep_workers = keep_workers
+        self._look_at_tables = look_at_tables
         self._device_news = DeviceNews()  # from now on: what comes while the redirects are set up counts
         self._devices_again_s = _DEVICES_PAUSE_S
         self._ended = False
@@ -96,6 +99,7 @@ class Chores:
     def _fold(self) -> None:
         """Index what the journal has appended, and give back memory after much work."""
         if self._is_calm():
+            self._look_at_tables()
             with contextlib.suppress(sqlite3.Error, OSError):  # a full disk: next time
                 self._shell.catch_up()
                 self._untrimmed += (rows := self._shell.journal.fold())

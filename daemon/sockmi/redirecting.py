@@ -190,6 +190,10 @@ class Redirecting:
             self._shell.holds.miss_listeners(list(missed.values()))
             self._missed.update(missed)
 
+    def miss_again(self) -> None:
+        """All of them, whatever the kernel has."""
+        self.miss_listeners(dict(self._missed))
+
     def miss_routes(self, routes: Iterable[Route]) -> None:
         """As ``add_routes`` will do, before their originals are closed: while they live it has no effect."""
         self._shell.holds.miss_listeners(list(_listeners_of(routes).values()))

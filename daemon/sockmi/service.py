@@ -63,6 +63,7 @@ from sockmi.redirect.routes_worker import RoutesWorker
 from sockmi.redirect.takeover import Takeover
 from sockmi.redirecting import Redirecting
 from sockmi.rehearsing import FEW, Rehearsal
+from sockmi.restoring import Restoring
 from sockmi.shell import Shell
 from sockmi.spool import Spool, SpoolError
 from sockmi.starting import StartError, lock_state
@@ -212,6 +213,7 @@ class Daemon:
             inject=self._icmp_injector.inject,
         )
         self._icmp_relay = IcmpRelay(self.tables, list(self.redirects.values()), self.messenger.send_icmp)
+        self._restoring = Restoring(self.loop, self.tables, self._restore)
         self._chores = Chores(
             self.loop,
             self.shell,
@@ -222,6 +224,7 @@ class Daemon:
             renew_devices=self.tables.renew,
             local_addresses=self.tables.routes.addresses,
             keep_workers=self._routes_worker.stay,
+            look_at_tables=self._look_at_tables,
         )
         self._destroyed: DestroyedSockets | None = None
         self._control: ControlServer | None = None
@@ -247,6 +250,7 @@ class Daemon:
         for redirect in self.redirects.values():
             redirect.setup()
         self.driver.dispatch(self._recover())
+        self.tables.unshield()  # in case it ended in the middle of `_restore`
         self._destroyed = DestroyedSockets(
             self.redirecting.destroyed,
             self.redirecting.listener_destroyed,
@@ -259,6 +263,8 @@ class Daemon:
         for descriptor in self._icmp_relay.filenos():
             self.loop.add_reader(descriptor, self._icmp_relay.work)
         self.loop.add_reader(self.held, self._packets_held)
+        self.loop.add_reader(self.tables.news.socket, self._restoring.heard)
+        self.tables.restore = self._restoring.now
         self.members.start()
         self.redirecting.look_at_all()
         if self.config.metrics_port:
@@ -273,9 +279,7 @@ class Daemon:
 
     def _recover(self) -> events.Started:
         """Settle what an earlier run left; what is to be resumed."""
-        recovery = Recovery(
-            self.shell, self.diag.find, self.diag.destroy, duplicates, self.exporting.listeners.queues
-        )
+        recovery = self._recovery()
         recovery.exports()
         started = durable.started(self.journal)
         self.redirecting.add_routes(started.routes)
@@ -299,6 +303,32 @@ class Daemon:
             keep_held={copy.tuple for copy in copies if copy.tuple},
         )
         return started
+
+    def _recovery(self) -> Recovery:
+        return Recovery(
+            self.shell, self.diag.find, self.diag.destroy, duplicates, self.exporting.listeners.queues
+        )
+
+    def _look_at_tables(self) -> None:
+        if self.tables.maybe_unheard:
+            self._restoring.look()
+
+    def _restore(self) -> None:
+        """The tables, as a start makes them, and in them what this daemon knows."""
+        self.tables.rebuild()
+        dormant = self.importing.life.hold_dormant()
+        keep_held = {copy.tuple for copy in dormant if copy.tuple} | set(self.exporting.freezer.hold_frozen())
+        self._recovery().kernel(
+            self.redirecting.routes,
+            self.redirecting.holdings,
+            returning={copy.arrival.item.connection for copy in dormant if not copy.holding},
+            listed={copy.holding.connection for copy in dormant if copy.holding},
+            held=self.tables.held(),
+            keep_held=keep_held,
+        )
+        self.redirecting.miss_again()
+        if iptables := self.redirects.get(Mode.IPTABLES):
+            iptables.setup()  # it keeps in the tables what its rules are
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT; finishes or undoes what is under way.
@@ -344,6 +374,7 @@ class Daemon:
             self.loop.remove_reader(descriptor)
         self._icmp_relay.close()
         self.loop.remove_reader(self.held)
+        self.loop.remove_reader(self.tables.news.socket)
         if self._held_timer is not None:
             self._held_timer.cancel()
         self.held.close()

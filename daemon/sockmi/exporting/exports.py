@@ -47,6 +47,10 @@ class Exports:
         """None: it has ended, or is an earlier daemon's."""
         return self._by_migration.get(migration)
 
+    def under_way(self) -> list[Export]:
+        """All of them."""
+        return list(self._by_migration.values())
+
     def records(self) -> list[dict[str, Any]]:
         """Of all that is under way."""
         return [export.record for export in self._by_migration.values()]

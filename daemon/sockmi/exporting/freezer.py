@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from sockmi.addresses import Endpoint
+from sockmi.addresses import Endpoint, FourTuple
 from sockmi.crashpoints import reached
 from sockmi.engine.base import Captured, Kind
 from sockmi.engine.listing import half_open
@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 _STOP_TIMEOUT_MAX_S = 0.5
 # The kernel's hold outlasts the freeze by this much; a commit that comes later than half of it is undone.
 _HOLD_MARGIN_S = 1.0
+_FROZEN_STEPS = frozenset({"frozen", "prepared"})
 _HANDSHAKE_LOOKS_S = 0.01
 _AWAKE = Refusal(Code.CHANGED, "A request has come since it was quiet; it stays, try again when it is idle.")
 
@@ -301,6 +302,12 @@ class Freezer:
         """While redirects are taken back; ``undo`` lifts it."""
         self._hold(exports, _HOLD_MARGIN_S)
         self._onward.hold_again(copies(exports))
+
+    def hold_frozen(self) -> list[FourTuple]:
+        """What is frozen is held, for as long as a freeze may last, whatever the kernel has of that."""
+        frozen = [one for one in self._exports.under_way() if one.record["step"] in _FROZEN_STEPS]
+        self._hold(frozen, self._shell.config.timing.freeze_deadline_s + _HOLD_MARGIN_S)
+        return [one.facts.tuple for one in owned(frozen) if one.facts.tuple]
 
     def earliest_safe(self) -> float:
         """What was frozen before this (time.monotonic()) is not committed: its hold may end meanwhile."""

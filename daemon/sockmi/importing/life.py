@@ -64,6 +64,17 @@ class Life:
             self._shell.redirects[copy.holding.place.mode].evict([one])
         self._listed.put(copy)
 
+    def hold_dormant(self) -> list[Copy]:
+        """All connections that do not live yet are held, whatever the kernel has of that."""
+        dormant = [
+            copy
+            for copy in self._copies
+            if copy.tuple and not (copy.fd >= 0 and copy.holding and self.has_begun(copy))
+        ]
+        if tuples := [copy.tuple for copy in dormant if copy.tuple]:
+            self._shell.holds.hold(tuples, None)
+        return dormant
+
     def has_begun(self, copy: Copy) -> bool:
         """Whether it is out of repair."""
         return self._shell.engine.lives(copy.fd, copy.candidate.kind)

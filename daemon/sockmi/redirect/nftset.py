@@ -21,7 +21,7 @@ _SET = struct.Struct("=BBBx32s32s")  # struct sockmi_nft_set
 _OP = struct.Struct("=BBxxI40s16s")  # struct sockmi_nft_op
 _ADD, _REMOVE = 0, 1
 _NFNL_SUBSYS_NFTABLES = 10 << 8
-_NFT_MSG_GETCHAIN, _NFT_MSG_GETSETELEM = 4, 13
+_NFT_MSG_GETTABLE, _NFT_MSG_GETCHAIN, _NFT_MSG_GETSETELEM = 1, 4, 13
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _DUMP_BYTES = 1 << 18
@@ -164,11 +164,23 @@ class NftSocket:
             time.sleep(_REHASH_S)
         return list(found.items())
 
-    def has_chain(self, family: int, table: str, name: str) -> bool:
-        """Whether there is that chain."""
+    def table(self, family: int, name: str) -> bytes | None:
+        """What no other table has had since the boot: its handle; None if there is none of that name."""
+        asked = _attr(1, name.encode() + b"\0")  # NFTA_TABLE_NAME
+        for answer in self._answers(_NFT_MSG_GETTABLE, family, asked, f"table {name}"):
+            return next(
+                (bytes(value) for kind, value in _attrs(answer) if kind == 4), b""
+            )  # NFTA_TABLE_HANDLE
+        return None
+
+    def chain(self, family: int, table: str, name: str) -> tuple[bytes, bytes] | None:
+        """Its handle, and the number of its rules and of those that lead to it; None if it is not there."""
         # NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME
         asked = _attr(1, table.encode() + b"\0") + _attr(3, name.encode() + b"\0")
-        return any(True for _unused in self._answers(_NFT_MSG_GETCHAIN, family, asked, f"chain {name}"))
+        for answer in self._answers(_NFT_MSG_GETCHAIN, family, asked, f"chain {name}"):
+            found = {kind: bytes(value) for kind, value in _attrs(answer)}
+            return found.get(2, b""), found.get(6, b"")  # NFTA_CHAIN_HANDLE, NFTA_CHAIN_USE
+        return None
 
     def _request(self, nftset: NftSet, flags: int, elements: bytes) -> Iterator[tuple[bytes, bytes]]:
         asked = _attr(1, nftset.table.encode() + b"\0") + _attr(2, nftset.name.encode() + b"\0") + elements

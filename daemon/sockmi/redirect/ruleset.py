@@ -19,6 +19,7 @@ from sockmi.redirect.settings import Settings, Tag
 
 _ANEW = "15m"  # longer than anything lingers
 _SYN = "tcp flags & (fin | syn | rst | ack) == syn"
+BASE_CHAINS = ("prerouting", "output", "reroute")  # of table inet
 HOOK_PRIORITY = -310  # raw - 10: before connection tracking, and before others' raw rules
 
 

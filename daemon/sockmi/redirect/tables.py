@@ -15,16 +15,17 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeVar
 
 from sockmi.addresses import Endpoint, FourTuple
-from sockmi.redirect import own_ports, ruleset
+from sockmi.redirect import own_ports, ruleset, shield
 from sockmi.redirect.base import Inbound, Mode, Outbound
 from sockmi.redirect.nftset import INET, NETDEV, Batch, NftSet, NftSocket
 from sockmi.redirect.routes import Routes
 from sockmi.redirect.settings import Settings, Tag
+from sockmi.redirect.table_news import TableNews
 from sockmi.redirect.ways import Address
 
 _log = logging.getLogger(__name__)
@@ -88,12 +89,20 @@ class Tables:
         self.settings = settings or Settings()
         self.routes = Routes(self.settings)
         self._nft = NftSocket(use_destroy)
+        self.news = TableNews()
+        #: Called when there is no such table; whether there is by now.
+        self.restore: Callable[[], bool] = bool
         self._lock = threading.RLock()
         self._making = threading.Lock()  # of the tables; elements are changed meanwhile
         self._devices: dict[str, int] = {}  # what has been made for: names and indexes
         self._known_ports: set[int] = set()
         self._ours: set[int] | None = None  # of those that are reserved; None: not yet read
         self._users: set[object] = set()
+        self._made: object = None  # what the kernel says of the tables, if nobody else has changed them
+        self._maybe_unheard = False
+        # What only the kernel knows, for when somebody takes it from there.
+        self._known_given: dict[Address, bytes] = {}
+        self._known_aliases: set[Address] = set()
         table = self.settings.table
 
         def each(family: int, name: str, ends: int, data_ends: int = 0, data: int = 0) -> dict[int, NftSet]:
@@ -134,6 +143,8 @@ class Tables:
             self.routes.install(list(devices))
             self._devices = devices
             self._users.add(user)
+            self._made = self._look()
+            self._learn_notes()
 
     def renew(self) -> None:
         """After ``setup``: the same for devices that have come since, or are there again.
@@ -169,9 +180,9 @@ class Tables:
 
     def _is_led(self, device: str, index: int) -> bool:
         with self._lock:
-            return self._devices.get(device) == index and self._nft.has_chain(
-                NETDEV, self.settings.table, ruleset.chain_of(device)
-            )
+            if self._devices.get(device) != index:
+                return False
+            return self._nft.chain(NETDEV, self.settings.table, ruleset.chain_of(device)) is not None
 
     def unled(self) -> list[str]:
         """Devices of ``setup`` for which nothing has been made, or no more. OSError as there."""
@@ -187,12 +198,66 @@ class Tables:
             self._release_ports()
             self._load(ruleset.gone(self.settings))
             self._devices = {}
+            self._made = None
             self._known_ports.clear()
             self._ours = None
 
     def close(self) -> None:
         """Close the sockets; the tables stay."""
         self._nft.close()
+        self.news.close()
+
+    # --- made again --------------------------------------------------------------------------
+
+    def _look(self) -> object:
+        """What changes if a table is removed, even if somebody makes it again, or if its rules are."""
+        table = self.settings.table
+        with self._lock:
+            found: list[object] = [self._nft.table(family, table) for family in (INET, NETDEV)]
+            return found + [self._nft.chain(INET, table, name) for name in ruleset.BASE_CHAINS]
+
+    def is_whole(self) -> bool:
+        """Whether the tables are those that ``setup`` made."""
+        self._maybe_unheard = False
+        return self._made is None or self._look() == self._made
+
+    @property
+    def maybe_unheard(self) -> bool:
+        """Whether there was a transaction of our own since ``is_whole``: of others' then is no news."""
+        return self._maybe_unheard
+
+    def shield(self) -> None:
+        """Until ``unshield`` no RST comes in or goes out."""
+        shield.send(shield.raised(self.settings.table))
+
+    def unshield(self) -> None:
+        """The inverse of ``shield``."""
+        shield.send(shield.lowered(self.settings.table))
+
+    def rebuild(self) -> None:
+        """As ``setup``, but at once: for the devices and routes that there were. Of elements, the notes.
+
+        What is left of the tables goes: half of it may be missing, or it is of another day.
+        """
+        with self._making:
+            present = {name: index for index, name in socket.if_nameindex()}
+            devices = [name for name, index in self._devices.items() if present.get(name) == index]
+            made = ruleset.inet(self.settings) + ruleset.netdev(self.settings, devices)
+            self._load(ruleset.gone(self.settings) + made)
+            self._known_ports.clear()
+            with self.transaction() as batch:
+                for address, data in self._known_given.items():
+                    batch.put(self._given[address.version], [address.packed], [data])
+                for address in self._known_aliases:
+                    batch.add(self._aliases[address.version], [(address.packed, b"")])
+            self._made = self._look()
+
+    def _learn_notes(self) -> None:
+        with self._lock:
+            given = [pair for each in self._given.values() for pair in self._nft.dump(each)]
+            aliases = [key for each in self._aliases.values() for key, _unused in self._nft.dump(each)]
+        self._known_given = {address_of(key): data for key, data in given}
+        self._known_aliases = {address_of(key) for key in aliases}
 
     def _load(self, text: str) -> None:
         done = _nft(["-f", "-"], text)
@@ -318,7 +383,16 @@ class Tables:
         """A batch that is committed at the end of the block, all or nothing."""
         batch = Batch()
         yield batch
-        with self._lock:
+        try:
+            self._commit(batch)
+        except FileNotFoundError:
+            if not self.restore():
+                raise
+            self._commit(batch)
+
+    def _commit(self, batch: Batch) -> None:
+        with self._lock, self.news.unheard():
+            self._maybe_unheard = True
             self._nft.commit(batch)
 
     def moved(self, mode: Mode) -> bytes:
@@ -441,6 +515,7 @@ class Tables:
         data = _MARK.pack(interface << 8 | prefix_length)
         with self.transaction() as batch:
             batch.put(self._given[address.version], [address.packed], [data])
+        self._known_given[address] = data
 
     def given(self, address: Address) -> tuple[int, int] | None:
         """(interface index or 0, prefix length) of an address that has left, or None."""
@@ -452,6 +527,7 @@ class Tables:
         """The inverse of ``note_given``."""
         with self.transaction() as batch:
             batch.remove(self._given[address.version], [address.packed])
+        self._known_given.pop(address, None)
 
     # --- addresses that are here for connections that have come (takeover) ---------------------
 
@@ -459,6 +535,7 @@ class Tables:
         """Before this host gets ``address`` from us. The note stays when it leaves, as it may come again."""
         with self.transaction() as batch:
             batch.add(self._aliases[address.version], [(address.packed, b"")])
+        self._known_aliases.add(address)
 
     def is_alias(self, address: Address) -> bool:
         """Whether it is here, if it is, because of connections that have come."""
@@ -469,6 +546,7 @@ class Tables:
         """The inverse of ``note_alias``: somebody else has seen to it that this host has it."""
         with self.transaction() as batch:
             batch.remove(self._aliases[address.version], [address.packed])
+        self._known_aliases.discard(address)
 
     def is_importer(self, address: Address) -> bool:
         """Whether a connection was ever translated to ``address`` from here."""
