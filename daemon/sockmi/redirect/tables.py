@@ -248,6 +248,7 @@ class Tables:
             with self.transaction() as batch:
                 for address, data in self._known_given.items():
                     batch.put(self._given[address.version], [address.packed], [data])
+                batch.add(self._reserved, ((_PORT.pack(port), b"") for port in self._ours or ()))
                 for address in self._known_aliases:
                     batch.add(self._aliases[address.version], [(address.packed, b"")])
             self._made = self._look()
@@ -256,6 +257,8 @@ class Tables:
         with self._lock:
             given = [pair for each in self._given.values() for pair in self._nft.dump(each)]
             aliases = [key for each in self._aliases.values() for key, _unused in self._nft.dump(each)]
+            if self._ours is None:
+                self._ours = {_PORT.unpack_from(key)[0] for key, _unused in self._nft.dump(self._reserved)}
         self._known_given = {address_of(key): data for key, data in given}
         self._known_aliases = {address_of(key) for key in aliases}
 
