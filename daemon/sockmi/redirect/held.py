@@ -22,6 +22,7 @@ from typing import Any
 
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.native import library
+from sockmi.redirect.ruleset import BEGUN
 from sockmi.redirect.segment import RST, Expected, key, key_of, parse
 
 _NETLINK_NETFILTER = 12
@@ -29,7 +30,7 @@ _SUBSYS_ULOG = 4
 _MSG_PACKET, _MSG_CONFIG = 0, 1
 _CFG_CMD, _CFG_MODE, _CFG_NLBUFSIZ, _CFG_TIMEOUT, _CFG_QTHRESH = 1, 2, 3, 4, 5
 _CMD_BIND, _COPY_PACKET = 1, 2
-_ATTRIBUTE_PAYLOAD, _ATTRIBUTE_PREFIX = 9, 10
+_ATTRIBUTE_PAYLOAD, _ATTRIBUTE_PREFIX = 9, 10  # the prefix is there, and empty, if a rule has none
 _NLM_F_REQUEST, _NLM_F_ACK, _NLMSG_ERROR = 1, 4, 2
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _ATTRIBUTE = struct.Struct("=HH")
@@ -320,7 +321,7 @@ def unpack(content: bytes) -> dict[bytes, list[bytes]]:
 
 
 def _payloads(data: memoryview) -> Iterator[tuple[bytes, bool]]:
-    """The packets in netlink messages, and whether a hold has dropped them: the other rule gives a prefix."""
+    """The packets in netlink messages, and whether a hold has dropped them: the other rule says BEGUN."""
     at = 0
     while at + _HEADER.size <= len(data):
         length, kind, *_unused = _HEADER.unpack_from(data, at)
@@ -333,7 +334,7 @@ def _payloads(data: memoryview) -> Iterator[tuple[bytes, bool]]:
                 if size < 4:
                     break
                 if attribute & 0x3FFF == _ATTRIBUTE_PREFIX:
-                    held = False
+                    held = bytes(data[position + 4 : position + size]).rstrip(b"\0") != BEGUN.encode()
                 elif attribute & 0x3FFF == _ATTRIBUTE_PAYLOAD:
                     yield bytes(data[position + 4 : position + size]), held
                 position += (size + 3) & ~3

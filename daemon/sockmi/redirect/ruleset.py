@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from sockmi.redirect.settings import Settings, Tag
 
+BEGUN = "begun"  # of a SYN, for held.py
 _ANEW = "15m"  # longer than anything lingers
 _SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 BASE_CHAINS = ("prerouting", "output", "reroute")  # of table inet
@@ -108,7 +109,7 @@ def _family(settings: Settings, version: int) -> str:
         # A socket of a connection that came here answers a SYN itself; if there is none, or TIME-WAIT,
         # which is no full socket, the daemon sees to it that the connection's home can answer.
         ("begun_in", "socket wildcard { 0, 1 } return"),
-        ("begun_in", f'log prefix "begun" group {settings.log_group} queue-threshold 1'),
+        ("begun_in", f'log prefix "{BEGUN}" group {settings.log_group} queue-threshold 1'),
         ("begun_in", "socket transparent { 0, 1 } return"),
         ("begun_in", "drop"),
         ("local_in", f"{_SYN} jump begun_in{v}"),
