@@ -77,6 +77,7 @@ class Daemon:
         """
         if self.process is not None and self.process.poll() is None:
             raise LabError(f"the daemon on {self.host.name} runs already (pid {self.process.pid})")
+        self._await_silence()
         self.config_file.write_text(yaml.safe_dump(self.config, sort_keys=False))
         with self.log_file.open("ab") as log:
             self.process = self.host.popen(
@@ -96,6 +97,12 @@ class Daemon:
                 raise LabError(
                     f"the daemon on {self.host.name} is not ready after {timeout_s:.0f} s:\n{self.log()}"
                 )
+            time.sleep(0.01)
+
+    def _await_silence(self, timeout_s: float = 5.0 * PATIENCE) -> None:
+        """One that was killed has its descriptors until its process `sockmi-stop` has ended, too."""
+        deadline = time.monotonic() + timeout_s
+        while self.process is not None and self.answers() and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def answers(self) -> bool:

@@ -576,21 +576,6 @@ def test_the_importer_dies(it: Bench) -> None:
     copy_of(came).close()
 
 
-def test_the_redirect_fails(it: Bench) -> None:
-    """Somebody has removed our table: undone at the commit; a restart puts it right."""
-    case = it.pair("v4")
-    nft(it.host("a"), "delete table netdev sockmi\n")
-    refused(it, ours(case.ours), Code.REDIRECT, outcome="aborted")
-    goes_on(case)
-    it.daemons["a"].restart()
-    until(lambda: bool(call(it.host("a"), "groups")["groups"][0]["members"]))
-    [record] = it.export_passively(ours(case.ours))
-    moved([record])
-    [came] = it.take([it.request(case)])
-    it.finish(case, copy_of(came))
-    copy_of(came).close()
-
-
 def test_the_exporter_stops(it: Bench) -> None:
     """What is not committed is undone, and the daemon ends cleanly."""
     with it.stalled() as stall:
@@ -836,6 +821,38 @@ if "sockmi.service" in " ".join(sys.orig_argv):
             [record] = it.export_passively(ours(case.ours), to="d", source="c")
             assert words in judged([verdict(record)], Code.IMAGE, "aborted")
             goes_on(case)
+        moved(it.export_passively(ours(case.ours), to="d", source="c"))
+        [came] = it.take([ImportRequest(["connected"], local_port=case.port)], "d")
+        it.finish(case, copy_of(came))
+        copy_of(came).close()
+        case.close()
+
+
+def test_the_redirect_fails(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has no room, say: undone at the commit."""
+    (tmp_path / "sitecustomize.py").write_text(
+        """
+import errno, os, sys
+if "sockmi.service" in " ".join(sys.orig_argv):
+    from sockmi.redirect.nat import Nat
+    from sockmi.rehearsing import Rehearsal
+    Rehearsal.lead_away = lambda self: None  # it has no such fault
+    lead_away = Nat.send_away
+    def fail(self, connections):
+        if not connections:
+            return
+        Nat.send_away = lead_away
+        raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+    Nat.send_away = fail
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    modes = {"devices": ["eth0"], "modes": ["nat"]}
+    with daemons(lab, "cd", unicast=True, redirect=modes) as both, bench(lab, "nat", both) as it:
+        case = it.pair("v4", host="c")
+        [record] = it.export_passively(ours(case.ours), to="d", source="c")
+        judged([verdict(record)], Code.REDIRECT, "aborted")
+        goes_on(case)
         moved(it.export_passively(ours(case.ours), to="d", source="c"))
         [came] = it.take([ImportRequest(["connected"], local_port=case.port)], "d")
         it.finish(case, copy_of(came))

@@ -97,7 +97,7 @@ def connected(it: Bench, peer: socket.socket, version: int, address: str = "") -
 
 def listed(it: Bench, case: Case) -> tuple[str, str] | None:
     """Why `list` says that it could not move: code and sentence."""
-    wanted = {"local_port": case.port, "kinds": ["connected"]}
+    wanted = {"pid": os.getpid(), "local_port": case.port, "kinds": ["connected"]}
     [row] = [row for one in ask(it.host("a"), "list", filter=wanted) for row in one["sockets"]]
     assert row["movable"] is (row["refusal"] is None)
     return (row["refusal"]["code"], row["refusal"]["message"]) if row["refusal"] else None
@@ -105,7 +105,7 @@ def listed(it: Bench, case: Case) -> tuple[str, str] | None:
 
 def planned(it: Bench, case: Case, to: str | None = "b") -> dict[str, Any]:
     """The record of a dry run."""
-    wanted = {"local_port": case.port, "kinds": ["connected"]}
+    wanted = {"pid": os.getpid(), "local_port": case.port, "kinds": ["connected"]}
     answers = ask(it.host("a"), "drain", filter=wanted, to=to, dry_run=True)
     [record] = [record for one in answers for record in one["migrations"]]
     return record
