@@ -95,7 +95,8 @@ class Capture:
     def check(self, **options: Any) -> Verdict:
         """Judge what was recorded; ``options`` as for `judge`."""
         self.stop()
-        verdict = judge(read_pcap(self.path), **options)
+        observers = {str(self.host.address(version)) for version in (4, 6)}
+        verdict = judge(read_pcap(self.path), **{"observers": observers} | options)
         if self.dropped:
             verdict.findings.append(
                 Finding(
@@ -294,6 +295,7 @@ class Rules:
     rst_from: Collection[str] = ()
     allow: Collection[Trouble] = ()
     reordering_s: float = 0.02
+    observers: Collection[str] = ()
 
 
 def judge(
@@ -303,15 +305,17 @@ def judge(
     rst_from: Collection[str] = (),
     allow: Collection[Trouble] = (),
     reordering_s: float = 0.02,
+    observers: Collection[str] = (),
 ) -> Verdict:
     """Judge the segments of any number of connections.
 
     ``fin_from``: addresses that may end their side (None: all; a FIN may still not move or be
     followed by data). ``rst_from``: addresses that may reset. ``allow``: troubles that are not
     reported. ``reordering_s``: a segment that acknowledges less than one before, or tells of less room, but
-    no later after it than this, was overtaken on its way.
+    no later after it than this, was overtaken on its way. ``observers``: addresses whose own windows are
+    not judged, as their kernels take them back when buffers are made smaller.
     """
-    rules = Rules(fin_from, rst_from, allow, reordering_s)
+    rules = Rules(fin_from, rst_from, allow, reordering_s, observers)
     connections: dict[frozenset[Ends], _Connection] = {}
     verdict = Verdict()
     for segment in segments:
@@ -383,7 +387,7 @@ def _look(
     if segment.has(dpkt.tcp.TH_ACK):
         behind = other.acknowledged_seen and other.unwrap(segment.acknowledgment) < other.acknowledged
         yield from _acknowledged(other, segment, rules.reordering_s)
-        if not behind:
+        if not behind and segment.source[0] not in rules.observers:
             yield from _told_room(sender, other, segment, rules.reordering_s)
 
 

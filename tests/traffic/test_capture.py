@@ -199,6 +199,7 @@ def test_window_that_is_taken_back(trace: Trace, window: int, back: bool, scale:
     assert {one.trouble for one in judge(seen).findings} == ({Trouble.WINDOW_BACK} if back else set())
     assert judge([one for one in seen if not one.flags & SYN]).clean
     assert judge(seen, reordering_s=1).clean
+    assert judge(seen, observers={SERVER[0]}).clean
 
 
 @pytest.mark.parametrize("left", [(), ((60, 100),), ((20, 60),)])
