@@ -30,7 +30,7 @@ class AwaitingRoutes:
     def do(self, work: Callable[[], None]) -> None:
         """``work``, after all that was given before."""
         self.wake()
-        if self._waking:
+        if self._waking or self._waiting:  # of which one may have asked for this, as it is done
             self._waiting.append(work)
         else:
             work()
@@ -40,4 +40,5 @@ class AwaitingRoutes:
         waking.exception()
         self._waking = False
         while self._waiting:
-            self._driver.carry_out_late(self._waiting.popleft())
+            self._driver.carry_out_late(self._waiting[0])
+            self._waiting.popleft()
