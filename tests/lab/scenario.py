@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -99,6 +100,30 @@ def drain(host: Host, to: str | None = None, **wanted: Any) -> list[dict[str, An
     wanted.setdefault("kinds", ["connected"])
     answers = ask(host, "drain", filter=wanted, to=to)
     return [record for answer in answers for record in answer["migrations"]]
+
+
+@contextlib.contextmanager
+def captured_connection(
+    lab: Lab, pcap: Path, address: str, port: int, device: str = "eth0"
+) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """From the peer to that address of a: (the peer's end, a's). What passes is held to the laws."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with (
+        Capture(lab.host("peer"), f"tcp port {port}", pcap, device=device) as capture,
+        lab.host("a").socket(family) as listener,
+        lab.host("peer").socket(family) as client,
+    ):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen()
+        client.settimeout(20)
+        client.connect((address, port))
+        ours, _unused = listener.accept()
+        listener.close()
+        with ours:
+            ours.settimeout(20)
+            yield client, ours
+    clean(capture.check())
 
 
 @dataclass(slots=True)

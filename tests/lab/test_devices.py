@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from lab.capture import Capture
 from lab.daemons import Daemons
 from lab.host import Host
 from lab.labs import Lab
@@ -22,8 +21,7 @@ from sockmi.client import Export, ImportRequest, MigrationRecord, export_sockets
 from sockmi.device_news import DeviceNews
 from sockmi.refusal import Code
 from tests.lab.redirect_lab import run
-from tests.lab.scenario import ask, daemons, until
-from tests.laws import clean
+from tests.lab.scenario import ask, captured_connection, daemons, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -77,24 +75,11 @@ def running(lab: Lab, segment: None) -> Iterator[Daemons]:
         yield made
 
 
-@contextlib.contextmanager
-def connected(lab: Lab, directory: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A connection from the peer to a by the second segment, (the peer's end, a's), without a RST."""
-    with (
-        Capture(lab.host("peer"), f"tcp port {PORT}", directory / "peer.pcap", device=DEVICE) as capture,
-        lab.host("a").socket() as listener,
-        lab.host("peer").socket() as client,
-    ):
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address("a"), PORT))
-        listener.listen()
-        client.settimeout(20)
-        client.connect((address("a"), PORT))
-        ours, _unused = listener.accept()
-        with ours:
-            ours.settimeout(20)
-            yield client, ours
-    clean(capture.check())
+def connected(
+    lab: Lab, directory: Path
+) -> contextlib.AbstractContextManager[tuple[socket.socket, socket.socket]]:
+    """By the second segment."""
+    return captured_connection(lab, directory / "peer.pcap", address("a"), PORT, DEVICE)
 
 
 def move(lab: Lab, sock: socket.socket, source: str, target: str) -> MigrationRecord:

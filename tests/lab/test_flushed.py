@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from lab.capture import Capture
 from lab.daemons import Daemons
 from lab.host import Host
 from lab.labs import Lab
@@ -24,13 +23,11 @@ from sockmi.client import Export, ImportRequest, export_sockets, import_socket
 from sockmi.redirect import shield
 from sockmi.redirect.settings import Settings
 from sockmi.redirect.tables import Tables
-from tests.lab.scenario import ask, daemons, status, until
-from tests.laws import clean
+from tests.lab.scenario import ask, captured_connection, daemons, status, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 PORT = 5092
-FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 SERVICE = {4: "10.77.1.77", 6: "fd77:1::77"}  # an address that takeover can take
 WAYS = [
     ["flush", "ruleset"],
@@ -79,28 +76,11 @@ def running(lab: Lab, mode: str, hosts: str = "ab") -> Iterator[Daemons]:
         yield made
 
 
-@contextlib.contextmanager
 def connected(
     lab: Lab, directory: Path, version: int = 4, address: str = ""
-) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A connection from the peer to a, (the peer's end, a's), without a RST."""
+) -> contextlib.AbstractContextManager[tuple[socket.socket, socket.socket]]:
     address = address or lab.host("a").address(version)
-    with (
-        Capture(lab.host("peer"), f"tcp port {PORT}", directory / "peer.pcap") as capture,
-        lab.host("a").socket(FAMILY[version]) as listener,
-        lab.host("peer").socket(FAMILY[version]) as client,
-    ):
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, PORT))
-        listener.listen()
-        client.settimeout(20)
-        client.connect((address, PORT))
-        ours, _unused = listener.accept()
-        listener.close()
-        with ours:
-            ours.settimeout(20)
-            yield client, ours
-    clean(capture.check())
+    return captured_connection(lab, directory / "peer.pcap", address, PORT)
 
 
 def leave(lab: Lab, sock: socket.socket, source: str, target: str) -> None:
