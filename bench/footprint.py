@@ -72,9 +72,11 @@ def _rested(daemon: Daemon) -> None:
 
 
 def _memory_mb(daemon: Daemon) -> dict[str, float]:
-    """Resident and proportional set size of all its processes."""
+    """Resident and proportional set size of all its processes; sockmi-stop lives in the daemon's."""
     sizes = {"Rss": 0, "Pss": 0}
     for pid in (daemon.pid, *daemon.children()):
+        if Path(f"/proc/{pid}/comm").read_text() == "sockmi-stop\n":
+            continue
         for row in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
             name, value = row.split()[:2]
             if name[:-1] in sizes:

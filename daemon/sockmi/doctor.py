@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -147,7 +146,8 @@ def _descriptors() -> Check:
 
 
 def _space(directory: Path) -> Check:
-    free = shutil.disk_usage(directory).free
+    place = os.statvfs(directory)
+    free = place.f_bavail * place.f_frsize
     if free < _SPACE_BYTES_MIN or not os.access(directory, os.W_OK):
         return _bad(
             "space",

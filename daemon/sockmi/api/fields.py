@@ -45,4 +45,6 @@ Name = Annotated[str, Field(min_length=1, max_length=255)]
 class Model(BaseModel):
     """Strict: an unknown field is an error, so that no option is ignored in silence."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, populate_by_name=True, defer_build=True
+    )
