@@ -108,6 +108,13 @@ def _nftables(daemon: Parts) -> Check:
         return _bad(
             "nftables", f"The tables cannot be read: {error}.", "Restart the daemon; it makes them again."
         )
+    if not daemon.tables.guard.is_up:
+        return _bad(
+            "nftables",
+            "Nothing drops RSTs while somebody else has flushed the ruleset.",
+            "Do not flush it while connections have moved; Linux 5.12 and later can guard them.",
+            warning=True,
+        )
     return _ok("nftables", f"The tables are in place; {held} connections are held now.")
 
 

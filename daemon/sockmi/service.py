@@ -251,6 +251,7 @@ class Daemon:
             redirect.setup()
         self.driver.dispatch(self._recover())
         self.tables.unshield()  # in case it ended in the middle of `_restore`
+        self._guard()
         self._destroyed = DestroyedSockets(
             self.redirecting.destroyed,
             self.redirecting.listener_destroyed,
@@ -312,6 +313,12 @@ class Daemon:
     def _look_at_tables(self) -> None:
         if self.tables.maybe_unheard:
             self._restoring.look()
+
+    def _guard(self) -> None:
+        try:
+            self.tables.guard.raise_()
+        except OSError as error:
+            _log.warning("who flushes the nftables ruleset may end moved connections: %s", error)
 
     def _restore(self) -> None:
         """The tables, as a start makes them, and in them what this daemon knows."""

@@ -104,12 +104,16 @@ def drain(host: Host, to: str | None = None, **wanted: Any) -> list[dict[str, An
 
 @contextlib.contextmanager
 def captured_connection(
-    lab: Lab, pcap: Path, address: str, port: int, device: str = "eth0"
+    lab: Lab, pcap: Path, address: str, port: int, *, device: str = "eth0", but: str = ""
 ) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """From the peer to that address of a: (the peer's end, a's). What passes is held to the laws."""
+    """From the peer to that address of a: (the peer's end, a's). What passes is held to the laws.
+
+    ``but``: not what is to or from this address.
+    """
+    seen = f"tcp port {port}" + (f" and not host {but}" if but else "")
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with (
-        Capture(lab.host("peer"), f"tcp port {port}", pcap, device=device) as capture,
+        Capture(lab.host("peer"), seen, pcap, device=device) as capture,
         lab.host("a").socket(family) as listener,
         lab.host("peer").socket(family) as client,
     ):

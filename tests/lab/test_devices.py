@@ -79,7 +79,7 @@ def connected(
     lab: Lab, directory: Path
 ) -> contextlib.AbstractContextManager[tuple[socket.socket, socket.socket]]:
     """By the second segment."""
-    return captured_connection(lab, directory / "peer.pcap", address("a"), PORT, DEVICE)
+    return captured_connection(lab, directory / "peer.pcap", address("a"), PORT, device=DEVICE)
 
 
 def move(lab: Lab, sock: socket.socket, source: str, target: str) -> MigrationRecord:

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import signal
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +21,8 @@ from lab.host import Host
 from lab.labs import Lab
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.client import Export, ImportRequest, export_sockets, import_socket
-from sockmi.redirect import shield
+from sockmi.redirect import nft_messages, shield
+from sockmi.redirect.guard import Guard
 from sockmi.redirect.settings import Settings
 from sockmi.redirect.tables import Tables
 from tests.lab.scenario import ask, captured_connection, daemons, status, until
@@ -77,10 +79,10 @@ def running(lab: Lab, mode: str, hosts: str = "ab") -> Iterator[Daemons]:
 
 
 def connected(
-    lab: Lab, directory: Path, version: int = 4, address: str = ""
+    lab: Lab, directory: Path, version: int = 4, address: str = "", but: str = ""
 ) -> contextlib.AbstractContextManager[tuple[socket.socket, socket.socket]]:
     address = address or lab.host("a").address(version)
-    return captured_connection(lab, directory / "peer.pcap", address, PORT)
+    return captured_connection(lab, directory / "peer.pcap", address, PORT, but=but)
 
 
 def leave(lab: Lab, sock: socket.socket, source: str, target: str) -> None:
@@ -121,6 +123,34 @@ def test_a_connection_that_has_moved(lab: Lab, tmp_path: Path, mode: str, versio
             for name in "ab":
                 removed(lab.host(name), WAYS[0])
                 talk(client, back)
+
+
+@pytest.mark.parametrize("flushed", ["a", "b"])
+@pytest.mark.parametrize("mode", ["forward", "nat"])
+def test_while_the_daemon_cannot_know(lab: Lab, tmp_path: Path, mode: str, flushed: str) -> None:
+    """Busy both ways, and nobody makes the tables again for a second: nothing is lost, nobody is reset.
+
+    What nat's importer sends under its own name meanwhile the peer does not know, and says so to no effect.
+    """
+    but = lab.host("b").address(4) if (mode, flushed) == ("nat", "b") else ""
+    with running(lab, mode) as made, connected(lab, tmp_path, but=but) as (client, ours):
+        leave(lab, ours, "a", "b")
+        with take(lab, "b") as copy:
+            talk(client, copy)
+            os.kill(made[flushed].pid, signal.SIGSTOP)
+            try:
+                lab.host(flushed).run(["nft", "flush", "ruleset"])
+                client.sendall(b"x" * 5000)
+                copy.sendall(b"y" * 5000)
+                time.sleep(1)
+            finally:
+                os.kill(made[flushed].pid, signal.SIGCONT)
+            for end, sent in ((copy, b"x"), (client, b"y")):
+                got = b""
+                while len(got) < 5000:
+                    got += end.recv(5000)
+                assert got == sent * 5000
+            talk(copy, client)
 
 
 def test_an_address_that_has_moved(lab: Lab, tmp_path: Path) -> None:
@@ -172,10 +202,25 @@ def test_a_listener_that_has_moved(lab: Lab, tmp_path: Path) -> None:
         take(lab, "b", "listening").close()
 
 
+def saved_of(host: Host) -> str:
+    """All but the guard."""
+    return "".join(
+        host.run(["nft", "list", "table", family, "sockmi"]).stdout for family in ("inet", "netdev")
+    )
+
+
 def test_a_ruleset_that_was_saved(lab: Lab, tmp_path: Path) -> None:
-    """In one transaction: the tables are there, and what is in them is of another day."""
+    """In one transaction: the tables are there, and what is in them is of another day.
+
+    With the guard, which has an owner, the kernel refuses it, and all is as it was.
+    """
     with running(lab, "forward"), connected(lab, tmp_path) as (client, ours):
-        saved = {name: lab.host(name).run(["nft", "list", "ruleset"]).stdout for name in "ab"}
+        before = ruleset(lab.host("a"))
+        whole = lab.host("a").run(["nft", "list", "ruleset"]).stdout
+        refused = lab.host("a").run(["nft", "-f", "-"], input="flush ruleset\n" + whole, check=False)
+        assert "sockmi_guard" in refused.stderr
+        assert ruleset(lab.host("a")) == before
+        saved = {name: saved_of(lab.host(name)) for name in "ab"}
         leave(lab, ours, "a", "b")
         with take(lab, "b") as copy:
             for name in "ab":
@@ -184,7 +229,7 @@ def test_a_ruleset_that_was_saved(lab: Lab, tmp_path: Path) -> None:
                 host.run(["nft", "-f", "-"], input="flush ruleset\n" + saved[name])
                 until(lambda host=host, before=before: ruleset(host) == before)
                 talk(client, copy)
-            now = {name: lab.host(name).run(["nft", "list", "ruleset"]).stdout for name in "ab"}
+            now = {name: saved_of(lab.host(name)) for name in "ab"}
             leave(lab, copy, "b", "a")
             with take(lab, "a") as back:
                 for name in "ab":
@@ -250,26 +295,85 @@ def test_the_news(lab: Lab, tables: Tables) -> None:
     assert tables.is_whole()
 
 
-def test_the_shield(lab: Lab, tables: Tables) -> None:
-    """It lets everything pass but RSTs."""
-    port = 5093
-    with lab.host("c").entered():
-        shield.send(shield.raised("flushed"))
+def others_pass(lab: Lab) -> None:
+    """A new connection of c's talks."""
+    address = lab.host("c").address(4), PORT + 1
     with lab.host("peer").socket() as client, lab.host("c").socket() as listener:
-        listener.bind((lab.host("c").address(4), port))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
         listener.listen()
         client.settimeout(20)
-        client.connect((lab.host("c").address(4), port))
+        client.connect(address)
         ours, _unused = listener.accept()
         with ours:
             talk(client, ours)
 
-    def refused() -> Any:
-        with lab.host("peer").socket() as sock:
-            sock.settimeout(0.5)
-            return sock.connect_ex((lab.host("c").address(4), port + 1))
 
-    assert refused() != 111
+def is_refused(lab: Lab, caller: str = "peer", called: str = "c") -> bool:
+    """Whether the caller hears that nobody listens there, or hears nothing."""
+    with lab.host(caller).socket() as sock:
+        sock.settimeout(0.5)
+        number: int = sock.connect_ex((lab.host(called).address(4), PORT + 2))
+    return number == errno.ECONNREFUSED
+
+
+def test_the_shield(lab: Lab, tables: Tables) -> None:
+    """It lets everything pass but RSTs."""
     with lab.host("c").entered():
-        shield.send(shield.lowered("flushed"))
-    assert refused() == 111
+        nft_messages.send(shield.raised("flushed"))
+    others_pass(lab)
+    assert not is_refused(lab)
+    with lab.host("c").entered():
+        nft_messages.send(shield.lowered("flushed"))
+    assert is_refused(lab)
+
+
+def test_the_guard(lab: Lab, tables: Tables) -> None:
+    """Without our other tables it lets everything pass but RSTs, in and out; with them it does nothing."""
+    host = lab.host("c")
+    host.run(["nft", "add", "table", "inet", "flushed_guard"])
+    with host.entered():
+        tables.guard.raise_()
+    assert tables.guard.is_up
+    for words in (["flush", "ruleset"], ["delete", "table", "inet", "flushed"]):
+        assert is_refused(lab) and is_refused(lab, "c", "peer")
+        host.run(["nft", *words])
+        others_pass(lab)
+        assert not is_refused(lab) and not is_refused(lab, "c", "peer")
+        tables.rebuild()
+    others_pass(lab)
+    denied = host.run(["nft", "delete", "table", "inet", "flushed_guard"], check=False)
+    assert "Operation not permitted" in denied.stderr
+    tables.teardown("test")
+    assert not host.run(["nft", "list", "ruleset"]).stdout
+    assert is_refused(lab) and is_refused(lab, "c", "peer")
+
+
+def test_the_guard_has_gone_with_its_daemon(lab: Lab) -> None:
+    """Stopped or killed, it leaves none behind, and the tables refuse as ever."""
+    with running(lab, "forward", "c") as made:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            assert "sockmi_guard" in str(ruleset(lab.host("c")))
+            os.kill(made["c"].pid, number)
+            until(lambda: "sockmi_guard" not in str(ruleset(lab.host("c"))))
+            assert is_refused(lab) and is_refused(lab, "c", "peer")
+            made["c"].stop()
+            made["c"].start()
+        [answer] = ask(lab.host("c"), "doctor")
+        assert [one["status"] for one in answer["checks"] if one["name"] == "nftables"] == ["ok"]
+
+
+def test_a_guard_that_cannot_be(lab: Lab) -> None:
+    """The daemon starts, and says what is missing."""
+    with lab.host("c").entered():
+        others = Guard(Settings())
+        others.raise_()
+    try:
+        with running(lab, "forward", "c") as made:
+            assert "sockmi_guard: Operation not permitted" in made["c"].log()
+            [answer] = ask(lab.host("c"), "doctor")
+            [check] = [one for one in answer["checks"] if one["name"] == "nftables"]
+            assert check["status"] == "warning"
+            assert "flushed the ruleset" in check["message"]
+    finally:
+        others.lower()

@@ -29,7 +29,7 @@ def remove(host: Host, *words: str) -> tuple[int, str, str]:
 
 
 def left(host: Host) -> list[str]:
-    """What is of the redirects in a host's kernel."""
+    """What is of the redirects in a host's kernel, but for the guard, which goes with the daemon."""
     said = host.run(["nft", "list", "tables"]).stdout
     for family in ("-4", "-6"):
         said += host.run(["ip", family, "rule"]).stdout
@@ -38,7 +38,8 @@ def left(host: Host) -> list[str]:
             program = LEGACY if family == "-4" else LEGACY.replace("iptables", "ip6tables")
             said += host.run([program]).stdout
     words = (" sockmi", "sockmi_", "7780", "proto 83")
-    return sorted(line for line in said.splitlines() if any(word in line for word in words))
+    lines = said.replace("table inet sockmi_guard\n", "").splitlines()
+    return sorted(line for line in lines if any(word in line for word in words))
 
 
 def stop(daemons: Cluster, host: str) -> None:

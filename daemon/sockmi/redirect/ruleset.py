@@ -87,6 +87,7 @@ def _family(settings: Settings, version: int) -> str:
         ("in", f"{into} @hold{v} log group {settings.log_group} queue-threshold 1 drop"),
         ("in", f"meta mark set {into} map @flow{v} goto did_in{v}"),
         ("in", f"goto unmoved{v}"),
+        ("unmoved", f"meta mark {mark(Tag.SUSPECT)} meta mark set 0"),
         ("unmoved", f"{ip} daddr . tcp dport @away{v} jump away{v}"),
         ("unmoved", f"tcp dport @away_port{v} jump away{v}"),
         # What iptables' own rules lead on has no flow, and no socket here.
@@ -124,6 +125,7 @@ def _family(settings: Settings, version: int) -> str:
         ("out", f"{out} @hold{v} drop"),
         ("out", f"tcp flags & (rst | ack) == rst {out} @quiet{v} drop"),
         ("out", f"meta mark set {out} map @flow{v} goto did_out{v}"),
+        ("out", f"meta mark {mark(Tag.SUSPECT)} meta mark set 0"),
         (
             "did_out",
             f"meta mark & 0xffff0000 vmap {{ {mark(Tag.MOVED)} : drop, "

@@ -31,6 +31,8 @@ class Tag(IntEnum):
     """An ICMP error that the daemon sends on: not caught a second time."""
     ENDED = 7
     """Left this host and has ended: what is late is dropped, but a SYN begins a new connection here."""
+    SUSPECT = 8
+    """A RST that our tables have not seen; see guard.py."""
 
 
 @frozen

@@ -20,8 +20,9 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import TypeVar
 
 from sockmi.addresses import Endpoint, FourTuple
-from sockmi.redirect import own_ports, ruleset, shield
+from sockmi.redirect import nft_messages, own_ports, ruleset, shield
 from sockmi.redirect.base import Inbound, Mode, Outbound
+from sockmi.redirect.guard import Guard
 from sockmi.redirect.nftset import INET, NETDEV, Batch, NftSet, NftSocket
 from sockmi.redirect.routes import Routes
 from sockmi.redirect.settings import Settings, Tag
@@ -90,6 +91,7 @@ class Tables:
         self.routes = Routes(self.settings)
         self._nft = NftSocket(use_destroy)
         self.news = TableNews()
+        self.guard = Guard(self.settings)
         #: Called when there is no such table; whether there is by now.
         self.restore: Callable[[], bool] = bool
         self._lock = threading.RLock()
@@ -196,6 +198,7 @@ class Tables:
                 return
             self.routes.remove()
             self._release_ports()
+            self.guard.lower()
             self._load(ruleset.gone(self.settings))
             self._devices = {}
             self._made = None
@@ -203,7 +206,8 @@ class Tables:
             self._ours = None
 
     def close(self) -> None:
-        """Close the sockets; the tables stay."""
+        """Close the sockets; the tables stay, but for the guard."""
+        self.guard.lower()
         self._nft.close()
         self.news.close()
 
@@ -228,11 +232,11 @@ class Tables:
 
     def shield(self) -> None:
         """Until ``unshield`` no RST comes in or goes out."""
-        shield.send(shield.raised(self.settings.table))
+        nft_messages.send(shield.raised(self.settings.table))
 
     def unshield(self) -> None:
         """The inverse of ``shield``."""
-        shield.send(shield.lowered(self.settings.table))
+        nft_messages.send(shield.lowered(self.settings.table))
 
     def rebuild(self) -> None:
         """As ``setup``, but at once: for the devices and routes that there were. Of elements, the notes.
