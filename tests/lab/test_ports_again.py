@@ -15,7 +15,7 @@ import pytest
 
 from lab.labs import Lab
 from tests.lab.crash_lab import cluster
-from tests.lab.matrix_lab import Bench, Case, bench, copy_of, exchange, moved
+from tests.lab.matrix_lab import EVERYWHERE, Bench, Case, bench, copy_of, exchange, moved
 from tests.lab.scenario import status, until
 
 AS_INSTALLED = {"linger_s": 120.0, "look_again_s": 10.0, "freeze_deadline_s": 5.0}
@@ -60,6 +60,29 @@ def test_its_port_comes_again(lab: Lab, tmp_path: Path, how: str, mode: str, kin
     with cluster(lab, "ab", **options) as daemons, bench(lab, mode, daemons.daemons) as it:
         case = it.pair(kind)
         with it.listener("a", kind, case.port) as listener:
+            for _turn in range(2):
+                moved(it.export_actively([case.ours]))
+                [taken] = it.take([it.request(case)])
+                copy = copy_of(taken)
+                exchange(copy, case.peer, 200_000)
+                end(case, copy, how)
+                assert again(it, case, listener) < AT_ONCE_S
+        case.close()
+        it.clear()
+
+
+@pytest.mark.parametrize("kind", ["v4", "v6"])
+@pytest.mark.parametrize("mode", ["forward", "nat"])
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_the_importers_own_service_is_not_meant(
+    lab: Lab, tmp_path: Path, how: str, mode: str, kind: str
+) -> None:
+    """It listens at the same port of all addresses, and the old connection's packets still come to it."""
+    options = {"redirect": {"devices": ["eth0"], "modes": [mode]}, "timing": AS_INSTALLED}
+    with cluster(lab, "ab", **options) as daemons, bench(lab, mode, daemons.daemons) as it:
+        case = it.pair(kind)
+        everywhere = EVERYWHERE if kind == "v4" else "::"
+        with it.listener("a", kind, case.port) as listener, it.listener("b", kind, case.port, everywhere):
             for _turn in range(2):
                 moved(it.export_actively([case.ours]))
                 [taken] = it.take([it.request(case)])

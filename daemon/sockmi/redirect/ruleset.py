@@ -59,6 +59,7 @@ def _family(settings: Settings, version: int) -> str:
         "ended_in",
         "local_in",
         "begun_in",
+        "begun_here",
         "nat_out",
         "nat_in",
         "out",
@@ -66,6 +67,7 @@ def _family(settings: Settings, version: int) -> str:
         "ended_out",
         "nat_src",
     )
+    begun = f'log prefix "{BEGUN}" group {settings.log_group} queue-threshold 1'
     lines = [
         f"add set {table} hold{v} {{ type {conn}; flags timeout; }}",
         f"add set {table} quiet{v} {{ type {conn}; }}",
@@ -108,12 +110,17 @@ def _family(settings: Settings, version: int) -> str:
         ("ended_in", f"{into} @anew{v} meta mark set 0 goto unmoved{v}"),
         ("ended_in", "drop"),
         # A socket of a connection that came here answers a SYN itself; if there is none, or TIME-WAIT,
-        # which is no full socket, the daemon sees to it that the connection's home can answer.
-        ("begun_in", "socket wildcard { 0, 1 } return"),
-        ("begun_in", f'log prefix "{BEGUN}" group {settings.log_group} queue-threshold 1'),
-        ("begun_in", "socket transparent { 0, 1 } return"),
+        # which is no full socket, the daemon sees to it that the connection's home can answer. Who listens
+        # here at all addresses is not meant, unless this host has the connection's address.
+        ("begun_in", "socket wildcard 0 return"),
+        ("begun_in", begun),
         ("begun_in", "drop"),
-        ("local_in", f"{_SYN} jump begun_in{v}"),
+        ("begun_here", "socket wildcard { 0, 1 } return"),
+        ("begun_here", begun),
+        ("begun_here", "socket transparent { 0, 1 } return"),
+        ("begun_here", "drop"),
+        ("local_in", f"{_SYN} fib daddr type local jump begun_here{v}"),
+        ("local_in", f"{_SYN} fib daddr type != local jump begun_in{v}"),
         ("local_in", "notrack accept"),  # the mark stays: the ip rule delivers by it
         ("nat_in", f"{_SYN} jump begun_in{v}"),
         ("nat_in", "meta mark set 0 notrack accept"),
