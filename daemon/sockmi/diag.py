@@ -36,6 +36,7 @@ _SOCKET_ID = struct.Struct("!HH16s16s4s8s")
 _NO_COOKIE = b"\xff" * 8
 _ANY_DEVICE = 0
 _QUESTIONS_AT_ONCE = 64  # so that all answers fit into the receive buffer
+_NEWS_AT_ONCE = 256  # however fast sockets end
 _DEVICES_AGE_S = 1.0  # to list them takes longer than to ask
 _LISTEN, _TIME_WAIT = 10, 6
 _SO_RCVBUFFORCE = 33
@@ -212,8 +213,8 @@ class DestroyedSockets:
         self.socket.bind((0, groups))
 
     def readable(self) -> None:
-        """Read all news; for the event loop."""
-        while True:
+        """Read news, a turn's worth; for the event loop."""
+        for _turn in range(_NEWS_AT_ONCE):
             try:
                 news = self.socket.recv(65536)
             except BlockingIOError:

@@ -30,6 +30,7 @@ _SILENT_STATES = frozenset({5, 6})  # FIN-WAIT-2 (of which the same is left), TI
 _AT_ONCE_S = 0.2
 _RESERVE_S = 0.05  # for a whole batch
 _ABORTED_S = 1.0  # there may be many that one of these could have been
+_LOST_S = 1.0  # who floods us with news has us look at all no more often
 
 
 class Redirecting:
@@ -59,6 +60,8 @@ class Redirecting:
         self._missed: dict[tuple[Record, bytes], Endpoint] = {}
         self._watched: set[bytes] = set()
         self._destroyed: list[bytes] = []  # since the loop's last turn
+        self._begun: dict[bytes, None] = {}
+        self._lost = False
         self._aborted: set[tuple[Endpoint, IPv4Address | IPv6Address]] = set()
         # More than one only until an ended connection is forgotten whose tuple another has by now: the last.
         self._by_tuple: dict[FourTuple, dict[bytes, None]] = {}
@@ -414,17 +417,32 @@ class Redirecting:
     def begun_anew(self, connection: FourTuple) -> None:
         """Its peer begins a new one with the same ends, and here is no more of it than TIME-WAIT.
 
-        So the peer waits for nothing; it repeats its SYN, which the connection's home is to answer.
+        So the peer waits for nothing; it repeats its SYN, which the connection's home is to answer. Of many
+        SYNs that are read together the kernel is asked once.
         """
-        self._look(self._by_tuple.get(connection, ()), _SILENT_STATES)
+        known = self._by_tuple.get(connection, {})
+        if known and not self._begun:
+            self._shell.loop.call_later(0, self._look_at_begun)
+        self._begun.update(known)
+
+    def _look_at_begun(self) -> None:
+        begun, self._begun = self._begun, {}
+        self._look(begun, _SILENT_STATES)
 
     def listener_destroyed(self, local: Endpoint) -> None:
         """The kernel has destroyed a socket that was not connected."""
         if local in self._listening:
             self._shell.loop.call_later(_AT_ONCE_S, self.look_at_listeners)
 
+    def news_lost(self) -> None:
+        """News of the kernel were lost."""
+        if not self._lost:
+            self._lost = True
+            self._shell.loop.call_later(_LOST_S, self.look_at_all)
+
     def look_at_all(self) -> None:
         """After a restart, or when news of the kernel were lost."""
+        self._lost = False
         self._look([each for there in self._by_tuple.values() for each in there])
         self.look_at_listeners()
 

@@ -256,7 +256,7 @@ class Daemon:
             self.redirecting.destroyed,
             self.redirecting.listener_destroyed,
             self.redirecting.aborted,
-            self.redirecting.look_at_all,
+            self.redirecting.news_lost,
         )
         self.redirecting.reserve_ports()
         self.held.begun_anew = self.redirecting.begun_anew

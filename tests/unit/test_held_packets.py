@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Packets on their way between hosts: packed, unpacked, and nothing malformed accepted."""
+"""Packets on their way between hosts: packed, unpacked, nothing malformed accepted; and no flood of them."""
 
 from __future__ import annotations
+
+import struct
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sockmi.redirect.held import pack, unpack
+from sockmi.diag import DestroyedSockets
+from sockmi.redirect.held import HeldPackets, pack, unpack
 
 GROUPS = st.dictionaries(
     st.binary(min_size=16, max_size=16), st.lists(st.binary(max_size=200), max_size=5), max_size=5
@@ -45,3 +48,37 @@ def test_empty() -> None:
     assert unpack(b"") == {}
     with pytest.raises(ValueError, match="byte 0"):
         unpack(b"x")
+
+
+class Flood:
+    """A netlink socket at which there is always more."""
+
+    def __init__(self, message: bytes) -> None:
+        self.message, self.reads = message, 0
+
+    def recv_into(self, buffer: memoryview) -> int:
+        self.reads += 1
+        buffer[: len(self.message)] = self.message
+        return len(self.message)
+
+    def recv(self, _unused: int) -> bytes:
+        self.reads += 1
+        return self.message
+
+
+def test_who_sends_faster_than_is_read_keeps_nobody_waiting() -> None:
+    """The loop has its turn, and so has who takes what is kept."""
+    held = HeldPackets.__new__(HeldPackets)
+    held._kept, held._buffer = {}, memoryview(bytearray(64))
+    held._socket = flood = Flood(struct.pack("=IHHII", 16, 4 << 8, 0, 0, 0))  # type: ignore[assignment]
+    held.readable()
+    assert flood.reads <= 1000
+    held.take([])
+    assert flood.reads <= 20_000
+
+
+def test_sockets_that_end_faster_than_is_read_keep_nobody_waiting() -> None:
+    news = DestroyedSockets.__new__(DestroyedSockets)
+    news.socket = flood = Flood(struct.pack("=IHHII", 16, 0, 0, 0, 0))  # type: ignore[assignment]
+    news.readable()
+    assert flood.reads <= 1000

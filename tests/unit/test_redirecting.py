@@ -26,6 +26,7 @@ from sockmi.shell import inbound
 LOCAL, REMOTE = Endpoint.parse("192.0.2.1:80"), Endpoint.parse("198.51.100.1:4000")
 TUPLE = FourTuple(LOCAL, REMOTE)
 PLACE = Place(LOCAL, Mode.FORWARD)
+TIME_WAIT = 6
 HOME, OLD, NEW = (letter * 16 for letter in (b"h", b"o", b"n"))
 
 
@@ -155,6 +156,33 @@ def test_one_that_the_kernel_says_nothing_of_keeps_no_other_waiting(host: Host) 
     host.failing.clear()
     again()
     assert host.events == [e.ConnectionsEnded((many[3].connection,))]
+
+
+def test_a_flood_of_syns_is_one_question(host: Host) -> None:
+    """Whoever begins anew, as fast as he can, from ports of what has moved."""
+    many = others(5)
+    host.redirecting.add_holdings(many)
+    host.state = TIME_WAIT
+    for _turn in range(1000):
+        for at in range(5):
+            host.redirecting.begun_anew(FourTuple(LOCAL, Endpoint(REMOTE.address, 5000 + at)))
+        host.redirecting.begun_anew(FourTuple(LOCAL, Endpoint(REMOTE.address, 4999)))
+    (look,) = host.later
+    look()
+    assert host.questions == 1
+    assert host.events == [e.ConnectionsEnded(tuple(one.connection for one in many))]
+
+
+def test_lost_news_have_all_looked_at_once_in_a_while(host: Host) -> None:
+    host.redirecting.add_holdings(others(5))
+    host.state = None
+    for _turn in range(1000):
+        host.redirecting.news_lost()
+    (look,) = host.later
+    look()
+    assert host.questions == 1 and len(host.events) == 1
+    host.redirecting.news_lost()
+    assert len(host.later) == 2
 
 
 def test_a_kernel_that_does_not_answer_is_asked_once(host: Host) -> None:

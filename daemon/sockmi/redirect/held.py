@@ -48,6 +48,10 @@ BYTES_MAX = 32 << 20
 # Of connections that rest in the import list, which may be many, and for long.
 RESTING_BYTES_PER_CONNECTION_MAX = 64 << 10
 RESTING_BYTES_MAX = 8 << 20
+# Read before the loop gets its turn, however fast packets come; and at most what the kernel's buffer can have
+# had when whoever takes them came.
+_READ_AT_ONCE = 512
+_READ_TO_TAKE = 16384
 
 
 @functools.cache
@@ -160,7 +164,7 @@ class HeldPackets:
 
     def take(self, tuples: Sequence[FourTuple]) -> dict[FourTuple, list[bytes]]:
         """The packets of these, oldest first, and ``forget``."""
-        self.readable()
+        self.readable(_READ_TO_TAKE)
         forgotten = ((one, self._forget(key(one))) for one in tuples)
         return {one: list(kept.packets) for one, kept in forgotten if kept and kept.packets}
 
@@ -252,9 +256,9 @@ class HeldPackets:
 
     # -- netlink
 
-    def readable(self) -> None:
-        """Take in what the kernel has logged."""
-        while True:
+    def readable(self, most: int = _READ_AT_ONCE) -> None:
+        """Take in what the kernel has logged: ``most`` of its messages."""
+        for _turn in range(most):
             try:
                 length = self._socket.recv_into(self._buffer)
             except BlockingIOError:
