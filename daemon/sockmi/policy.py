@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -120,9 +121,9 @@ class LeastLoaded(Policy):
     def assign(self, wanted: Counts, candidates: Sequence[Candidate]) -> list[Share]:
         """To each as much as makes their loads equal; the rest, in order, to who has room."""
         ordered, deal = self.order(candidates), Deal(wanted, candidates)
-        levels = range(FULL + 1)
-        enough = (level for level in levels if sum(_up_to(one, level) for one in candidates) >= wanted.total)
-        level = next(enough, FULL)
+        level = bisect_left(
+            range(FULL), wanted.total, key=lambda load: sum(_up_to(one, load) for one in candidates)
+        )
         for candidate in ordered:
             deal.give(candidate, _up_to(candidate, level))
         for candidate in ordered:

@@ -48,8 +48,8 @@ T = TypeVar("T")
 # --- rules ---------------------------------------------------------------------------------
 
 PURE = {
-    "__future__", "abc", "collections", "collections.abc", "copy", "dataclasses", "enum", "functools",
-    "heapq", "ipaddress", "re", "struct", "typing",
+    "__future__", "abc", "bisect", "collections", "collections.abc", "copy", "dataclasses", "enum",
+    "functools", "heapq", "ipaddress", "re", "struct", "typing",
     "sockmi.addresses", "sockmi.engine.base", "sockmi.frozen", "sockmi.policy", "sockmi.redirect.base",
     "sockmi.refusal",
 }  # fmt: skip
