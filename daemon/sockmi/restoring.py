@@ -30,6 +30,7 @@ class Restoring:
         self._made_at: deque[float] = deque(maxlen=_OFTEN)
         self._is_waiting = False
         self._is_restoring = False
+        self._is_due = False  # the tables may be there, and what was in them not
         self._thread = threading.get_ident()
 
     def heard(self) -> None:
@@ -38,10 +39,11 @@ class Restoring:
         self.look()
 
     def look(self) -> None:
-        """Restore what is not there."""
-        if self._is_waiting or self._is_whole():
+        """Restore what is not there. As long as it is not, no RST passes."""
+        if self._is_waiting or (not self._is_due and self._is_whole()):
             return
         if len(self._made_at) == _OFTEN and time.monotonic() < self._made_at[0] + _OFTEN_S:
+            self._tables.shield()
             self._look_in(_PAUSE_S)
             return
         try:
@@ -62,13 +64,14 @@ class Restoring:
     def _make(self) -> None:
         began = time.monotonic()
         self._tables.shield()
-        self._is_restoring = True
+        self._is_restoring = self._is_due = True
         try:
             self._restore()
         finally:
             self._is_restoring = False
-            self._tables.unshield()
             self._made_at.append(time.monotonic())
+        self._is_due = False
+        self._tables.unshield()
         took_ms = round((time.monotonic() - began) * 1000)
         _log.warning("somebody has removed the nftables tables; they are there again, after %d ms", took_ms)
 

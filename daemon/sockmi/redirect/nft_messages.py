@@ -17,7 +17,9 @@ OWNED = 2  # NFT_TABLE_F_OWNER
 DROP = 0  # NF_DROP
 _NETLINK_NETFILTER, _NFNL_SUBSYS_NFTABLES = 12, 10
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_NEWTABLE, _DELTABLE, _NEWCHAIN, _NEWRULE = (_NFNL_SUBSYS_NFTABLES << 8 | one for one in (0, 2, 3, 6))
+_NEWTABLE, _DELTABLE, _NEWCHAIN, _NEWRULE, _DELRULE = (
+    _NFNL_SUBSYS_NFTABLES << 8 | one for one in (0, 2, 3, 6, 8)
+)
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_CREATE, _NLM_F_APPEND = 0x1, 0x4, 0x400, 0x800
 _VERDICT, _REGISTER = 0, 1
 _META_MARK, _META_L4PROTO = 3, 16
@@ -39,6 +41,11 @@ def new_chain(table: str, name: str, hook: int, priority: int) -> bytes:
     """A base chain of type filter."""
     hooked = _nest(4, _number(1, hook), _number(2, priority))
     return _message(_NEWCHAIN, _NLM_F_CREATE, _text(1, table), _text(3, name), hooked, _text(7, "filter"))
+
+
+def flush_chain(table: str, name: str) -> bytes:
+    """Remove its rules, if it has any."""
+    return _message(_DELRULE, 0, _text(1, table), _text(2, name))
 
 
 def new_rule(table: str, chain: str, *expressions: bytes) -> bytes:

@@ -19,6 +19,7 @@ def raised(table: str) -> bytes:
     messages = [nft.new_table(name)]
     for chain, hook in _HOOKS.items():
         messages.append(nft.new_chain(name, chain, hook, _PRIORITY))
+        messages.append(nft.flush_chain(name, chain))
         messages.append(nft.new_rule(name, chain, *nft.is_rst(), *nft.drop()))
     return nft.transaction(messages)
 

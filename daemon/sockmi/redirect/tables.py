@@ -200,6 +200,7 @@ class Tables:
             self._release_ports()
             self.guard.lower()
             self._load(ruleset.gone(self.settings))
+            self.unshield()  # of a daemon that was killed in the middle of making them again
             self._devices = {}
             self._made = None
             self._known_ports.clear()
