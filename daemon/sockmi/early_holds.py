@@ -54,6 +54,12 @@ class EarlyHolds:
             return
         self._held |= due
 
+    def hold_again(self) -> list[FourTuple]:
+        """All of them, whatever the kernel has of that: nobody else will, as they are held already."""
+        if tuples := list(self._held.values()):
+            self._shell.holds.hold(tuples, None)
+        return tuples
+
     def take(self, migrations: Iterable[MigrationId]) -> set[FourTuple]:
         """Those that are held already; they are the caller's from now on."""
         held = set()

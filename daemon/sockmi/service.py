@@ -324,10 +324,12 @@ class Daemon:
         """The tables, as a start makes them, and in them what this daemon knows."""
         self.tables.rebuild()
         dormant = self.importing.life.hold_dormant()
-        keep_held = {copy.tuple for copy in dormant if copy.tuple} | set(self.exporting.freezer.hold_frozen())
+        keep_held = {copy.tuple for copy in dormant if copy.tuple}
+        keep_held |= {*self.importing.early.hold_again(), *self.exporting.freezer.hold_frozen()}
+        leading = self.exporting.committer.leading()
         self._recovery().kernel(
-            self.redirecting.routes,
-            self.redirecting.holdings,
+            self.redirecting.routes | leading,
+            {name: one for name, one in self.redirecting.holdings.items() if name not in leading},
             returning={copy.arrival.item.connection for copy in dormant if not copy.holding},
             listed={copy.holding.connection for copy in dormant if copy.holding},
             held=self.tables.held(),

@@ -33,6 +33,22 @@ def test_held_before_the_freeze(lab: Lab, tmp_path: Path) -> None:
         proved(daemons, serving, "b")
 
 
+def test_held_although_somebody_flushes(lab: Lab, tmp_path: Path) -> None:
+    """What is promised a place is held again with all else, as its copy is made without a hold of its own."""
+    with (
+        cluster(lab, "ab", {"a": PAUSED}) as daemons,
+        service(daemons, "lines", "ab", tmp_path) as serving,
+    ):
+        serving.clients()
+        daemons.drain("a", "b", serving.port)
+        daemons.stopped("a")
+        until(lambda: held(lab.host("b")) == len(serving.peers))
+        lab.host("b").run(["nft", "flush", "ruleset"])
+        until(lambda: held(lab.host("b")) == len(serving.peers))
+        daemons.signal("a", signal.SIGCONT)
+        proved(daemons, serving, "b")
+
+
 def test_what_does_not_come_is_let_go(lab: Lab, tmp_path: Path) -> None:
     """A dry run, and an exporter that dies before it has frozen anything, leave no hold behind."""
     with (

@@ -25,6 +25,8 @@ from sockmi.redirect import nft_messages, shield
 from sockmi.redirect.guard import Guard
 from sockmi.redirect.settings import Settings
 from sockmi.redirect.tables import Tables
+from tests.lab.crash_lab import TIMING, cluster
+from tests.lab.matrix_lab import Keeper, bench, copy_of, exchange
 from tests.lab.scenario import ask, captured_connection, daemons, status, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -241,6 +243,36 @@ def test_a_ruleset_that_was_saved(lab: Lab, tmp_path: Path) -> None:
                 )
                 talk(client, back)
                 talk(back, client)
+
+
+def test_in_the_middle_of_a_commit(lab: Lab, tmp_path: Path) -> None:
+    """One of two has ended by then. What takes it back finds the tables gone; the other has no route yet."""
+    crash_at = {"a": "commit.led-away:1:STOP"}
+    with (
+        cluster(lab, "ab", crash_at, redirect={"modes": ["forward"]}) as daemons,
+        bench(lab, "forward", daemons.daemons) as it,
+        it.watched(tmp_path),
+    ):
+        moves, ends = it.pair("v4", PORT), it.pair("v4", PORT)
+        with Keeper([moves.fd]), Keeper([ends.fd]) as owner:
+            moves.ours.close()
+            ends.ours.close()
+            drain = daemons.drain("a", "b", PORT)
+            daemons.stopped("a")
+            lab.host("a").run(["nft", "flush", "ruleset"])
+            os.kill(owner.pid, signal.SIGKILL)
+            stat = Path(f"/proc/{owner.pid}/stat")  # who traces it hears of its end first
+            until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+            daemons.signal("a", signal.SIGCONT)
+            assert [one["outcome"] for one in drain.ended() or []] == ["moved"], "what has ended is none"
+        copy = copy_of(it.take([it.request(moves)])[0])
+        time.sleep(TIMING["freeze_deadline_s"] + 1.5)  # what holds the frozen has ended
+        assert moves.peer is not None and ends.peer is not None
+        exchange(copy, moves.peer, 20_000)
+        exchange(moves.peer, copy, 20_000)
+        copy.close()
+        assert moves.peer.recv(1) == ends.peer.recv(1) == b""
+        it.clear()
 
 
 def test_others_tables_are_their_own(lab: Lab) -> None:

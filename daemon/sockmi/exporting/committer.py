@@ -62,6 +62,12 @@ class Committer:
         self._listeners = listeners
         self._decisions = decisions
         self._gone: dict[ChunkId, list[tuple[Route, Export]]] = {}
+        self._leaving: dict[bytes, Route] = {}  # led away by a commit that is not over
+
+    def leading(self) -> dict[bytes, Route]:
+        """What is led away and has no route yet, by connection."""
+        gone = (route for chunk in self._gone.values() for route, _unused in chunk)
+        return self._leaving | {route.connection: route for route in gone if route.durable}
 
     def commit(self, action: Commit) -> None:
         """Redirect, compare, journal, close; what fails is undone and goes on where it was."""
@@ -118,6 +124,7 @@ class Committer:
         self._ship_held(importer, gone)
         if gone:
             self._gone[action.decision.chunk] = gone
+        self._leaving = {}
         reached("commit.done")
         self._shell.dispatch(CommitDone(action.decision.chunk, tuple(results)))
         for index, queue in queues.items():
@@ -203,6 +210,7 @@ class Committer:
             connections = [one for index in indices if (one := outbound(routes[index]))]
             try:
                 self._shell.redirects[mode].send_away(connections)
+                self._leaving |= {routes[index].connection: routes[index] for index in indices}
             except Exception as error:
                 refusal = Refusal(Code.REDIRECT, f"The {mode} redirect could not be set up: {error}.")
                 for index in indices:
@@ -219,6 +227,8 @@ class Committer:
         """The inverse of ``_send_away``, and of the freeze, for some of them: those that have ``failed``."""
         if not failed:
             return
+        for index in failed:
+            self._leaving.pop(routes[index].connection, None)
         self._listeners.let_new_come(routes[index] for index in failed)
         pairs = [(routes[index].place.mode, index) for index in failed]
         for mode, indices in by_mode(pairs).items():

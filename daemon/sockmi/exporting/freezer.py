@@ -305,7 +305,10 @@ class Freezer:
 
     def hold_frozen(self) -> list[FourTuple]:
         """What is frozen is held, for as long as a freeze may last, whatever the kernel has of that."""
-        frozen = [one for one in self._exports.under_way() if one.record["step"] in _FROZEN_STEPS]
+        # What has thawed, to be tried again, runs.
+        frozen = [
+            one for one in self._exports.under_way() if one.stopped and one.record["step"] in _FROZEN_STEPS
+        ]
         self._hold(frozen, self._shell.config.timing.freeze_deadline_s + _HOLD_MARGIN_S)
         return [one.facts.tuple for one in owned(frozen) if one.facts.tuple]
 

@@ -4,7 +4,7 @@
 A copy is dormant (in repair, its tuple held) until its application has the descriptor and says so.
 Until then its image is in the spool, so that whatever dies, the copy can be made again.
 
-- `reservations`: a place for each socket that is announced, or none any more.
+- `reservations`: a place for each socket that is announced, or none any more; `early` holds.
 - `preparer`: copies are made, dormant, and promised; or done away with, silently.
 - `activation`: they are ours: to their applications, or into the lists.
 - `handover`: applications wait, are sent descriptors, and say what they keep. It owns who waits and what
@@ -51,7 +51,7 @@ class Importing:
         capacity: Capacity,
         redirecting: Redirecting,
     ) -> None:
-        early = EarlyHolds(shell, redirecting, placing)
+        self.early = early = EarlyHolds(shell, redirecting, placing)
         self.stock = stock = Stock(shell, placing, capacity)
         self.reservations = Reservations(shell, redirecting, placing, early)
         self.listed = Listed(shell, redirecting, stock, self._offer)
