@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -78,33 +80,72 @@ def test_new_clients_are_answered(lab: Lab, few_ports: None, mode: str, kind: st
         until(lambda: sysctl(lab, RESERVED) == f"{OPERATORS}-50001", 30)
 
 
-def test_many_are_written_in_parts() -> None:
-    """A page holds some 700 of them."""
+@contextlib.contextmanager
+def alone() -> Iterator[Host]:
+    """Inside a host that has nothing."""
     host = Host("x", f"smt-{os.getpid()}-own-x")
     run("ip", "netns", "add", host.namespace)
     try:
         run("ip", "-n", host.namespace, "link", "set", "lo", "up")
         with host.inside():
-            every_other = set(range(20001, 50000, 2))
-            own_ports.reserve(every_other)
-            assert own_ports.reserved() == every_other
-            own_ports.reserve({80, 443, 8000, 8001, 8002})
-            assert own_ports.reserved() == {80, 443, 8000, 8001, 8002}
-            first, last = 32768, 60999
-            host.sysctl("net/ipv4/ip_local_port_range", f"{first} {last}")
-            chosen = own_ports.chosen(range(1, 65536), {60000})
-            assert len(chosen) == (last - first + 1) // 2 and 60000 in chosen and min(chosen) == first
-            # What was reserved without us is not released with ours.
-            host.tables.setup()
-            host.tables.reserve_ports({40001, 40002, 80})
-            assert own_ports.reserved() == {80, 443, 8000, 8001, 8002, 40001, 40002}
-            host.restart().reserve_ports({40002})
-            assert own_ports.reserved() == {80, 443, 8000, 8001, 8002, 40002}
-            host.tables.teardown()
-            assert own_ports.reserved() == {80, 443, 8000, 8001, 8002}
-            own_ports.reserve(())
-            assert own_ports.reserved() == set()
-            host.tables.teardown()
+            yield host
     finally:
         host.close()
         run("ip", "netns", "del", host.namespace)
+
+
+def test_tables_may_be_gone_while_a_device_comes() -> None:
+    """Its thread asks the kernel for what it has made; who makes the tables again waits for it."""
+    with alone() as host:
+        tables = host.tables
+        tables.setup()
+        host.nft("flush", "ruleset")
+        making, restoring, done = threading.Event(), threading.Event(), threading.Event()
+
+        def device_comes() -> None:
+            with tables._making:
+                making.set()
+                restoring.wait(10)
+                tables.is_led("lo")
+            done.set()
+
+        def restore() -> bool:
+            restoring.set()
+            assert done.wait(5), "they wait for each other"
+            tables.rebuild()
+            return True
+
+        tables.restore = restore
+        other = threading.Thread(target=device_comes, daemon=True)
+        other.start()
+        making.wait(10)
+        tables.reserve_ports({40001})
+        other.join(10)
+        assert own_ports.reserved() == {40001}
+        tables.teardown()
+        assert own_ports.reserved() == set()
+
+
+def test_many_are_written_in_parts() -> None:
+    """A page holds some 700 of them."""
+    with alone() as host:
+        every_other = set(range(20001, 50000, 2))
+        own_ports.reserve(every_other)
+        assert own_ports.reserved() == every_other
+        own_ports.reserve({80, 443, 8000, 8001, 8002})
+        assert own_ports.reserved() == {80, 443, 8000, 8001, 8002}
+        first, last = 32768, 60999
+        host.sysctl("net/ipv4/ip_local_port_range", f"{first} {last}")
+        chosen = own_ports.chosen(range(1, 65536), {60000})
+        assert len(chosen) == (last - first + 1) // 2 and 60000 in chosen and min(chosen) == first
+        # What was reserved without us is not released with ours.
+        host.tables.setup()
+        host.tables.reserve_ports({40001, 40002, 80})
+        assert own_ports.reserved() == {80, 443, 8000, 8001, 8002, 40001, 40002}
+        host.restart().reserve_ports({40002})
+        assert own_ports.reserved() == {80, 443, 8000, 8001, 8002, 40002}
+        host.tables.teardown()
+        assert own_ports.reserved() == {80, 443, 8000, 8001, 8002}
+        own_ports.reserve(())
+        assert own_ports.reserved() == set()
+        host.tables.teardown()

@@ -355,27 +355,31 @@ class Tables:
         return found
 
     def reserve_ports(self, ports: Collection[int]) -> None:
-        """See base.Holds. The set keeps which are ours, as the kernel keeps them reserved."""
+        """See base.Holds. The set keeps which are ours, as the kernel keeps them reserved.
+
+        Of one thread. The lock is not kept: a transaction may have the tables made again, by who waits for
+        ``_making`` then, and who makes them asks the kernel under the lock.
+        """
         with self._lock:
             if self._ours is None:
                 self._ours = {_PORT.unpack_from(key)[0] for key, _unused in self._nft.dump(self._reserved)}
             ours = self._ours
-            wanted = own_ports.chosen(ports, ours)
-            if not wanted | ours:
-                return
-            now = own_ports.reserved()
-            if ours == wanted <= now:
-                return
-            new = wanted - ours - now  # what was reserved before we came is not for us to release
-            with self.transaction() as batch:
-                batch.add(self._reserved, ((_PORT.pack(port), b"") for port in new))
-            self._ours = ours | new
-            kept = (ours | new) & wanted
-            if (after := now - (ours - kept) | kept) != now:
-                own_ports.reserve(after)
-            with self.transaction() as batch:
-                batch.remove(self._reserved, [_PORT.pack(port) for port in ours - kept])
-            self._ours = kept
+        wanted = own_ports.chosen(ports, ours)
+        if not wanted | ours:
+            return
+        now = own_ports.reserved()
+        if ours == wanted <= now:
+            return
+        new = wanted - ours - now  # what was reserved before we came is not for us to release
+        with self.transaction() as batch:
+            batch.add(self._reserved, ((_PORT.pack(port), b"") for port in new))
+        self._ours = ours | new
+        kept = (ours | new) & wanted
+        if (after := now - (ours - kept) | kept) != now:
+            own_ports.reserve(after)
+        with self.transaction() as batch:
+            batch.remove(self._reserved, [_PORT.pack(port) for port in ours - kept])
+        self._ours = kept
 
     def _release_ports(self) -> None:
         try:
