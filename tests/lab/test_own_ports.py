@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -124,6 +125,23 @@ def test_tables_may_be_gone_while_a_device_comes() -> None:
         assert own_ports.reserved() == {40001}
         tables.teardown()
         assert own_ports.reserved() == set()
+
+
+def test_each_more_costs_what_the_first_did() -> None:
+    """The set in which they are noted is no list that the kernel goes through."""
+    with alone() as host:
+        host.sysctl("net/ipv4/ip_local_port_range", "20000 59999")
+        host.tables.setup()
+        wanted: set[int] = set()
+        took = []
+        for first in range(20000, 40000, 2000):
+            wanted |= set(range(first, first + 2000))
+            began = time.thread_time()
+            host.tables.reserve_ports(wanted)
+            took.append(time.thread_time() - began)
+        assert own_ports.reserved() == wanted
+        assert max(took[-3:]) < 4 * min(took[:3]), took
+        host.tables.teardown()
 
 
 def test_many_are_written_in_parts() -> None:

@@ -158,7 +158,8 @@ def inet(settings: Settings) -> str:
     lines = [
         f"add table {table}",
         f"add map {table} ports {{ type mark : inet_service; }}",
-        f"add set {table} reserved {{ type inet_service; }}",
+        # With timeouts, of which it has none, it is a hash table; else the kernel would have a list of them.
+        f"add set {table} own_ports {{ type inet_service; flags timeout; }}",
     ]
     # The flow map has had the mark; what goes out gets back the one of its socket (SO_MARK), if it has one.
     lines += [

@@ -122,7 +122,7 @@ class Tables:
         self.led = each(INET, "led", 2)
         self._anew = each(INET, "anew", 2)
         self.importers = {v: NftSet(INET, table, f"importers{v}", wide) for v, wide in ((4, 4), (6, 16))}
-        self._reserved = NftSet(INET, table, "reserved", 2)
+        self._reserved = NftSet(INET, table, "own_ports", 2)
         self._syn_holds = each(INET, "hold_syn", 1)
         self._port_holds = {version: NftSet(INET, table, f"hold_port{version}", 2) for version in (4, 6)}
         self._away = each(INET, "away", 1)
