@@ -176,10 +176,12 @@ esac
 
 
 def test_the_daemons_apparmor_profile(host: RoleHost, tmp_path: Path) -> None:
-    """Written for the prefix, loaded, and removed with all that the parser has made of it."""
+    """Written for the prefix and the Python, loaded, and removed with all that the parser has made of it."""
     place, loaded = "/etc/apparmor.d/sockmid", "cat /sys/kernel/security/apparmor/profiles"
     host.release("/opt/elsewhere")
-    where: dict[str, Any] = {"sockmi_prefix": "/opt/elsewhere", "sockmi_apparmor": True}
+    (tmp_path / "python").write_text("#!/bin/sh\necho cp312 /opt/python\n")
+    host.sh(f"mkdir -p /opt/python/bin; install -m 755 {tmp_path}/python /opt/python/bin/python3")
+    where: dict[str, Any] = {"sockmi_prefix": "/opt/elsewhere", "sockmi_python": "/opt/python/bin/python3"}
 
     def run(*tasks: str, check: bool = False, **variables: Any) -> int:
         code, output, changed = host.tasks(*tasks, check=check, **variables)
@@ -191,12 +193,14 @@ def test_the_daemons_apparmor_profile(host: RoleHost, tmp_path: Path) -> None:
     assert run("gather", "apparmor", **where) == 0  # nobody could load it
     (tmp_path / "parser").write_text(PARSER)
     host.sh(f"install -m 755 {tmp_path}/parser /usr/local/sbin/apparmor_parser")
-    assert run("gather", "apparmor", **where | {"sockmi_apparmor": False}) == 0
+    for never in (False, "false"):
+        assert run("gather", "apparmor", **where | {"sockmi_apparmor": never}) == 0
     predicted = run("gather", "apparmor", check=True, **where)
     assert "sockmid (" not in host.sh(f"{loaded}; test ! -e {place}")
     assert run("gather", "apparmor", **where) == predicted == 2
     assert "sockmid (enforce)\n" in host.sh(loaded)
-    assert "\n@{sockmi_prefix}=/opt/elsewhere\n" in host.sh(f"cat {place}")
+    written = host.sh(f"cat {place}")
+    assert "\n@{sockmi_prefix}=/opt/elsewhere\n@{sockmi_python}=/usr /usr/local /opt/python\n" in written
     assert run("gather", "apparmor", **where) == 0
     host.sh("sed -i '/^sockmid (/d' /sys/kernel/security/apparmor/profiles")  # as aa-teardown does
     assert run("gather", "apparmor", **where) == 1

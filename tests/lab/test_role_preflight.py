@@ -177,6 +177,7 @@ def test_what_is_in_the_way_is_named(host: RoleHost, tmp_path: Path) -> None:
     """Each alone, on a host that is else fit, and nothing has been done by then."""
     fit = probed(host, tmp_path)
     tunnel = {"sockmi_groups": [{"name": "default", "interface": "tun0"}]}
+    asked = {"sockmi_apparmor": True}
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({}, {}, ""),
         (
@@ -192,6 +193,18 @@ def test_what_is_in_the_way_is_named(host: RoleHost, tmp_path: Path) -> None:
         ({"free_mib": 200}, {}, "/opt/sockmi has 200 MiB left; a release needs 200"),
         ({}, tunnel, "The MTU of tun0 is below 1450"),
         ({"mtu": {"tun0": 1450}}, tunnel, ""),
+        ({"apparmor": {"enabled": False, "parser": None}}, {}, ""),
+        (
+            {"apparmor": {"enabled": False, "parser": None}},
+            asked,
+            "true, but the kernel does not confine by AppArmor",
+        ),
+        (
+            {"apparmor": {"enabled": True, "parser": None}},
+            asked,
+            "true, but apparmor_parser is not there; install",
+        ),
+        ({"apparmor": {"enabled": True, "parser": "/usr/sbin/apparmor_parser"}}, asked, ""),
         ({"python": None}, {}, "has no Python 3.11, 3.12 or 3.13"),
         ({"python": {"path": "/usr/bin/python3", "tag": "cp39"}}, {}, "has no Python 3.11, 3.12 or 3.13"),
     ]

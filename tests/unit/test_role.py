@@ -177,7 +177,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("prefix", "/opt/sock mi", "sockmi_prefix is '/opt/sock mi'; give an absolute path without spaces"),
     ("prefix", "/opt/100%", "sockmi_prefix is '/opt/100%'; give an absolute path without spaces"),
     ("packages", "perhaps", "sockmi_packages"),
-    ("apparmor", "perhaps", "sockmi_apparmor"),
+    ("apparmor", "perhaps", "sockmi_apparmor must be one of: auto, true, false"),
     ("c_library", "perhaps", "sockmi_c_library"),
     ("sysctls", "net.ipv4.ip_forward", "sockmi_sysctls"),
     ("firewall", "iptables", "sockmi_firewall must be one of: auto, nftables, firewalld, ufw, none"),

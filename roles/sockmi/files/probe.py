@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-TAG = "import sys; print('cp%d%d' % sys.version_info[:2])"
+TAG = "import sys; print('cp%d%d' % sys.version_info[:2], sys.base_prefix)"
 QUERIES = (
     ("debian", ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"]),
     (
@@ -107,13 +107,13 @@ def packages(family):
 
 
 def python(candidates):
-    """The first of them that the daemon can run with, else the last that is there: path and tag."""
+    """The first of them that the daemon can run with, else the last that is there: path, tag, prefix."""
     found = None
     for name in candidates:
         path = shutil.which(name)
-        tag = said(path, "-I", "-c", TAG) if path else ""
+        tag, _unused, place = (said(path, "-I", "-c", TAG) if path else "").partition(" ")
         if tag.startswith("cp3"):
-            found = {"path": path, "tag": tag}
+            found = {"path": path, "tag": tag, "place": place}
             if int(tag[3:]) >= 11:
                 break
     return found
@@ -150,9 +150,10 @@ def xtables(names):
 def apparmor():
     """Whether the kernel confines by it, what loads profiles, and what is there of the daemon's."""
     place = Path("/sys/kernel/security/apparmor")
+    loads = os.access(place / ".replace", os.W_OK)  # in a container it may be there, and be the host's
     caches = sorted(Path("/var/cache/apparmor").glob("*/sockmid"))
     return {
-        "enabled": text("/sys/module/apparmor/parameters/enabled") == "Y" and (place / ".replace").exists(),
+        "enabled": text("/sys/module/apparmor/parameters/enabled") == "Y" and loads,
         "parser": shutil.which("apparmor_parser", path=SBIN),
         "loaded": any(line.startswith("sockmid (") for line in (text(place / "profiles") or "").splitlines()),
         "files": [str(path) for path in [Path("/etc/apparmor.d/sockmid"), *caches] if path.exists()],
