@@ -263,6 +263,25 @@ assert not engine.left_in_repair()
     assert owner.peers[0].recv(100) == b"written"
 
 
+def test_what_another_boot_has_left_is_nobodys(stack: ExitStack, tmp_path: Path) -> None:
+    """Its numbers are those of other sockets by now; run_dir need not be in memory."""
+    owner, record = Owner(stack, IDLE), tmp_path / "record"
+    process = daemon(owner, "release.arrested:1:STOP", "release", record)
+    kill_the_tracer(process)
+    process.kill()
+    process.wait()
+    program = f"from sockmi.engine import repair; print(repair.keep_record({str(record)!r}))"
+
+    def left() -> int:
+        return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout)
+
+    assert left() == 1
+    with record.open("r+b") as file:
+        file.seek(file.read().index(Path("/proc/sys/kernel/random/boot_id").read_text().strip().encode()))
+        file.write(b"0" * 36)
+    assert left() == 0
+
+
 def kill_the_tracer(process: subprocess.Popen[bytes]) -> None:
     """As soon as a daemon has stopped: the child of one of its threads."""
     folder = Path(f"/proc/{process.pid}")

@@ -13,13 +13,15 @@
 #include "engine_internal.h"
 
 #define RECORDS 1024
-#define FORMAT 0x31504952494d4b53 /* "SKMIRIP1" */
+#define FORMAT 0x32504952494d4b53 /* "SKMIRIP2" */
+#define BOOT_ID "/proc/sys/kernel/random/boot_id"
 /* For a thread that is being killed to leave its last system call: then what it can have done is done. */
 #define GONE_TRIES 40000
 #define GONE_PAUSE_NS 50000
 
 struct table {
 	uint64_t format;
+	char boot[40];	/* inodes of another one are others' */
 	struct sockmi_in_repair records[RECORDS];
 };
 
@@ -109,8 +111,20 @@ void sockmi_in_repair_mend(void)
 
 /* ---- from one daemon to the next ---- */
 
+static void read_boot(char boot[static 40])
+{
+	int fd = open(BOOT_ID, O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		return;
+	if (read(fd, boot, 36) < 0)
+		boot[0] = 0;
+	close(fd);
+}
+
 int sockmi_in_repair_keep(const char *path)
 {
+	char boot[40] = "";
 	int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600), error, left = 0;
 	struct table *kept = MAP_FAILED;
 
@@ -124,8 +138,10 @@ int sockmi_in_repair_keep(const char *path)
 	close(fd);
 	if (error)
 		return -error;
-	if (kept->format != FORMAT)
+	read_boot(boot);
+	if (kept->format != FORMAT || memcmp(kept->boot, boot, sizeof(boot)))
 		memset(kept, 0, sizeof(*kept));
+	memcpy(kept->boot, boot, sizeof(boot));
 	kept->format = FORMAT;
 	for (unsigned int at = 0; at < RECORDS; at++) {
 		int32_t whose = atomic_load(&kept->records[at].whose);
