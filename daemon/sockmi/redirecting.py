@@ -66,6 +66,7 @@ class Redirecting:
         # More than one only until an ended connection is forgotten whose tuple another has by now: the last.
         self._by_tuple: dict[FourTuple, dict[bytes, None]] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
+        self._known_as: dict[FourTuple, Endpoint] = {}
         self._ports: Counter[int] = Counter()  # this host's, of what is led away
         self._reserves = False
         self._takeover = shell.redirects.get(Mode.TAKEOVER)
@@ -92,7 +93,7 @@ class Redirecting:
         """A chunk was committed."""
         routes = tuple(routes)
         for route in routes:
-            self.routes[route.connection] = route
+            self._set(route)
             if (one := outbound(route)) is not None:
                 self._ports[one.tuple.local.port] += one.tuple not in self._routes_by_tuple
                 self._routes_by_tuple[one.tuple] = route.connection
@@ -103,6 +104,7 @@ class Redirecting:
         """It came home, or has ended."""
         route = self.routes.pop(connection, None)
         if route is not None:
+            self._unknow(route)
             if (one := self._led(route)) is not None:
                 del self._routes_by_tuple[one.tuple]
                 self._ports[one.tuple.local.port] -= 1
@@ -111,6 +113,21 @@ class Redirecting:
                 self._reserve_soon()
             self.listener_found((Record.ROUTE, connection))
         return route
+
+    def _set(self, route: Route) -> None:
+        if (old := self.routes.get(route.connection)) is not None:
+            self._unknow(old)
+        self.routes[route.connection] = route
+        self._known_as.update(_known_as(route))
+
+    def _unknow(self, route: Route) -> None:
+        for ends, known in _known_as(route).items():
+            if self._known_as.get(ends) == known:
+                del self._known_as[ends]
+
+    def known_as(self, ends: FourTuple) -> Endpoint | None:
+        """What a peer (``local``) knows as the other end of what is translated to a host (``remote``)."""
+        return self._known_as.get(ends)
 
     def _reserve_soon(self) -> None:
         if not self._reserves:
@@ -279,7 +296,7 @@ class Redirecting:
             refusal = self._reroute_one(route)
             if refusal is None:
                 former.setdefault(route.connection, self.routes[route.connection])
-                self.routes[route.connection] = route
+                self._set(route)
                 durable.keep(change, [route])
             results.append((route.connection, route.hop, refusal))
         reached("reroute.led")
@@ -299,7 +316,7 @@ class Redirecting:
         for route in former:
             if (refusal := self._reroute_one(route)) is not None:
                 raise refusal
-            self.routes[route.connection] = route
+            self._set(route)
 
     def _reroute_one(self, route: Route) -> Refusal | None:
         old, new = self.routes.get(route.connection), outbound(route)
@@ -333,7 +350,8 @@ class Redirecting:
         """Journal routes whose bookkeeping changed."""
         change = Change()
         durable.keep(change, action.routes)
-        self.routes.update((route.connection, route) for route in action.routes)
+        for route in action.routes:
+            self._set(route)
         self._shell.journal.write(change)
 
     def collect(self, action: Collect) -> None:
@@ -495,6 +513,14 @@ class Redirecting:
     def _look_again(self, connections: list[bytes]) -> None:
         self._watched.difference_update(connections)
         self._look(connections)
+
+
+def _known_as(route: Route) -> dict[FourTuple, Endpoint]:
+    """Peer and importer of what is led away under another name, and the one that the peer knows."""
+    one = outbound(route)
+    if one is None or route.place.mode not in (Mode.NAT, Mode.IPTABLES):
+        return {}
+    return {FourTuple(one.tuple.remote, one.importer): one.tuple.local}
 
 
 def _listeners_of(routes: Iterable[Route]) -> dict[tuple[Record, bytes], Endpoint]:

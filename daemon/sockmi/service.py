@@ -212,7 +212,7 @@ class Daemon:
             held_arrived=self.importing.stock.copies.held_arrived,
             inject=self._icmp_injector.inject,
         )
-        self._icmp_relay = IcmpRelay(self.tables, list(self.redirects.values()), self.messenger.send_icmp)
+        self._icmp_relay = IcmpRelay(self.tables, self.redirecting.known_as, self.messenger.send_icmp)
         self._restoring = Restoring(self.loop, self.tables, self._restore)
         self._chores = Chores(
             self.loop,

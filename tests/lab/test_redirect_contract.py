@@ -611,8 +611,12 @@ def relaying(
                     again = IcmpError.from_bytes(error.to_bytes())
                     done.append((host.name, injectors[host.name].inject(again)))
 
+    def known_as(ends: FourTuple) -> Endpoint | None:
+        away = site.on(exporter).outbound()
+        return {FourTuple(one.tuple.remote, one.importer): one.tuple.local for one in away}.get(ends)
+
     with exporter.inside():
-        relay = IcmpRelay(exporter.tables, [site.on(exporter)], ship)
+        relay = IcmpRelay(exporter.tables, known_as, ship)
     stop = threading.Event()
 
     def loop() -> None:

@@ -61,7 +61,9 @@ class Host:
             dispatch=self.events.append,
             note=lambda _unused: None,
             holds=SimpleNamespace(miss_listeners=lambda *_unused: None),
+            journal=SimpleNamespace(write=lambda _unused: None),
         )
+        self.shell = shell
         self.redirecting = Redirecting(shell, {}, {}, self._states, Counter, lambda _unused: False)
 
     def _states(self, connections: Sequence[FourTuple]) -> list[int | None]:
@@ -123,6 +125,31 @@ def test_a_route_is_collected_alone(host: Host) -> None:
     assert not host.expired and host.redirecting.route_of(TUPLE) == route(NEW)
     host.redirecting.collect(a.Collect((route(NEW),)))
     assert host.expired == [TUPLE] and host.redirecting.route_of(TUPLE) is None
+
+
+def test_what_its_peer_knows_of_a_translated_one(host: Host) -> None:
+    """As errors about its packets come fast, and there may be thousands: looked up, not looked for."""
+    first, second = (Endpoint.parse(f"192.0.2.{number}:4000") for number in (8, 9))
+
+    def led(connection: bytes, to: Endpoint, hop: int = 1) -> Route:
+        return replace(route(connection), hop=hop, place=Place(to, Mode.NAT))
+
+    def known(to: Endpoint) -> Endpoint | None:
+        return host.redirecting.known_as(FourTuple(REMOTE, to))
+
+    redirect: Any = SimpleNamespace(reachable=lambda _unused: None, reroute=lambda _unused: None)
+    host.shell.redirects[Mode.NAT] = redirect
+    host.redirecting.add_routes([led(OLD, first), route(NEW)])
+    assert known(first) == LOCAL and known(PLACE.endpoint or first) is None
+    host.redirecting.reroute(a.Reroute((led(OLD, second, 2),)))
+    assert known(first) is None and known(second) == LOCAL
+    host.redirecting.add_routes([led(NEW, second)])  # of the same tuple, and later
+    host.redirecting.drop_route(NEW)
+    assert known(second) is None
+    host.redirecting.save_routes(a.SaveRoutes((led(OLD, second, 2),)))
+    assert known(second) == LOCAL
+    host.redirecting.drop_route(OLD)
+    assert known(second) is None
 
 
 def test_a_route_is_collected_when_another_has_come(host: Host) -> None:

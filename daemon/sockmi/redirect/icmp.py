@@ -19,7 +19,6 @@ import contextlib
 import socket
 import struct
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from ipaddress import ip_address
@@ -27,7 +26,7 @@ from ipaddress import ip_address
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.frozen import frozen
 from sockmi.ip_versions import families
-from sockmi.redirect.base import Outbound, Redirect
+from sockmi.redirect.base import Outbound
 from sockmi.redirect.settings import Tag
 from sockmi.redirect.tables import Tables
 from sockmi.redirect.ways import Address
@@ -46,7 +45,6 @@ _IPV6_HDRINCL = 36
 _IP_PKTINFO = 8
 _LOOPBACK = 1  # index of lo in every network namespace
 _AT_ONCE = 64
-_INDEX_AGE_S = 1.0
 
 
 @frozen
@@ -264,15 +262,19 @@ class IcmpRelay:
     """
 
     def __init__(
-        self, tables: Tables, modes: Sequence[Redirect], ship: Callable[[Outbound, IcmpError], None]
+        self,
+        tables: Tables,
+        known_as: Callable[[FourTuple], Endpoint | None],
+        ship: Callable[[Outbound, IcmpError], None],
     ) -> None:
+        """``known_as``: what the peer knows as the other end of what is led, translated, from it (``local``)
+        to an importer; None if nothing is.
+        """
         self._tables = tables
-        self._modes = modes
+        self._known_as = known_as
         self._ship = ship
         self._listener = IcmpListener()
         self._sender = _RawSender(tables.settings.marked(Tag.PASS))
-        self._index: dict[FourTuple, Endpoint] = {}
-        self._index_at = float("-inf")
         self.filenos = self._listener.filenos
 
     def work(self) -> int:
@@ -307,25 +309,13 @@ class IcmpRelay:
     def _back_to_peer(self, error: IcmpError) -> bool:
         """Our kernel's own complaint about a packet that it has translated, or about another's packet."""
         segment = error.tuple
-        known = self._translated().get(segment)
+        known = self._known_as(segment)
         if known is not None:
             error = replace(error, tuple=FourTuple(segment.local, known))
         with contextlib.suppress(OSError):
             self._sender.send(build(error), segment.local.address)
             return True
         return False
-
-    def _translated(self) -> dict[FourTuple, Endpoint]:
-        """(peer, importer) -> the endpoint that the peer knows; up to a second old, as errors come fast."""
-        now = time.monotonic()
-        if now - self._index_at > _INDEX_AGE_S:
-            self._index = {
-                FourTuple(out.tuple.remote, out.importer): out.tuple.local
-                for mode in self._modes
-                for out in mode.outbound()
-            }
-            self._index_at = now
-        return self._index
 
     def close(self) -> None:
         """Close the sockets."""
