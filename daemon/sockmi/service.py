@@ -505,8 +505,10 @@ class Daemon:
         self._held_timer = self.loop.call_later(_HELD_PAUSE_S, self._read_held)
 
     def _read_held(self) -> None:
-        self.held.readable()
-        self.loop.add_reader(self.held, self._packets_held)
+        if self.held.readable():
+            self._held_timer = self.loop.call_later(0, self._read_held)
+        else:
+            self.loop.add_reader(self.held, self._packets_held)
 
     def _send_held(self, importer: HostId, content: bytes) -> bool:
         return self.messenger.send_held(importer, content)

@@ -71,7 +71,7 @@ def test_who_sends_faster_than_is_read_keeps_nobody_waiting() -> None:
     held = HeldPackets.__new__(HeldPackets)
     held._kept, held._buffer = {}, memoryview(bytearray(64))
     held._socket = flood = Flood(struct.pack("=IHHII", 16, 4 << 8, 0, 0, 0))  # type: ignore[assignment]
-    held.readable()
+    assert held.readable(), "it is read on in the loop's next turn"
     assert flood.reads <= 1000
     held.take([])
     assert flood.reads <= 20_000

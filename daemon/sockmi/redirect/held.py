@@ -256,13 +256,13 @@ class HeldPackets:
 
     # -- netlink
 
-    def readable(self, most: int = _READ_AT_ONCE) -> None:
-        """Take in what the kernel has logged: ``most`` of its messages."""
+    def readable(self, most: int = _READ_AT_ONCE) -> bool:
+        """Take in what the kernel has logged, ``most`` of its messages; whether there may be more."""
         for _turn in range(most):
             try:
                 length = self._socket.recv_into(self._buffer)
             except BlockingIOError:
-                return
+                return False
             except OSError as error:
                 if error.errno == errno.ENOBUFS:  # some were lost: their senders will repeat them
                     continue
@@ -273,6 +273,7 @@ class HeldPackets:
                         self.begun_anew(segment.connection)
                 elif (name := key_of(packet)) is not None:
                     self._add(name, packet)
+        return True
 
     def _configure(self, group: int, attribute: int, value: bytes) -> None:
         padded = value + bytes(-len(value) % 4)
