@@ -93,7 +93,7 @@ def test_reverse_path(proc: Path, everywhere: dict[str, int], here: dict[str, in
 
 def test_iptables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = SimpleNamespace(stdout="iptables v1.8.9 (nf_tables)\n")
-    monkeypatch.setattr(iptables.subprocess, "run", lambda *_words, **_options: said)
+    monkeypatch.setattr(iptables.processes, "run", lambda *_words, **_options: said)
     monkeypatch.setattr(iptables, "_NET", tmp_path)
     assert doctor._iptables([Mode.NAT]) == []
     [check] = doctor._iptables([Mode.NAT, Mode.IPTABLES])
@@ -110,7 +110,7 @@ def test_iptables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_words: Any, **_options: Any) -> subprocess.CompletedProcess[str]:
         raise FileNotFoundError
 
-    monkeypatch.setattr(iptables.subprocess, "run", missing)
+    monkeypatch.setattr(iptables.processes, "run", missing)
     [check] = doctor._iptables([Mode.IPTABLES])
     bad(check, CheckStatus.ERROR, "not installed")
 

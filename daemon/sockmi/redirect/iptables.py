@@ -30,6 +30,7 @@ from typing import Any
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
 
+from sockmi import processes
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.redirect.base import Inbound, Mode, Outbound
 from sockmi.redirect.nat import not_forwarding
@@ -57,9 +58,7 @@ def unusable(command: str = "iptables") -> str | None:
     ``command``: the host's iptables program; its rules must be those that we write.
     """
     try:
-        version = subprocess.run(
-            [command, "-V"], capture_output=True, text=True, timeout=10, check=False
-        ).stdout
+        version = processes.run([command, "-V"]).stdout
     except FileNotFoundError:
         return f"{command} is not installed; use redirect mode nat"
     if "nf_tables" in version:
@@ -115,13 +114,15 @@ class _Worker:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 command = (sys.executable, "-W", "ignore", "-m", "sockmi.redirect.iptables_worker")
-                self._process = subprocess.Popen(
-                    command + self._arguments,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    env=_environment(),
-                )
+                environment = _environment()
+                with processes.no_new_process:
+                    self._process = subprocess.Popen(
+                        command + self._arguments,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                        env=environment,
+                    )
             process = self._process
             assert process.stdin and process.stdout
             line = ""

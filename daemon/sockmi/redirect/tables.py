@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeVar
 
+from sockmi import processes
 from sockmi.addresses import Endpoint, FourTuple
 from sockmi.redirect import nft_messages, own_ports, ruleset, shield
 from sockmi.redirect.base import Inbound, Mode, Outbound
@@ -36,7 +37,7 @@ _KEY6 = struct.Struct("!16sHxx16sHxx")
 _MARK = struct.Struct("=I")  # nftables keeps marks in host order
 _PORT = struct.Struct("!H")
 _NUMBER = {Mode.FORWARD: 1, Mode.NAT: 2, Mode.TAKEOVER: 3, Mode.IPTABLES: 4}  # in marks: never renumber
-_NFT_TIMEOUT_S = 30
+_NFT_TIMEOUT_S = 30.0
 _INTERFACE_MAX = (1 << 24) - 1  # beside a prefix length in a mark; beyond it only the length is kept
 
 Row = TypeVar("Row", Inbound, Outbound)
@@ -597,13 +598,6 @@ def _milliseconds(timeout_s: float | None) -> int:
 
 def _nft(arguments: list[str], text: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
-            ["nft", *arguments],
-            input=text,
-            text=True,
-            capture_output=True,
-            timeout=_NFT_TIMEOUT_S,
-            check=False,
-        )
+        return processes.run(["nft", *arguments], text, timeout_s=_NFT_TIMEOUT_S)
     except FileNotFoundError:
         raise FileNotFoundError("the program nft is not installed; install the package nftables") from None
