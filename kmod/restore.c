@@ -59,6 +59,9 @@ static void set_state(struct restore *r)
 		WRITE_ONCE(r->sk->sk_shutdown, r->sk->sk_shutdown | RCV_SHUTDOWN);
 	if (flag(r, SOCKMI_SHUT_WR))
 		WRITE_ONCE(r->sk->sk_shutdown, r->sk->sk_shutdown | SEND_SHUTDOWN);
+	/* What is counted as established: tcp_set_state() would do that, but is exported no more. */
+	if (r->sk->sk_state == TCP_ESTABLISHED && r->id->state == SOCKMI_FIN_WAIT_2)
+		TCP_DEC_STATS(sock_net(r->sk), TCP_MIB_CURRESTAB);
 	if (r->sk->sk_state != r->id->state)
 		inet_sk_set_state(r->sk, r->id->state);
 	r->sock->state = SS_CONNECTED;

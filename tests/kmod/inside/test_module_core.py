@@ -409,6 +409,27 @@ def test_half_closed_connections_move(device: Device, case: str, family: str) ->
         assert copy.recv(1) == b""
 
 
+def counted_as_established() -> int:
+    """CurrEstab of this network namespace."""
+    names, values = (
+        line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if "Tcp:" in line
+    )
+    return int(dict(zip(names, values, strict=True))["CurrEstab"])
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_moves_leave_no_connection_in_the_host_s_count(device: Device, case: str) -> None:
+    prepare, _unused = HALF[case]
+    before = counted_as_established()
+    ours, peer = pair()
+    assert counted_as_established() == before + 2
+    prepare(ours, peer)
+    copy = move(device, ours, "ipv4")
+    for sock in (peer, ours, copy):
+        sock.close()
+    wait_for(lambda: counted_as_established() == before)
+
+
 def four_tuple(sock: socket.socket) -> FourTuple:
     """As the NAT helper knows it."""
     return FourTuple(
