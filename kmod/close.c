@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Closes a socket whose connection lives elsewhere, or never lived: without a packet. */
+#include <linux/filter.h>
 #include <net/inet_hashtables.h>
+#include <net/sock_reuseport.h>
 
 #include "internal.h"
 
@@ -15,24 +17,63 @@ static void unbind(struct sock *sk)
 	inet_reset_saddr(sk);
 }
 
+/*
+ * Will the kernel hand its accept queue on to another listener of its SO_REUSEPORT group? Who gets there lives on, and must
+ * not be mute.
+ */
+static bool hands_on(const struct sock *sk)
+{
+	const struct sock_reuseport *group;
+	const struct bpf_prog *program;
+	bool does = false;
+
+	rcu_read_lock();
+	group = rcu_dereference(sk->sk_reuseport_cb);
+	if (group && READ_ONCE(group->num_socks) > 1) {
+		program = rcu_dereference(group->prog);
+		does = READ_ONCE(sock_net(sk)->ipv4.sysctl_tcp_migrate_req) ||
+		       (program && program->expected_attach_type == BPF_SK_REUSEPORT_SELECT_OR_MIGRATE);
+	}
+	rcu_read_unlock();
+	return does;
+}
+
+/* The one behind @request, or the first. Who has the listener's lock knows that none is taken out. */
+static struct request_sock *next_child(struct request_sock_queue *queue, const struct request_sock *request)
+{
+	struct request_sock *next;
+
+	spin_lock_bh(&queue->rskq_lock);
+	next = request ? request->dl_next : queue->rskq_accept_head;
+	spin_unlock_bh(&queue->rskq_lock);
+	return next;
+}
+
 /* Children that nobody has accepted: without this, closing the listener would send each peer a RST. */
 static void mute_children(struct sock *sk)
 {
 	struct request_sock_queue *queue = &inet_csk(sk)->icsk_accept_queue;
-	struct request_sock *request;
+	struct request_sock *request = NULL;
 
-	spin_lock_bh(&queue->rskq_lock);
-	for (request = queue->rskq_accept_head; request; request = request->dl_next)
-		if (request->sk)
-			tcp_sk(request->sk)->repair = 1;
-	spin_unlock_bh(&queue->rskq_lock);
+	while ((request = next_child(queue, request))) {
+		struct sock *child = request->sk;
+
+		if (!child)
+			continue;
+		/* Its packets are handled meanwhile, and change bits of the same byte. */
+		local_bh_disable();
+		bh_lock_sock(child);
+		tcp_sk(child)->repair = 1;
+		bh_unlock_sock(child);
+		local_bh_enable();
+	}
 }
 
 void sockmi_close_silently(struct sock *sk, int error)
 {
 	struct tcp_sock *tp = tcp_sk(sk);
 
-	if (sk->sk_state == TCP_LISTEN)
+	if (sk->sk_state == TCP_LISTEN && !hands_on(sk))
 		mute_children(sk);
 	tp->repair = 1;
 	sk->sk_userlocks &= ~(SOCK_BINDADDR_LOCK | SOCK_BINDPORT_LOCK);

@@ -60,8 +60,9 @@
  * by the host, so the tuple must be held (NAT helper, or other means) before COMMIT.
  *
  * Locking the socket does not stop SYNs to a listener: hold its port before FREEZE. Connections in its
- * accept queue travel as exports of their own, accepted before; COMMIT drops those left without a packet. Handshakes that
- * are half done cannot travel: when the listener is gone, the host answers the peer's last ACK with a RST. They go on in
+ * accept queue travel as exports of their own, accepted before; COMMIT drops those left without a packet, but for what the
+ * kernel gives to another of its SO_REUSEPORT group (net.ipv4.tcp_migrate_req). Handshakes that are half done cannot
+ * travel: when the listener is gone, the host answers the peer's last ACK with a RST. They go on in
  * spite of the lock, so either wait for them (SOCKMI_COMMIT_SETTLED), or hold their tuples too.
  *
  * An import

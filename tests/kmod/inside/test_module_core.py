@@ -683,6 +683,29 @@ def test_children_nobody_accepted_are_not_reset(device: Device) -> None:
             client.recv(1)
 
 
+def test_children_nobody_accepted_live_on_in_the_group(device: Device) -> None:
+    """net.ipv4.tcp_migrate_req: the kernel gives them to another listener, as after any close."""
+    servers: list[socket.socket] = []
+    for _turn in range(2):
+        server = new_socket("ipv4")
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        server.bind(servers[0].getsockname() if servers else ("127.0.0.1", 0))
+        server.listen()
+        servers.append(server)
+    with sysctl("tcp_migrate_req", 1):
+        client = socket.create_connection(servers[0].getsockname())
+        [leaves], _unused, _unused = select.select(servers, [], [], 5)
+        with frozen(device, leaves) as (freeze, _image):
+            device.commit(freeze)
+    [stays] = [server for server in servers if server is not leaves]
+    stays.settimeout(5)
+    child, _unused = stays.accept()
+    client.sendall(b"question")
+    assert read_exactly(child, 8) == b"question"
+    child.sendall(b"answer")
+    assert read_exactly(client, 6) == b"answer"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_connection_that_is_being_made_moves(device: Device, family: str) -> None:
     listener = new_socket(family)
