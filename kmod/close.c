@@ -78,7 +78,7 @@ void sockmi_close_silently(struct sock *sk, int error)
 	tp->repair = 1;
 	sk->sk_userlocks &= ~(SOCK_BINDADDR_LOCK | SOCK_BINDPORT_LOCK);
 	if (sk->sk_state != TCP_CLOSE)
-		sk->sk_prot->disconnect(sk, 0);
+		sockmi_disconnect(sk);
 	unbind(sk);
 	/* disconnect() leaves these to who connects next. */
 	tp->snd_cwnd_clamp = ~0;

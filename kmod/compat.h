@@ -61,6 +61,23 @@ static inline void sockmi_count_disconnect(struct sock *sk)
 #endif
 }
 
+/*
+ * disconnect(), which cannot fail: kernels of 2023 (6.1.33 to 6.1.58 and what was made beside them; Kbuild looks) refuse it
+ * while somebody sleeps in a call, whom they count under the lock.
+ */
+static inline void sockmi_disconnect(struct sock *sk)
+{
+#ifdef SOCKMI_WAIT_PENDING
+	int sleep = sk->sk_wait_pending;
+
+	sk->sk_wait_pending = 0;
+	WARN_ON_ONCE(sk->sk_prot->disconnect(sk, 0));
+	sk->sk_wait_pending = sleep;
+#else
+	WARN_ON_ONCE(sk->sk_prot->disconnect(sk, 0));
+#endif
+}
+
 /* ---- sysctl ---- */
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 11, 0)
