@@ -43,6 +43,8 @@ FAMILIES = ("ipv4", "ipv6", "mapped")
 ESTABLISHED, SYN_SENT, FIN_WAIT_1, FIN_WAIT_2, TIME_WAIT = 1, 2, 4, 5, 6
 CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 7, 8, 9, 10, 11
 
+KEPT_MAX = Path("/sys/module/sockmi/parameters/nat_kept_max_mb")
+
 
 @pytest.fixture
 def device() -> Iterator[Device]:
@@ -158,7 +160,7 @@ def move(device: Device, sock: socket.socket, family: str, flags: int = 0) -> so
 
 @contextlib.contextmanager
 def held(sock: socket.socket, flags: nat_client.Flag = nat_client.Flag.HOLD) -> Iterator[None]:
-    """What comes in for this socket, and what it sends, is dropped; with MUTE its FINs and RSTs alone."""
+    """What comes in for this socket waits, what it sends is lost; with MUTE its FINs and RSTs alone."""
     flow = nat_client.held(four_tuple(sock), flags)
     nat = nat_client.Nat()
     before = [one for one in nat.list() if (one.local, one.remote) == (flow.local, flow.remote)]
@@ -171,6 +173,17 @@ def held(sock: socket.socket, flags: nat_client.Flag = nat_client.Flag.HOLD) -> 
         else:
             nat.remove(flow)
         nat.close()
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """What a hold keeps otherwise is lost with it."""
+    before = KEPT_MAX.read_text()
+    KEPT_MAX.write_text("0")
+    try:
+        yield
+    finally:
+        KEPT_MAX.write_text(before)
 
 
 # ---- The device ----

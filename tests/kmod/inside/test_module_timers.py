@@ -10,7 +10,15 @@ from collections.abc import Iterator
 import pytest
 
 from sockmi import image as images
-from tests.kmod.inside.test_module_core import held, new_socket, pair, read_exactly, tcp_info, wait_for
+from tests.kmod.inside.test_module_core import (
+    held,
+    new_socket,
+    nothing_kept,
+    pair,
+    read_exactly,
+    tcp_info,
+    wait_for,
+)
 from tests.kmod.inside.test_module_windows import fill, looked_at
 from tests.kmod.module_client import Device, Restore, frozen
 
@@ -114,7 +122,7 @@ def test_window_probes_go_on_as_far_apart(device: Device) -> None:
 def test_data_in_flight_gets_a_probe_of_its_own(device: Device) -> None:
     """It is told: what the original's timer was for, the copy does by another."""
     ours, peer = pair()
-    with held(peer):
+    with nothing_kept(), held(peer):
         ours.sendall(b"lost")
         copy, image, made = move_out(device, ours)
         assert image.timers

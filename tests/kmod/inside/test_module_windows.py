@@ -18,6 +18,7 @@ from tests.kmod.inside.test_module_core import (
     held,
     move,
     new_socket,
+    nothing_kept,
     pair,
     read_exactly,
     tcp_info,
@@ -78,7 +79,7 @@ def test_a_window_that_opens_unseen_is_found(device: Device) -> None:
     ours, peer = pair()
     data = fill(ours)
     copy = new_socket("ipv4")
-    with held(ours):
+    with nothing_kept(), held(ours):
         ends = four_tuple(ours)
         with frozen(device, ours) as (freeze, image):
             device.commit(freeze)
