@@ -16,7 +16,7 @@ from tests.kmod.nat_client import WHOLE, Action, Flag, Flow, Nat, held
 from tests.kmod.nat_lab import live, offloads, quiet, triangle
 from tests.lab.redirect_lab import pattern
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MANY = 100_000
 BATCH = 50_000
