@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -34,7 +36,9 @@ AWAY = 43000  # the copy's port
 LOST_S = 0.06  # when the lost segment has met its end, and no probe is on its way yet
 WARM_S = 4.0  # until the congestion window is what it will be
 BEFORE_S = 2.0
-SO_RCVBUFFORCE = 33
+SO_ATTACH_FILTER, SO_DETACH_FILTER, SO_RCVBUFFORCE = 26, 27, 33
+BPF_RETURN = 6  # BPF_RET | BPF_K
+RTT_US, TOTAL_RETRANSMITS = 68, 100  # of struct tcp_info
 
 
 # ---- Engines ----
@@ -200,10 +204,22 @@ def wired(*more: str) -> Iterator[tuple[Triangle, Mover]]:
             mover.close()
 
 
-def srtt_ms(sock: socket.socket) -> float:
-    """tcpi_rtt"""
+def tcp_info(sock: socket.socket, at: int) -> int:
+    """A word of TCP_INFO."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-    return int.from_bytes(info[68:72], sys.byteorder) / 1000
+    return int.from_bytes(info[at : at + 4], sys.byteorder)
+
+
+@contextlib.contextmanager
+def deaf(sock: socket.socket) -> Iterator[None]:
+    """What comes in is lost, by a socket filter that lets nothing pass."""
+    program = ctypes.create_string_buffer(struct.pack("=HBBI", BPF_RETURN, 0, 0, 0))
+    fprog = struct.pack("@HP", 1, ctypes.addressof(program))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+    try:
+        yield
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
 def goodput(quick: bool) -> dict[str, dict[str, list[float]]]:
@@ -223,7 +239,7 @@ def goodput(quick: bool) -> dict[str, dict[str, list[float]]]:
                 time.sleep(BEFORE_S)
                 before = one.between(start, time.monotonic()) / (time.monotonic() - start)
                 one.pause()
-                told[name]["rtts"].append(srtt_ms(one.server))
+                told[name]["rtts"].append(tcp_info(one.server, RTT_US) / 1000)
                 begun = time.monotonic()
                 move(one)
                 alive = time.monotonic()
@@ -247,20 +263,20 @@ def tail(quick: bool) -> dict[str, list[float]]:
                     one.server.sendall(pattern(0, 1000))
                     time.sleep(0.12)
                 move = WAYS[name](of, mover) if name in WAYS else None
-                # What loses it stands before the peer: the sender must not know.
-                before_peer = of.nat(of.lab.peer)
-                before_peer.set(held(FourTuple(one.tuple.remote, one.tuple.local)))
-                before, start = one.received, time.monotonic()
-                one.server.sendall(b"tail" * 25)
-                if move:
-                    move(one)
-                time.sleep(max(0.0, start + LOST_S - time.monotonic()))
-                before_peer.flush()
+                # It is lost at the peer, not on the way: the sender must not know.
+                with deaf(one.peer):
+                    before, start = one.received, time.monotonic()
+                    one.server.sendall(b"tail" * 25)
+                    if move:
+                        move(one)
+                    time.sleep(max(0.0, start + LOST_S - time.monotonic()))
                 while one.received < before + 100:
                     if time.monotonic() > start + 20:
                         raise TimeoutError(f"{name}: the tail has not arrived after 20 s")
                     time.sleep(0.0005)
                 times.append(one.arrivals[-1][0] - start)
+                if not tcp_info(one.server, TOTAL_RETRANSMITS):
+                    raise RuntimeError(f"{name}: the tail was not lost")
     return told
 
 
