@@ -387,6 +387,8 @@ void sockmi_sysctl_net_exit(struct sockmi_net *sn);
 int sockmi_nat_init(void);
 void sockmi_nat_exit(void);
 int sockmi_nat_net_init(struct net *net, struct sockmi_net *sn);
+/* Drops the packets that wait; afterwards nobody but net_exit() touches a flow. */
+void sockmi_nat_net_pre_exit(struct sockmi_net *sn);
 void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn);
 /* Removes all flows and counts them; -EINTR. */
 int sockmi_nat_forget(struct sockmi_net *sn, u32 *removed);
@@ -397,6 +399,7 @@ long sockmi_nat_ioctl(struct sockmi_file *file, unsigned int nr, void __user *ar
 static inline int sockmi_nat_init(void) { return 0; }
 static inline void sockmi_nat_exit(void) { }
 static inline int sockmi_nat_net_init(struct net *net, struct sockmi_net *sn) { return 0; }
+static inline void sockmi_nat_net_pre_exit(struct sockmi_net *sn) { }
 static inline void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn) { }
 static inline int sockmi_nat_forget(struct sockmi_net *sn, u32 *removed) { return 0; }
 static inline long sockmi_nat_ioctl(struct sockmi_file *file, unsigned int nr, void __user *arg, size_t size)

@@ -161,11 +161,18 @@ static int __net_init net_init(struct net *net)
 	return result;
 }
 
-static void __net_exit net_exit(struct net *net)
+static void __net_exit net_pre_exit(struct net *net)
 {
 	struct sockmi_net *sn = sockmi_net(net);
 
 	unlist_net(sn);
+	sockmi_nat_net_pre_exit(sn);
+}
+
+static void __net_exit net_exit(struct net *net)
+{
+	struct sockmi_net *sn = sockmi_net(net);
+
 	sockmi_sysctl_net_exit(sn);
 	sockmi_lists_exit(sn);
 	sockmi_nat_net_exit(net, sn);
@@ -173,6 +180,7 @@ static void __net_exit net_exit(struct net *net)
 
 static struct pernet_operations net_operations = {
 	.init = net_init,
+	.pre_exit = net_pre_exit,
 	.exit = net_exit,
 	.id = &sockmi_net_id,
 	.size = sizeof(struct sockmi_net),

@@ -118,6 +118,29 @@ static void free_flow(void *flow, void *unused)
 	sockmi_nat_flow_free(flow);
 }
 
+/*
+ * Before anything of the namespace ends: a packet that waits may have an entry of conntrack's, for which that would wait
+ * without end where it ends before us. Nobody has the device open in this namespace any more.
+ */
+void sockmi_nat_net_pre_exit(struct sockmi_net *sn)
+{
+	struct sockmi_nat_net *nat = sn->nat;
+	struct sockmi_nat_flow *flow;
+	u64 after = 0;
+
+	if (!nat)
+		return;
+	cancel_delayed_work_sync(&nat->work);
+	mutex_lock(&nat->lock);
+	while ((flow = sockmi_nat_after(nat, after))) {
+		after = flow->id;
+		WRITE_ONCE(flow->flags, 0);
+		sockmi_nat_kept_drop(&flow->count->kept);
+		cond_resched();
+	}
+	mutex_unlock(&nat->lock);
+}
+
 void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn)
 {
 	struct sockmi_nat_net *nat = sn->nat;
@@ -125,7 +148,6 @@ void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn)
 	if (!nat)
 		return;
 	sn->nat = NULL;
-	cancel_delayed_work_sync(&nat->work);
 	if (nat->armed) {
 		nf_unregister_net_hooks(net, nat->ops, ARRAY_SIZE(nat->ops));
 		if (nat->gathers6)

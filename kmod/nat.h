@@ -33,6 +33,7 @@ struct sockmi_nat_key {
 int sockmi_nat_init(void);
 void sockmi_nat_exit(void);
 int sockmi_nat_net_init(struct net *net, struct sockmi_net *sn);
+void sockmi_nat_net_pre_exit(struct sockmi_net *sn);
 void sockmi_nat_net_exit(struct net *net, struct sockmi_net *sn);
 int sockmi_nat_forget(struct sockmi_net *sn, u32 *removed);
 long sockmi_nat_ioctl(struct sockmi_file *file, unsigned int nr, void __user *arg, size_t size);

@@ -8,6 +8,8 @@ import itertools
 import json
 import os
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,14 +21,17 @@ import pytest
 
 from sockmi.addresses import Endpoint, FourTuple
 from tests import collection, returned
-from tests.kmod import nat_client
-from tests.kmod.inside.test_module_core import pair
+from tests.kmod import forked, nat_client
+from tests.kmod.inside.test_module_core import four_tuple, pair, wait_for
+from tests.kmod.inside.test_module_races import LIBC
 from tests.kmod.module_client import ANY_UID, PUBLISH, Device, Forget, frozen
+from tests.lab.redirect_lab import run
 
 # What the last two tests switch on, no kernel switches off again.
 pytestmark = [pytest.mark.no_module, pytest.mark.alone]
 
 LOADED = Path("/sys/module/sockmi")
+CLONE_NEWNET = 0x40000000
 KEPT = [Path("/etc/modprobe.d/sockmi.conf"), Path("/etc/modules-load.d/sockmi.conf")]
 SIGNED_ONLY = Path("/sys/module/module/parameters/sig_enforce")
 FLOW = FourTuple(Endpoint(IPv4Address("192.0.2.1"), 80), Endpoint(IPv4Address("192.0.2.2"), 1024))
@@ -205,6 +210,37 @@ def test_force_reaches_all_namespaces_and_the_lists(kmod: Any) -> None:
         assert (forced["actions"], LOADED.is_dir()) == (["drop redirects", "unload"], False)
     finally:
         subprocess.run(["ip", "netns", "delete", namespace], check=True, timeout=60)
+
+
+def keep_a_packet(parent: socket.socket) -> None:
+    """By a hold without an end, in a namespace of our own, where conntrack is at work."""
+    assert not LIBC.unshare(CLONE_NEWNET)
+    run("ip", "link", "set", "lo", "up")
+    run("nft", "table ip t { chain in { type filter hook prerouting priority 0; ct state new counter; }; }")
+    ours, peer = pair()
+    for one in (ours, peer):  # nobody would acknowledge their FINs, and they would keep the namespace
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    nat = nat_client.Nat()
+    nat.add(nat_client.held(four_tuple(ours)))
+    peer.sendall(b"x")
+    wait_for(lambda: nat.one(four_tuple(ours)).kept > 0)
+    parent.sendall(b"x")
+    parent.recv(1)
+
+
+@pytest.mark.kernels("6.*", "7.*")  # where conntrack is a module
+def test_a_namespace_ends_though_a_hold_has_packets_that_conntrack_knows(kmod: Any) -> None:
+    """Conntrack waits for them without end, and before the module's turn comes: it was loaded later."""
+    kmod("loaded")
+    assert not Path("/sys/module/nf_conntrack").exists(), "nothing would be shown"
+    child, talk = forked.start(keep_a_packet, 30)
+    try:
+        assert talk.recv(1) == b"x"
+        assert obstacle(kmod("unloaded")) == "in-use"
+    finally:
+        forked.end(child, talk)
+    wait_for(lambda: (LOADED / "refcnt").read_text() == "0\n", 30)
+    assert kmod("unloaded")["actions"] == ["unload"]
 
 
 @pytest.mark.parametrize("what", ["flow", "entry"])
