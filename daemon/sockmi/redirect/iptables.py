@@ -90,15 +90,15 @@ def _environment() -> dict[str, str]:
     """A worker's: it finds this package, and python-iptables the library that came with it.
 
     Untold ctypes would look for that, with a compiler and a linker if there are any, which AppArmor's
-    profile has not.
+    profile has not. And python-iptables asks distutils for a path: where setuptools takes that name for
+    itself, all of setuptools would be loaded, which takes five times as long as all else.
     """
     first = {"PYTHONPATH": _PACKAGES}
     spec = importlib.util.find_spec("iptc")
     if spec and spec.origin:
         first["IPTABLES_LIBDIR"] = str(Path(spec.origin).parents[1])
-    return os.environ | {
-        name: os.pathsep.join(filter(None, (one, os.environ.get(name)))) for name, one in first.items()
-    }
+    told = {"SETUPTOOLS_USE_DISTUTILS": "stdlib"} | os.environ
+    return told | {name: os.pathsep.join(filter(None, (one, told.get(name)))) for name, one in first.items()}
 
 
 class _Worker:
