@@ -6,6 +6,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from lab.host import Host
 from lab.labs import Lab
 from tests.lab.crash_lab import cluster, elements, proved, service
@@ -19,8 +21,9 @@ def held(host: Host) -> int:
     return sum(one.name == "hold" for one in elements(host))
 
 
-def test_held_before_the_freeze(lab: Lab, tmp_path: Path) -> None:
-    """The image of a connection is not there, and its packets are already held."""
+@pytest.mark.parametrize("flushed", [False, True], ids=["", "flushed"])
+def test_held_before_the_freeze(lab: Lab, tmp_path: Path, *, flushed: bool) -> None:
+    """The image of a connection is not there, and its packets are already held, again if somebody flushes."""
     with (
         cluster(lab, "ab", {"a": PAUSED}) as daemons,
         service(daemons, "lines", "ab", tmp_path) as serving,
@@ -29,22 +32,9 @@ def test_held_before_the_freeze(lab: Lab, tmp_path: Path) -> None:
         daemons.drain("a", "b", serving.port)
         daemons.stopped("a")
         until(lambda: held(lab.host("b")) == len(serving.peers))
-        daemons.signal("a", signal.SIGCONT)
-        proved(daemons, serving, "b")
-
-
-def test_held_although_somebody_flushes(lab: Lab, tmp_path: Path) -> None:
-    """What is promised a place is held again with all else, as its copy is made without a hold of its own."""
-    with (
-        cluster(lab, "ab", {"a": PAUSED}) as daemons,
-        service(daemons, "lines", "ab", tmp_path) as serving,
-    ):
-        serving.clients()
-        daemons.drain("a", "b", serving.port)
-        daemons.stopped("a")
-        until(lambda: held(lab.host("b")) == len(serving.peers))
-        lab.host("b").run(["nft", "flush", "ruleset"])
-        until(lambda: held(lab.host("b")) == len(serving.peers))
+        if flushed:
+            lab.host("b").run(["nft", "flush", "ruleset"])
+            until(lambda: held(lab.host("b")) == len(serving.peers))
         daemons.signal("a", signal.SIGCONT)
         proved(daemons, serving, "b")
 

@@ -14,14 +14,7 @@ from hypothesis import strategies as st
 from sockmi.addresses import Endpoint
 from sockmi.engine.base import BindFlag, Fidelity, Kind, Needs
 from sockmi.protocol import messages as m
-from sockmi.protocol.codec import (
-    DATAGRAM_BYTES_MAX,
-    LAYOUT,
-    TYPES,
-    VERSION,
-    decode,
-    encode,
-)
+from sockmi.protocol.codec import DATAGRAM_BYTES_MAX, LAYOUT, TYPES, VERSION, decode, encode
 from sockmi.protocol.fields import TEXT_BYTES_MAX, CodecError
 from sockmi.protocol.messages import STREAM_ONLY
 from sockmi.protocol.records import ChunkId, Counts, Item, Place
