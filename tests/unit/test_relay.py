@@ -28,9 +28,16 @@ class Joined:
 
 @pytest.fixture
 def joined() -> Iterator[Joined]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        peer = socket.create_connection(listener.getsockname())
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as peer:
+        for one in (listener, peer):  # soon full
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        peer.connect(listener.getsockname())
         here, _unused = listener.accept()
+        yield from joined_to(here, peer)
+
+
+def joined_to(here: socket.socket, peer: socket.socket) -> Iterator[Joined]:
     in_read, in_write = os.pipe()
     out_read, out_write = os.pipe()
 
@@ -42,8 +49,7 @@ def joined() -> Iterator[Joined]:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    with peer:
-        yield Joined(peer, in_write, out_read, thread)
+    yield Joined(peer, in_write, out_read, thread)
     os.close(out_read)
 
 
@@ -62,13 +68,13 @@ def write_all(fd: int, content: bytes) -> None:
 
 def ends(*threads: threading.Thread) -> bool:
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     return not any(thread.is_alive() for thread in threads)
 
 
 def test_a_peer_that_sends_back_before_it_reads_on(joined: Joined) -> None:
     """More than it was sent: both ways are full, and go on."""
-    sent = os.urandom(10 * MIB)
+    sent = os.urandom(2 * MIB)
     got: list[bytes] = []
 
     def echo() -> None:
@@ -88,7 +94,7 @@ def test_a_peer_that_sends_back_before_it_reads_on(joined: Joined) -> None:
 
 
 def test_a_program_behind_the_pipes_that_answers_before_it_reads_on(joined: Joined) -> None:
-    sent = os.urandom(5 * MIB)
+    sent = os.urandom(MIB)
     got: list[bytes] = []
 
     def program() -> None:
