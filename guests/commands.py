@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from guests import keeper
@@ -85,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         "--guest", action="append", default=[], metavar="NAME=KERNEL[:SUITE[:KIND]]", required=True,
         help="KIND: " + "; ".join(f"{kind}, {text}" for kind, text in keeper.KINDS.items() if kind),
     )  # fmt: skip
+    up.add_argument(
+        "--user", action="append", default=[], metavar="GUEST=NAME",
+        help="ssh comes to GUEST by an unprivileged user, who has sudo (a package), not by root",
+    )  # fmt: skip
     up.add_argument("--memory", type=int, default=384, metavar="MIB")
     up.add_argument("--package", action="append", default=[], metavar="NAME", help="also in their root")
     up.add_argument("--quick", action="store_true", help="the quick init instead of systemd, for all of them")
@@ -101,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     cable.add_argument("guest", metavar="NAME")
     cable.add_argument("state", choices=("pull", "plug"))
     cable.set_defaults(do=_cable)
+
+    reboots = kinds.add_parser("reboots", help="have a guest of DIR boot anew when it reboots; else it ends")
+    reboots.add_argument("folder", type=Path, metavar="DIR")
+    reboots.add_argument("guest", metavar="NAME")
+    reboots.set_defaults(do=_reboots)
     return parser
 
 
@@ -158,10 +168,22 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _up(options: argparse.Namespace) -> int:
-    wanted = [guest(text, number) for number, text in enumerate(options.guest, 1)]
     basis = Plan(memory=options.memory, systemd=not options.quick, packages=options.package)
-    keeper.up(options.folder, wanted, basis, keeper.Stay(options.hours, options.owner))
+    keeper.up(
+        options.folder, wanted(options.guest, options.user), basis, keeper.Stay(options.hours, options.owner)
+    )
     return 0
+
+
+def wanted(guests: Sequence[str], users: Sequence[str]) -> list[keeper.Wanted]:
+    """What ``--guest`` and ``--user``, each given any number of times, ask for."""
+    found = {one.name: one for one in (guest(text, number) for number, text in enumerate(guests, 1))}
+    for text in users:
+        name, _unused, user = text.partition("=")
+        if name not in found or not user:
+            raise HarnessError(f"--user {text}: give GUEST=NAME; there are {', '.join(found)}")
+        found[name] = replace(found[name], user=user)
+    return list(found.values())
 
 
 def guest(text: str, number: int) -> keeper.Wanted:
@@ -179,12 +201,21 @@ def guest(text: str, number: int) -> keeper.Wanted:
     return keeper.Wanted(name, number, kernel, suite, kind)
 
 
-def _cable(options: argparse.Namespace) -> int:
+def _monitor(options: argparse.Namespace) -> Path:
     known = {one["name"]: one for one in keeper.machines(options.folder)}
     if options.guest not in known:
         raise HarnessError(f"{options.folder} has no guest {options.guest}; there are {', '.join(known)}")
-    monitor = Path(known[options.guest]["monitor"])
-    ask(monitor, "set_link", name="n0", up=options.state == "plug")
+    return Path(known[options.guest]["monitor"])
+
+
+def _cable(options: argparse.Namespace) -> int:
+    ask(_monitor(options), "set_link", name="n0", up=options.state == "plug")
+    return 0
+
+
+def _reboots(options: argparse.Namespace) -> int:
+    # What it has written stays: it is QEMU's as long as that runs.
+    ask(_monitor(options), "set-action", reboot="reset")
     return 0
 
 

@@ -33,6 +33,19 @@ KINDS = {
     "dkms": "with DKMS and the kernel's headers, and the module built, but not installed",
 }
 
+UNPRIVILEGED = """
+set -eu
+useradd --create-home --shell /bin/bash "$1"
+install -d -m 700 -o "$1" -g "$1" "/home/$1/.ssh"
+install -m 600 -o "$1" -g "$1" /root/.ssh/authorized_keys "/home/$1/.ssh/authorized_keys"
+echo "$1 ALL=(ALL:ALL) NOPASSWD: ALL" >"/etc/sudoers.d/$1"
+chmod 440 "/etc/sudoers.d/$1"
+echo "PermitRootLogin no" >/etc/ssh/sshd_config.d/0-root.conf # the first counts
+echo "127.0.1.1 $(uname -n)" >>/etc/hosts # sudo asks for it
+systemctl restart ssh.service
+"""
+"""Has ssh come by an unprivileged user, who may become root by sudo, and by nobody else."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -43,6 +56,7 @@ class Wanted:
     kernel: str
     suite: str
     kind: str = ""  # one of KINDS
+    user: str = "root"  # by whom ssh comes
 
 
 @dataclass(frozen=True)
@@ -168,12 +182,14 @@ def _keep(folder: Path, wanted: Sequence[Wanted], basis: Plan, ready: int, stay:
             guest.wait()
             if one.kind == "module":
                 guest.load(guest.plan.kernel.module())
+            if one.user != "root":
+                guest.run(["sh", "-c", UNPRIVILEGED, "sh", one.user])
             if one.kind == "dkms" and guest.emulated:
                 guest.run(["tar", "-C", "/", "-x"], data=built(guest.plan.kernel).read_bytes())
         described = [
             asdict(one) | {
                 "ipv4": segment.ipv4(one.number), "ipv6": segment.ipv6(one.number), "ssh_host": "127.0.0.1",
-                "ssh_port": guest.ssh_port, "ssh_user": "root", "ssh_key": str(private_key()),
+                "ssh_port": guest.ssh_port, "ssh_user": one.user, "ssh_key": str(private_key()),
                 "console": str(guest.console), "monitor": str(guest.monitor), "emulated": guest.emulated,
             }
             for one, guest in zip(wanted, guests, strict=True)

@@ -47,6 +47,13 @@ def test_no_machine_is_said(tmp_path: Path) -> None:
         ask(tmp_path / "monitor", "stop")
 
 
+def test_user_of_a_guest() -> None:
+    first, second = commands.wanted(["vm1=6.1", "vm2=6.12"], ["vm2=admin"])
+    assert (first.user, second.user) == ("root", "admin")
+    with pytest.raises(HarnessError, match="--user vm3=admin: give GUEST=NAME; there are vm1"):
+        commands.wanted(["vm1=6.1"], ["vm3=admin"])
+
+
 def test_kind_of_a_guest() -> None:
     quick, plain, builder = (
         commands.guest(f"vm1=6.12{rest}", 1) for rest in (":bookworm:quick", "", ":trixie:dkms")
