@@ -14,7 +14,6 @@ import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Collection, Sequence
-from typing import Any
 from uuid import UUID, uuid4
 
 from sockmi.client.errors import SockMiError, silent
@@ -24,25 +23,11 @@ from sockmi.client.link import Link
 from sockmi.client.records import MigrationRecord, concluded
 from sockmi.engine.base import Kind
 
-_LATE_CANCEL_S = 3.0  # how long a cancelled import waits for sockets that it has already taken
 _RESTART_PAUSE_S = 0.5
 
 
 class _LoopLink(Link):
     """A link on the running event loop."""
-
-    async def receive(self, firm: bool = False) -> tuple[dict[str, Any], list[int]]:
-        """As `Link.receive`; if ``firm`` a cancellation sets a deadline: what is taken must not be lost."""
-        cancelled = False
-        while True:
-            try:
-                return await super().receive(firm and not cancelled)
-            except asyncio.CancelledError:
-                if not firm:
-                    raise
-                if not cancelled:
-                    cancelled = True
-                    self.allow(_LATE_CANCEL_S)
 
     @staticmethod
     async def pause(seconds: float) -> None:
@@ -77,10 +62,16 @@ async def import_socket(
 ) -> list[Imported]:
     """As `sockmi.client.import_socket`.
 
-    Cancelling cancels the import, until a socket has been taken: then it comes too late, and
+    Cancelling cancels the import, unless a socket has just come to life: then it comes too late, and
     the call returns the socket.
     """
     return _unblocked(await import_on(_LoopLink, requests, timeout_s, control))
+
+
+def _is_cancelled() -> bool:
+    """Whether this task still is to end; a timeout that is over takes its cancellation back."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _unblocked(arrived: list[Imported]) -> list[Imported]:
@@ -106,6 +97,7 @@ async def imports(
     """Every socket that comes and matches, one after the other, for ever.
 
     ``reconnect``: wait for a daemon that restarts (one that is not there at first is an error).
+    A cancellation that comes too late for a socket is raised when the next one is asked for.
     """
     request = ImportRequest(
         states, preferred, local_address, local_port, remote_address, remote_port, listener
@@ -115,9 +107,12 @@ async def imports(
         try:
             async with await _LoopLink.open(control) as link:
                 begun = True
-                while True:
+                while link.interrupted is None:
                     for arrived in _unblocked(await importing(link, [request], None)):
                         yield arrived
+            if _is_cancelled():
+                raise asyncio.CancelledError
+            continue
         except SockMiError as error:
             gone = error.errno in (errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOENT, errno.ESHUTDOWN)
             if not (reconnect and begun and gone):

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import select
 import socket
 import threading
 import time
@@ -81,6 +82,7 @@ class FakeDaemon:
         self.activation_refusal: Refusal | None = None
         self.undone = 0  # how many moves are undone when their sockets have been taken
         self.undecided = False  # for longer than the client waits
+        self.deciding: threading.Event | None = None  # until it is set, or the client hangs up
         self.refusal: Refusal | None = None
         self.outcomes: dict[str, Any] = {}
         self.listed: list[Dormant] = []
@@ -331,6 +333,10 @@ class FakeDaemon:
         self.requests.append(request)
         if self.break_at == "taken":
             raise EOFError
+        if self.deciding is not None:
+            while not self.deciding.wait(0.01):
+                if select.select([one], [], [], 0)[0]:
+                    raise EOFError
         if self.undone or self.undecided:
             for dormant in handed:
                 dormant.taken = True  # as dead as taken

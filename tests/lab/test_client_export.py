@@ -8,10 +8,12 @@ import asyncio
 import errno
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from uuid import uuid4
 import pytest
 
 import sockmi
-from sockmi import aio
+from sockmi import aio, api
 from sockmi.refusal import Code, Refusal
 from tests.lab.client_callers import CALLERS, Caller
 from tests.lab.client_daemon import FakeDaemon, connection
@@ -135,6 +137,19 @@ def test_every_refusal_has_its_errno(
     with pytest.raises(OSError, match="whole") as caught:
         caller.export(here.fileno())
     assert caught.value.errno == getattr(errno, ERRNO[code])
+
+
+def test_multipath_tcp_is_for_the_daemon_to_refuse(daemon: FakeDaemon, caller: Caller) -> None:
+    """Sockets of Go's listeners are such: what it says of them is more than that they are not TCP's."""
+    try:
+        multipath = socket.socket(proto=socket.IPPROTO_MPTCP)
+    except OSError:
+        pytest.skip("no MPTCP in this kernel")
+    daemon.refusal = Refusal(Code.MPTCP, "Multipath TCP cannot move.")
+    with multipath, pytest.raises(OSError, match="Multipath") as caught:
+        caller.export(multipath.fileno())
+    assert caught.value.errno == errno.ENOTSUP
+    assert caught.value.code == "mptcp"  # type: ignore[attr-defined]
 
 
 def test_unknown_codes_are_eio(daemon: FakeDaemon, caller: Caller, here: socket.socket) -> None:
@@ -318,6 +333,114 @@ def test_cancelling_an_import_cancels_it(daemon: FakeDaemon) -> None:
     asyncio.run(run())
     daemon.put()  # whoever asked is gone
     assert len(sockmi.import_socket(sockmi.ImportRequest(), 5)) == 1
+
+
+def test_cancelling_an_import_whose_socket_is_not_decided(daemon: FakeDaemon) -> None:
+    """Its descriptor has come and is taken, but does not live: it goes back, and nobody waits any more."""
+    daemon.deciding = threading.Event()
+    dormant = daemon.put()
+
+    async def run() -> None:
+        waiting = asyncio.create_task(aio.import_socket(sockmi.ImportRequest()))
+        while not any(isinstance(one, api.TakenRequest) for one in daemon.requests):
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(asyncio.shield(waiting), 2)
+
+    asyncio.run(run())
+    daemon.deciding = None
+    [got] = sockmi.import_socket(sockmi.ImportRequest(), 5)
+    assert got.record.migration_id == dormant.migration_id
+
+
+def test_a_cancelled_import_does_not_wait_again(daemon: FakeDaemon) -> None:
+    """The move is undone just when the task is cancelled."""
+    daemon.deciding = threading.Event()
+    daemon.undone = 1
+    daemon.put()
+
+    async def run() -> None:
+        waiting = asyncio.create_task(aio.import_socket(sockmi.ImportRequest()))
+        while not any(isinstance(one, api.TakenRequest) for one in daemon.requests):
+            await asyncio.sleep(0.01)
+        assert daemon.deciding
+        daemon.deciding.set()
+        time.sleep(0.3)
+        waiting.cancel()
+        done, _pending = await asyncio.wait([waiting], timeout=5)
+        assert done
+        assert waiting.cancelled()
+
+    asyncio.run(run())
+
+
+def test_a_cancellation_that_comes_too_late(daemon: FakeDaemon) -> None:
+    """The socket lives and is not lost; whoever asks for the next one is cancelled."""
+    daemon.deciding = threading.Event()
+    dormant = daemon.put()
+
+    async def run() -> list[sockmi.Imported]:
+        found: list[sockmi.Imported] = []
+
+        async def collect() -> None:
+            async for arrived in sockmi.imports(["connected"]):
+                found.append(arrived)
+
+        waiting = asyncio.create_task(collect())
+        while not any(isinstance(one, api.TakenRequest) for one in daemon.requests):
+            await asyncio.sleep(0.01)
+        assert daemon.deciding
+        daemon.deciding.set()
+        time.sleep(0.3)
+        waiting.cancel()
+        done, _pending = await asyncio.wait([waiting], timeout=5)
+        assert done
+        assert waiting.cancelled()
+        return found
+
+    [got] = asyncio.run(run())
+    assert got.record.migration_id == dormant.migration_id
+    assert got.socket
+    assert dormant.peer
+    dormant.peer.sendall(b"still here")
+    got.socket.setblocking(True)
+    assert got.socket.recv(99) == b"still here"
+    got.socket.close()
+
+
+def test_ctrl_c_while_a_socket_is_not_decided(daemon: FakeDaemon) -> None:
+    daemon.deciding = threading.Event()
+    dormant = daemon.put()
+
+    def interrupt() -> None:
+        while not any(isinstance(one, api.TakenRequest) for one in daemon.requests):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        sockmi.import_socket(sockmi.ImportRequest(), 10)
+    thread.join()
+    daemon.deciding = None
+    [got] = sockmi.import_socket(sockmi.ImportRequest(), 5)
+    assert got.record.migration_id == dormant.migration_id
+
+
+def test_a_default_timeout_is_no_business_of_the_owner(daemon: FakeDaemon, here: socket.socket) -> None:
+    """Looking at a descriptor by a socket object would make it non-blocking, for all that share it."""
+    here.settimeout(None)
+    socket.setdefaulttimeout(5)
+    try:
+        sockmi.export_socket(here.fileno())
+        with socket.socket() as target:
+            os.set_blocking(target.fileno(), True)
+            sockmi.import_socket(sockmi.ImportRequest(replace=target.fileno()), 0)
+            assert os.get_blocking(target.fileno())
+    finally:
+        socket.setdefaulttimeout(None)
+    assert os.get_blocking(here.fileno())
 
 
 def test_python_types(daemon: FakeDaemon) -> None:

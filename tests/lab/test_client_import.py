@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import resource
+import signal
 import socket
 import threading
 import time
@@ -396,3 +397,85 @@ def test_many_threads_at_once(daemon: FakeDaemon, caller: Caller) -> None:
         thread.join(20)
     assert len(set(taken)) == 40
     assert wait_until(lambda: len(open_descriptors()) <= before + 40 + 8)
+
+
+@pytest.mark.parametrize("how", ["connected", "listening", "another"])
+def test_what_has_taken_its_place_meanwhile_is_not_replaced(
+    daemon: FakeDaemon, caller: Caller, how: str
+) -> None:
+    """Another thread has used the descriptor while the call waited: nothing is taken."""
+    target, other = socket.socket(), socket.socket()
+    fd = target.detach()
+    with other, socket.create_server(("127.0.0.1", 0)) as server:
+        failures: list[int | None] = []
+
+        def run() -> None:
+            with pytest.raises(OSError) as caught:
+                caller.take([{"fd": fd, "states": ["connected"]}], 10)
+            failures.append(caught.value.errno)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert wait_until(lambda: bool(daemon.requests))
+        if how in ("connected", "listening"):
+            view = socket.socket(fileno=os.dup(fd))
+            if how == "connected":
+                view.connect(server.getsockname())
+            else:
+                view.listen()
+            view.close()
+        else:
+            os.dup2(other.fileno(), fd)
+        kept = inode(fd)
+        dormant = daemon.put()
+        thread.join(20)
+        assert failures == [errno.EBADF if how == "another" else errno.EISCONN]
+        assert inode(fd) == kept
+        os.close(fd)
+        assert not dormant.taken
+        with socket.socket() as next_one:
+            [got] = caller.take([want(next_one)], 10)
+            assert got.migration_id == dormant.migration_id
+
+
+def test_a_child_does_not_keep_the_connection(
+    daemon: FakeDaemon, caller: Caller, target: socket.socket
+) -> None:
+    """A server forks its workers while another thread imports; the daemon has room for 1,024 clients."""
+    thread = threading.Thread(target=lambda: caller.take([want(target)], 1))
+    thread.start()
+    assert wait_until(lambda: bool(daemon.requests))
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        thread.join(20)
+        assert wait_until(lambda: not daemon._connections)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_as_many_requests_as_are_promised(daemon: FakeDaemon, caller: Caller) -> None:
+    """4,096 with long criteria fit into one line of the control socket."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 6000:
+        pytest.skip("too few descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (6000, limits[1]))
+    ends = {
+        "states": ["bound", "listening", "connected"],
+        "local_address": "2001:db8:1111:2222:3333:4444:5555:6666",
+        "local_port": 60000,
+        "remote_address": "2001:db8:1111:2222:3333:4444:5555:7777",
+        "remote_port": 60000,
+        "listener": uuid4(),
+    }
+    targets = [socket.socket() for _turn in range(4096)]
+    try:
+        assert caller.take([want(one, **ends) for one in targets], 0) == []
+        assert len(daemon.requests[0].requests) == 4096
+    finally:
+        for one in targets:
+            one.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -60,7 +60,12 @@ int connection_open(struct connection *connection, const char *control, long lon
 
 void connection_close(struct connection *connection)
 {
+	int saved = errno;
+
 	close_all(connection->descriptors, connection->ndescriptors);
+	if (connection->fd >= 0) /* a child by fork(2) may have it too, and keep it open */
+		shutdown(connection->fd, SHUT_RDWR);
+	errno = saved;
 	close_all(&connection->fd, 1);
 	free(connection->line);
 	memset(connection, 0, sizeof(*connection));

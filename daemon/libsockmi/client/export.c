@@ -15,6 +15,9 @@
 
 #include "client.h"
 
+#ifndef IPPROTO_MPTCP
+#define IPPROTO_MPTCP 262
+#endif
 #define RECONNECT_MS 10000	/* how long to ask for an outcome, of a daemon that restarts or is slow */
 #define RECONNECT_PAUSE_NS 50000000
 
@@ -67,7 +70,7 @@ static int check_socket(int pid, int fd, int descriptor)
 
 	if (getsockopt(descriptor, SOL_SOCKET, SO_PROTOCOL, &protocol, &length))
 		return fail(errno, "Descriptor %d of process %d: %m", fd, pid);
-	if (protocol != IPPROTO_TCP)
+	if (protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP) /* the daemon refuses that, in its words */
 		return fail(EPROTOTYPE, "Descriptor %d of process %d is not a TCP socket.", fd, pid);
 	return 0;
 }

@@ -11,14 +11,21 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "client.h"
 
+/* A request that has been sent: which one, and what its descriptor referred to then. */
+struct place {
+	unsigned int index;
+	ino_t inode;
+};
+
 /* A socket on its way to the caller. */
 struct arrival {
 	struct import_req *irq;
-	unsigned int index;		/* of irq */
+	struct place place;		/* of irq */
 	int fd;				/* our copy, dormant at first */
 	int context_fd;			/* or -1 */
 	bool live;
@@ -112,6 +119,14 @@ static int check(const struct import_req *irqs, unsigned int nirqs)
 	return n ? 0 : fail(EINVAL, "No import request has a descriptor.");
 }
 
+/* What is any is left out: SOCKMI_REQUESTS_MAX of them shall fit into a line. */
+static int put(json_t *object, const char *name, json_t *value)
+{
+	if (json_is_null(value))
+		return 0;
+	return json_object_set_new(object, name, value);
+}
+
 static json_t *port_or_null(unsigned int port)
 {
 	return port ? json_integer((json_int_t)port) : json_null();
@@ -119,27 +134,34 @@ static json_t *port_or_null(unsigned int port)
 
 static json_t *criteria(const struct import_req *irq)
 {
-	return json_pack("{s:o,s:o,s:o,s:o,s:o,s:o,s:o}",
-			 "states", states_list(irq->states),
-			 "preferred", states_list(irq->preferred),
-			 "local_address", endpoint_address(&irq->local),
-			 "local_port", port_or_null(irq->local.port),
-			 "remote_address", endpoint_address(&irq->remote),
-			 "remote_port", port_or_null(irq->remote.port),
-			 "listener", id_is_zero(irq->listener) ? json_null() : id_text(irq->listener));
+	json_t *object = json_object();
+
+	if (put(object, "states", states_list(irq->states)) ||
+	    put(object, "preferred", irq->preferred ? states_list(irq->preferred) : json_null()) ||
+	    put(object, "local_address", endpoint_address(&irq->local)) ||
+	    put(object, "local_port", port_or_null(irq->local.port)) ||
+	    put(object, "remote_address", endpoint_address(&irq->remote)) ||
+	    put(object, "remote_port", port_or_null(irq->remote.port)) ||
+	    put(object, "listener", id_is_zero(irq->listener) ? json_null() : id_text(irq->listener))) {
+		json_decref(object);
+		return NULL;
+	}
+	return object;
 }
 
-/* indices[n] becomes the index in irqs of the n-th request sent. */
-static json_t *request(const struct import_req *irqs, unsigned int nirqs, int timeout,
-		       unsigned int *indices)
+/* places[n] becomes the place in irqs of the n-th request sent. */
+static json_t *request(const struct import_req *irqs, unsigned int nirqs, int timeout, struct place *places)
 {
 	json_t *list = json_array();
 	unsigned int n = 0;
 
 	for (unsigned int i = 0; i < nirqs; i++) {
+		struct stat stat = { 0 };
+
 		if (irqs[i].fd < 0)
 			continue;
-		indices[n++] = i;
+		fstat(irqs[i].fd, &stat);
+		places[n++] = (struct place){ .index = i, .inode = stat.st_ino };
 		if (json_array_append_new(list, criteria(&irqs[i]))) {
 			json_decref(list);
 			return NULL;
@@ -180,7 +202,7 @@ static int read_item(const json_t *item, struct arrival *arrival)
 
 /* Descriptors and descriptions of the answer; what it took it leaves in arrivals, also on failure. */
 static int read_arrivals(struct connection *connection, const json_t *answer, struct import_req *irqs,
-			 const unsigned int *indices, unsigned int nsent, struct arrival *arrivals,
+			 const struct place *places, unsigned int nsent, struct arrival *arrivals,
 			 unsigned int *narrivals)
 {
 	const json_t *imported = json_object_get(answer, "imported");
@@ -210,8 +232,8 @@ static int read_arrivals(struct connection *connection, const json_t *answer, st
 
 		if (!json_is_integer(json_object_get(item, "request")) || index < 0 || index >= nsent)
 			return fail(EPROTO, "The SockMi daemon answers a request that was not made.");
-		arrivals[i].index = indices[index];
-		arrivals[i].irq = &irqs[indices[index]];
+		arrivals[i].place = places[index];
+		arrivals[i].irq = &irqs[places[index].index];
 		for (unsigned int j = 0; j < i; j++)
 			if (arrivals[j].irq == arrivals[i].irq)
 				return fail(EPROTO, "The SockMi daemon answers a request twice.");
@@ -221,14 +243,30 @@ static int read_arrivals(struct connection *connection, const json_t *answer, st
 	return 0;
 }
 
+/* While we waited another thread may have connected the caller's socket, or closed it and opened something else. */
+static int check_place(const struct arrival *arrival)
+{
+	struct stat stat;
+	int fd = arrival->irq->fd;
+
+	if (fstat(fd, &stat))
+		return fail(errno, "irqs[%u].fd %d: %m", arrival->place.index, fd);
+	if (stat.st_ino != arrival->place.inode)
+		return fail(EBADF, "irqs[%u].fd %d is another descriptor by now.", arrival->place.index, fd);
+	return check_socket(arrival->place.index, fd, RLIM_INFINITY);
+}
+
 /* All that can fail, before the sockets are taken. */
 static int prepare(struct arrival *arrivals, unsigned int narrivals, bool contexts)
 {
 	for (unsigned int i = 0; i < narrivals; i++) {
 		struct arrival *arrival = &arrivals[i];
-		int flags = fcntl(arrival->irq->fd, F_GETFL);
-		int own = fcntl(arrival->fd, F_GETFL);
+		int flags, own;
 
+		if (check_place(arrival))
+			return -1;
+		flags = fcntl(arrival->irq->fd, F_GETFL);
+		own = fcntl(arrival->fd, F_GETFL);
 		if (flags < 0 || own < 0 ||
 		    fcntl(arrival->fd, F_SETFL, (own & ~O_NONBLOCK) | (flags & O_NONBLOCK)))
 			return fail(errno, "fcntl of descriptor %d: %m", arrival->irq->fd);
@@ -336,11 +374,12 @@ static void replace(struct arrival *arrival, struct sockmi_context *contexts)
 {
 	struct import_req *irq = arrival->irq;
 	int flags = fcntl(irq->fd, F_GETFD);
-	int placed;
+	int placed = check_place(arrival);
 
-	do
-		placed = dup3(arrival->fd, irq->fd, flags >= 0 && !(flags & FD_CLOEXEC) ? 0 : O_CLOEXEC);
-	while (placed < 0 && (errno == EINTR || errno == EBUSY));
+	if (!placed)
+		do
+			placed = dup3(arrival->fd, irq->fd, flags >= 0 && !(flags & FD_CLOEXEC) ? 0 : O_CLOEXEC);
+		while (placed < 0 && (errno == EINTR || errno == EBUSY));
 	if (placed < 0)
 		irq->fd = arrival->fd;
 	else
@@ -353,7 +392,7 @@ static void replace(struct arrival *arrival, struct sockmi_context *contexts)
 	memcpy(irq->returned_listener, arrival->listener, sizeof(irq->returned_listener));
 	memcpy(irq->migration, arrival->migration, sizeof(irq->migration));
 	if (contexts) {
-		contexts[arrival->index] = arrival->context;
+		contexts[arrival->place.index] = arrival->context;
 		arrival->context.data = NULL;
 	}
 }
@@ -380,7 +419,7 @@ static int finish(struct arrival *arrivals, unsigned int narrivals, struct sockm
 
 /* One answer, and what becomes of it. *@waiting: of nothing, and there will be another answer. */
 static int once(struct connection *connection, long long deadline, struct import_req *irqs,
-		const unsigned int *indices, unsigned int nsent, const struct sockmi_import_options *options,
+		const struct place *places, unsigned int nsent, const struct sockmi_import_options *options,
 		struct arrival *arrivals, bool *waiting)
 {
 	json_t *answer = connection_receive(connection, deadline);
@@ -390,7 +429,7 @@ static int once(struct connection *connection, long long deadline, struct import
 	*waiting = false;
 	memset(arrivals, 0, DESCRIPTORS_MAX * sizeof(*arrivals));
 	if (answer && !refused(answer) &&
-	    !read_arrivals(connection, answer, irqs, indices, nsent, arrivals, &narrivals)) {
+	    !read_arrivals(connection, answer, irqs, places, nsent, arrivals, &narrivals)) {
 		if (narrivals == 0)
 			result = 0;
 		else if (!prepare(arrivals, narrivals, options->contexts))
@@ -411,7 +450,7 @@ static int once(struct connection *connection, long long deadline, struct import
 
 static int run(struct import_req *irqs, unsigned int nirqs, int timeout,
 	       const struct sockmi_import_options *options, struct arrival *arrivals,
-	       unsigned int *indices)
+	       struct place *places)
 {
 	long long deadline = deadline_after(timeout);
 	struct connection connection;
@@ -422,14 +461,14 @@ static int run(struct import_req *irqs, unsigned int nirqs, int timeout,
 
 	if (deadline >= 0)
 		deadline += GRACE_MS;
-	message = request(irqs, nirqs, timeout, indices);
+	message = request(irqs, nirqs, timeout, places);
 	if (!message)
 		return fail(ENOMEM, "No memory for %u import requests.", nirqs);
 	nsent = (unsigned int)json_array_size(json_object_get(message, "requests"));
 	if (!connection_open(&connection, options->control, deadline) &&
 	    !connection_send(&connection, message, NULL, 0, deadline))
 		do
-			result = once(&connection, deadline, irqs, indices, nsent, options, arrivals, &waiting);
+			result = once(&connection, deadline, irqs, places, nsent, options, arrivals, &waiting);
 		while (waiting);
 	if (result >= 0)
 		no_error();
@@ -443,7 +482,7 @@ int import_socket_ex(struct import_req *irqs, unsigned int nirqs, int timeout,
 {
 	struct sockmi_import_options options;
 	struct arrival *arrivals;
-	unsigned int *indices;
+	struct place *places;
 	int result = -1;
 	int saved = errno;
 
@@ -455,9 +494,9 @@ int import_socket_ex(struct import_req *irqs, unsigned int nirqs, int timeout,
 			memset(&options.contexts[i], 0, sizeof(options.contexts[i]));
 	}
 	arrivals = calloc(DESCRIPTORS_MAX, sizeof(*arrivals));
-	indices = calloc(nirqs, sizeof(*indices));
-	if (arrivals && indices)
-		result = run(irqs, nirqs, timeout, &options, arrivals, indices);
+	places = calloc(nirqs, sizeof(*places));
+	if (arrivals && places)
+		result = run(irqs, nirqs, timeout, &options, arrivals, places);
 	else
 		fail(ENOMEM, "No memory for %u import requests.", nirqs);
 	if (result >= 0)
@@ -465,7 +504,7 @@ int import_socket_ex(struct import_req *irqs, unsigned int nirqs, int timeout,
 	else
 		saved = errno;
 	free(arrivals);
-	free(indices);
+	free(places);
 	errno = saved;
 	return result;
 }

@@ -18,13 +18,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from uuid import UUID, uuid4
 
 from sockmi.cli.arguments import selection
 from sockmi.cli.output import (
     ProgressBar,
     local_time,
+    nobody_reads,
     print_json,
     print_json_line,
     print_table,
@@ -129,9 +130,9 @@ def import_(options: argparse.Namespace) -> int:
         taken += 1
         if options.exec is None:
             return _join(arrived[0], options)
-        _report(arrived[0], options, sys.stdout)
         try:
             children.append(_start(arrived[0], options.exec))
+            _report(arrived[0], options, sys.stdout)
         except OSError as error:
             print(f"sockmi: {options.exec[0]}: {error.strerror}; the socket is closed", file=sys.stderr)
             failures += 1
@@ -146,7 +147,8 @@ def import_(options: argparse.Namespace) -> int:
     return OK if taken == options.count else NOTHING
 
 
-def _report(one: Imported, options: argparse.Namespace, file: Any) -> None:
+def _report(one: Imported, options: argparse.Namespace, file: TextIO) -> None:
+    """Whether or not anybody reads it, and whatever is behind ``file``: the connection goes on."""
     record = one.record
     row = {
         "migration_id": str(record.migration_id),
@@ -161,11 +163,14 @@ def _report(one: Imported, options: argparse.Namespace, file: Any) -> None:
         "engine": record.engine,
         "hop": record.hop,
     }
-    if options.json:
-        print_json_line(row, file)
-    else:
-        end = f" <-> {one.remote}" if one.remote else ""
-        print(f"{one.kind.value} {one.origin}{end} from {record.source}", file=file, flush=True)
+    end = f" <-> {one.remote}" if one.remote else ""
+    try:
+        if options.json:
+            print_json_line(row, file)
+        else:
+            print(f"{one.kind.value} {one.origin}{end} from {record.source}", file=file, flush=True)
+    except OSError:
+        nobody_reads(file)
 
 
 def _start(one: Imported, command: list[str]) -> subprocess.Popen[bytes]:
@@ -188,7 +193,7 @@ def _join(one: Imported, options: argparse.Namespace) -> int:
     assert one.socket is not None
     with one.socket:
         try:
-            relay(one.socket)
+            relay(one.socket, sys.stdin.fileno(), sys.stdout.fileno())
         except BrokenPipeError:
             return NOT_DONE
         except OSError as error:

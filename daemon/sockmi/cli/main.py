@@ -4,25 +4,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from sockmi.cli.arguments import build_parser, check
 from sockmi.cli.commands import COMMANDS, INTERRUPTED, NO_DAEMON, NOT_DONE, OK, Unreachable
-from sockmi.cli.output import print_json
+from sockmi.cli.output import nobody_reads, print_json
 from sockmi.client import SockMiError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    _open_standard()
     parser = build_parser()
     options = parser.parse_args(arguments)
     check(parser, options)
     try:
-        status = COMMANDS[options.command](options)
-        sys.stdout.flush()
+        # An import says what comes when it comes, or has the connection there.
+        return COMMANDS[options.command](options) if options.command == "import" else _whole(options)
     except Unreachable as unreachable:
         _complain(unreachable.error, options)
         return NO_DAEMON
@@ -30,12 +33,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(error, options)
         return NOT_DONE
     except BrokenPipeError:
-        # Whoever reads has seen enough; the interpreter must not complain when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nobody_reads(sys.stdout)
         return OK
     except KeyboardInterrupt:
         return INTERRUPTED
-    return status
+
+
+def _whole(options: argparse.Namespace) -> int:
+    """Show all when all is known: the exit status is the same if whoever reads has seen enough before."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            return COMMANDS[options.command](options)
+    finally:
+        try:
+            sys.stdout.write(shown.getvalue())
+            sys.stdout.flush()
+        except BrokenPipeError:
+            nobody_reads(sys.stdout)
+
+
+def _open_standard() -> None:
+    """Who starts us with a standard descriptor closed gets none of our sockets in its place."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, os.fdopen(fd, mode, closefd=False))
 
 
 def _complain(error: SockMiError, options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -22,6 +23,13 @@ def print_json(content: Any) -> None:
 def print_json_line(content: Any, file: TextIO) -> None:
     """One JSON document on one line, at once: for what comes one by one."""
     print(json.dumps(content), file=file, flush=True)
+
+
+def nobody_reads(file: TextIO) -> None:
+    """What is printed there from now on is lost; the interpreter does not complain of it at its end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, file.fileno())
+    os.close(nothing)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

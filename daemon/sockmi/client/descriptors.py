@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import os
 import socket
+import sys
 
 from sockmi.client.errors import SockMiError, strange
 
@@ -30,14 +33,27 @@ def fileno(sock: socket.socket | int) -> int:
     return fd
 
 
-def socket_of(fd: int) -> socket.socket:
-    """A socket object for a duplicate of ``fd``."""
-    copy = os.dup(fd)
-    try:
-        return socket.socket(fileno=copy)
-    except OSError:
-        os.close(copy)
-        raise
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def option(fd: int, level: int, name: int) -> int:
+    """An option of a socket that is a number. Raises OSError.
+
+    Not by a socket object: with a default timeout set, that would make the descriptor non-blocking, and so
+    those of every process that shares it.
+    """
+    value, length = ctypes.c_int(0), ctypes.c_uint(ctypes.sizeof(ctypes.c_int))
+    if _libc().getsockopt(fd, level, name, ctypes.byref(value), ctypes.byref(length)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return value.value
+
+
+def tcp_state(fd: int) -> int:
+    """The first byte of TCP_INFO. Raises OSError."""
+    return option(fd, socket.IPPROTO_TCP, socket.TCP_INFO).to_bytes(4, sys.byteorder, signed=True)[0]
 
 
 def replace(fd: int, target: int) -> bool:
@@ -61,14 +77,13 @@ def copy_blocking(source: int, to: int) -> None:
         raise SockMiError(error.errno or errno.EIO, f"Descriptor {source}: {error.strerror}") from None
 
 
-def check_protocol(fd: int, what: str) -> None:
-    """Raise SockMiError unless it is a TCP socket; ``what`` names it."""
+def check_protocol(fd: int, what: str, *protocols: int) -> None:
+    """Raise SockMiError unless it is a TCP socket, or of these ``protocols``; ``what`` names it."""
     try:
-        with socket_of(fd) as view:
-            protocol = view.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
+        protocol = option(fd, socket.SOL_SOCKET, socket.SO_PROTOCOL)
     except OSError as error:
         raise SockMiError(error.errno or errno.EIO, f"{what}: {error.strerror}") from None
-    if protocol != socket.IPPROTO_TCP:
+    if protocol not in (socket.IPPROTO_TCP, *protocols):
         raise SockMiError(errno.EPROTOTYPE, f"{what} is not a TCP socket.")
 
 

@@ -188,7 +188,7 @@ def _duplicate(sock: socket.socket | int, pid: int | None) -> int:
         hint = ": you may not trace that process" if error.errno == errno.EPERM else f": {error.strerror}"
         raise SockMiError(error.errno or errno.EIO, what + hint) from None
     try:
-        check_protocol(copy, what)
+        check_protocol(copy, what, socket.IPPROTO_MPTCP)  # the daemon refuses that, in its words
     except SockMiError:
         os.close(copy)
         raise

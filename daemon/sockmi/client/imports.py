@@ -14,7 +14,15 @@ from typing import Any
 from uuid import UUID
 
 from sockmi.addresses import Endpoint
-from sockmi.client.descriptors import check_protocol, copy_blocking, fileno, read_context, replace, socket_of
+from sockmi.client.descriptors import (
+    check_protocol,
+    copy_blocking,
+    fileno,
+    option,
+    read_context,
+    replace,
+    tcp_state,
+)
 from sockmi.client.errors import SockMiError, check, refused, strange
 from sockmi.client.link import Link
 from sockmi.client.records import MigrationRecord, endpoint
@@ -62,15 +70,17 @@ class ImportRequest:
             raise ValueError("only connected sockets have a remote end")
 
     def _criteria(self) -> dict[str, Any]:
-        return {
+        """What is any is left out: `REQUESTS_MAX` of them shall fit into a line."""
+        given = {
             "states": list(self.states),
-            "preferred": list(self.preferred),
+            "preferred": list(self.preferred) or None,
             "local_address": self.local_address,
             "local_port": self.local_port,
             "remote_address": self.remote_address,
             "remote_port": self.remote_port,
             "listener": self.listener and str(self.listener),
         }
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @frozen
@@ -93,6 +103,46 @@ class Imported:
     record: MigrationRecord
 
 
+@frozen
+class _Place:
+    """A caller's descriptor that is to be replaced, and what it referred to when the call began."""
+
+    fd: int
+    inode: int
+
+    @classmethod
+    def of(cls, given: socket.socket | int) -> _Place:
+        """Raises SockMiError unless it is an unconnected TCP socket."""
+        fd = fileno(given)
+        check_protocol(fd, f"descriptor {fd} to be replaced")
+        if fd >= resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+            raise SockMiError(errno.EMFILE, f"Descriptor {fd} is beyond RLIMIT_NOFILE.")
+        place = cls(fd, os.fstat(fd).st_ino)
+        place.check()
+        return place
+
+    def check(self) -> None:
+        """Raise SockMiError if another thread has connected it, or opened something else in its place."""
+        try:
+            inode = os.fstat(self.fd).st_ino
+        except OSError as error:
+            raise SockMiError(error.errno or errno.EIO, f"Descriptor {self.fd}: {error.strerror}") from None
+        if inode != self.inode:
+            raise SockMiError(errno.EBADF, f"Descriptor {self.fd} is another one by now.")
+        if tcp_state(self.fd) != _TCP_CLOSE:
+            raise SockMiError(
+                errno.EISCONN, f"Descriptor {self.fd} is connected or listening; give a new socket."
+            )
+
+    def take(self, fd: int) -> bool:
+        """Put ``fd`` there; False if that fails, or would take something else away."""
+        try:
+            self.check()
+        except SockMiError:
+            return False
+        return replace(fd, self.fd)
+
+
 async def import_on(
     links: type[Link],
     requests: ImportRequest | Sequence[ImportRequest],
@@ -108,8 +158,8 @@ async def import_on(
 async def importing(link: Link, requests: Sequence[ImportRequest], timeout_s: float | None) -> list[Imported]:
     """An import. Descriptors given with ``replace`` are untouched until their successors live."""
     timeout_ms = _milliseconds(timeout_s)
-    targets = [_target(request.replace) for request in requests]
-    named = [target for target in targets if target is not None]
+    targets = [None if request.replace is None else _Place.of(request.replace) for request in requests]
+    named = [target.fd for target in targets if target is not None]
     if not 1 <= len(requests) <= REQUESTS_MAX:
         raise SockMiError(errno.EINVAL, f"{len(requests)} import requests: give 1 to {REQUESTS_MAX}")
     if len(set(named)) != len(named):
@@ -126,7 +176,7 @@ async def importing(link: Link, requests: Sequence[ImportRequest], timeout_s: fl
 
 
 async def _once(
-    link: Link, requests: Sequence[ImportRequest], targets: Sequence[int | None]
+    link: Link, requests: Sequence[ImportRequest], targets: Sequence[_Place | None]
 ) -> tuple[list[Imported], bool]:
     """One answer, and what becomes of it; whether of nothing, and another answer will come."""
     answer, fds = await link.receive()
@@ -138,7 +188,8 @@ async def _once(
             return [], False
         for arrival in arrivals:
             if arrival.target is not None:
-                copy_blocking(arrival.target, arrival.fd)
+                arrival.target.check()
+                copy_blocking(arrival.target.fd, arrival.fd)
         live, failure, waiting = await _taking(link, arrivals)
         # From here on nothing may be lost: the sockets are live.
         result = []
@@ -146,6 +197,8 @@ async def _once(
             if arrival.record.migration_id in live:
                 undelivered.discard(arrival.fd)
                 result.append(arrival.deliver())
+        if not result and link.interrupted is not None:
+            raise link.interrupted
         if failure is not None and not result:
             raise failure
         return result, waiting
@@ -157,7 +210,7 @@ async def _once(
 @dataclass(slots=True)
 class _Arrival:
     request: int
-    target: int | None
+    target: _Place | None
     fd: int
     kind: Kind
     local: Endpoint | None
@@ -168,21 +221,27 @@ class _Arrival:
 
     def is_live(self) -> bool:
         """Whether it came to life although the daemon could not say so."""
-        with socket_of(self.fd) as view:
-            if self.kind is Kind.LISTENING:
-                return view.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
-            if view.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR):
-                return False
-            # Copies that the kernel engine has made end with the daemon: closed, and bound no more.
-            if self.kind is Kind.CONNECTED:
-                return view.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_CLOSE
-            return not (self.local and self.local.port) or bool(view.getsockname()[1])
+        if self.kind is Kind.LISTENING:
+            return option(self.fd, socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+        if option(self.fd, socket.IPPROTO_TCP, _TCP_REPAIR):
+            return False
+        # Copies that the kernel engine has made end with the daemon: closed, and bound no more.
+        if self.kind is Kind.CONNECTED:
+            return tcp_state(self.fd) != _TCP_CLOSE
+        return not (self.local and self.local.port) or self._is_bound()
+
+    def _is_bound(self) -> bool:
+        view = socket.socket(fileno=self.fd)
+        try:
+            return bool(view.getsockname()[1])
+        finally:
+            view.detach()
 
     def deliver(self) -> Imported:
         """Put it in the place of the descriptor it replaces, or into a socket object."""
         made, fd = None, self.fd
-        if self.target is not None and replace(self.fd, self.target):
-            fd = self.target
+        if self.target is not None and self.target.take(self.fd):
+            fd = self.target.fd
         else:
             made = socket.socket(fileno=self.fd)
             made.settimeout(socket.getdefaulttimeout())  # the daemon's descriptors never wait
@@ -203,7 +262,7 @@ def _arrivals(
     answer: dict[str, Any],
     fds: Sequence[int],
     requests: Sequence[ImportRequest],
-    targets: Sequence[int | None],
+    targets: Sequence[_Place | None],
 ) -> list[_Arrival]:
     items = answer.get("imported")
     if not isinstance(items, list):
@@ -257,17 +316,3 @@ def _milliseconds(timeout_s: float | None) -> int:
     if not 0 <= timeout_s < float("inf"):
         raise SockMiError(errno.EINVAL, f"timeout_s is {timeout_s}: give seconds from 0, or None for ever")
     return min(round(timeout_s * 1000), 0x7FFFFFFF)
-
-
-def _target(replace: socket.socket | int | None) -> int | None:
-    if replace is None:
-        return None
-    fd = fileno(replace)
-    check_protocol(fd, f"descriptor {fd} to be replaced")
-    with socket_of(fd) as view:
-        state = view.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    if state != _TCP_CLOSE:
-        raise SockMiError(errno.EISCONN, f"Descriptor {fd} is connected or listening; give a new socket.")
-    if fd >= resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
-        raise SockMiError(errno.EMFILE, f"Descriptor {fd} is beyond RLIMIT_NOFILE.")
-    return fd

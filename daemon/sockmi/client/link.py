@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -18,18 +19,21 @@ CONTROL_PATH = "/run/sockmi/control.sock"
 RECONNECT_PAUSE_S = 0.05
 
 _GRACE_S = 2.0  # how much later than asked the daemon may answer
+_HUNG_UP_S = 3.0  # how long to wait for its last word
 
 
 class Link(ABC):
     """A connection to the daemon; an asynchronous context manager.
 
-    Closing it cancels what is under way on it.
+    Closing it cancels what is under way on it. ``interrupted``: by what a firm wait was; it is hung up.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._pid = os.getpid()
         self._lines = Lines()
         self._deadline: float | None = None
+        self.interrupted: BaseException | None = None
 
     @classmethod
     async def open(cls, control: str | os.PathLike[str] | None, timeout_s: float | None = None) -> Self:
@@ -62,7 +66,10 @@ class Link(ABC):
         self.close()
 
     def close(self) -> None:
-        """Disconnect."""
+        """Disconnect, whatever children by fork(2) have of it."""
+        if os.getpid() == self._pid:
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
         self._lines.close()
 
@@ -87,15 +94,33 @@ class Link(ABC):
                 ) from None
 
     async def receive(self, firm: bool = False) -> tuple[dict[str, Any], list[int]]:
-        """Receive a message and its descriptors; ``firm``: giving up would come too late now."""
+        """Receive a message and its descriptors.
+
+        ``firm``: what is answered must not be lost. An interrupt (cancellation, Ctrl-C) makes the daemon end
+        the request then, if it is not done: its answer, or the end of the connection, still says which.
+        """
         if firm:
             self._deadline = None
         while (message := self._lines.next()) is None:
             try:
                 self._lines.receive(self._connection)
             except BlockingIOError:
-                await self._ready(writing=False)
+                try:
+                    await self._ready(writing=False)
+                except (Exception, GeneratorExit):
+                    raise
+                except BaseException as interrupt:
+                    if not firm:
+                        raise
+                    self._hang_up(interrupt)
         return message
+
+    def _hang_up(self, interrupt: BaseException) -> None:
+        if self.interrupted is None:
+            self.interrupted = interrupt
+            self.allow(_HUNG_UP_S)
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_WR)
 
     async def answer(self) -> dict[str, Any]:
         """A line of a response without descriptors. Raises SockMiError for an error response."""
