@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,8 @@ _CREDENTIALS = struct.Struct("3i")
 _READ_BYTES = 65536
 _UNSENT_BYTES_MAX = 16 << 20
 _CLIENTS_MAX = 1024
+_CLIENTS_OF_ALL_BUT_ROOT_MAX = 896
+_CLIENTS_OF_A_USER_MAX = 256  # other than root
 _ACCEPT_AGAIN_S = 0.2
 _CROWDED = (
     "Files that this user has sent before are still not closed, as who serves their file system (FUSE) does "
@@ -53,14 +55,20 @@ class Handler(Protocol):
         """The client has closed its connection, or has been disconnected."""
 
 
+def _credentials(connection: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group of whoever has connected."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, gid = _CREDENTIALS.unpack(credentials)
+    return pid, uid, gid
+
+
 class Client:
     """One connection; ``pid``, ``uid`` and ``gid`` are the kernel's word (SO_PEERCRED)."""
 
     def __init__(self, server: ControlServer, connection: socket.socket) -> None:
         self._server = server
         self._connection = connection
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        self.pid, self.uid, self.gid = _CREDENTIALS.unpack(credentials)
+        self.pid, self.uid, self.gid = _credentials(connection)
         self._received = bytearray()
         self._descriptors: deque[int] = deque()
         self._unsent: deque[tuple[memoryview, list[int]]] = deque()
@@ -304,6 +312,8 @@ class ControlServer:
         self.handler = handler
         self._path = path
         self._clients: set[Client] = set()
+        self._of_user: Counter[int] = Counter()
+        self._crowded: set[int] = set()
         self._again: asyncio.TimerHandle | None = None
         self._exhausted = False
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -337,10 +347,26 @@ class ControlServer:
             self._again = self.loop.call_later(_ACCEPT_AGAIN_S, self._accept_again)
             return
         self._exhausted = False
-        if len(self._clients) >= _CLIENTS_MAX:
+        if not self._has_room(connection):
             connection.close()
             return
-        self._clients.add(Client(self, connection))
+        client = Client(self, connection)
+        self._clients.add(client)
+        self._of_user[client.uid] += 1
+
+    def _has_room(self, connection: socket.socket) -> bool:
+        """Nobody takes the room of others; root, who mends what is wrong, gets in whoever is there."""
+        _unused, uid, _unused = _credentials(connection)
+        others = len(self._clients) - self._of_user[0]
+        crowded = len(self._clients) >= _CLIENTS_MAX or (
+            uid != 0
+            and (self._of_user[uid] >= _CLIENTS_OF_A_USER_MAX or others >= _CLIENTS_OF_ALL_BUT_ROOT_MAX)
+        )
+        if crowded and uid not in self._crowded:
+            count = f"{self._of_user[uid]} of {len(self._clients)} connections are user {uid}'s"
+            _log.warning("%s: %s; more of that user are closed at once", self._path, count)
+            self._crowded.add(uid)
+        return not crowded
 
     def _accept_again(self) -> None:
         self._again = None
@@ -349,6 +375,10 @@ class ControlServer:
     def forget(self, client: Client) -> None:
         """A client has closed."""
         self._clients.discard(client)
+        self._of_user[client.uid] -= 1
+        if not self._of_user[client.uid]:
+            del self._of_user[client.uid]
+            self._crowded.discard(client.uid)
         self.handler.gone(client)
 
     def close(self) -> None:

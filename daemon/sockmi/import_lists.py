@@ -7,6 +7,8 @@ between them. No I/O: the daemon tells what arrives and does what is answered.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -65,13 +67,17 @@ class Candidate:
 
 @dataclass(eq=False, slots=True)
 class Waiting:
-    """One import request of a waiting application, and the migration that is to satisfy it."""
+    """One import request of a waiting application, and the migration that is to satisfy it.
+
+    ``order``: who waits longer has the smaller one.
+    """
 
     client: object
     index: int
     criteria: Criteria
     uid: int
     claimed_by: UUID | None = None
+    order: int = 0
 
     def accepts(self, candidate: Candidate) -> bool:
         """Whether it is free, allowed to have ``candidate``, and wants it."""
@@ -81,15 +87,20 @@ class Waiting:
 class ImportLists:
     """Sockets that wait for an application, applications that wait for a socket, and room for more.
 
-    Costs do not grow with the length of the lists: requests that ask for the same are kept together.
+    Costs do not grow with the length of the lists: requests that ask for the same are kept together. Nor with
+    what other users have listed or wait for, but for root, who may have anything.
     """
 
     def __init__(self, maxima: dict[Kind, int]) -> None:
         self.maxima = maxima
         self._listed: dict[Kind, dict[UUID, Candidate]] = {kind: {} for kind in Kind}
+        self._listed_of: dict[tuple[Kind, int], dict[UUID, Candidate]] = {}  # the same by user
         self._reserved: dict[Kind, set[UUID]] = {kind: set() for kind in Kind}
         self._lent: set[UUID] = set()
-        self._free: dict[tuple[Criteria, int], dict[Waiting, None]] = {}
+        self._free: dict[int, dict[Criteria, dict[Waiting, None]]] = {}  # by user
+        self._free_of_kind: Counter[Kind] = Counter()
+        self._free_count = 0
+        self._order = itertools.count()
         self._claimed: dict[UUID, Waiting] = {}
         self._by_client: dict[object, list[Waiting]] = {}
 
@@ -119,7 +130,7 @@ class ImportLists:
         if (waiting := self._claimed.pop(migration_id, None)) is not None:
             waiting.claimed_by = None
             if waiting in self._by_client.get(waiting.client, ()):
-                self._bucket(waiting)[waiting] = None
+                self._bucket(waiting)
 
     def reserved(self, kind: Kind) -> int:
         """How many places are kept for sockets that are prepared."""
@@ -131,12 +142,18 @@ class ImportLists:
         """List a socket that no application has yet taken."""
         self._reserved[candidate.kind].discard(candidate.migration_id)
         self._listed[candidate.kind][candidate.migration_id] = candidate
+        own = self._listed_of.setdefault((candidate.kind, candidate.uid), {})
+        own[candidate.migration_id] = candidate
 
     def remove(self, migration_id: UUID) -> Candidate | None:
         """Take a socket out of its list (or None: it is not listed)."""
         self._lent.discard(migration_id)
         for listed in self._listed.values():
             if (candidate := listed.pop(migration_id, None)) is not None:
+                own = self._listed_of[candidate.kind, candidate.uid]
+                del own[migration_id]
+                if not own:
+                    del self._listed_of[candidate.kind, candidate.uid]
                 return candidate
         return None
 
@@ -174,9 +191,10 @@ class ImportLists:
     def wait(self, requests: Iterable[Waiting]) -> None:
         """Applications wait until ``cancel`` or a match."""
         for waiting in requests:
+            waiting.order = next(self._order)
             self._by_client.setdefault(waiting.client, []).append(waiting)
             if waiting.claimed_by is None:
-                self._bucket(waiting)[waiting] = None
+                self._bucket(waiting)
 
     def cancel(self, client: object) -> None:
         """The inverse of ``wait``: all requests of one client, claimed ones too."""
@@ -187,13 +205,15 @@ class ImportLists:
 
     def waiting(self) -> int:
         """How many requests wait and are not yet claimed."""
-        return sum(map(len, list(self._free.values())))  # a copy: metrics are read in another thread
+        return self._free_count
+
+    def waiting_of(self, uid: int) -> int:
+        """How many of those are one user's."""
+        return sum(map(len, self._free.get(uid, {}).values()))
 
     def waiting_for(self, kind: Kind) -> int:
         """How many of those would take a socket of this kind."""
-        return sum(
-            len(bucket) for (criteria, _unused), bucket in self._free.items() if kind in criteria.states
-        )
+        return self._free_of_kind[kind]
 
     def waits_for(self, candidate: Candidate) -> bool:
         """Whether some waiting application would take ``candidate`` now."""
@@ -206,7 +226,7 @@ class ImportLists:
         fitting = list(self._fitting(candidate))
         if not fitting:
             return None
-        chosen = next((one for one in fitting if candidate.kind in one.criteria.preferred), fitting[0])
+        chosen = min(fitting, key=lambda one: (candidate.kind not in one.criteria.preferred, one.order))
         self._claim(chosen, candidate)
         return chosen
 
@@ -216,7 +236,8 @@ class ImportLists:
             waiting.criteria.states, key=lambda kind: (kind not in waiting.criteria.preferred, kind)
         )
         for kind in kinds:
-            for candidate in self._listed[kind].values():
+            listed = self._listed_of.get((kind, waiting.uid), {}) if waiting.uid else self._listed[kind]
+            for candidate in listed.values():
                 if self._is_to_be_had(candidate.migration_id) and waiting.accepts(candidate):
                     self._claim(waiting, candidate)
                     return candidate
@@ -236,20 +257,34 @@ class ImportLists:
 
     def _fitting(self, candidate: Candidate) -> Iterator[Waiting]:
         """One free request of each sort that would take the candidate."""
-        for bucket in self._free.values():
-            first = next(iter(bucket), None)
-            if first is not None and first.accepts(candidate):
-                yield first
+        for uid in {candidate.uid, 0}:
+            for bucket in self._free.get(uid, {}).values():
+                first = next(iter(bucket))
+                if first.accepts(candidate):
+                    yield first
 
-    def _bucket(self, waiting: Waiting) -> dict[Waiting, None]:
-        return self._free.setdefault((waiting.criteria, waiting.uid), {})
+    def _bucket(self, waiting: Waiting) -> None:
+        bucket = self._free.setdefault(waiting.uid, {}).setdefault(waiting.criteria, {})
+        if waiting not in bucket:
+            bucket[waiting] = None
+            self._count(waiting, 1)
 
     def _unbucket(self, waiting: Waiting) -> None:
-        key = (waiting.criteria, waiting.uid)
-        if (bucket := self._free.get(key)) is not None:
-            bucket.pop(waiting, None)
-            if not bucket:
-                del self._free[key]
+        own = self._free.get(waiting.uid, {})
+        bucket = own.get(waiting.criteria, {})
+        if waiting not in bucket:
+            return
+        del bucket[waiting]
+        self._count(waiting, -1)
+        if not bucket:
+            del own[waiting.criteria]
+        if not own:
+            del self._free[waiting.uid]
+
+    def _count(self, waiting: Waiting, change: int) -> None:
+        self._free_count += change
+        for kind in waiting.criteria.states:
+            self._free_of_kind[kind] += change
 
 
 def _endpoint_matches(

@@ -9,7 +9,9 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -281,3 +283,54 @@ def test_no_process_is_begun_while_what_came_is_closed(
     assert inspected == [False]
     assert no_new_process.acquire(blocking=False)
     no_new_process.release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_one_user_leaves_room_for_the_others() -> None:
+    """Whoever may connect may not keep all others out, and root gets in whoever is there."""
+    place = Path(tempfile.mkdtemp(prefix="smt-control-"))
+    place.chmod(0o755)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    setting = Setting(place / "control.sock")
+    (place / "control.sock").chmod(0o666)
+
+    def connect(uid: int, count: int) -> list[socket.socket]:
+        made = []
+        os.seteuid(uid)
+        try:
+            for _turn in range(count):
+                made.append(setting.connect())
+                if len(made) % 64 == 0:
+                    os.seteuid(0)
+                    setting.turn(100)
+                    os.seteuid(uid)
+        finally:
+            os.seteuid(0)
+        setting.turn(200)
+        return made
+
+    def served(clients: list[socket.socket]) -> int:
+        for one in clients:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                one.send(b'{"op":"info"}\n')
+        setting.turn(100)
+        count = 0
+        for one in clients:
+            one.settimeout(0.001)
+            with contextlib.suppress(ConnectionResetError, TimeoutError):
+                count += one.recv(1 << 16) != b""
+        return count
+
+    clients: list[socket.socket] = []
+    try:
+        for uid, expected in ((2001, 256), (2002, 256), (2003, 256), (2004, 896 - 3 * 256), (0, 10)):
+            made = connect(uid, 10 if uid == 0 else 300)
+            clients += made
+            assert served(made) == expected, uid
+    finally:
+        for one in clients:
+            one.close()
+        setting.turn(50)
+        setting.server.close()
+        setting.loop.close()
+        shutil.rmtree(place)

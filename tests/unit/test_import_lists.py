@@ -126,3 +126,40 @@ def test_what_is_being_moved_on_stays_listed_and_is_nobodys() -> None:
     room.lend(first.migration_id)
     room.remove(first.migration_id)
     assert not room.is_lent(first.migration_id) and not room.is_listed(first.migration_id)
+
+
+def test_one_user_costs_another_nothing() -> None:
+    """Thousands of requests for what nobody sends, thousands of looks at what is not to be had."""
+    room = lists(5000)
+    for number in range(1, 5000):
+        room.put(candidate(uid=1000, local=f"192.0.2.1:{number}"))
+    looked = 0
+
+    class Hostile(Waiting):
+        def accepts(self, candidate: Candidate) -> bool:
+            nonlocal looked
+            looked += 1
+            return super().accepts(candidate)
+
+    hostile = [
+        Hostile("he", number, Criteria(frozenset(Kind), local_port=1 + number), 2000)
+        for number in range(4096)
+    ]
+    assert [room.take(one) for one in hostile] == [None] * 4096
+    room.wait(hostile)
+    assert room.waiting() == room.waiting_for(Kind.BOUND) == room.waiting_of(2000) == 4096
+    assert room.waiting_of(1000) == 0
+    mine = Waiting("me", 0, ANY, 1000)
+    room.wait([mine])
+    assert room.claim(candidate(uid=1000)) is mine
+    assert looked == 0
+    room.cancel("he")
+    room.cancel("me")
+    assert room.waiting() == room.waiting_for(Kind.BOUND) == 0
+
+
+def test_who_waits_longest_is_served_first() -> None:
+    room = lists()
+    waiting = [Waiting(str(uid), 0, ANY, uid) for uid in (0, 1000, 0, 1000)]
+    room.wait(waiting)
+    assert [room.claim(candidate(uid=1000)) for _turn in waiting] == waiting

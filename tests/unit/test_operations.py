@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import socket
 import subprocess
@@ -157,8 +158,6 @@ def sockets(*migrations: UUID | None, **fields: Any) -> dict[str, Any]:
 
 
 def memfd() -> int:
-    import fcntl
-
     descriptor = os.memfd_create("context", os.MFD_ALLOW_SEALING)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
     return descriptor
@@ -394,3 +393,65 @@ def test_history_leaves_time_for_all_else(setting: Setting) -> None:
     # On a slow machine all turns are longer: then none of them may be a sixth of the whole.
     limit_s = max(0.2, sum(turns) / 6)
     assert max(turns) < limit_s, f"the loop was kept for {max(turns):.2f} s of {sum(turns):.2f} s"
+
+
+def test_info_leaves_time_for_all_else(setting: Setting) -> None:
+    """Anybody may ask for thousands, and wait: they are not looked up all at once, nor again and again."""
+    looked = 0
+    most = 0
+    migration = setting.journal.migration
+
+    def count(*which: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        return migration(*which)
+
+    def tick() -> None:
+        nonlocal most, last
+        most, last = max(most, looked - last), looked
+        setting.loop.call_soon(tick)
+
+    last = 0
+    setting.journal.migration = count  # type: ignore[method-assign]
+    under_way = record(outcome=None)
+    setting.know(under_way)
+    ids = [UUID(under_way["migration_id"]), *(uuid4() for _turn in range(2000))]
+    setting.loop.call_soon(tick)
+    (line,) = setting.ask(api.InfoRequest(migration_ids=ids, wait_s=0.3), uid=1000)
+    assert [one["migration_id"] for one in line["migrations"]] == [ids[0]]
+    assert looked < 2 * len(ids) + 100
+    assert most < 1000
+
+
+def test_contexts_of_one_user_have_a_limit(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes with exports that nobody takes stays in the daemon's memory as long as they wait."""
+    monkeypatch.setattr("sockmi.operations.exports._CONTEXTS_BYTES_MAX", 2500)
+    ended: list[Callable[[], None]] = []
+
+    def waits(selection: list[Selected], *, done: Any, **_unused: Any) -> bytes:
+        for one in selection:
+            os.close(one.descriptor)
+        ended.append(lambda: done([record(one.migration_id) for one in selection]))
+        return b""
+
+    def ask(uid: int) -> list[Any]:
+        context = os.memfd_create("context", os.MFD_ALLOW_SEALING)
+        os.write(context, bytes(1000))
+        fcntl.fcntl(context, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+        request = api.ExportRequest(**sockets(uuid4(), context=True))
+        client: Any = FakeClient(setting.loop, uid)
+        with client.answering(request):
+            setting.operations.request(client, request, [null(), context])
+        return list(client.lines)
+
+    monkeypatch.setattr(setting.exporting, "export", waits)
+    assert ask(1000) == ask(1000) == []
+    (line,) = ask(1000)
+    assert line["error"]["code"] == "too-large"
+    assert ask(1001) == []
+    assert ask(0) == ask(0) == ask(0) == []
+    ended[0]()
+    assert ask(1000) == []
+    for end in ended[1:]:
+        end()
+    setting.loop.run_forever()  # it has been stopped, by whoever was answered

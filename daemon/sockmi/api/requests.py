@@ -58,7 +58,7 @@ class ExportRequest(_Request):
     """Move sockets away; ``to``: a host's name, id or address, None for any."""
 
     op: Literal["export"] = "export"
-    sockets: Annotated[list[ExportItem], Field(min_length=1)]
+    sockets: Annotated[list[ExportItem], Field(min_length=1, max_length=4096)]
     to: Name | None = None
     timeout_s: Seconds | None = None
     dry_run: bool = False
@@ -137,7 +137,7 @@ class InfoRequest(_Request):
     """Migrations by id, or all under way; ``wait_s``: answer when all have an outcome, at most so late."""
 
     op: Literal["info"] = "info"
-    migration_ids: list[UUID] = []
+    migration_ids: Annotated[list[UUID], Field(max_length=4096)] = []
     wait_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
 
 

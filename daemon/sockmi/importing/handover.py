@@ -39,6 +39,7 @@ _TAKE_TIMEOUT_S = 5.0
 _SETTLE_AFTER_S = 0.001
 # An application that runs so rarely that all it is handed lapses is told so in the end.
 _LAPSES_MAX = 5
+_WAITING_MAX = 65536  # requests of one user other than root
 _UNDONE = Refusal(Code.CHANGED, "Its exporter has undone the move; ask again.")
 
 
@@ -104,6 +105,11 @@ class Handover:
         """An application wants sockets: give what is listed, else let it wait."""
         if client in self._wishes or client in self._handings:
             raise Refusal(Code.BAD_REQUEST, "This connection has an import under way; use another one.")
+        if client.uid and self._lists.waiting_of(client.uid) + len(request.requests) > _WAITING_MAX:
+            message = (
+                f"Your imports wait for {_WAITING_MAX} sockets already; have fewer of them wait at once."
+            )
+            raise Refusal(Code.BAD_REQUEST, message)
         until_s = time.monotonic() + request.timeout_ms / 1000 if request.timeout_ms >= 0 else None
         self._wait(client, Wish(request, until_s))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -20,6 +21,11 @@ from sockmi.permission import Caller
 from sockmi.refusal import Code, Refusal
 
 _TIMEOUT_S = 30.0
+_CONTEXTS_BYTES_MAX = 256 << 20  # of one user other than root, in all exports that are under way
+_CONTEXTS = (
+    f"The contexts of your exports that are under way have {_CONTEXTS_BYTES_MAX >> 20} MiB together; "
+    "wait until some have ended."
+)
 _FINAL = frozenset({"moved", "failed"})  # outcomes after COMMIT: there is nothing to begin again
 
 
@@ -29,6 +35,7 @@ class Exports:
     def __init__(self, daemon: Parts) -> None:
         self._daemon = daemon
         self._batches: dict[Client, bytes] = {}
+        self._contexts: Counter[int] = Counter()  # bytes, by user
 
     def gone(self, client: Client) -> None:
         """The client has hung up: what it asked for ends before the freeze."""
@@ -45,9 +52,12 @@ class Exports:
             return
         target = self._daemon.members.target(request.to)
         selection = self._select(client, request, descriptors, settled)
+        contexts = sum(len(one.context or b"") for one in selection if isinstance(one, Selected))
+        self._contexts[client.uid] += contexts
 
         def done(records: list[dict[str, Any]]) -> None:
             self._batches.pop(client, None)
+            self._contexts[client.uid] -= contexts
             # In the order of the request; what follows a listener is in the history, tagged with it.
             going = iter(records)
             with client.answering(request):
@@ -57,13 +67,17 @@ class Exports:
                 ]
                 respond_records(client, request.id, api.ExportResponse, asked)
 
-        batch = self._daemon.exporting.admission.export(
-            [one for one in selection if isinstance(one, Selected)],
-            target=target,
-            timeout_s=request.timeout_s or _TIMEOUT_S,
-            dry_run=request.dry_run,
-            done=done,
-        )
+        try:
+            batch = self._daemon.exporting.admission.export(
+                [one for one in selection if isinstance(one, Selected)],
+                target=target,
+                timeout_s=request.timeout_s or _TIMEOUT_S,
+                dry_run=request.dry_run,
+                done=done,
+            )
+        except BaseException:
+            self._contexts[client.uid] -= contexts
+            raise
         if batch in self._daemon.exporting.batches:
             self._batches[client] = batch
 
@@ -168,9 +182,13 @@ class Exports:
                         received=item.received_bytes,
                     )
                 )
+            held = 0 if client.administrator else self._contexts[client.uid]
             for one, item in zip(selection, request.sockets, strict=True):
                 if item.context:
                     content = _read_memfd(next(remaining))
+                    held += len(content)
+                    if held > _CONTEXTS_BYTES_MAX and not client.administrator:
+                        raise Refusal(Code.TOO_LARGE, _CONTEXTS)
                     if isinstance(one, Selected):
                         one.context = content
         except BaseException:
