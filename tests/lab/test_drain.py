@@ -152,6 +152,19 @@ def test_drain_checks_its_variables(controller: Controller, variables: dict[str,
     assert told in " ".join((result.stdout + result.stderr).split())
 
 
+@pytest.mark.parametrize("called", ["address", "host_id"])
+def test_nobody_is_to_take_who_is_to_be_emptied(controller: Controller, called: str) -> None:
+    """By whatever name."""
+    [answer] = ask(controller.lab.host("a"), "groups")
+    [named] = [one[called] for one in answer["groups"][0]["members"] if one["host"] == "b"]
+    wanted = named.rpartition(":")[0].strip("[]") or named.replace("-", "")
+    result = drain(controller, "--check", **{"from": "a,b", "to": wanted})
+    assert result.returncode != 0
+    assert f"names {wanted}, which a does not hear, or which is to be emptied too" in " ".join(
+        result.stdout.split()
+    )
+
+
 @contextlib.contextmanager
 def by_other_names(controller: Controller, folder: Path) -> Iterator[Controller]:
     """An inventory that calls a, b and c web1, web2 and web3; web1's namespace has a name of its own."""

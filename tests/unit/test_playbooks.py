@@ -106,15 +106,21 @@ class Playbook:
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
         self.daemon = Daemon(folder / "control.sock", count)
-        settings = f"ansible_connection: local, ansible_python_interpreter: {sys.executable}"
-        (folder / "hosts.yml").write_text(f"all: {{hosts: {{a: {{{settings}}}}}}}")
+        self.environment: dict[str, str] = {}
+        self.hosts()
 
-    def begin(self, name: str = "drain", **variables: Any) -> subprocess.Popen[str]:
+    def hosts(self, connection: str = "local", *others: str) -> None:
+        """Write the inventory; nobody is at home on ``others``."""
+        settings = {"ansible_connection": connection, "ansible_python_interpreter": sys.executable}
+        hosts = {"a": settings, **{one: {"ansible_host": "192.0.2.1"} for one in others}}
+        (self.folder / "hosts.yml").write_text(json.dumps({"all": {"hosts": hosts}}))
+
+    def begin(self, name: str = "drain", *flags: str, **variables: Any) -> subprocess.Popen[str]:
         """Start it."""
         pace = {"rate": 4, "step_s": 1} if name == "drain" else {}
         extra = {"from": "a", "report_file": REPORT, **pace, **variables}
         words = json.dumps({f"sockmi_{key}": value for key, value in extra.items()})
-        return self._start(f"sockmi.appliance.{name}", "-e", words)
+        return self._start(f"sockmi.appliance.{name}", "-e", words, *flags)
 
     def _start(self, *words: str | Path) -> subprocess.Popen[str]:
         environment = {
@@ -122,6 +128,7 @@ class Playbook:
             "ANSIBLE_COLLECTIONS_PATH": str(collection.linked()),
             "ANSIBLE_CONFIG": str(collection.PROJECT / "ansible.cfg"),
             "ANSIBLE_NOCOLOR": "1",
+            **self.environment,
         }
         return subprocess.Popen(
             [
@@ -136,9 +143,9 @@ class Playbook:
             stderr=subprocess.STDOUT,
         )
 
-    def run(self, name: str = "drain", **variables: Any) -> tuple[int, str]:
+    def run(self, name: str = "drain", *flags: str, **variables: Any) -> tuple[int, str]:
         """Code and output, as one line."""
-        return self._end(self.begin(name, **variables))
+        return self._end(self.begin(name, *flags, **variables))
 
     def play(self, file: Path) -> tuple[int, str]:
         """The same of a playbook of the user's."""
@@ -316,3 +323,81 @@ def test_a_report_is_where_the_caller_is(playbook: Callable[[int], Playbook]) ->
     assert code == 0, output
     assert made.report()["moved"] == 1
     assert not (collection.PROJECT / "playbooks" / REPORT).exists()
+
+
+def test_a_limit_leaves_hosts_out(playbook: Callable[[int], Playbook]) -> None:
+    """Those that are left out are asked for nothing, and take what the others give away."""
+    made = playbook(3)
+    made.hosts("local", "absent")
+    code, output = made.run("drain", "--limit", "a,localhost", **{"from": "all"})
+    assert code == 0, output
+    assert made.report()["moved"] == 3
+
+
+# The local one, until the file is there.
+FALLIBLE = """
+from pathlib import Path
+from ansible.errors import AnsibleConnectionFailure
+from ansible.plugins.connection import local
+DOCUMENTATION = local.DOCUMENTATION.replace("name: local", "name: fallible")
+class Connection(local.Connection):
+    transport = "fallible"
+    def exec_command(self, *words, **more):
+        if Path("{lost}").exists():
+            raise AnsibleConnectionFailure("the host is lost")
+        return super().exec_command(*words, **more)
+"""
+
+
+def test_a_host_that_is_lost_leaves_report_and_page(playbook: Callable[[int], Playbook]) -> None:
+    """And what to do is told, for all that it cannot be reached any more."""
+    made = playbook(9)
+    lost = made.folder / "lost"
+    (made.folder / "fallible.py").write_text(FALLIBLE.replace("{lost}", str(lost)))
+    made.environment["ANSIBLE_CONNECTION_PLUGINS"] = str(made.folder)
+    made.hosts("fallible")
+    made.daemon.listed = lambda: lost.touch() if len(made.daemon.moves) >= 4 else None
+    code, output = made.run(report_page="page.html")
+    assert code != 0
+    assert "4 selected, 4 moved" in output
+    assert "the host is lost. What its last step has moved is in `sockmi history` there. Each is" in output
+    assert made.report()["moved"] == 4
+    assert "4 of 4 connections moved" in (made.folder / "page.html").read_text()
+
+
+def test_a_report_that_breaks_in_the_middle_keeps_nothing_back(playbook: Callable[[int], Playbook]) -> None:
+    """It stops, and what has moved is told all the same."""
+    made = playbook(9)
+    reports = made.folder / "reports"
+    reports.mkdir()
+
+    def gone() -> None:
+        if len(made.daemon.moves) >= 4 and reports.exists():
+            reports.rename(made.folder / "elsewhere")
+
+    made.daemon.listed = gone
+    code, output = made.run(report_file="reports/report.json")
+    assert code != 0
+    assert "4 selected, 4 moved" in output
+    assert "reports/report.json could not be written" in output
+    assert len(made.daemon.moves) == 4
+
+
+def test_hosts_go_on_together() -> None:
+    """Whatever strategy an ansible.cfg has: some tasks are done once for all, or by all before the next."""
+    for name in ("drain", "migrate", "install", "uninstall"):
+        for play in yaml.safe_load((collection.PROJECT / f"playbooks/{name}.yml").read_text()):
+            alone = "localhost" in play["hosts"]
+            assert alone or play["strategy"] == "ansible.builtin.linear", (name, play["name"])
+
+
+def test_a_page_that_breaks_in_the_middle_is_told(playbook: Callable[[int], Playbook]) -> None:
+    made = playbook(1)
+    pages = made.folder / "pages"
+    pages.mkdir()
+    made.daemon.listed = lambda: pages.rmdir() if pages.exists() else None
+    code, output = made.run(report_page="pages/page.html")
+    assert code != 0
+    assert "1 selected, 1 moved" in output
+    assert "pages/page.html could not be written: " in output
+    assert "Mend the cause and run it again" in output
