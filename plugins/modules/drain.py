@@ -260,7 +260,7 @@ class Drain:
         self._patient_until: float | None = None
         self._settled = set(self._refused)
         self._misses: Counter[int] = Counter()
-        self._missing: set[int] = set()
+        self._missing: dict[int, dict[str, Any]] = {}
 
     def run(self) -> None:
         """Check the options, move, report."""
@@ -331,7 +331,11 @@ class Drain:
         """All that there are, quiet or not."""
         listed, self.spared = self.mover.listed(everything)
         self.left = len(listed) - sum(one.get("outcome") == "planned" for one in self.records)
-        self.closed += len(self._missing - {row["inode"] for row in listed})
+        there = {row["inode"] for row in listed}
+        taken = {(row["local"], row.get("remote")) for row in listed if "listed" not in row}
+        for inode, row in self._missing.items():
+            has_owner = "listed" in row and (row["local"], row.get("remote")) in taken  # an application came
+            self.closed += inode not in there and not has_owner
         self._missing.clear()
         return listed
 
@@ -411,7 +415,7 @@ class Drain:
             if record is None or _moving.code_of(record) in PASSING:
                 self._misses[row["inode"]] += 1
                 if self._misses[row["inode"]] < TRIES:
-                    self._missing.add(row["inode"])
+                    self._missing[row["inode"]] = row
                     continue
             if record is None:
                 lost += 1

@@ -23,6 +23,7 @@ class Daemon:
 
     ``say``: (descriptor, target) -> None to move it, a refusal code, or an error for the whole request;
     ConnectionError: it is not begun, and the connection ends when the others have moved.
+    ``imports`` wait in its lists, and none moves: ``say_listed`` is told its id.
     """
 
     def __init__(self, path: Path, count: int) -> None:
@@ -33,6 +34,8 @@ class Daemon:
         self.listed: Callable[[], None] = lambda: None
         self.under_way: Callable[[], int] = lambda: 0
         self.moves: list[tuple[int, str | None]] = []
+        self.imports: list[dict[str, Any]] = []
+        self.say_listed: Callable[[str], None] = lambda _id: None
         self.records: dict[str, dict[str, Any]] = {}
         self.requests: list[dict[str, Any]] = []
         self._broken = False
@@ -87,7 +90,7 @@ class Daemon:
 
     def _list(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["table"] == "imports":
-            return {"imports": []}
+            return {"imports": list(self.imports)}
         self.listed()
         idle = "idle_s" in request["filter"]
         rows = [one for number, one in self.rows.items() if not idle or self.quiet(number)]
@@ -96,6 +99,10 @@ class Daemon:
     def _export(self, request: dict[str, Any]) -> dict[str, Any]:
         records = []
         for one in request["sockets"]:
+            if "listed" in one:
+                self.say_listed(one["listed"])
+                records.append(record(outcome="refused", pid=None, refusal=refusal("no-such-socket")))
+                continue
             number = one["fd"]
             assert one["inode"] == number
             said = self.say(number, request.get("to"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.unit.moody_daemon import Daemon
-from tests.unit.test_modules import collections, run
+from tests.unit.test_modules import collections, run, waiting
 
 pytest.importorskip("ansible")
 __all__ = ["collections"]  # a fixture
@@ -187,6 +187,22 @@ def test_what_had_ended_is_no_failure(daemon: Make, drain: Run) -> None:
     there.say = say
     result = drain(there)
     assert (result["rc"], result["moved"], result["refused"], result["closed"]) == (0, 2, 0, 1)
+
+
+def test_what_an_application_took_has_not_ended(daemon: Make, drain: Run) -> None:
+    """Of two that waited one has ended, one has an application now, and is tried as what it is."""
+    there = daemon(1)
+    there.imports = [waiting(1), waiting(2)]
+
+    def say(_id: str) -> None:
+        there.imports.clear()
+        there.add(7)
+        there.rows[7] |= {"remote": waiting(2)["remote"]}
+
+    there.say_listed = say
+    result = drain(there, to=["b"])
+    assert (result["rc"], result["moved"], result["refused"], result["closed"]) == (0, 2, 0, 1)
+    assert sorted(number for number, _target in there.moves) == [1, 7]
 
 
 @pytest.mark.parametrize("code", ["changed", "freeze-deadline"])
