@@ -37,6 +37,7 @@ options:
   peers:
     description:
       - The other members, each as C(ADDRESS) or C(ADDRESS:PORT), for networks without multicast.
+      - Where no port is given it is the group's.
     type: list
     elements: str
   port:
@@ -367,7 +368,8 @@ class Membership:
         if params["peers"] is not None:
             if not params["peers"]:
                 raise _module.WrongValue("peers is empty; list the other members, or leave the option out.")
-            params["peers"] = [_peer(text, params["port"] or PORT) for text in params["peers"]]
+            for text in params["peers"]:
+                _peer(text, PORT)
 
     def _wanted(self, row: dict[str, Any] | None) -> dict[str, Any]:
         """The settings to be: those given, the others as they are."""
@@ -375,6 +377,8 @@ class Membership:
         for name in SETTINGS:
             if self.params[name] is not None:
                 wanted[name] = self.params[name]
+        if self.params["peers"] is not None:  # by the group's port, whether it is given now or was before
+            wanted["peers"] = [_peer(text, wanted["port"]) for text in self.params["peers"]]
         if self.params["address"] is not None:
             wanted["peers"] = []
         elif self.params["peers"] is not None:

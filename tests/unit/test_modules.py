@@ -703,6 +703,16 @@ def test_group_peers_are_compared_as_addresses(collections: Path, odd: Callable[
     assert (result["rc"], result["changed"]) == (0, False)
 
 
+def test_group_peers_have_the_port_that_the_group_has(
+    collections: Path, odd: Callable[..., OddDaemon]
+) -> None:
+    """Also where a task that names another member leaves it as it is."""
+    listed = {**WEB, "address": None, "port": 7007, "peers": ["10.0.0.2:7007"]}
+    daemon = odd({"groups": [listed]})
+    result = run(collections, "group", control=str(daemon.path), name="web", peers=["10.0.0.2"])
+    assert (result["rc"], result["changed"]) == (0, False), result
+
+
 def test_group_that_cannot_be_joined(collections: Path, odd: Callable[..., OddDaemon]) -> None:
     daemon = odd({"groups": []}, {"groups": []})
     result = run(collections, "group", control=str(daemon.path), name="web", members_min=1)
