@@ -63,6 +63,11 @@ case $verb in
 is-active) [ -e $running ] && echo active || { echo inactive; exit 3; } ;;
 is-enabled) [ -e $running.enabled ] && echo enabled || { echo disabled; exit 1; } ;;
 show)
+	[ -e $running ] && [ "$2" = --property=ActiveEnterTimestampMonotonic ] && {
+		up=$(sed 's/ .*//; s/[.]//' /proc/uptime)0000000 at=$(stat -c %.9Y $running | tr -d .)
+		echo $(((up - $(date +%s%N) + at) / 1000))
+		exit
+	}
 	[ "$2" = "$unit" ] || { [ -s $running ] && cat $running || echo 0; exit; }
 	[ -e /etc/systemd/system/$unit ] && echo LoadState=loaded || echo LoadState=not-found
 	[ -e $running ] && echo ActiveState=active || echo ActiveState=inactive ;;

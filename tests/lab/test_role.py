@@ -86,6 +86,23 @@ def test_uninstall_finds_where_it_was_installed(host: RoleHost) -> None:
     assert (code, changed) == (0, 0), output
 
 
+def test_uninstall_that_was_cut_off_finds_the_rest(host: RoleHost) -> None:
+    """Where it was installed is known as long as something is there; a folder cannot be removed at first."""
+    host.release("/opt/elsewhere")
+    code, output, _changed = host.tasks(
+        "gather", "host", "configure", sockmi_prefix="/opt/elsewhere", sockmi_group_key=KEY
+    )
+    assert code == 0, output
+    host.sh("mount --bind /opt/elsewhere/releases /opt/elsewhere/releases")
+    code, output, _changed = host.tasks("uninstall")
+    assert code != 0, output
+    host.sh("umount /opt/elsewhere/releases")
+    code, output, _changed = host.tasks("uninstall")
+    assert code == 0, output
+    left = host.sh(f"find {' '.join(FOLDERS)} -xdev -name '*sockmi*'; find /opt -name elsewhere")
+    assert (left, host.tasks("uninstall")[2]) == ("", 0)
+
+
 def test_uninstall_leaves_what_is_not_its_own(host: RoleHost) -> None:
     """Of an installation into a folder that others use, as earlier releases allowed."""
     host.sh("mkdir /opt/shared; touch /opt/shared/keep")
@@ -335,6 +352,23 @@ def test_a_setting_that_forwarding_rewrites_is_what_it_is_wanted_to_be(host: Rol
     assert host.tasks(*tasks, sockmi_sysctls=wanted)[2] == 0
 
 
+def test_a_setting_may_be_written_as_yaml_has_it(host: RoleHost) -> None:
+    """On and off are 1 and 0 to the kernel."""
+    wanted = {
+        "net.ipv4.ip_forward": True,
+        "net.ipv4.conf.lo.rp_filter": "2",
+        "net.ipv4.conf.all.shared_media": False,
+    }
+    tasks = ("gather", "host", "firewall", "settings")
+    code, output, _changed = host.tasks(*tasks, sockmi_sysctls=wanted)
+    assert code == 0, output
+    assert host.sh("sysctl -n " + " ".join(wanted)).split() == ["1", "2", "0"]
+    assert "net.ipv4.ip_forward = 1\n" in host.sh("cat /etc/sysctl.d/60-sockmi.conf")
+    assert "meta nfproto ipv4 drop" in host.sh("cat /etc/sockmi/firewall.nft")
+    code, output, changed = host.tasks(*tasks, sockmi_sysctls=wanted)
+    assert (code, changed) == (0, 0), output
+
+
 def test_it_does_not_forward_without_its_guard(host: RoleHost) -> None:
     """Where the firewall's part fails."""
     host.systemd()
@@ -377,6 +411,26 @@ def test_the_firewall_base_follows_what_is_chosen(host: RoleHost) -> None:
     changed, rules = firewall("none")
     assert (changed > 0, rules) == (True, "")
     assert "sockmi-firewall" not in host.sh("ls /etc/systemd/system")
+
+
+def test_rules_that_nobody_has_loaded_are_loaded(host: RoleHost) -> None:
+    """A run was cut off between their change and the restart of what loads them."""
+    host.systemd()
+
+    def firewall(source: str) -> int:
+        code, output, changed = host.tasks(
+            *("gather", "host", "firewall"),
+            **{"sockmi_firewall": "nftables", "sockmi_firewall_sources": [source], "sockmi_sysctls": {}},
+        )
+        assert code == 0, output
+        assert f"ip saddr != {source}" in host.sh("nft list table inet sockmi_firewall")
+        return changed
+
+    firewall("192.0.2.1")
+    assert firewall("192.0.2.1") == 0
+    host.sh("sed -i s/192.0.2.1/192.0.2.7/ /etc/sockmi/firewall.nft")
+    assert firewall("192.0.2.7") == 1
+    assert firewall("192.0.2.7") == 0
 
 
 def test_the_test_migration_proves_a_release(host: RoleHost, tmp_path: Path) -> None:

@@ -72,6 +72,54 @@ def test_force_removes_one_that_does_not_answer(host: RoleHost) -> None:
     assert "sockmi" not in host.sh("ls /opt /etc /etc/systemd/system")
 
 
+# A daemon that is down: systemd would start it at the next boot.
+DOWN = f"rm /run/units/{UNIT}"
+
+
+def test_a_daemon_that_is_down_stays_enabled_where_it_is_needed(host: RoleHost) -> None:
+    """Connections depend on its redirects: uninstall refuses before it has done anything."""
+    code, output, _changed = host.tasks("gather", "host", "configure", sockmi_group_key=KEY)
+    assert code == 0, output
+    program = "/opt/sockmi/releases/1.0-abc/bin/sockmid"
+    host.sh(
+        f"{DOWN}; rm {program}; nft add table inet sockmi;"
+        f"printf '#!/bin/sh\necho 1 moved connections depend >&2; exit 1\n' >{program}; chmod +x {program}"
+    )
+    before = installed(host)
+    for check in (True, False):
+        code, output, changed = host.tasks("uninstall", check=check)
+        assert (code, changed) == (2, 0), output
+        assert "the redirects cannot be removed: 1 moved connections depend Nothing was changed." in output
+        assert (installed(host), host.asked()) == (before, [])
+
+
+# A dangling link, as after an upgrade of the distribution; a journal that is none.
+BROKEN = ("rm $(readlink -f current)/bin/sockmid", "echo no journal >/var/lib/sockmi/journal.db")
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=["python", "journal"])
+def test_force_removes_one_that_is_broken(host: RoleHost, broken: str) -> None:
+    """And without it nothing is done."""
+    host.sh("mkdir -p /var/lib/sockmi /run/sockmi")
+    code, output, _changed = host.tasks(
+        "gather", "host", "configure", sockmi_group_key=KEY, sockmi_settings=SETTINGS
+    )
+    assert code == 0, output
+    done = host.run(sys.executable, "-c", "from sockmi.redirect.tables import *; Tables(Settings()).setup()")
+    assert done.returncode == 0, done.stderr
+    host.sh(f"{DOWN}; touch /var/lib/sockmi/lock; cd /opt/sockmi; {broken}")
+    before = installed(host)
+    code, output, changed = host.tasks("uninstall")
+    assert (code, changed) == (2, 0), output
+    assert "Nothing was changed. Mend that, or cut off what depends on them with sockmi_" in output
+    assert (installed(host), host.asked()) == (before, [])
+    code, output, predicted = host.tasks("uninstall", check=True, sockmi_uninstall_force=True)
+    assert (code, installed(host)) == (0, before), output
+    code, output, changed = host.tasks("uninstall", sockmi_uninstall_force=True)
+    assert (code, changed) == (0, predicted), output
+    assert "sockmi" not in host.sh("nft list tables; ls /opt /etc /etc/systemd/system")
+
+
 # As the role writes it, but that it can run in a namespace of its own.
 SETTINGS = {"engine": "repair", "state_dir": "/var/lib/sockmi", "metrics_port": 0}
 GROUPS = [{"name": "default", "interface": "lan"}]
@@ -133,16 +181,38 @@ def test_why_it_did_not_reload_is_told(host: RoleHost) -> None:
     assert "lets others read it" in done[1]
 
 
+def test_what_cannot_be_restarted_runs_again_as_it_did(host: RoleHost) -> None:
+    """Settings with which it does not start are no reason for none to run; nor is a key left behind."""
+    variables = running(host)
+    kept = "cat /etc/sockmi/*; cat /etc/systemd/system/sockmid.service"
+    before = host.sh(kept)
+    wanted = variables | {
+        "sockmi_group_key": secrets.token_hex(32),
+        "sockmi_groups": [*GROUPS, {"name": "blue", "interface": "lan", "port": 7790}],
+        "sockmi_settings": SETTINGS | {"metrics_port": 9781},
+    }
+    host.sh("echo '! grep -q 9781 /etc/sockmi/sockmi.yml' >/run/refuses")
+    code, output, _changed = host.tasks(*ROLE, **wanted)
+    assert code != 0
+    told = "sockmid did not start; with its former configuration it runs again. Unable to restart service"
+    assert told in output
+    assert (host.sh(kept), host.asked()) == (before, [f"restart {UNIT}", "daemon-reload", f"start {UNIT}"])
+    host.sh("echo false >/run/refuses")
+    code, output, _changed = host.tasks(*ROLE, **wanted)
+    assert "sockmid did not start; with its former configuration it does not start either: Unable" in output
+
+
 def test_the_former_release_comes_back(host: RoleHost) -> None:
     """With its configuration, unit and keys, if the new one does not start."""
     variables = running(host)
     host.sh("cp -r /opt/sockmi/releases/1.0-abc /opt/sockmi/releases/2.0-def")
     host.sh("echo 2.0-def >/opt/sockmi/releases/2.0-def/release; echo >>/etc/systemd/system/sockmid.service")
     host.sh("echo '! [ $(readlink /opt/sockmi/current) = releases/2.0-def ]' >/run/refuses")
-    kept = "cat /etc/sockmi/sockmi.yml /etc/systemd/system/sockmid.service /etc/sockmi/default.key"
+    kept = "cat /etc/sockmi/sockmi.yml /etc/systemd/system/sockmid.service; head /etc/sockmi/*.key"
     before = host.sh(f"{kept}; readlink /opt/sockmi/current; find /usr/local -type l | sort")
     wanted = variables | {
-        "sockmi_groups": [{"name": "blue", "interface": "lan"}],
+        "sockmi_groups": [{"name": "blue", "interface": "lan"}, {"name": "default", "port": 7790}],
+        "sockmi_group_key": secrets.token_hex(32),
         "sockmi_c_library": True,
         "__sockmi_bundle": {"release": "2.0-def", "file": "none"},
     }

@@ -174,6 +174,27 @@ def test_without_settings_there_is_nothing_to_keep(host: RoleHost) -> None:
     assert host.sh("ls /etc/sockmi") == "firewall.nft\n"
 
 
+def test_what_is_null_is_not_given(host: RoleHost) -> None:
+    """As where an inventory leaves it to others; and a name may look like a number."""
+    host.release("/opt/sockmi", unit=False)
+    nothing = dict.fromkeys(["address", "port", "interface", "members", "hops", "announce_interval_s", "key"])
+    wanted = {
+        "sockmi_group_key": KEY,
+        "sockmi_host_name": 42,
+        "sockmi_groups": [{"name": "default", **nothing}, {"name": "blue", "interface": "", "port": "7790"}],
+    }
+    [said] = host.cases([(("preflight",), wanted)])
+    assert "sockmi_groups" not in said, said
+    code, output, _changed = host.tasks("gather", "host", "firewall", "configure", **wanted)
+    assert code == 0, output
+    config = yaml.safe_load(host.sh("cat /etc/sockmi/sockmi.yml"))
+    assert config["host_name"] == "42"
+    assert [{*one} for one in config["groups"]] == [{"name", "key_file"}, {"name", "key_file", "port"}]
+    assert host.sh("/opt/sockmi/current/bin/sockmid --config /etc/sockmi/sockmi.yml --check").splitlines()[
+        0
+    ] == ("/etc/sockmi/sockmi.yml: good")
+
+
 def test_no_variable_is_left_out() -> None:
     specs = yaml.safe_load((PROJECT / "roles/sockmi/meta/argument_specs.yml").read_text())
     options = {name.removeprefix("sockmi_") for name in specs["argument_specs"]["main"]["options"]}

@@ -2,9 +2,9 @@
 """What the host is like, as JSON: all that the role must know before it touches anything.
 
 The argument is JSON too: `pythons` (candidates for the daemon's), `sysctls` (wanted), `prefix`, `units`, the
-file `before`, `groups` (none: to remove all), `ports` (as udp/7780) of the daemon, `headers` (how a family's
-package of the kernel's headers begins), `xtables` (the kernel's modules of legacy iptables, where that is to
-be used); with `by_unit` the prefix is the installed unit's, if any.
+files `before` and `firewall`, `groups` (none: to remove all), `ports` (as udp/7780) of the daemon, `headers`
+(how a family's package of the kernel's headers begins), `xtables` (the kernel's modules of legacy iptables,
+where that is to be used); with `by_unit` the prefix is the installed unit's, if any.
 Python 3.8 and later.
 """
 
@@ -373,12 +373,24 @@ def process(unit, prefix):
     }
 
 
+def activated(unit):
+    """When a unit began to be active, seconds since 1970; None: it has not, or that is not known."""
+    since = said("systemctl", "show", "--property=ActiveEnterTimestampMonotonic", "--value", unit)
+    return time.time() - time.monotonic() + int(since) / 1e6 if since.strip("0").isdigit() else None
+
+
 def written(path):
     """When a file was changed, seconds since 1970; None if there is none."""
     try:
         return path.stat().st_mtime
     except OSError:
         return None
+
+
+def late(unit, file):
+    """Whether a file that a unit loads when it is started, or the unit's, has changed since."""
+    since = activated(unit)
+    return since is not None and since < max(written(Path(file)) or 0, written(UNITS / unit) or 0)
 
 
 def main():
@@ -436,6 +448,7 @@ def main():
             "taken": taken(asked.get("ports", [])),
             "ufw": ufw(),
             "firewall_base": bool(said("nft", "list", "table", "inet", "sockmi_firewall")),
+            "firewall_late": late("sockmi-firewall.service", asked["firewall"]),
             "before": known,
         }
     )
