@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from sockmi.unread import unread
@@ -86,6 +87,8 @@ class Metrics:
     def close(self) -> None:
         """The inverse of ``serve``."""
         if self._server is not None:
+            # Its thread looks twice a second whether it is to end, or when something comes.
+            self._server.socket.shutdown(socket.SHUT_RDWR)
             self._server.shutdown()
             self._server.server_close()
             self._server = None
