@@ -11,8 +11,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import pyroute2.netns
+from typing import Any
 
 from lab.plan import LabError
 
@@ -30,11 +29,17 @@ def exists(namespace: str) -> bool:
     return os.path.ismount(path_of(namespace))
 
 
+def _netns() -> Any:
+    import pyroute2.netns  # 0.1 s to load, which hundreds of programs in labs do without
+
+    return pyroute2.netns
+
+
 def create(namespace: str) -> None:
     """Make a named namespace; raise LabError if there is one of that name."""
     if path_of(namespace).exists():
         raise LabError(f"namespace {namespace} exists and is not ours: remove it: ip netns del {namespace}")
-    pyroute2.netns.create(namespace)
+    _netns().create(namespace)
     if not path_of(namespace).exists():
         raise LabError(f"namespace {namespace} could not be made; root (CAP_SYS_ADMIN) is needed")
 
@@ -42,7 +47,7 @@ def create(namespace: str) -> None:
 def remove(namespace: str) -> bool:
     """Remove a named namespace; False if there was none. Works for one that is half made, too."""
     try:
-        pyroute2.netns.remove(namespace)
+        _netns().remove(namespace)
     except FileNotFoundError:
         return False
     except OSError:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from pyroute2 import IPRoute
 
 from lab import namespaces
 from lab.plan import HOSTS, SWITCH, HostPlan, LabError, Link, namespace_of, namespaces_of
@@ -40,15 +39,15 @@ def build(lab: str) -> None:
         _sysctl(switch, _SWITCH_OPTIONAL)
     for plan in HOSTS.values():
         _sysctl(namespace_of(lab, plan.name), _BEFORE_LINKS)
-    with IPRoute(netns=switch) as ip:
+    with _netlink(switch) as ip:
         _make_switch(ip, lab)
     # The router has no switch to the far side: one cable to d.
-    with IPRoute(netns=namespace_of(lab, "router")) as ip:
+    with _netlink(namespace_of(lab, "router")) as ip:
         far_end = {"ifname": "eth0", "net_ns_fd": namespace_of(lab, "d")}
         ip.link("add", ifname="eth1", kind="veth", peer=far_end)
     for plan in HOSTS.values():
         namespace = namespace_of(lab, plan.name)
-        with IPRoute(netns=namespace) as ip:
+        with _netlink(namespace) as ip:
             _configure(ip, plan)
         if plan.daemon or plan.name == "router":
             _sysctl(namespace, _FORWARDING)
@@ -60,6 +59,16 @@ def demolish(lab: str) -> bool:
     namespaces.end_processes(namespaces_of(lab))
     removed = [namespaces.remove(namespace) for namespace in namespaces_of(lab)]
     return any(removed)
+
+
+@contextlib.contextmanager
+def _netlink(namespace: str) -> Iterator[Any]:
+    """Netlink of a namespace, where the block is run; by itself `IPRoute` starts a process to get there."""
+    # 0.1 s to load, which hundreds of programs in labs do without.
+    from pyroute2 import IPRoute
+
+    with namespaces.entered(namespace), IPRoute() as ip:
+        yield ip
 
 
 def _make_switch(ip: Any, lab: str) -> None:
@@ -113,7 +122,7 @@ def _wait_for_carrier(lab: str, timeout_s: float = 5.0) -> None:
     ends += [(plan.name, link.device) for plan in HOSTS.values() for link in plan.links]
     for host, device in ends:
         namespace = namespace_of(lab, host)
-        with IPRoute(netns=namespace) as ip:
+        with _netlink(namespace) as ip:
             while _operstate(ip, device) != "UP":
                 if time.monotonic() > deadline:
                     raise LabError(f"{namespace}: {device} did not come up within {timeout_s:.0f} s")
