@@ -18,6 +18,9 @@ static const struct sockmi_plain rare[] = {
 	{ SOCKMI_OPT_TIMESTAMP, SOL_SOCKET, SO_TIMESTAMP_OLD },
 	{ SOCKMI_OPT_TIMESTAMPNS, SOL_SOCKET, SO_TIMESTAMPNS_OLD },
 	{ SOCKMI_OPT_TIMESTAMPING, SOL_SOCKET, SO_TIMESTAMPING_OLD },
+	{ SOCKMI_OPT_TIMESTAMP_NEW, SOL_SOCKET, SO_TIMESTAMP_NEW },
+	{ SOCKMI_OPT_TIMESTAMPNS_NEW, SOL_SOCKET, SO_TIMESTAMPNS_NEW },
+	{ SOCKMI_OPT_TIMESTAMPING_NEW, SOL_SOCKET, SO_TIMESTAMPING_NEW },
 	{ SOCKMI_OPT_RXQ_OVFL, SOL_SOCKET, SO_RXQ_OVFL },
 	{ SOCKMI_OPT_WIFI_STATUS, SOL_SOCKET, SO_WIFI_STATUS },
 	{ SOCKMI_OPT_NOFCS, SOL_SOCKET, SO_NOFCS },
@@ -31,6 +34,7 @@ static const struct sockmi_plain rare[] = {
 	{ SOCKMI_OPT_INCOMING_CPU, SOL_SOCKET, SO_INCOMING_CPU, 0, -1 },
 	{ SOCKMI_OPT_FASTOPEN_CONNECT, SOL_TCP, TCP_FASTOPEN_CONNECT },
 	{ SOCKMI_OPT_FASTOPEN_NO_COOKIE, SOL_TCP, TCP_FASTOPEN_NO_COOKIE },
+	{ SOCKMI_OPT_FASTOPEN, SOL_TCP, TCP_FASTOPEN },
 	{ SOCKMI_OPT_RTO_MAX_US, SOL_TCP, SOCKMI_TCP_RTO_MAX_MS, USEC_PER_MSEC, 120 * SECOND },
 	{ SOCKMI_OPT_RTO_MIN_US, SOL_TCP, SOCKMI_TCP_RTO_MIN_US, 1, SECOND / 5 },
 	{ SOCKMI_OPT_DELACK_MAX_US, SOL_TCP, SOCKMI_TCP_DELACK_MAX_US, 1, SECOND / 5 },
@@ -40,6 +44,7 @@ static const struct sockmi_plain rare[] = {
 	{ SOCKMI_OPT_IP_RECVOPTS, SOL_IP, IP_RECVOPTS },
 	{ SOCKMI_OPT_IP_RETOPTS, SOL_IP, IP_RETOPTS },
 	{ SOCKMI_OPT_IP_PASSSEC, SOL_IP, IP_PASSSEC },
+	{ SOCKMI_OPT_IP_CHECKSUM, SOL_IP, IP_CHECKSUM },
 	{ SOCKMI_OPT_IP_RECVORIGDSTADDR, SOL_IP, IP_RECVORIGDSTADDR },
 	{ SOCKMI_OPT_IP_RECVFRAGSIZE, SOL_IP, IP_RECVFRAGSIZE },
 	{ SOCKMI_OPT_IP_RECVERR_RFC4884, SOL_IP, IP_RECVERR_RFC4884 },
@@ -63,6 +68,12 @@ static const struct sockmi_plain rare[] = {
 	{ SOCKMI_OPT_IPV6_RECVORIGDSTADDR, SOL_IPV6, IPV6_RECVORIGDSTADDR },
 	{ SOCKMI_OPT_IPV6_RECVFRAGSIZE, SOL_IPV6, IPV6_RECVFRAGSIZE },
 	{ SOCKMI_OPT_IPV6_RECVERR_RFC4884, SOL_IPV6, IPV6_RECVERR_RFC4884 },
+	{ SOCKMI_OPT_IPV6_2292PKTINFO, SOL_IPV6, IPV6_2292PKTINFO },
+	{ SOCKMI_OPT_IPV6_2292HOPOPTS, SOL_IPV6, IPV6_2292HOPOPTS },
+	{ SOCKMI_OPT_IPV6_2292DSTOPTS, SOL_IPV6, IPV6_2292DSTOPTS },
+	{ SOCKMI_OPT_IPV6_2292RTHDR, SOL_IPV6, IPV6_2292RTHDR },
+	{ SOCKMI_OPT_IPV6_2292HOPLIMIT, SOL_IPV6, IPV6_2292HOPLIMIT },
+	{ SOCKMI_OPT_IPV6_ROUTER_ALERT_ISOLATE, SOL_IPV6, IPV6_ROUTER_ALERT_ISOLATE },
 	{ SOCKMI_OPT_IPV6_MULTICAST_LOOP, SOL_IPV6, IPV6_MULTICAST_LOOP, 0, 1 },
 	{ SOCKMI_OPT_IPV6_MULTICAST_ALL, SOL_IPV6, IPV6_MULTICAST_ALL, 0, 1 },
 };
@@ -84,11 +95,19 @@ static bool is_connected(const struct sock *sk)
 	return sk->sk_state != TCP_CLOSE && sk->sk_state != TCP_LISTEN;
 }
 
-/* SO_TIMESTAMP and SO_TIMESTAMPNS are one flag and another that chooses the unit. */
-static bool stamps(const struct sock *sk, bool nanoseconds)
+/*
+ * SO_TIMESTAMP and SO_TIMESTAMPNS are one flag and another that chooses the unit; those of 32-bit programs with 64 bits
+ * for the seconds have a third.
+ */
+static bool stamps(const struct sock *sk, bool nanoseconds, bool new)
 {
-	return sock_flag(sk, SOCK_RCVTSTAMP) && !sock_flag(sk, SOCK_TSTAMP_NEW) &&
+	return sock_flag(sk, SOCK_RCVTSTAMP) && sock_flag(sk, SOCK_TSTAMP_NEW) == new &&
 	       sock_flag(sk, SOCK_RCVTSTAMPNS) == nanoseconds;
+}
+
+static s64 stamping(const struct sock *sk, bool new)
+{
+	return sock_flag(sk, SOCK_TSTAMP_NEW) == new ? READ_ONCE(sk->sk_tsflags) & SOF_TIMESTAMPING_MASK : 0;
 }
 
 static s64 socket_value(const struct sock *sk, u16 id, s64 usual)
@@ -99,11 +118,17 @@ static s64 socket_value(const struct sock *sk, u16 id, s64 usual)
 	case SOCKMI_OPT_NO_CHECK:
 		return sk->sk_no_check_tx;
 	case SOCKMI_OPT_TIMESTAMP:
-		return stamps(sk, false);
+		return stamps(sk, false, false);
 	case SOCKMI_OPT_TIMESTAMPNS:
-		return stamps(sk, true);
+		return stamps(sk, true, false);
 	case SOCKMI_OPT_TIMESTAMPING:
-		return READ_ONCE(sk->sk_tsflags) & SOF_TIMESTAMPING_MASK;
+		return stamping(sk, false);
+	case SOCKMI_OPT_TIMESTAMP_NEW:
+		return stamps(sk, false, true);
+	case SOCKMI_OPT_TIMESTAMPNS_NEW:
+		return stamps(sk, true, true);
+	case SOCKMI_OPT_TIMESTAMPING_NEW:
+		return stamping(sk, true);
 	case SOCKMI_OPT_RXQ_OVFL:
 		return sock_flag(sk, SOCK_RXQ_OVFL);
 	case SOCKMI_OPT_WIFI_STATUS:
@@ -140,6 +165,8 @@ static s64 tcp_value(const struct sock *sk, u16 id, s64 usual)
 		return is_connected(sk) ? usual : tcp_sk(sk)->fastopen_connect;
 	case SOCKMI_OPT_FASTOPEN_NO_COOKIE:
 		return tcp_sk(sk)->fastopen_no_cookie;
+	case SOCKMI_OPT_FASTOPEN: /* of a listener LISTENER has it */
+		return sk->sk_state == TCP_CLOSE ? inet_csk(sk)->icsk_accept_queue.fastopenq.max_qlen : usual;
 	case SOCKMI_OPT_RTO_MAX_US:
 		return sockmi_rto_max_us(sk, usual);
 	case SOCKMI_OPT_RTO_MIN_US:
@@ -170,6 +197,8 @@ static s64 ip_value(const struct sock *sk, u16 id, s64 usual)
 		return !!(wanted & IP_CMSG_RETOPTS);
 	case SOCKMI_OPT_IP_PASSSEC:
 		return !!(wanted & IP_CMSG_PASSSEC);
+	case SOCKMI_OPT_IP_CHECKSUM:
+		return !!(wanted & IP_CMSG_CHECKSUM);
 	case SOCKMI_OPT_IP_RECVORIGDSTADDR:
 		return !!(wanted & IP_CMSG_ORIGDSTADDR);
 	case SOCKMI_OPT_IP_RECVFRAGSIZE:
@@ -249,6 +278,18 @@ static s64 ipv6_value(const struct sock *sk, u16 id, s64 usual)
 		return sockmi_inet6_flag(sk, mc_loop, MC6_LOOP);
 	case SOCKMI_OPT_IPV6_MULTICAST_ALL:
 		return sockmi_inet6_flag(sk, mc_all, MC6_ALL);
+	case SOCKMI_OPT_IPV6_2292PKTINFO:
+		return np->rxopt.bits.rxoinfo;
+	case SOCKMI_OPT_IPV6_2292HOPOPTS:
+		return np->rxopt.bits.ohopopts;
+	case SOCKMI_OPT_IPV6_2292DSTOPTS:
+		return np->rxopt.bits.odstopts;
+	case SOCKMI_OPT_IPV6_2292RTHDR:
+		return np->rxopt.bits.osrcrt;
+	case SOCKMI_OPT_IPV6_2292HOPLIMIT:
+		return np->rxopt.bits.rxohlim;
+	case SOCKMI_OPT_IPV6_ROUTER_ALERT_ISOLATE:
+		return sockmi_inet6_flag(sk, rtalert_isolate, RTALERT_ISOLATE);
 	default:
 		return usual;
 	}
@@ -311,9 +352,6 @@ void sockmi_options_left_out(const struct sock *sk, struct sockmi_writer *writer
 	leave(writer, sock_flag(sk, SOCK_TXTIME), "option:txtime");
 	leave(writer, sock_flag(sk, SOCK_FILTER_LOCKED), "option:lock_filter");
 	leave(writer, sk->sk_reserved_mem, "option:reserve_mem");
-	/* With 64 bits for the seconds whatever the architecture: the image has no word for that. */
-	leave(writer, sock_flag(sk, SOCK_RCVTSTAMP) && sock_flag(sk, SOCK_TSTAMP_NEW),
-	      sock_flag(sk, SOCK_RCVTSTAMPNS) ? "option:timestampns" : "option:timestamp");
 	leave(writer, sk->sk_state == TCP_LISTEN && rcu_access_pointer(inet_csk(sk)->icsk_accept_queue.fastopenq.ctx),
 	      "option:fastopen_key");
 	if (sockmi_speaks_ipv4(sk)) {

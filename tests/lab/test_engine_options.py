@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -59,6 +59,8 @@ GENERAL: list[tuple[str, int, int, bytes]] = [
     ("SO_TXREHASH", SOL, 74, number(0)),
     ("SO_RCVMARK", SOL, 75, number(1)),
     ("SO_RCVPRIORITY", SOL, 82, number(1)),
+    ("SO_TIMESTAMP_NEW", SOL, 63, number(1)),
+    ("SO_TIMESTAMPING_NEW", SOL, 65, number(16)),
     ("TCP_WINDOW_CLAMP", TCP, 10, number(40_000)),
     ("TCP_NODELAY", TCP, 1, number(1)),
     ("TCP_CORK", TCP, 3, number(1)),
@@ -94,6 +96,7 @@ INET: list[tuple[str, int, int, bytes]] = [
     ("IP_TRANSPARENT", IP, 19, number(1)),
     ("IP_RECVORIGDSTADDR", IP, 20, number(1)),
     ("IP_MINTTL", IP, 21, number(7)),
+    ("IP_CHECKSUM", IP, 23, number(1)),
     ("IP_BIND_ADDRESS_NO_PORT", IP, 24, number(1)),
     ("IP_RECVFRAGSIZE", IP, 25, number(1)),
     ("IP_RECVERR_RFC4884", IP, 26, number(1)),
@@ -102,12 +105,18 @@ INET: list[tuple[str, int, int, bytes]] = [
 ]
 INET_ONLY = [("IP_MULTICAST_ALL", IP, 49, number(0))]  # an IPv6 socket's is 0 from the start
 INET6: list[tuple[str, int, int, bytes]] = [
+    ("IPV6_2292PKTINFO", IP6, 2, number(1)),
+    ("IPV6_2292HOPOPTS", IP6, 3, number(1)),
+    ("IPV6_2292DSTOPTS", IP6, 4, number(1)),
+    ("IPV6_2292RTHDR", IP6, 5, number(1)),
+    ("IPV6_2292HOPLIMIT", IP6, 8, number(1)),
     ("IPV6_FLOWINFO", IP6, 11, number(1)),
     ("IPV6_UNICAST_HOPS", IP6, 16, number(88)),
     ("IPV6_MULTICAST_LOOP", IP6, 19, number(0)),
     ("IPV6_MTU_DISCOVER", IP6, 23, number(3)),
     ("IPV6_RECVERR", IP6, 25, number(1)),
     ("IPV6_MULTICAST_ALL", IP6, 29, number(0)),
+    ("IPV6_ROUTER_ALERT_ISOLATE", IP6, 30, number(1)),
     ("IPV6_RECVERR_RFC4884", IP6, 31, number(1)),
     ("IPV6_RECVPKTINFO", IP6, 49, number(1)),
     ("IPV6_RECVHOPLIMIT", IP6, 51, number(1)),
@@ -195,6 +204,11 @@ def engine() -> el.Pair:
 
 
 def copy_of(lab: el.Lab, engine: el.Pair, sock: socket.socket) -> tuple[socket.socket, bytes, Restored]:
+    copy, item, made = moved(lab, engine, sock)
+    return copy, item.image, made
+
+
+def moved(lab: el.Lab, engine: el.Pair, sock: socket.socket) -> tuple[socket.socket, Captured, Restored]:
     with lab.host("a"):
         (item,) = engine.capture([sock.fileno()])
     assert isinstance(item, Captured), item
@@ -203,7 +217,7 @@ def copy_of(lab: el.Lab, engine: el.Pair, sock: socket.socket) -> tuple[socket.s
         (made,) = engine.restore([item.image], [Placement(None, False)])
         assert isinstance(made, Restored), made
         assert engine.activate([made.fd], [item.image]) == [None]
-    return socket.socket(fileno=made.fd), item.image, made
+    return socket.socket(fileno=made.fd), item, made
 
 
 def compare(sock: socket.socket, copy: socket.socket, options: list[tuple[str, int, int, bytes]]) -> None:
@@ -244,6 +258,95 @@ def test_each_option_alone(lab: el.Lab, engine: el.Pair, kind: str) -> None:
         assert not [r for r in made.fidelity.reset if r.startswith("option")], name
         close(sock, copy)
     assert taken >= len(table(kind, engine)) - 8
+
+
+#: Another number of the same option, no option of the application's, or one that does nothing to TCP.
+NOT_OPTIONS = {
+    *((SOL, one) for one in (16, 34, 76)),  # SO_PASSCRED, SO_PASSSEC, SO_PASSPIDFD: Linux < 6.16 takes them
+    *((SOL, one) for one in (32, 33)),  # SO_SNDBUFFORCE, SO_RCVBUFFORCE
+    *((TCP, one) for one in (19, 20, 21, 22, 24, 29)),  # TCP_REPAIR, its queues, options, clock and windows
+}
+
+
+def settable(family: int, make: Callable[[], socket.socket]) -> Iterator[tuple[int, int, bytes]]:
+    """Every option that this kernel lets an application set to a number, and tells; and its value then."""
+    for level in (SOL, TCP, IP, *[IP6] * (family == socket.AF_INET6)):
+        for option in range(1, 256):
+            if (level, option) in NOT_OPTIONS:
+                continue
+            for value in (1, 0, 2, 7, 1000):
+                sock = make()
+                with contextlib.closing(sock), contextlib.suppress(OSError):
+                    before = sock.getsockopt(level, option, 64)
+                    sock.setsockopt(level, option, number(value))
+                    if sock.getsockopt(level, option, 64) != before:
+                        yield level, option, number(value)
+                        break
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["v4", "v6"])
+def test_every_option_that_this_kernel_has(
+    lab: el.Lab, engine: el.Pair, family: socket.AddressFamily
+) -> None:
+    """Also those that nobody has written down here: the copy has it, or the fidelity says that it is lost."""
+    lab.switch("a")
+    address = el.HOST4 if family == socket.AF_INET else "::"  # else it is for IPv6 alone, and IP_* do nothing
+
+    def make() -> socket.socket:
+        with lab.host("a"):
+            return socket.socket(family)
+
+    silent = []
+    for level, option, value in settable(family, make):
+        with lab.host("a"):
+            sock = socket.socket(family)
+        sock.bind((address, lab.port()))
+        try:
+            sock.setsockopt(level, option, value)
+        except OSError:  # not once it is bound
+            sock.close()
+            continue
+        copy, item, made = moved(lab, engine, sock)
+        exporter = codec.decode(item.image).fidelity_names(codec.FidelityClass.RESET)
+        lost = (*item.fidelity.reset, *exporter, *made.fidelity.reset)
+        told = any(one.startswith("option") for one in lost)
+        if not told and copy.getsockopt(level, option, 64) != sock.getsockopt(level, option, 64):
+            silent.append((level, option, value))
+        close(sock, copy)
+    assert not silent
+
+
+def test_a_priority_of_its_own(lab: el.Lab, engine: el.Pair) -> None:
+    """IP_TOS sets SO_PRIORITY too, but the application has set that back."""
+    lab.switch("a")
+    port = lab.port()
+    lab.hold("b", port)
+    sock, peer = lab.pair("v4", port)
+    options = [("IP_TOS", IP, 1, number(0x10)), ("SO_PRIORITY", SOL, 12, number(0))]
+    for name, level, option, value in options:
+        set_option(sock, name, level, option, value)
+    copy, _unused, _unused = copy_of(lab, engine, sock)
+    compare(sock, copy, options)
+    close(sock, copy, peer)
+
+
+def test_a_port_that_is_chosen_later(lab: el.Lab, engine: el.Pair) -> None:
+    """IP_BIND_ADDRESS_NO_PORT, also of a socket for IPv6 alone: it has none, and connect() chooses it."""
+    lab.switch("a")
+    for family, address in ((socket.AF_INET, el.HOST4), (socket.AF_INET6, el.HOST6)):
+        with lab.host("a"):
+            sock = socket.socket(family)
+        if family == socket.AF_INET6:
+            sock.setsockopt(IP6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(IP, 24, 1)
+        sock.setsockopt(IP, 51, struct.pack("I", 50000 | 60000 << 16))  # IP_LOCAL_PORT_RANGE
+        sock.bind((address, 0))
+        assert sock.getsockname()[1] == 0
+        copy, _unused, _unused = copy_of(lab, engine, sock)
+        assert copy.getsockname()[1] == 0
+        assert copy.getsockopt(IP, 24) == 1
+        assert read(copy, IP, 51) == read(sock, IP, 51)
+        close(sock, copy)
 
 
 @pytest.mark.parametrize("kind", ["v4", "v6", "mapped"])

@@ -19,6 +19,7 @@
 #define F6 2u	       /* AF_INET6 */
 #define ALL (F4 | F6)
 #define NOT_CONNECTED 4u /* of a connection the kernel tells something else, or it means nothing any more */
+#define NOT_LISTENING 32u /* of a listener LISTENER has it */
 #define LISTENING 8u   /* belongs to listen(): fresh sockets cannot be asked */
 
 /*
@@ -47,8 +48,8 @@ static const struct row rows[] = {
 	{ SOCKMI_OPT_DONTROUTE, ALL | RARE, SOCKMI_BEFORE_BIND, INT, 0 },
 	{ SOCKMI_OPT_IP_FREEBIND, F4, SOCKMI_BEFORE_BIND, INT, 0 },
 	{ SOCKMI_OPT_IP_TRANSPARENT, F4, SOCKMI_BEFORE_BIND, INT, 0 },
-	{ SOCKMI_OPT_IP_BIND_ADDRESS_NO_PORT, F4 | RARE, SOCKMI_BEFORE_BIND, INT, 0 },
-	{ SOCKMI_OPT_IP_LOCAL_PORT_RANGE, F4 | RARE, SOCKMI_BEFORE_BIND, INT, 0 },
+	{ SOCKMI_OPT_IP_BIND_ADDRESS_NO_PORT, ALL | RARE, SOCKMI_BEFORE_BIND, INT, 0 },
+	{ SOCKMI_OPT_IP_LOCAL_PORT_RANGE, ALL | RARE, SOCKMI_BEFORE_BIND, INT, 0 },
 	{ SOCKMI_OPT_IPV6_FREEBIND, F6, SOCKMI_BEFORE_BIND, INT, 0 },
 	{ SOCKMI_OPT_IPV6_TRANSPARENT, F6, SOCKMI_BEFORE_BIND, INT, 0 },
 	{ SOCKMI_OPT_IPV6_ADDR_PREFERENCES, F6 | RARE, SOCKMI_BEFORE_BIND, INT, 0x500 },
@@ -71,6 +72,7 @@ static const struct row rows[] = {
 	{ SOCKMI_OPT_FASTOPEN_NO_COOKIE, ALL | RARE, SOCKMI_BEFORE_CONNECT, INT, 0 },
 	{ SOCKMI_OPT_FASTOPEN_KEY, ALL | LISTENING, SOCKMI_BEFORE_CONNECT, KEY, 0 },
 	{ SOCKMI_OPT_SAVE_SYN, ALL | NOT_CONNECTED, SOCKMI_BEFORE_CONNECT, INT, 0 },
+	{ SOCKMI_OPT_FASTOPEN, ALL | NOT_CONNECTED | NOT_LISTENING, SOCKMI_BEFORE_CONNECT, INT, 0 },
 	{ SOCKMI_OPT_PRIORITY, ALL, SOCKMI_LATE, INT, 0 },
 	{ SOCKMI_OPT_KEEPALIVE, ALL, SOCKMI_LATE, INT, 0 },
 	{ SOCKMI_OPT_BROADCAST, ALL | RARE, SOCKMI_LATE, INT, 0 },
@@ -83,6 +85,9 @@ static const struct row rows[] = {
 	{ SOCKMI_OPT_TIMESTAMP, ALL | RARE, SOCKMI_LATE, INT, 0 },
 	{ SOCKMI_OPT_TIMESTAMPNS, ALL | RARE, SOCKMI_LATE, INT, 0 },
 	{ SOCKMI_OPT_TIMESTAMPING, ALL | RARE, SOCKMI_LATE, INT, 0 },
+	{ SOCKMI_OPT_TIMESTAMP_NEW, ALL | RARE, SOCKMI_LATE, INT, 0 },
+	{ SOCKMI_OPT_TIMESTAMPNS_NEW, ALL | RARE, SOCKMI_LATE, INT, 0 },
+	{ SOCKMI_OPT_TIMESTAMPING_NEW, ALL | RARE, SOCKMI_LATE, INT, 0 },
 	{ SOCKMI_OPT_BUSY_POLL_US, ALL | RARE, SOCKMI_LATE, INT, 0 },
 	{ SOCKMI_OPT_PREFER_BUSY_POLL, ALL | RARE, SOCKMI_LATE, INT, 0 },
 	{ SOCKMI_OPT_BUSY_POLL_BUDGET, ALL | RARE, SOCKMI_LATE, INT, 8 },
@@ -132,6 +137,7 @@ static const struct row rows[] = {
 	{ SOCKMI_OPT_IP_RECVFRAGSIZE, F4 | RARE, SOCKMI_LATE, INT, 0 },
 	{ SOCKMI_OPT_IP_RECVERR_RFC4884, F4 | RARE, SOCKMI_LATE, INT, 0 },
 	{ SOCKMI_OPT_IP_PASSSEC, F4 | RARE, SOCKMI_LATE, INT, 0 },
+	{ SOCKMI_OPT_IP_CHECKSUM, F4 | RARE, SOCKMI_LATE, INT, 0 },
 	{ SOCKMI_OPT_IP_MULTICAST_LOOP, F4 | RARE, SOCKMI_LATE, INT, 1 },
 	{ SOCKMI_OPT_IP_MULTICAST_ALL, F4 | RARE, SOCKMI_LATE, INT, 1 },
 	{ SOCKMI_OPT_IPV6_UNICAST_HOPS, F6, SOCKMI_LATE, INT, 64 },
@@ -152,6 +158,12 @@ static const struct row rows[] = {
 	{ SOCKMI_OPT_IPV6_MULTICAST_LOOP, F6 | RARE, SOCKMI_LATE, INT, 1 },
 	{ SOCKMI_OPT_IPV6_MULTICAST_ALL, F6 | RARE, SOCKMI_LATE, INT, 1 },
 	{ SOCKMI_OPT_IPV6_RECVERR_RFC4884, F6 | RARE, SOCKMI_LATE, INT, 0 },
+	{ SOCKMI_OPT_IPV6_2292PKTINFO, F6 | RARE, SOCKMI_LATE, INT, 0 },
+	{ SOCKMI_OPT_IPV6_2292HOPOPTS, F6 | RARE, SOCKMI_LATE, INT, 0 },
+	{ SOCKMI_OPT_IPV6_2292DSTOPTS, F6 | RARE, SOCKMI_LATE, INT, 0 },
+	{ SOCKMI_OPT_IPV6_2292RTHDR, F6 | RARE, SOCKMI_LATE, INT, 0 },
+	{ SOCKMI_OPT_IPV6_2292HOPLIMIT, F6 | RARE, SOCKMI_LATE, INT, 0 },
+	{ SOCKMI_OPT_IPV6_ROUTER_ALERT_ISOLATE, F6 | RARE, SOCKMI_LATE, INT, 0 },
 };
 
 #define N_ROWS (sizeof(rows) / sizeof(rows[0]))
@@ -432,7 +444,7 @@ static bool applies(const struct row *row, const struct sockmi_option_scope *sco
 	uint32_t family = (scope->inet ? F4 : 0) | (scope->family == AF_INET6 ? F6 : 0);
 
 	return (row->flags & family) && !(row->flags & NOT_CONNECTED && scope->connected) &&
-	       !(row->flags & LISTENING && !scope->listening);
+	       !(row->flags & LISTENING && !scope->listening) && !(row->flags & NOT_LISTENING && scope->listening);
 }
 
 /* The label of its packets that the socket has leased, or that it repeats; none: automatic labels. */
@@ -510,6 +522,7 @@ void sockmi_options_plan(struct sockmi_view options, const struct sockmi_option_
 {
 	struct sockmi_option all[N_ROWS], option;
 	uint64_t present[(N_ROWS + 63) / 64] = { 0 };
+	bool has_tos = false;
 
 	memset(plan, 0, sizeof(*plan));
 	while (sockmi_option_next(&options, &option)) {
@@ -553,9 +566,10 @@ void sockmi_options_plan(struct sockmi_view options, const struct sockmi_option_
 			if (named)
 				sockmi_lost_option(result, row->id);
 			continue;
-		} else if (p->number == fresh->number[i]) {
+		} else if (p->number == fresh->number[i] && !(row->id == SOCKMI_OPT_PRIORITY && has_tos)) {
 			continue;
 		}
+		has_tos |= row->id == SOCKMI_OPT_IP_TOS; /* which sets SO_PRIORITY, too */
 		plan->n++;
 	}
 }

@@ -15,6 +15,7 @@ test_a_saved_syn_is_lost_and_told = suite.test_a_saved_syn_is_lost_and_told
 test_all_options_together = suite.test_all_options_together
 test_buffers_stay_tunable = suite.test_buffers_stay_tunable
 test_each_option_alone = suite.test_each_option_alone
+test_every_option_that_this_kernel_has = suite.test_every_option_that_this_kernel_has
 test_hosts_with_other_defaults = suite.test_hosts_with_other_defaults
 
 pytestmark = pytest.mark.slow
