@@ -72,7 +72,7 @@ class History:
         rows = self._database.execute(self._query, (self._before, *self._values, most)).fetchall()
         if rows:
             self._before = rows[-1][0]
-        return [from_json(content) for _unused, content in rows]
+        return [from_json(content, cache_strings="keys") for _unused, content in rows]
 
     def close(self) -> None:
         """Close the connection."""

@@ -28,6 +28,7 @@ _SCHEMA_VERSION = 2  # 1 had what was appended in a table, `event`
 _MARK = "folded"  # in `state`: GENERATION:OFFSET of the appended changes
 _FOLD_ROWS = 128  # at once: what a drain of thousands has appended need not all be in memory
 _FOLD_BYTES = 1 << 19  # nor may it keep the daemon from all else
+_CACHE_KIB = 256  # SQLite's own 2 MB would fill with rows that are written once; the kernel has them too
 _SCHEMA = """
 CREATE TABLE record (               -- what must be resumed after a restart
     kind TEXT NOT NULL,
@@ -108,6 +109,7 @@ class Journal:
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 events.unlink(missing_ok=True)  # of another database, which was moved away
@@ -160,7 +162,7 @@ class Journal:
         rows = size = 0
         mark = self._events.mark
         for content, mark in self._events.waiting():  # noqa: B007 - used when it has ended
-            _merge(from_json(content), records, audit)
+            _merge(_read(content), records, audit)
             rows, size = rows + 1, size + len(content)
             if rows >= _FOLD_ROWS or size >= _FOLD_BYTES:
                 break
@@ -175,7 +177,7 @@ class Journal:
         """Everything of one kind, by name."""
         self.fold()
         rows = self._database.execute("SELECT name, content FROM record WHERE kind=?", (kind,))
-        return {name: from_json(content) for name, content in rows}
+        return {name: _read(content) for name, content in rows}
 
     def migration(self, migration_id: UUID, direction: str) -> dict[str, Any] | None:
         """One migration record, or None."""
@@ -184,7 +186,7 @@ class Journal:
             "SELECT content FROM migration WHERE migration_id=? AND direction=?",
             (migration_id.bytes, direction),
         ).fetchone()
-        return from_json(row[0]) if row else None
+        return _read(row[0]) if row else None
 
     def history(self, *, is_open: bool = False) -> Iterator[dict[str, Any]]:
         """Migration records that have an outcome (or not yet), newest first."""
@@ -193,7 +195,7 @@ class Journal:
             "SELECT content FROM migration WHERE open=? ORDER BY sequence DESC", (is_open,)
         )
         for (content,) in rows:
-            yield from_json(content)
+            yield _read(content)
 
     def prune(self, keep: int, most: int = -1) -> int:
         """Of all but the latest ``keep`` migrations forget what has an outcome; returns how many went.
@@ -227,7 +229,7 @@ class Journal:
         records: dict[tuple[str, str], Any] = {}
         audit: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
         for (content,) in self._database.execute("SELECT content FROM event ORDER BY sequence"):
-            _merge(from_json(content), records, audit)
+            _merge(_read(content), records, audit)
         with self._transaction():
             self._apply(records, audit)
             self._database.execute("DROP TABLE event")
@@ -264,6 +266,11 @@ class Journal:
             self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
+
+
+def _read(content: str | bytes) -> Any:
+    """Ids and times come once: pydantic would keep 16,384 such strings for good, in case they come again."""
+    return from_json(content, cache_strings="keys")
 
 
 def _merge(
