@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -157,7 +158,7 @@ class Placing:
             )
         connection = FourTuple(former, remote)
         self._free(connection)
-        return self._keep(item, Place(Endpoint(address, former.port), fitting[0]), connection)
+        return self._keep(item, _place(address, former.port, fitting[0]), connection)
 
     def _try(self, item: Item, origin: Endpoint, mode: Mode, path: Way | None) -> Place | None:
         assert item.local is not None and item.remote is not None
@@ -172,7 +173,7 @@ class Placing:
                 return None
             connection = FourTuple(item.local, item.remote)
             self._free(connection)
-            return self._keep(item, Place(Endpoint(path.source, item.local.port), mode), connection)
+            return self._keep(item, _place(path.source, item.local.port, mode), connection)
         for port in _ports(item.local.port):
             connection = FourTuple(Endpoint(path.source, port), item.remote)
             if not self._is_taken(connection):
@@ -267,6 +268,12 @@ class Placing:
                 self._paths.clear()
             known = self._paths[address] = (now + _PATH_TTL_S, self._path_to(address))
         return known[1]
+
+
+@functools.lru_cache(maxsize=256)
+def _place(address: IPv4Address | IPv6Address, port: int, mode: Mode) -> Place:
+    """One for all connections that have it: their redirects keep it."""
+    return Place(Endpoint(address, port), mode)
 
 
 def _ports(preferred: int) -> list[int]:

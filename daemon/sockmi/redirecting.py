@@ -64,7 +64,7 @@ class Redirecting:
         self._lost = False
         self._aborted: set[tuple[Endpoint, IPv4Address | IPv6Address]] = set()
         # More than one only until an ended connection is forgotten whose tuple another has by now: the last.
-        self._by_tuple: dict[FourTuple, dict[bytes, None]] = {}
+        self._by_tuple: dict[FourTuple, tuple[bytes, ...]] = {}
         self._routes_by_tuple: dict[FourTuple, bytes] = {}
         self._known_as: dict[FourTuple, Endpoint] = {}
         self._ports: Counter[int] = Counter()  # this host's, of what is led away
@@ -153,7 +153,9 @@ class Redirecting:
         for holding in (one for one in holdings if one.durable):
             self.holdings[holding.connection] = holding
             if (lives := living(holding)) is not None:
-                self._by_tuple.setdefault(lives, {})[holding.connection] = None
+                there = self._by_tuple.get(lives, ())
+                if holding.connection not in there:
+                    self._by_tuple[lives] = (*there, holding.connection)
             elif holding.kind is Kind.LISTENING and holding.local is not None:
                 self._listening.setdefault(holding.local, {})[holding.connection] = None
 
@@ -161,8 +163,9 @@ class Redirecting:
         """It left again, or has ended."""
         holding = self.holdings.pop(connection, None)
         if holding is not None and (lives := living(holding)) in self._by_tuple:
-            self._by_tuple[lives].pop(connection, None)
-            if not self._by_tuple[lives]:
+            if left := tuple(one for one in self._by_tuple[lives] if one != connection):
+                self._by_tuple[lives] = left
+            else:
                 del self._by_tuple[lives]
         if holding is not None and holding.local in self._listening:
             self._drop_listener(holding.local, connection)
@@ -181,11 +184,11 @@ class Redirecting:
         if facts.kind is Kind.LISTENING and facts.local is not None:
             return self._listener_of(facts.local, facts.inode)
         there = self._by_tuple.get(facts.tuple) if facts.tuple is not None else None
-        return self.holdings[next(reversed(there))] if there else None
+        return self.holdings[there[-1]] if there else None
 
     def is_led_here(self, connection: FourTuple) -> bool:
         """Whether its packets come from another host, its home, wherever its peer is; for any thread."""
-        holdings = [self.holdings.get(one) for one in tuple(self._by_tuple.get(connection, ()))]
+        holdings = [self.holdings.get(one) for one in self._by_tuple.get(connection, ())]
         return any(
             one and one.home != self._shell.host_id and one.place.mode not in (None, Mode.TAKEOVER)
             for one in holdings
@@ -438,10 +441,10 @@ class Redirecting:
         So the peer waits for nothing; it repeats its SYN, which the connection's home is to answer. Of many
         SYNs that are read together the kernel is asked once.
         """
-        known = self._by_tuple.get(connection, {})
+        known = self._by_tuple.get(connection, ())
         if known and not self._begun:
             self._shell.loop.call_later(0, self._look_at_begun)
-        self._begun.update(known)
+        self._begun.update(dict.fromkeys(known))
 
     def _look_at_begun(self) -> None:
         begun, self._begun = self._begun, {}

@@ -170,6 +170,12 @@ def _address(raw: bytes, version: int) -> IPv4Address | IPv6Address:
     return IPv4Address(raw[:4]) if version == 4 else IPv6Address(raw)
 
 
+@functools.lru_cache(maxsize=256)
+def _local(raw: bytes, version: int, port: int) -> Endpoint:
+    """One for all connections that have it: their redirects keep it."""
+    return Endpoint(_address(raw, version), port)
+
+
 @functools.cache
 def _inspect() -> Any:
     function = library().sockmi_inspect
@@ -272,7 +278,7 @@ def _facts(fd: int, seen: Facts, carried: Finding) -> SocketFacts:
         Kind.CONNECTED if connected else Kind.LISTENING if listening else Kind.BOUND,
         STATES.get(seen.state, "CLOSED"),
         seen.family,
-        None if findings & unseen else Endpoint(_address(seen.local, seen.version), seen.local_port),
+        None if findings & unseen else _local(seen.local, seen.version, seen.local_port),
         Endpoint(_address(seen.remote, seen.version), seen.remote_port) if connected else None,
         0 if listening else seen.receive_queue,
         0 if listening else send_queue,

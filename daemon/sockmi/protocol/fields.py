@@ -18,7 +18,7 @@ from sockmi.frozen import frozen
 
 TEXT_BYTES_MAX = 400
 # Some chunks' worth: ports differ from connection to connection, so that more would only keep memory.
-_CACHED = 2048
+_CACHED = 512
 
 
 class CodecError(ValueError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 from sockmi.engine.base import BindFlag, Fidelity, Kind, Needs
 from sockmi.protocol.fields import (
@@ -124,12 +125,16 @@ def _put_place(out: bytearray, value: Place) -> None:
     out += _PLACE.pack(mode, *endpoint_parts(value.endpoint))
 
 
-def _get_place(data: memoryview, at: int) -> tuple[Place, int]:
-    mode, version, port, packed = _PLACE.unpack_from(data, at)
+@lru_cache(maxsize=256)
+def _place(mode: int, version: int, port: int, packed: bytes) -> Place:
+    """One for all connections that have it: their redirects keep it."""
     if mode != _NO_MODE and mode >= len(_MODES):
         raise CodecError(f"{mode} is no mode")
-    place = Place(endpoint(version, port, packed), None if mode == _NO_MODE else _MODES[mode])
-    return place, at + _PLACE.size
+    return Place(endpoint(version, port, packed), None if mode == _NO_MODE else _MODES[mode])
+
+
+def _get_place(data: memoryview, at: int) -> tuple[Place, int]:
+    return _place(*_PLACE.unpack_from(data, at)), at + _PLACE.size
 
 
 PLACE = Field("20", _put_place, _get_place)
@@ -150,6 +155,12 @@ def _put_item(out: bytearray, item: Item) -> None:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=64)
+def _host(host: bytes) -> bytes:
+    """One for all connections that have it, as ``_place``."""
+    return host
+
+
 def _get_item(data: memoryview, at: int) -> tuple[Item, int]:
     (migration, connection, home, listener, hop, size, scale, flags, image_max, kind, state,
      *ends) = _ITEM.unpack_from(data, at)  # fmt: skip
@@ -159,8 +170,8 @@ def _get_item(data: memoryview, at: int) -> tuple[Item, int]:
     if not name.replace(b"-", b"").replace(b"_", b"").isalnum() or not name.isascii():
         raise CodecError("a state is a word")
     item = Item(
-        migration, connection, _KINDS[kind], name.decode("ascii"),
-        endpoint(*ends[0:3]), endpoint(*ends[3:6]), endpoint(*ends[6:9]), hop, home,
+        migration, migration if connection == migration else connection, _KINDS[kind], name.decode("ascii"),
+        endpoint(*ends[0:3]), endpoint(*ends[3:6]), endpoint(*ends[6:9]), hop, _host(home),
         _needs(scale, flags, image_max), size, None if listener == NO_ID else listener,
     )  # fmt: skip
     if wrong := contradiction(item):

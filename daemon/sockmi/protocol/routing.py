@@ -88,7 +88,7 @@ class Routes:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._routes: dict[ConnectionId, Route] = {}
-        self._states: dict[ConnectionId, Routing] = {}
+        self._states: dict[ConnectionId, Routing] = {}  # of those that are not just ROUTED
         self._moving: dict[ConnectionId, Route] = {}  # what a pending Reroute will make of a route
         self._by_holder: dict[HostId, dict[ConnectionId, None]] = {}
         self._holdings: dict[ConnectionId, Holding] = {}
@@ -137,7 +137,7 @@ class Routes:
         """Those that this host itself leads away: their activation takes the route back."""
         back = tuple(one.connection for one in holdings if one.connection in self._routes)
         for connection in back:
-            self._states[connection] = step(ROUTING, self._states[connection], "CONFIRM of its return")
+            self._step(connection, "CONFIRM of its return")
             self._moving.pop(connection, None)
         return back
 
@@ -145,7 +145,7 @@ class Routes:
         """Activated here, or it failed and is no more."""
         connection = holding.connection
         if connection in self._routes:
-            self._states[connection] = step(ROUTING, self._states[connection], "activated")
+            self._step(connection, "activated")
             self._remove(connection)
         if not holding.durable:
             return
@@ -170,15 +170,12 @@ class Routes:
     @property
     def idle(self) -> bool:
         """Whether nothing is to be told or done now (routes and holdings may stay for long)."""
-        return not (
-            self._notices.pending or self._endings.pending
-            or any(state is not Routing.ROUTED for state in self._states.values())
-        )  # fmt: skip
+        return not (self._notices.pending or self._endings.pending or self._states)
 
     @property
     def busy(self) -> bool:
         """Whether the shell is still to answer something."""
-        return any(state is not Routing.ROUTED for state in self._states.values())
+        return bool(self._states)
 
     @property
     def routes(self) -> dict[ConnectionId, Route]:
@@ -200,7 +197,7 @@ class Routes:
                 continue  # it has come back meanwhile
             del self._moving[connection]
             former = self._routes[connection]
-            self._states[connection] = step(ROUTING, self._states[connection], "rerouted")
+            self._step(connection, "rerouted")
             if refusal is not None:
                 pinned.append(self._pin(former))
                 continue
@@ -217,8 +214,8 @@ class Routes:
         answers: dict[HostId, list[Hop]] = {}
         for connection, hop in event.routes:
             route = self._routes.get(connection)
-            if route is not None and route.hop == hop and self._states[connection] is Routing.COLLECTING:
-                self._states[connection] = step(ROUTING, Routing.COLLECTING, "collected")
+            if route is not None and route.hop == hop and self._state(connection) is Routing.COLLECTING:
+                self._step(connection, "collected")
                 self._remove(connection)
             for host, ended in self._replies.pop(Hop(connection, hop), ()):
                 answers.setdefault(host, []).append(ended)
@@ -289,7 +286,7 @@ class Routes:
         elif known >= move.hop:
             return Verdict.DONE
         route = self._routes.get(move.connection)
-        if route is None or self._states[move.connection] is not Routing.ROUTED:
+        if route is None or self._state(move.connection) is not Routing.ROUTED:
             return None
         if route.home != self._context.host:
             return None  # not for us: who is no home drops its redirect, and never moves it
@@ -297,7 +294,7 @@ class Routes:
             return Verdict.REFUSED
         if route.holder != source or move.hop != route.hop + 1 or move.holder == self._context.host:
             return None  # an earlier move is still to be told, or it is on its way back to us
-        self._states[move.connection] = step(ROUTING, Routing.ROUTED, "REROUTE")
+        self._step(move.connection, "REROUTE")
         new = Route(
             route.connection, route.migration, route.kind, move.hop, route.home, move.holder,
             move.place, route.local, route.remote, route.origin, route.upstream,
@@ -341,7 +338,7 @@ class Routes:
             route = self._routes.get(hop.connection)
             if route is None or route.hop > hop.hop:
                 done.append(hop)
-            elif self._states[hop.connection] in (Routing.ROUTED, Routing.COLLECTING):
+            elif self._state(hop.connection) in (Routing.ROUTED, Routing.COLLECTING):
                 self._replies.setdefault(Hop(route.connection, route.hop), set()).add((source, hop))
                 gone.append(route)
             # else: the shell is changing it; we are told again
@@ -378,6 +375,17 @@ class Routes:
 
     # --- within ----------------------------------------------------------------------------
 
+    def _state(self, connection: ConnectionId) -> Routing:
+        """Of one of ``_routes``."""
+        return self._states.get(connection, Routing.ROUTED)
+
+    def _step(self, connection: ConnectionId, trigger: str) -> None:
+        state = step(ROUTING, self._state(connection), trigger)
+        if state is Routing.ROUTED:
+            self._states.pop(connection, None)
+        else:
+            self._states[connection] = state
+
     def _put(self, route: Route) -> None:
         former = self._routes.get(route.connection)
         if former is not None:
@@ -385,12 +393,11 @@ class Routes:
                 raise UndeclaredTransition(f"hop {route.hop} after {former.hop}")
             self._by_holder[former.holder].pop(route.connection, None)
         self._routes[route.connection] = route
-        self._states.setdefault(route.connection, Routing.ROUTED)
         self._by_holder.setdefault(route.holder, {})[route.connection] = None
 
     def _remove(self, connection: ConnectionId) -> None:
         route = self._routes.pop(connection)
-        del self._states[connection]
+        self._states.pop(connection, None)
         led = self._by_holder[route.holder]
         led.pop(connection, None)
         if not led:
@@ -413,8 +420,8 @@ class Routes:
         """Remove these redirects (once)."""
         gone = []
         for route in routes:
-            if self._states[route.connection] is Routing.ROUTED:
-                self._states[route.connection] = step(ROUTING, Routing.ROUTED, "ended")
+            if self._state(route.connection) is Routing.ROUTED:
+                self._step(route.connection, "ended")
                 gone.append(route)
         if gone:
             self._context.out.append(actions.Collect(tuple(gone)))
@@ -423,7 +430,7 @@ class Routes:
         """These connections have ended: collect, and pass it on to who may lead them here."""
         settled: list[tuple[ConnectionId, int]] = []
         for route in routes:
-            if self._states[route.connection] is not Routing.ROUTED:
+            if self._state(route.connection) is not Routing.ROUTED:
                 continue
             targets = {route.home} | ({route.upstream} if route.upstream is not None else set())
             for host in targets - {self._context.host, route.holder}:
@@ -481,7 +488,7 @@ class Routes:
                 for connection in list(_first(led, HOPS_MAX)):
                     del led[connection]
                     led[connection] = None  # to the end of the queue
-                    if self._states[connection] is Routing.ROUTED:
+                    if self._state(connection) is Routing.ROUTED:
                         page.append(Hop(connection, self._routes[connection].hop))
                 if page:
                     self._context.datagram(host, messages.Audit(tuple(page)))
