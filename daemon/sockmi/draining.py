@@ -35,9 +35,9 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
 _RATE_TICK_S = 0.1
-_BATCH_MAX = 1024
+_BATCH_MAX = 512  # what is under way takes some 4 KB each, on both hosts, which the heap keeps
 _PLAN_MAX = 32768
-_BATCH_NEXT = 256  # when so few are left of one, the next begins
+_BATCH_NEXT = 192  # when so few are left of one, the next begins
 _ADMINISTRATOR = 0
 _ONLY_RING = Refusal(
     Code.OWNER_IO_URING,
@@ -126,12 +126,6 @@ class Drain:
             del by_inode[inode]
         listed = self._daemon.importing.onward.select(self._request.filter)
         self._left = [*by_inode.values(), *listed, *late]
-        holders = {inode: rows[0].socket.holders for inode, rows in by_inode.items()}
-        self._daemon.shell.engine.owners.remember(
-            self._scan,
-            {inode: _by_process(held) for inode, held in holders.items()},
-            {one.pid for held in holders.values() for one in held if one.has_ring},
-        )
         self._selected = len(self._left)
         self._progress()
         self._next()
@@ -173,7 +167,18 @@ class Drain:
         if some:
             self._send(some)
 
+    def _remember(self, some: list[list[Found] | Copy]) -> None:
+        """Who holds them; of all sockets at once that would be as much again as the list of them."""
+        seen = [rows[0].socket for rows in some if not isinstance(rows, Copy)]
+        holders = {one.inode: one.holders for one in seen if one.inode not in self._looked_for}
+        self._daemon.shell.engine.owners.remember(
+            self._scan,
+            {inode: _by_process(held) for inode, held in holders.items()},
+            {one.pid for held in holders.values() for one in held if one.has_ring},
+        )
+
     def _send(self, some: list[list[Found] | Copy]) -> None:
+        self._remember(some)
         selection: list[Selected] = []
         refused: list[tuple[Found, Refusal]] = []
         for index, rows in enumerate(some):

@@ -106,8 +106,9 @@ def list_sockets(
     sockets = {one.cookie: one for one in listed if wanted(one)}
     holders, rings = find_holders({one.inode for one in sockets.values()} - {0}, sorted(pids or ()))
     names = {pid: process_name(pid) for pid in {pid for held in holders.values() for pid in held}}
-    for cookie, one in list(sockets.items()):
-        if held := holders.get(one.inode):
+    for cookie in list(sockets):
+        one = sockets[cookie]
+        if held := holders.pop(one.inode, None):
             by = tuple(
                 Holder(pid, fd, names[pid], pid in rings) for pid in sorted(held) for fd in sorted(held[pid])
             )
@@ -181,12 +182,13 @@ def half_open(at: Collection[Endpoint]) -> dict[FourTuple, int]:
     return found
 
 
-def _dump(states: int = _ALL) -> list[tuple[Any, ...]]:
+def _dump(states: int = _ALL) -> Iterator[tuple[Any, ...]]:
+    """Fields of ``_MESSAGE``, for which no socket is locked; unpacked one by one, as there may be many."""
     for _turn in range(_TRIES):
         sockets, complete = _dump_once(states)
         if complete:
             break
-    return sockets
+    return map(_MESSAGE.unpack, sockets)
 
 
 def received_bytes(descriptor: int) -> int:
@@ -205,13 +207,11 @@ def unlistable() -> str | None:
     return None
 
 
-def _dump_once(states: int) -> tuple[list[tuple[Any, ...]], bool]:
-    """One dump (fields of ``_MESSAGE``, for which no socket is locked); the second value is False if the
-    tables changed under it (NLM_F_DUMP_INTR).
-    """
+def _dump_once(states: int) -> tuple[list[bytes], bool]:
+    """One dump; the second value is False if the tables changed under it (NLM_F_DUMP_INTR)."""
     body = _REQUEST.pack(states)
     header = _HEADER.pack(_HEADER.size + len(body), _TCPDIAG_GETSOCK, _NLM_F_REQUEST_DUMP, 1, 0)
-    sockets: list[tuple[Any, ...]] = []
+    sockets: list[bytes] = []
     complete = True
     with socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG
@@ -225,7 +225,7 @@ def _dump_once(states: int) -> tuple[list[tuple[Any, ...]], bool]:
                     if error := -struct.unpack_from("=i", data)[0]:
                         raise OSError(error, f"inet_diag does not list TCP sockets: {os.strerror(error)}")
                     return sockets, complete
-                sockets.append(_MESSAGE.unpack_from(data))
+                sockets.append(data[: _MESSAGE.size])
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -248,6 +248,9 @@ def _endpoint(family: int, address: bytes, port: bytes) -> Endpoint:
     return Endpoint(_address(family, address), int.from_bytes(port, "big"))
 
 
+_local = functools.lru_cache(maxsize=256)(_endpoint)  # thousands of connections have the same
+
+
 def _listed(fields: tuple[Any, ...], holders: tuple[Holder, ...]) -> ListedSocket:
     family, state, sport, dport, source, destination, cookie, receive, send, uid, inode = fields
     connected = STATES.get(state) not in (None, "CLOSED", "LISTEN")
@@ -256,7 +259,7 @@ def _listed(fields: tuple[Any, ...], holders: tuple[Holder, ...]) -> ListedSocke
         cookie,
         family,
         STATES.get(state, f"state {state}"),
-        _endpoint(family, source, sport),
+        _local(family, source, sport),
         _endpoint(family, destination, dport) if connected else None,
         receive,
         send,

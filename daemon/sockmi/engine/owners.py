@@ -129,7 +129,8 @@ def _scan(wanted: set[int], pids: Sequence[int]) -> tuple[Holders, set[int]]:
             break
         holder_room, ring_room = max(holder_room, count * 2), max(ring_room, ring_count.value * 2)
     holders: Holders = {}
-    for entry in found[:count]:
+    for at in range(count):
+        entry = found[at]  # not a slice, which would make objects of all of them at once
         holders.setdefault(entry.inode, {}).setdefault(entry.pid, []).append(entry.fd)
     return holders, set(rings[: ring_count.value])
 
