@@ -176,8 +176,6 @@ static void dump_ip(const struct sock *sk, struct sockmi_writer *w)
 	put(w, SOCKMI_OPT_IP_MTU_DISCOVER, inet->pmtudisc, IP_PMTUDISC_WANT);
 	put(w, SOCKMI_OPT_IP_RECVERR, sockmi_inet_flag(sk, recverr, RECVERR), 0);
 	put(w, SOCKMI_OPT_IP_MINTTL, inet->min_ttl, 0);
-	put(w, SOCKMI_OPT_IP_BIND_ADDRESS_NO_PORT, sockmi_inet_flag(sk, bind_address_no_port, BIND_ADDRESS_NO_PORT),
-	    0);
 	if (sk->sk_family == AF_INET) {
 		put(w, SOCKMI_OPT_IP_FREEBIND, sockmi_inet_flag(sk, freebind, FREEBIND), 0);
 		put(w, SOCKMI_OPT_IP_TRANSPARENT, sockmi_inet_flag(sk, transparent, TRANSPARENT), 0);
@@ -203,6 +201,9 @@ void sockmi_options_dump(const struct sock *sk, struct sockmi_writer *writer)
 	dump_tcp(sk, writer);
 	dump_hosts_own(sk, writer);
 	sockmi_rare_dump(sk, writer);
+	/* For IPv6, too. */
+	put(writer, SOCKMI_OPT_IP_BIND_ADDRESS_NO_PORT,
+	    sockmi_inet_flag(sk, bind_address_no_port, BIND_ADDRESS_NO_PORT), 0);
 #if IS_ENABLED(CONFIG_IPV6)
 	if (sk->sk_family == AF_INET6)
 		dump_ipv6(sk, writer);
@@ -369,6 +370,16 @@ static bool is_connected(const struct sockmi_image *image)
 	return image->identity.kind == SOCKMI_KIND_CONNECTED;
 }
 
+/* That would set SO_PRIORITY, too, which is an option of its own. */
+static int set_tos(struct socket *sock, const struct sockmi_plain *plain, s64 value)
+{
+	u32 priority = sock->sk->sk_priority;
+	int error = set_plain(sock, plain, value);
+
+	WRITE_ONCE(sock->sk->sk_priority, priority);
+	return error;
+}
+
 /* 0, or -errno if this host does not take it. */
 static int set_early(struct socket *sock, const struct sockmi_image *image, const struct sockmi_option *option)
 {
@@ -390,6 +401,8 @@ static int set_early(struct socket *sock, const struct sockmi_image *image, cons
 	case SOCKMI_OPT_IPV6_TRANSPARENT:
 		sockmi_inet_set(sk, transparent, TRANSPARENT, option->number);
 		return 0;
+	case SOCKMI_OPT_IP_TOS:
+		return set_tos(sock, plain, option->number);
 	case SOCKMI_OPT_WINDOW_CLAMP:
 	case SOCKMI_OPT_MAXSEG:
 	case SOCKMI_OPT_SAVE_SYN:

@@ -182,6 +182,8 @@ static s64 ip_value(const struct sock *sk, u16 id, s64 usual)
 {
 	unsigned long wanted = sockmi_cmsg_flags(sk);
 
+	if (id == SOCKMI_OPT_IP_LOCAL_PORT_RANGE) /* for IPv6, too */
+		return sockmi_local_ports(sk);
 	if (!sockmi_speaks_ipv4(sk))
 		return usual;
 	switch (id) {
@@ -209,8 +211,6 @@ static s64 ip_value(const struct sock *sk, u16 id, s64 usual)
 		return sockmi_inet_flag(sk, mc_loop, MC_LOOP);
 	case SOCKMI_OPT_IP_MULTICAST_ALL:
 		return sockmi_inet_flag(sk, mc_all, MC_ALL);
-	case SOCKMI_OPT_IP_LOCAL_PORT_RANGE:
-		return sockmi_local_ports(sk);
 	default:
 		return usual;
 	}

@@ -11,6 +11,8 @@ from tests.lab import engine_lab as el
 from tests.lab import test_engine_options as suite
 
 lab = suite.lab
+test_a_port_that_is_chosen_later = suite.test_a_port_that_is_chosen_later
+test_a_priority_of_its_own = suite.test_a_priority_of_its_own
 test_a_saved_syn_is_lost_and_told = suite.test_a_saved_syn_is_lost_and_told
 test_all_options_together = suite.test_all_options_together
 test_buffers_stay_tunable = suite.test_buffers_stay_tunable
