@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import gc
 import logging
@@ -529,14 +530,14 @@ def _uninstall(config: Config, *, force: bool, check: bool) -> int:
     """``--remove-redirects``; 0, or 1 if connections depend on them."""
     from sockmi.uninstalling import Needed, remove_redirects
 
-    lock = lock_state(config.state_dir)
-    try:
-        cut_off = remove_redirects(config, force=force, check=check)
-    except Needed as needed:
-        print(f"sockmid: {needed}", file=sys.stderr)
-        return 1
-    finally:
-        os.close(lock)
+    with contextlib.ExitStack() as held:
+        if not check or config.state_dir.exists():  # a look makes nothing, and no daemon has run without it
+            held.callback(os.close, lock_state(config.state_dir))
+        try:
+            cut_off = remove_redirects(config, force=force, check=check)
+        except Needed as needed:
+            print(f"sockmid: {needed}", file=sys.stderr)
+            return 1
     said, lost = ("can be removed", "would be") if check else ("removed", "were")
     print(f"{said}; {cut_off} connections {lost} cut off" if cut_off else said)
     return 0

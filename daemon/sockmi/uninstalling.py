@@ -16,6 +16,7 @@ from sockmi import durable
 from sockmi.addresses import Endpoint
 from sockmi.config import Config
 from sockmi.journal import Journal
+from sockmi.protocol.events import Started
 from sockmi.redirect.base import Mode, Redirect
 from sockmi.redirect.factory import make_redirects
 from sockmi.redirect.iptables import unusable
@@ -34,14 +35,9 @@ def remove_redirects(config: Config, *, force: bool = False, check: bool = False
     there are any and ``force`` is not given. OSError: the kernel refused. The caller holds the state
     directory's lock. Repeating it is no error.
     """
-    journal = Journal(config.journal_path)
-    try:
-        started = durable.started(journal)
-        modes = {*config.redirect.modes, *durable.modes_in_use(journal)}
-    finally:
-        journal.close()
+    started, used = _noted(config.journal_path)
     # An earlier configuration may have had others.
-    modes |= {*Mode} - {Mode.IPTABLES}
+    modes = {*config.redirect.modes, *used} | ({*Mode} - {Mode.IPTABLES})
     if unusable() is None and _has_iptables():
         modes.add(Mode.IPTABLES)
     redirects, tables = make_redirects(config.redirect, sorted(modes))
@@ -63,6 +59,17 @@ def remove_redirects(config: Config, *, force: bool = False, check: bool = False
     finally:
         tables.close()
     return len(needed)
+
+
+def _noted(path: Path) -> tuple[Started, set[Mode]]:
+    """What the journal knows, and by which modes; nothing is made of one that is not there."""
+    if not path.exists():
+        return Started(), set()
+    journal = Journal(path)
+    try:
+        return durable.started(journal), durable.modes_in_use(journal)
+    finally:
+        journal.close()
 
 
 def _has_iptables() -> bool:

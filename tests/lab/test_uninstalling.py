@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from lab.daemons import daemon_config
 from lab.host import Host
 from lab.labs import Lab
 from sockmi.redirect.iptables import unusable
@@ -118,6 +120,14 @@ def test_what_is_needed_stays(lab: Lab, tmp_path: Path, journal: bool) -> None:
         status, said, _unused = remove(lab.host("a"), "--force")
         assert status == 0 and said.startswith("removed")
         assert left(lab.host("a")) == []
+
+
+def test_a_look_makes_nothing(lab: Lab, tmp_path: Path) -> None:
+    """On a host on which no daemon has run yet."""
+    host, state = lab.host("a"), tmp_path / "state"
+    (host.etc_dir / "sockmi.yml").write_text(yaml.safe_dump(daemon_config(host) | {"state_dir": str(state)}))
+    assert remove(host, "--check") == (0, "can be removed", "")
+    assert not state.exists()
 
 
 def test_force_alone_is_an_error(lab: Lab) -> None:
