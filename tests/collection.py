@@ -11,9 +11,26 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import yaml
 
 PROJECT = Path(__file__).resolve().parents[1]
 LINKED = PROJECT / ".build/collections"
+
+# Programs of the newest ansible-core that the collection knows, and of the oldest (the fixture `core`).
+NEWEST = Path(sys.executable).parent
+OLDEST = PROJECT / ".build/oldest-core/bin"
+programs = NEWEST
+
+
+def program(name: str) -> Path:
+    """One of Ansible's programs, with the ansible-core whose turn it is."""
+    return programs / name
+
+
+def oldest_core() -> str:
+    """The oldest ansible-core that is allowed: what others say of it follows from meta/runtime.yml."""
+    asked: str = yaml.safe_load((PROJECT / "meta/runtime.yml").read_text())["requires_ansible"]
+    return asked.removeprefix(">=").removesuffix(".0")
 
 
 def root(installed: Path | None) -> Path:
@@ -72,7 +89,7 @@ def install(folder: Path, beside: Iterable[str] = ()) -> Path:
 
 
 def run(
-    installed: Path | None, program: str, *words: str | Path, timeout_s: float = 110
+    installed: Path | None, name: str, *words: str | Path, timeout_s: float = 110
 ) -> subprocess.CompletedProcess[str]:
     """Run one of Ansible's programs on the installed collection, far from the checkout; None: on that."""
     folder = installed or linked()
@@ -83,7 +100,7 @@ def run(
         "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
     }
     return subprocess.run(
-        [Path(sys.executable).with_name(program), *words],
+        [program(name), *words],
         cwd=installed or PROJECT,
         env=os.environ | settings,
         text=True,

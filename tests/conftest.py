@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import collection
 from tests.laws import pytest_exception_interact  # noqa: F401 - pytest calls it
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -37,3 +38,11 @@ def built_libraries() -> None:
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         subprocess.run(["make", "--quiet", "-C", str(PROJECT / "daemon/libsockmi")], check=True, timeout=300)
+
+
+@pytest.fixture(params=["newest", "oldest"])
+def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that uses it runs twice: with the newest ansible-core, and with the oldest that is allowed."""
+    if request.param == "oldest":
+        assert collection.OLDEST.is_dir(), "there is no oldest ansible-core; run `scripts/setup tests`"
+        monkeypatch.setattr(collection, "programs", collection.OLDEST)

@@ -184,8 +184,7 @@ class RoleHost:
         }
         more = ["--check", "--diff"] if check else []
         more += ["-e", json.dumps(variables | {"ansible_python_interpreter": sys.executable})]
-        program = Path(sys.executable).with_name("ansible-playbook")
-        return self.run(program, *words, *more, env=os.environ | settings)
+        return self.run(collection.program("ansible-playbook"), *words, *more, env=os.environ | settings)
 
     def _playbook(self, plays: list[dict[str, Any]]) -> Path:
         file = Path(f"{self.scratch}.yml")

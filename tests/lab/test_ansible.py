@@ -106,6 +106,7 @@ def test_lab_playbook_starts_daemons(lab_name: Callable[[], str]) -> None:
 # ---------------------------------------------------------------- modules
 
 
+@pytest.mark.usefixtures("core")
 def test_info(controller: Controller, lines: Service) -> None:
     clients(lines, 1)
     facts = controller.module("a", "info", "--check", gather_subset=["all"], local_port=lines.port)
@@ -215,6 +216,7 @@ def test_export_fails_and_says_why(controller: Controller, lines: Service) -> No
     lines.finish()
 
 
+@pytest.mark.usefixtures("core")
 def test_group(controller: Controller, tmp_path: Path) -> None:
     """Joined on a and b; the members hear each other; check mode and diff tell what the run does."""
     key = "0123456789abcdef" * 4

@@ -22,6 +22,7 @@ def installed(controller: Controller, tmp_path_factory: pytest.TempPathFactory) 
     return Controller(controller.lab, collection.install(tmp_path_factory.mktemp("collection")))
 
 
+@pytest.mark.usefixtures("core")
 def test_connections_move(installed: Controller, lines: Service, tmp_path: Path) -> None:
     """From a to b by migrate, from b to c by drain, and one more by the module."""
     clients(lines, 2)

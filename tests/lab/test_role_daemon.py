@@ -57,6 +57,7 @@ def test_what_keeps_the_module_keeps_all(host: RoleHost) -> None:
         assert (installed(host), host.asked()) == (before, [])
 
 
+@pytest.mark.usefixtures("core")
 def test_force_removes_one_that_does_not_answer(host: RoleHost) -> None:
     host.sh("mkdir -p /run/sockmi")
     host.sh(f'setsid -f python3 -c "{MUTE}" >/dev/null 2>&1 </dev/null')
@@ -151,6 +152,7 @@ def running(host: RoleHost, **settings: Any) -> dict[str, Any]:
     return variables
 
 
+@pytest.mark.usefixtures("core")
 def test_what_cannot_be_reloaded_is_restarted(host: RoleHost) -> None:
     """And check mode says so; what can be is no restart."""
     variables = running(host)

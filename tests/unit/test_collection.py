@@ -51,12 +51,14 @@ def run(installed: Path, program: str, *words: str | Path) -> subprocess.Complet
     return collection.run(installed, program, *words)
 
 
-@pytest.mark.parametrize("name", ["migrate", "drain", "install", "uninstall"])
-def test_playbooks_run_from_the_installed_collection(installed: Path, name: str) -> None:
-    done = run(
-        installed, "ansible-playbook", f"sockmi.appliance.{name}", "--syntax-check", "-i", "localhost,"
-    )
+@pytest.mark.usefixtures("core")
+def test_playbooks_run_from_the_installed_collection(installed: Path) -> None:
+    playbooks = {path.stem for path in (collection.root(installed) / "playbooks").glob("*.yml")}
+    assert playbooks == {"migrate", "drain", "install", "uninstall", "lab"}
+    names = [f"sockmi.appliance.{name}" for name in playbooks]
+    done = run(installed, "ansible-playbook", *names, "--syntax-check", "-i", "localhost,")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("playbook: ") == len(playbooks)
 
 
 def test_it_has_the_sources_and_nothing_that_lies_beside_them(installed: Path) -> None:
@@ -82,19 +84,20 @@ def test_only_what_belongs_there_is_in_it(installed: Path) -> None:
             content.decode()
 
 
-# Its controller's oldest Python is 3.11, in which the wheelhouse is built (tomllib).
-CORE = "2.18"
-
-
 def test_the_oldest_core_is_told_alike() -> None:
+    """And is the one that tests run with. Its oldest Python is 3.11, which the wheelhouse needs (tomllib)."""
+    core = re.escape(collection.oldest_core())
     told = {
-        "README.md": rf"core {CORE} or later",
-        "requirements.txt": rf"ansible-core>={CORE},",
-        "meta/runtime.yml": rf'requires_ansible: ">={CORE}.0"',
-        "roles/install/meta/main.yml": rf'min_ansible_version: "{CORE}"',
+        "README.md": rf"core {core} or later",
+        "requirements.txt": rf"ansible-core>={core},",
+        "meta/runtime.yml": rf'requires_ansible: ">={core}.0"',
+        "roles/install/meta/main.yml": rf'min_ansible_version: "{core}"',
+        "roles/sockmi/meta/main.yml": rf'min_ansible_version: "{core}"',
     }
     for name, pattern in told.items():
         assert re.search(pattern, (collection.PROJECT / name).read_text()), name
+    [found] = collection.OLDEST.parent.glob("lib/python3.*/site-packages/ansible_core-*.dist-info")
+    assert re.match(rf"ansible_core-{core}\.\d+\.dist-info", found.name), "run `scripts/setup tests`"
 
 
 def test_a_playbook_of_it_does_its_work(installed: Path) -> None:
@@ -188,6 +191,7 @@ def test_a_host_of_a_lab_is_refused(installed: Path, name: str) -> None:
     assert (done.returncode, said.count("is a network namespace of the controller, and")) == (2, 8), said
 
 
+@pytest.mark.usefixtures("core")
 def test_the_role_is_documented_under_its_name(installed: Path) -> None:
     done = run(installed, "ansible-doc", "-t", "role", "sockmi.appliance.install")
     assert done.returncode == 0, done.stderr

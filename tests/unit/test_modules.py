@@ -33,7 +33,7 @@ from sockmi.transport.hello import Introduction
 from sockmi.transport.identity import Identity
 from sockmi.transport.keyring import KeyFileError, Keyring
 from sockmi.transport.sockaddr import routed_address
-from tests import returned
+from tests import collection, returned
 
 pytest.importorskip("ansible")
 
@@ -303,10 +303,11 @@ def test_imports_only_the_standard_library(path: Path) -> None:
             assert first in sys.stdlib_module_names or first in ("ansible", "ansible_collections"), name
 
 
+@pytest.mark.usefixtures("core")
 def test_ansible_doc(collections: Path) -> None:
     names = [f"sockmi.appliance.{name}" for name in MODULES]
     result = subprocess.run(
-        [str(Path(sys.executable).with_name("ansible-doc")), "--json", *names],
+        [collection.program("ansible-doc"), "--json", *names],
         env=os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")},
         cwd=PROJECT,
         text=True,

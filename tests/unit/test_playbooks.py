@@ -132,7 +132,7 @@ class Playbook:
         }
         return subprocess.Popen(
             [
-                Path(sys.executable).with_name("ansible-playbook"),
+                collection.program("ansible-playbook"),
                 *("-i", self.folder / "hosts.yml"),
                 *words,
             ],
@@ -274,6 +274,7 @@ def test_a_move_that_fails_in_the_middle_is_reported(playbook: Callable[[int], P
     assert made.report()["moved"] == 500
 
 
+@pytest.mark.usefixtures("core")
 @pytest.mark.parametrize("ends", [True, False])
 def test_no_restart_while_something_is_being_moved(playbook: Callable[[int], Playbook], ends: bool) -> None:
     """The role waits for what is under way, and does not go on if it does not end."""
