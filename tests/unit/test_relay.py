@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -133,3 +136,38 @@ def test_what_has_been_read_is_sent_though_the_peer_sends_no_more(joined: Joined
     assert got == sent
     assert read_all(joined.stdout) == b"the last word"
     os.close(joined.stdin)
+
+
+def test_what_has_come_is_delivered_though_the_peer_is_gone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = socket.create_connection(listener.getsockname())
+        here, _unused = listener.accept()
+    (in_read, in_write), (out_read, out_write) = os.pipe(), os.pipe()
+    fcntl.fcntl(out_write, fcntl.F_SETPIPE_SZ, 4096)
+    broken: list[OSError] = []
+
+    def run() -> None:
+        try:
+            relay(here, in_read, out_write)
+        except OSError as error:
+            broken.append(error)
+        os.close(out_write)
+
+    content = os.urandom(20_000)
+    peer.sendall(content)
+    while select.select([here], [], [], 0)[0] == []:
+        pass
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    got = os.read(out_read, 4096)  # so all of it has been taken from the connection
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+    os.write(in_write, b"too late")
+    while select.select([in_read], [], [], 0)[0]:
+        pass
+    assert got + read_all(out_read) == content
+    thread.join(10)
+    assert broken
+    here.close()
+    for fd in (in_read, in_write, out_read):
+        os.close(fd)

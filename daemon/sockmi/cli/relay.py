@@ -21,6 +21,7 @@ def relay(connection: socket.socket, source: int, target: int) -> None:
     connection.setblocking(False)
     arrived = going = b""
     more_comes = more_goes = True
+    broken: OSError | None = None  # told when all that has come is delivered
     while more_comes or arrived or going:
         readable: list[int] = []
         writable: list[int] = []
@@ -39,10 +40,15 @@ def relay(connection: socket.socket, source: int, target: int) -> None:
         if target in writable:
             arrived = arrived[os.write(target, arrived[:_WRITTEN]) :]
         if connection.fileno() in writable:
-            going = going[connection.send(going) :]
+            try:
+                going = going[connection.send(going) :]
+            except OSError as error:
+                broken, going, more_comes = error, b"", False
         if source in readable:
             going = os.read(source, _BYTES)
             if not going:
                 more_goes = False
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_WR)
+    if broken is not None:
+        raise broken
