@@ -354,6 +354,19 @@ def test_cancelling_an_import_whose_socket_is_not_decided(daemon: FakeDaemon) ->
     assert got.record.migration_id == dormant.migration_id
 
 
+async def cancelled_as_decided(waiting: asyncio.Task[Any], daemon: FakeDaemon) -> None:
+    """Cancel it when the daemon's decision has been sent, and the loop has not yet seen it."""
+    while not any(isinstance(one, api.TakenRequest) for one in daemon.requests):
+        await asyncio.sleep(0.01)
+    assert daemon.deciding
+    daemon.deciding.set()
+    time.sleep(0.3)
+    waiting.cancel()
+    done, _pending = await asyncio.wait([waiting], timeout=5)
+    assert done
+    assert waiting.cancelled()
+
+
 def test_a_cancelled_import_does_not_wait_again(daemon: FakeDaemon) -> None:
     """The move is undone just when the task is cancelled."""
     daemon.deciding = threading.Event()
@@ -362,15 +375,7 @@ def test_a_cancelled_import_does_not_wait_again(daemon: FakeDaemon) -> None:
 
     async def run() -> None:
         waiting = asyncio.create_task(aio.import_socket(sockmi.ImportRequest()))
-        while not any(isinstance(one, api.TakenRequest) for one in daemon.requests):
-            await asyncio.sleep(0.01)
-        assert daemon.deciding
-        daemon.deciding.set()
-        time.sleep(0.3)
-        waiting.cancel()
-        done, _pending = await asyncio.wait([waiting], timeout=5)
-        assert done
-        assert waiting.cancelled()
+        await cancelled_as_decided(waiting, daemon)
 
     asyncio.run(run())
 
@@ -388,15 +393,7 @@ def test_a_cancellation_that_comes_too_late(daemon: FakeDaemon) -> None:
                 found.append(arrived)
 
         waiting = asyncio.create_task(collect())
-        while not any(isinstance(one, api.TakenRequest) for one in daemon.requests):
-            await asyncio.sleep(0.01)
-        assert daemon.deciding
-        daemon.deciding.set()
-        time.sleep(0.3)
-        waiting.cancel()
-        done, _pending = await asyncio.wait([waiting], timeout=5)
-        assert done
-        assert waiting.cancelled()
+        await cancelled_as_decided(waiting, daemon)
         return found
 
     [got] = asyncio.run(run())
