@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any
 
@@ -96,27 +97,36 @@ def notice_name(connection: bytes, hop: int) -> str:
 def started(journal: Journal) -> Started:
     """What the journal holds, as the protocol core's first event."""
 
-    def every(kind: Record) -> tuple[Any, ...]:
-        return tuple(_READERS[kind](content) for content in journal.records(kind).values())
-
     return Started(
-        decisions=every(Record.DECISION),
-        routes=every(Record.ROUTE),
-        notices=every(Record.NOTICE),
-        prepared=every(Record.PREPARED),
-        holdings=every(Record.HOLDING),
+        decisions=tuple(_each(journal, Record.DECISION)),
+        routes=tuple(_each(journal, Record.ROUTE)),
+        notices=tuple(_each(journal, Record.NOTICE)),
+        prepared=tuple(_each(journal, Record.PREPARED)),
+        holdings=tuple(_each(journal, Record.HOLDING)),
     )
+
+
+def decisions(journal: Journal) -> Iterator[Decision]:
+    """Those of the chunks that are not over."""
+    yield from _each(journal, Record.DECISION)
 
 
 def modes_in_use(journal: Journal) -> set[Mode]:
     """The redirects that earlier runs have installed: they are looked after, configured still or not."""
-    before = started(journal)
-    places = [route.place for route in before.routes] + [holding.place for holding in before.holdings]
-    places += [arrival.place for chunk in before.prepared for arrival in chunk.arrivals]
-    return {place.mode for place in places if place.mode is not None}
+    modes = {one.place.mode for kind in (Record.ROUTE, Record.HOLDING) for one in _each(journal, kind)}
+    for chunk in _each(journal, Record.PREPARED):
+        modes |= {arrival.place.mode for arrival in chunk.arrivals}
+    return {mode for mode in modes if mode is not None}
 
 
-# -- parts
+def _each(journal: Journal, kind: Record) -> Iterator[Any]:
+    """One after the other: there may be as many as the host has redirects."""
+    return (_READERS[kind](content) for _name, content in journal.each(kind))
+
+
+# -- parts: thousands of records have the same few addresses, places and members, which stand in memory once
+
+_once = lru_cache(maxsize=1024)
 
 
 def write_endpoint(endpoint: Endpoint | None) -> list[Any] | None:
@@ -126,7 +136,16 @@ def write_endpoint(endpoint: Endpoint | None) -> list[Any] | None:
 
 def read_endpoint(content: list[Any] | None) -> Endpoint | None:
     """The inverse of ``write_endpoint``."""
-    return None if content is None else Endpoint(ip_address(content[0]), content[1])
+    return None if content is None else _endpoint(*content)
+
+
+@_once
+def _endpoint(address: str, port: int) -> Endpoint:
+    return Endpoint(_address(address), port)
+
+
+_address = _once(ip_address)
+_member = _once(bytes.fromhex)
 
 
 def _write_place(place: Place) -> list[Any]:
@@ -134,7 +153,13 @@ def _write_place(place: Place) -> list[Any]:
 
 
 def _read_place(content: list[Any]) -> Place:
-    return Place(read_endpoint(content[0]), Mode(content[1]) if content[1] else None)
+    endpoint, mode = content
+    return _place(read_endpoint(endpoint), mode)
+
+
+@_once
+def _place(endpoint: Endpoint | None, mode: str | None) -> Place:
+    return Place(endpoint, Mode(mode) if mode else None)
 
 
 def _write_chunk(chunk: ChunkId) -> list[Any]:
@@ -186,18 +211,19 @@ def _write_route(one: Route) -> list[Any]:
 
 def _read_route(content: list[Any]) -> Route:
     connection, migration, kind, hop, home, holder, place, local, remote, origin, upstream, pinned = content
+    known_as = bytes.fromhex(connection)
     return Route(
-        bytes.fromhex(connection),
-        bytes.fromhex(migration),
+        known_as,
+        known_as if migration == connection else bytes.fromhex(migration),
         Kind(kind),
         hop,
-        bytes.fromhex(home),
-        bytes.fromhex(holder),
+        _member(home),
+        _member(holder),
         _read_place(place),
         read_endpoint(local),
         read_endpoint(remote),
         read_endpoint(origin),
-        bytes.fromhex(upstream) if upstream else None,
+        _member(upstream) if upstream else None,
         pinned,
     )
 
@@ -209,7 +235,7 @@ def _write_notice(one: Notice) -> list[Any]:
 def _read_notice(content: list[Any]) -> Notice:
     connection, hop, home, holder, place = content
     return Notice(
-        bytes.fromhex(connection), hop, bytes.fromhex(home), bytes.fromhex(holder), _read_place(place)
+        bytes.fromhex(connection), hop, _member(home), _member(holder), _read_place(place)
     )
 
 

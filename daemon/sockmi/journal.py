@@ -175,9 +175,14 @@ class Journal:
 
     def records(self, kind: Record) -> dict[str, Any]:
         """Everything of one kind, by name."""
+        return dict(self.each(kind))
+
+    def each(self, kind: Record) -> Iterator[tuple[str, Any]]:
+        """The same, name and content, one after the other."""
         self.fold()
         rows = self._database.execute("SELECT name, content FROM record WHERE kind=?", (kind,))
-        return {name: _read(content) for name, content in rows}
+        for name, content in rows:
+            yield name, _read(content)
 
     def migration(self, migration_id: UUID, direction: str) -> dict[str, Any] | None:
         """One migration record, or None."""

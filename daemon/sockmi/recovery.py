@@ -66,7 +66,7 @@ class Recovery:
         journal = self._shell.journal
         self._queues.remember()
         change = Change()
-        decisions = {str(one.chunk): one for one in durable.started(journal).decisions}
+        decisions = {str(one.chunk): one for one in durable.decisions(journal)}
         undone: list[Original] = []
         for name, content in journal.records(Record.ORIGINALS).items():
             originals = [durable.read_original(one) for one in content]
