@@ -234,9 +234,7 @@ def _write_notice(one: Notice) -> list[Any]:
 
 def _read_notice(content: list[Any]) -> Notice:
     connection, hop, home, holder, place = content
-    return Notice(
-        bytes.fromhex(connection), hop, _member(home), _member(holder), _read_place(place)
-    )
+    return Notice(bytes.fromhex(connection), hop, _member(home), _member(holder), _read_place(place))
 
 
 def _write_item(item: Item) -> list[Any]:

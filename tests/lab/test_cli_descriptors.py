@@ -99,3 +99,22 @@ def test_nobody_reads_what_has_come(daemon: FakeDaemon, arguments: list[str], fu
         dormant.peer.shutdown(socket.SHUT_WR)
         _unused, err = importer.communicate(timeout=20)
     assert (importer.returncode, err) == (0, b"")
+
+
+@pytest.mark.parametrize("arguments", [["key", "group.key"], ["--version"], ["import", "--help"]])
+def test_what_is_printed_cannot_be_written(tmp_path: Path, arguments: list[str]) -> None:
+    """Onto a full disk: a sentence and a status, no traceback."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*SOCKMI, *arguments],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            text=True,
+            timeout=20,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "sockmi: standard output: No space left on device; the answer is lost, what was done stays"
+    ]

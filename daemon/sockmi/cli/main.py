@@ -20,8 +20,12 @@ from sockmi.client import SockMiError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     _open_standard()
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    parser, shown = build_parser(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):  # --help and --version print
+            options = parser.parse_args(arguments)
+    except SystemExit as asked:
+        raise SystemExit(asked.code if _write(shown.getvalue()) else NOT_DONE) from None
     check(parser, options)
     try:
         # An import says what comes when it comes, or has the connection there.
@@ -41,16 +45,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _whole(options: argparse.Namespace) -> int:
     """Show all when all is known: the exit status is the same if whoever reads has seen enough before."""
-    shown = io.StringIO()
+    shown, written = io.StringIO(), True
     try:
         with contextlib.redirect_stdout(shown):
-            return COMMANDS[options.command](options)
+            status = COMMANDS[options.command](options)
     finally:
-        try:
-            sys.stdout.write(shown.getvalue())
-            sys.stdout.flush()
-        except BrokenPipeError:
-            nobody_reads(sys.stdout)
+        written = _write(shown.getvalue())
+    return status if written else status or NOT_DONE
+
+
+def _write(text: str) -> bool:
+    """Print it, or say why it cannot be; True if it is not missed."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nobody_reads(sys.stdout)
+    except OSError as error:
+        nobody_reads(sys.stdout)
+        print(
+            f"sockmi: standard output: {error.strerror}; the answer is lost, what was done stays",
+            file=sys.stderr,
+        )
+        return False
+    return True
 
 
 def _open_standard() -> None:
