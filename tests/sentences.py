@@ -32,7 +32,7 @@ DAEMON = {
     "StartError": 0,
 }
 CLIENTS = {"BrokenLink": 0, "SockMiError": 1, "Unanswered": 1}
-MODULES = {"ControlError": 0, "WrongValue": 0, "_fail": 0}
+MODULES = {"ControlError": 0, "WrongValue": 0, "_add": 0, "_fail": 0}
 TOOLS = {"Failed": 0, "WheelhouseError": 0, "exit": 0}
 
 

@@ -55,8 +55,9 @@ options:
   key:
     description:
       - The group's key, or several, one a line, each as 64 hexadecimal digits or as base64.
-      - Written to O(key_file) with mode 0600 if the file has other contents; a group that the daemon
-        is in already is then left and joined again, so that it uses the new key.
+      - Written to O(key_file), with mode 0600 and as root's, if the file has other contents; a group that
+        the daemon is in already is then left and joined again, so that it uses the new key.
+      - If it cannot be joined, the file has the former key again.
     type: str
   members_min:
     description:
@@ -76,8 +77,9 @@ attributes:
   check_mode:
     description:
       - Can run in check mode; neither the group nor the key file is changed.
-      - It fails where a run would be refused, for the key, the interface or the port, or as migrations are
-        under way. So it does if another socket of the host has the port, but where the group keeps its own.
+      - It fails where a run would be refused, for the key, the interface, its address or the port, or as
+        migrations are under way. So it does if another socket of the host has the port, but where the group
+        keeps its own.
     support: full
   diff_mode:
     description: Shows the settings before and after, and that the key differs, never the key.
@@ -201,7 +203,7 @@ group:
         load: 0.1
 key_changed:
   description: Whether the key file was written, or would be in check mode.
-  returned: success
+  returned: success, or once it has begun
   type: bool
   sample: false
 code:
@@ -240,12 +242,15 @@ KEY_BYTES_DIFFERENT_MIN = 8  # these three: sockmi/transport/keyring.py; a unit 
 ANSWER_S = 30.0
 POLL_S = 0.2
 SIOCGIFADDR = 0x8915  # linux/sockios.h
+IF_INET6 = Path("/proc/net/if_inet6")
+LINK_SCOPE = 0x20  # net/ipv6.h
+TENTATIVE_OR_FAILED = 0x48  # linux/if_addr.h
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 SETTINGS = ("address", "port", "interface", "peers")
 
 
 class KeyFile:
-    """The key file: compared, and written only if it differs."""
+    """The key file: compared, written only if it differs, and put back if what was written is no use."""
 
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
@@ -253,23 +258,22 @@ class KeyFile:
         self.wanted = _checked_key(module.params["key"]) if module.params["key"] is not None else None
         self.before = "as given"
         self.content_differs = False
-        self.mode_differs = False
+        self.access_differs = False
+        self._former: bytes | None = None
         if self.wanted is not None:
             self._compare(self.wanted)
         self._writable()
 
     @property
     def changed(self) -> bool:
-        """Whether there is something to write."""
-        return self.content_differs or self.mode_differs
+        """Whether there is something to write, or has been."""
+        return self.content_differs or self.access_differs
 
     def _compare(self, wanted: list[str]) -> None:
         path = self.path
         try:
-            self.content_differs = _lines(path.read_text(errors="replace")) != wanted
-            mode = stat.S_IMODE(path.stat().st_mode)
-            self.mode_differs = mode != 0o600
-            self.before = f"{'other contents' if self.content_differs else 'as given'}, mode {mode:04o}"
+            self._former = path.read_bytes()
+            status = path.stat()
         except FileNotFoundError:
             if not path.parent.is_dir():
                 raise _module.WrongValue(
@@ -277,15 +281,23 @@ class KeyFile:
                 ) from None
             self.content_differs = True
             self.before = "absent"
+            return
         except OSError as error:
             raise _module.WrongValue(f"key_file {path}: {error.strerror}; is become needed?") from None
+        self.content_differs = _lines(self._former.decode(errors="replace")) != wanted
+        mode, foreign = stat.S_IMODE(status.st_mode), _foreign(status)
+        self.access_differs = mode != 0o600 or foreign
+        self.before = f"{'other contents' if self.content_differs else 'as given'}, mode {mode:04o}"
+        self.before += f", of user {status.st_uid}" if foreign else ""
 
     def _writable(self) -> None:
         """Raise WrongValue if it could not be written."""
-        if (self.content_differs and not os.access(self.path.parent, os.W_OK)) or (
-            self.mode_differs and os.geteuid() not in (0, self.path.stat().st_uid)
-        ):
+        if self.changed and not os.access(self._target.parent, os.W_OK):
             raise _module.WrongValue(f"key_file {self.path} cannot be written; is become needed?")
+
+    @property
+    def _target(self) -> Path:
+        return self.path.resolve()  # a link stays one
 
     def examine(self) -> None:
         """Raise WrongValue if the daemon would not take what is, or is to be, in it."""
@@ -299,25 +311,50 @@ class KeyFile:
             raise _module.WrongValue(
                 f"key_file {path}: {error.strerror}; give key, or copy the file from a member."
             ) from None
-        if status.st_mode & 0o077 or status.st_uid not in (0, os.geteuid()):
+        if status.st_mode & 0o077 or _foreign(status):
             raise _module.WrongValue(f"key_file {path}: make it root's, with mode 0600; it is a secret.")
         _checked_key(text, f"key_file {path}")
 
     def write(self) -> None:
-        """Write it, readable by its owner alone at every moment."""
+        """Write it, if it differs."""
         if not self.changed or self.wanted is None:
             return
         try:
-            if self.mode_differs:
-                self.path.chmod(0o600)
-            if self.content_differs:
-                descriptor, new = tempfile.mkstemp(dir=self.module.tmpdir)
-                with os.fdopen(descriptor, "w") as file:
-                    file.write("\n".join(self.wanted) + "\n")
-                self.module.atomic_move(new, str(self.path))
-                self.path.chmod(0o600)
+            self._replace(("\n".join(self.wanted) + "\n").encode())
         except OSError as error:
             raise _module.WrongValue(f"key_file {self.path}: {error.strerror}; is become needed?") from None
+
+    def put_back(self) -> None:
+        """Undo `write`, but for owner and mode: with others the daemon would take no key. Raises OSError."""
+        if not self.content_differs:
+            return
+        if self._former is None:
+            self._target.unlink()
+        else:
+            self._replace(self._former)
+        self.content_differs = False
+
+    @property
+    def was_there(self) -> bool:
+        """Whether there was such a file before."""
+        return self._former is not None
+
+    def _replace(self, content: bytes) -> None:
+        """Put a file in its place that was its owner's alone at every moment."""
+        target = str(self._target)
+        module = self.module
+        context = module.selinux_context if self.was_there else module.selinux_default_context
+        descriptor, new = tempfile.mkstemp(prefix=".", dir=str(self._target.parent))
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            module.set_context_if_different(new, context(target), False)
+            Path(new).rename(target)
+        except BaseException:
+            Path(new).unlink()
+            raise
 
 
 class Membership:
@@ -328,6 +365,9 @@ class Membership:
         self.params: dict[str, Any] = module.params
         self.name: str = module.params["name"]
         self.predicted = False
+        self.changed = False  # once it is no prediction: whether anything is other than it was
+        self.key_changed = False
+        self.added: list[str] = []
 
     def run(self) -> None:
         """Check the options, make it so, report."""
@@ -335,7 +375,11 @@ class Membership:
         key = KeyFile(self.module) if self.params["state"] == "present" else None
         with ControlClient(self.params["control"], ANSWER_S) as client:
             before = self._row(client)
-            after = self._present(client, before, key) if key else self._absent(client, before)
+            try:
+                after = self._present(client, before, key) if key else self._absent(client, before)
+            except ControlError as error:
+                done = {"changed": self.changed or self.key_changed, "key_changed": self.key_changed}
+                self.module.fail_json(**done, **_module.failure(error))
             key_changed = key is not None and key.changed
             result: dict[str, Any] = {
                 "changed": key_changed or _settings(before) != _settings(after),
@@ -410,10 +454,10 @@ class Membership:
             configured = bool(row and row["configured"])
             return dict(wanted, name=self.name, configured=configured, members=[])
         key.write()  # first: the group is not left for a key that cannot be written
-        if row is not None and join:
-            self._leave(client, row)
+        self.key_changed = key.changed
         if join:
-            self._join(client, wanted, row)
+            self._join(client, wanted, row, key)
+            self.changed = True
             row = self._row(client)
         if row is None:
             raise ControlError(f"The daemon joined group {self.name!r}, but does not list it; see its log.")
@@ -425,6 +469,7 @@ class Membership:
         self._leavable(client, row)
         if not self.module.check_mode:
             self._leave(client, row)
+            self.changed = True
 
     def _joinable(self, client: ControlClient, wanted: dict[str, Any], row: dict[str, Any] | None) -> None:
         self._administrator()
@@ -440,16 +485,24 @@ class Membership:
                 raise _module.WrongValue(
                     f"port is {wanted['port']}, which group {other['name']!r} of this host has; give another."
                 )
-        if row is None or row["port"] != wanted["port"]:  # else it is this group's own, until it is left
-            self._port_free(wanted)
+        self._bindable(wanted, own_port=row is not None and row["port"] == wanted["port"])
 
-    def _port_free(self, wanted: dict[str, Any]) -> None:
-        """Raise WrongValue if somebody has the port; what else is in the daemon's way it says itself."""
+    def _bindable(self, wanted: dict[str, Any], *, own_port: bool) -> None:
+        """Raise WrongValue if somebody has the port, or there is no address to send from.
+
+        ``own_port``: this group has it until it is left.
+        """
         for version in sorted(_versions(wanted)):
             try:
                 _bind(version, wanted)
             except OSError as error:
-                if error.errno == errno.EADDRINUSE:
+                if error.errno != errno.EADDRINUSE:
+                    where = f" on {wanted['interface']}" if wanted["interface"] else ""
+                    raise _module.WrongValue(
+                        f"Group {self.name!r} could not be joined{where}: {error.strerror}; is the interface "
+                        f"up, and has it an IPv{version} address (ip address)?"
+                    ) from None
+                if not own_port:
                     raise _module.WrongValue(
                         f"port is {wanted['port']}, which another socket of this host has (ss -ulpn); "
                         "give another."
@@ -476,18 +529,41 @@ class Membership:
     def _leave(self, client: ControlClient, row: dict[str, Any]) -> None:
         client.groups("leave", name=self.name, force=row["configured"])
 
-    def _join(self, client: ControlClient, wanted: dict[str, Any], old: dict[str, Any] | None) -> None:
+    def _join(
+        self, client: ControlClient, wanted: dict[str, Any], old: dict[str, Any] | None, key: KeyFile
+    ) -> None:
+        """Leave it if need be, and join; if that fails, key and settings are as they were, or it is told."""
+        left = False
         try:
+            if old is not None:
+                self._leave(client, old)
+                left = True
             client.groups("join", **self._request(wanted))
         except ControlError as error:
-            if old is None:
-                raise
-            try:
-                client.groups("join", **self._request(_settings(old) or {}))
-                rest = "It is in the group with the former settings again."
-            except ControlError:
-                rest = "It has left the group, and could not join it with the former settings either."
-            raise ControlError(f"{error.message} {rest}", error.code, error.errno_name) from None
+            self.changed = not error.code  # it is not known how far it came
+            if key.was_there or not left:  # else the daemon's former key is in no file that is known here
+                try:
+                    key.put_back()
+                except OSError as trouble:
+                    self._add(f"key_file {key.path} has the new key, not the former: {trouble.strerror}.")
+            self.key_changed = key.changed
+            if left:
+                self._rejoin(client, _settings(old) or {})
+            raise ControlError(" ".join([error.message, *self.added]), error.code, error.errno_name) from None
+
+    def _rejoin(self, client: ControlClient, former: dict[str, Any]) -> None:
+        """Join with the former settings."""
+        try:
+            client.groups("join", **self._request(former))
+        except ControlError:
+            self.changed = True
+            self._add("It has left the group, and could not join it with the former settings either.")
+        else:
+            self._add("It is in the group with the former settings again.")
+
+    def _add(self, sentence: str) -> None:
+        """To what it fails with."""
+        self.added.append(sentence)
 
     def _request(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -568,6 +644,11 @@ def _peer(text: str, port: int) -> str:
     return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
+def _foreign(status: os.stat_result) -> bool:
+    """Whether the daemon would not take a key file for its owner."""
+    return status.st_uid not in (0, os.geteuid())
+
+
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -625,14 +706,25 @@ def _bind(version: int, settings: dict[str, Any]) -> None:
 
 def _source(version: int, group: tuple[Any, ...], interface: str | None) -> str:
     """From where the daemon would send to a multicast group; OSError if there is no such address."""
+    if interface and version == 6:
+        return _source_ipv6(interface)
     with _udp(version) as probe:
-        if interface and version == 4:
+        if interface:
             request = struct.pack("16sH14s", interface.encode(), socket.AF_INET, b"")
             return socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24])
-        if interface:
-            _to_device(probe, interface)
         probe.connect(group)
         return str(probe.getsockname()[0])
+
+
+def _source_ipv6(interface: str) -> str:
+    found = []
+    for line in _module.text_of(IF_INET6).splitlines():
+        packed, _index, _prefix, scope, flags, name = line.split()
+        if name == interface and not int(flags, 16) & TENTATIVE_OR_FAILED:
+            found.append((int(scope, 16) == LINK_SCOPE, str(ipaddress.IPv6Address(bytes.fromhex(packed)))))
+    if not found:
+        raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    return min(found, key=lambda one: one[0])[1]
 
 
 def _udp(version: int) -> socket.socket:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -244,6 +245,43 @@ def test_group(controller: Controller, tmp_path: Path) -> None:
     for host in "ab":
         assert controller.module(host, "group", name="web", state="absent")["changed"] is True
         assert controller.module(host, "group", name="web", state="absent")["changed"] is False
+
+
+def test_group_is_not_cut_off_if_it_cannot_be_joined(controller: Controller, tmp_path: Path) -> None:
+    """Another key is neither in the file then nor in use; check mode tells what can be seen before."""
+    group: dict[str, Any] = {"name": "kept", "address": "239.7.7.9", "port": 7009, "interface": "eth0"}
+    key = "0123456789abcdef" * 4
+    file = tmp_path / "kept.key"
+    file.touch(0o600)
+    file.write_text(key)
+    here, there = (controller.lab.host(name) for name in "ba")
+    for host in (here, there):
+        ask(host, "groups", action="join", key_file=str(file), **group)
+    other = {**group, "key_file": str(file), "key": key[::-1]}
+    here.run(["ip", "link", "add", "d0", "type", "veth", "peer", "name", "d1"])
+    here.run(["ip", "link", "set", "d0", "up"])
+    try:
+        for flags in (["--check"], []):
+            unseen = controller.module("b", "group", *flags, **{**other, "interface": "d0"})
+            assert (unseen["failed"], unseen["changed"]) == (True, False)
+            assert "joined on d0: Cannot assign requested address" in unseen["msg"]
+        with here.socket(kind=socket.SOCK_DGRAM) as taken:
+            taken.bind(("127.0.0.1", 7009))  # which nobody sees as long as the group itself has the port
+            refused = controller.module("b", "group", **{**other, "interface": "lo"})
+        assert "with the former settings again" in refused["msg"]
+        assert (refused["failed"], refused["changed"], refused["key_changed"]) == (True, False, False)
+        assert file.read_text() == key
+
+        def heard() -> list[str]:
+            [row] = [one for one in ask(here, "groups")[0]["groups"] if one["name"] == "kept"]
+            assert row["interface"] == "eth0"
+            return [member["host"] for member in row["members"]]
+
+        until(lambda: heard() == ["a"])
+    finally:
+        here.run(["ip", "link", "del", "d0"])
+        for host in (here, there):
+            ask(host, "groups", action="leave", name="kept")
 
 
 def test_a_group_of_the_configuration(controller: Controller) -> None:

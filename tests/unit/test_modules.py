@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -67,12 +67,18 @@ def load(collections: Path) -> Iterator[Callable[[str], Any]]:
 
 
 def run(
-    collections: Path, module: str, *, check: bool = False, env: dict[str, str] | None = None, **options: Any
+    collections: Path,
+    module: str,
+    *,
+    check: bool = False,
+    env: dict[str, str] | None = None,
+    within: Sequence[str] = (),
+    **options: Any,
 ) -> dict[str, Any]:
-    """Run a module as the target does; its result, with ``rc``."""
+    """Run a module as the target does, ``within`` a command; its result, with ``rc``."""
     arguments = {"ANSIBLE_MODULE_ARGS": {**options, "_ansible_check_mode": check, "_ansible_diff": True}}
     result = subprocess.run(
-        [sys.executable, "-m", f"ansible_collections.sockmi.appliance.plugins.modules.{module}"],
+        [*within, sys.executable, "-m", f"ansible_collections.sockmi.appliance.plugins.modules.{module}"],
         input=json.dumps(arguments),
         text=True,
         capture_output=True,
@@ -87,7 +93,7 @@ def run(
 
 
 class OddDaemon:
-    """Answers each request with the next of ``answers``: a dict, raw bytes, or None to hang up.
+    """Answers each request with the next of ``answers``: a dict, raw bytes, or None to hang up; or a maker.
 
     Whoever looks for what could be moved finds nothing in the import lists, or the next of ``imports``.
     """
@@ -115,6 +121,7 @@ class OddDaemon:
                             continue
                         self.requests.append(request)
                         answer = next(self._answers)
+                        answer = answer() if callable(answer) else answer
                         if answer is None:
                             break
                         raw = (
@@ -687,6 +694,77 @@ def test_group_settings_change(collections: Path, odd: Callable[..., OddDaemon],
     assert "with the former settings again" in result["msg"]
 
 
+NOT_JOINED = {"ok": False, "error": {"code": "bad-request", "message": "Not joined.", "errno": "EINVAL"}}
+
+
+@pytest.mark.parametrize("rejoined", [True, False])
+def test_group_has_the_former_key_if_it_cannot_be_joined(
+    collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path, rejoined: bool
+) -> None:
+    """It is there when the daemon reads it again: with another it would be cut off from everybody."""
+    file = key_file(tmp_path / "k", f"# ours\n{KEY}")
+    web = {"groups": [{**WEB, "interface": "lo"}]}
+    read: list[str] = []
+
+    def join(answer: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        return lambda: read.append(file.read_text()) or answer  # type: ignore[func-returns-value]
+
+    again = join(web if rejoined else NOT_JOINED)
+    daemon = odd(web, web, STATUS, {"groups": []}, join(NOT_JOINED), again)
+    options = {"name": "web", "key": KEY[::-1], "key_file": str(file), "control": str(daemon.path)}
+    result = run(collections, "group", **options)
+    assert read == [f"{KEY[::-1]}\n", f"# ours\n{KEY}"]
+    assert (file.read_text(), file.stat().st_mode & 0o777) == (f"# ours\n{KEY}", 0o600)
+    assert (result["failed"], result["changed"], result["key_changed"]) == (True, not rejoined, False)
+    assert ("with the former settings again" in result["msg"]) == rejoined
+    assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_group_key_file_that_was_not_there(
+    collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path, joined: bool
+) -> None:
+    """It is gone again, but where the daemon was in the group: by a key that is in no file that is known."""
+    file = tmp_path / "k"
+    web = {"groups": [{**WEB, "interface": "lo"}] if joined else []}
+    leaving = [STATUS, {"groups": []}] if joined else []
+    daemon = odd(web, web, *leaving, NOT_JOINED, web)
+    options = {"name": "web", "address": "239.7.7.7", "port": 7007, "interface": "lo", "key": KEY}
+    result = run(collections, "group", key_file=str(file), control=str(daemon.path), **options)
+    assert result["failed"] is True
+    assert (file.exists(), result["changed"], result["key_changed"]) == (joined, joined, joined)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to somebody")
+@pytest.mark.parametrize("key", [KEY, KEY[::-1]], ids=["the same", "another"])
+@pytest.mark.parametrize("fails", [True, False])
+def test_group_key_file_of_another_user(
+    collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path, key: str, fails: bool
+) -> None:
+    """Of whom the daemon takes none: it is root's then, as check mode has said, and though joining fails."""
+    web = {"groups": [{**WEB, "interface": "lo"}]}
+    leaving = [STATUS, {"groups": []}, *([NOT_JOINED, web] if fails else [web, web])]
+    told = []
+    for check in (True, False):
+        file = key_file(tmp_path / "k")
+        os.chown(file, 1000, 1000)
+        daemon = odd(web, web, *([STATUS] if check else leaving))
+        options = {"name": "web", "key": key, "key_file": str(file), "control": str(daemon.path)}
+        told.append(run(collections, "group", check=check, **options))
+        daemon.close()
+        daemon.path.unlink()
+    predicted, done = told
+    assert (file.stat().st_uid, file.stat().st_mode & 0o777) == (0, 0o600)
+    assert (done["changed"], done["key_changed"]) == (True, True)
+    assert "of user 1000" in predicted["diff"]["before"]
+    if fails and key != KEY:
+        assert "with the former settings again" in done["msg"]
+        assert file.read_text() == KEY
+    else:
+        assert predicted["diff"] == done["diff"]
+        assert file.read_text() == f"{key}\n"
+
+
 def test_group_is_not_left_under_migrations(
     collections: Path, odd: Callable[..., OddDaemon], tmp_path: Path
 ) -> None:
@@ -746,12 +824,16 @@ OTHER = {**WEB, "name": "other", "address": "239.1.1.1", "interface": "lo"}
         ({"key": KEY[::-1]}, "3 migrations are under way"),
         ({"key": None, "key_file": "/nowhere/web.key", "port": 7009}, "give key, or copy the file"),
         ({"key": None, "port": 7009, "mode": 0o640}, "with mode 0600"),
+        ({"key": None, "port": 7009, "owner": 1000}, "make it root's"),
         ({"key": None, "port": 7009, "content": "no key"}, "line 1: not a key"),
         ({"key": "00" * 32}, "line 1: a key is not random"),
         ({"key": f"{KEY}\n{KEY}"}, "has 2 keys; give 1 to 8, each once"),
         ({"interface": "nowhere0"}, "interface is 'nowhere0', which this host has not"),
         ({"port": 7010}, "which group 'other' of this host has"),
         ({"port": "taken"}, "which another socket of this host has (ss -ulpn)"),
+        ({"port": 7009, "without": "addresses"}, "joined on lo: Cannot assign requested address; is the"),
+        ({"key": KEY[::-1], "without": "addresses"}, "has it an IPv4 address (ip address)?"),
+        ({"address": "ff15::7", "without": "addresses"}, "has it an IPv6 address (ip address)?"),
     ],
 )
 def test_group_check_mode_refuses_as_a_run_does(
@@ -761,6 +843,11 @@ def test_group_check_mode_refuses_as_a_run_does(
     rows = {"groups": [{**WEB, "interface": "lo"}, {**OTHER, "port": 7010}]}
     file = key_file(tmp_path / "web.key", change.get("content", KEY))
     file.chmod(change.get("mode", 0o600))
+    if "owner" in change:
+        if os.geteuid():
+            pytest.skip("gives a file to somebody")
+        os.chown(file, change["owner"], -1)
+    within = ["unshare", "-rn"] if "without" in change else []  # where `lo` is down
     before = file.read_text()
     taken = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     taken.bind(("127.0.0.1", 0))
@@ -768,13 +855,15 @@ def test_group_check_mode_refuses_as_a_run_does(
     if change.get("port") == "taken":
         options["port"] = taken.getsockname()[1]
     options = {
-        name: one for name, one in options.items() if name not in ("content", "mode") and one is not None
+        name: one
+        for name, one in options.items()
+        if name not in ("content", "mode", "owner", "without") and one is not None
     }
     told = []
     for check in (True, False):
         joins = "state" not in change
         daemon = odd(*[rows] * (1 + joins), {"migrations_under_way": 3}, None, None)
-        result = run(collections, "group", check=check, control=str(daemon.path), **options)
+        result = run(collections, "group", check=check, within=within, control=str(daemon.path), **options)
         daemon.close()
         daemon.path.unlink()
         told.append(result["msg"])
@@ -790,15 +879,15 @@ EVERY = "0.0.0.0"  # noqa: S104
 
 
 @pytest.mark.parametrize("holder", [EVERY, "127.0.0.1", "127.0.0.2", "239.7.7.7", "239.7.7.8", "::", None])
-@pytest.mark.parametrize("other", ["239.7.7.7", "127.0.0.1", "::1"])
+@pytest.mark.parametrize("other", ["239.7.7.7", "ff15::7", "127.0.0.1", "::1"])
 @pytest.mark.parametrize("interface", ["lo", None])
 def test_group_sees_a_port_that_is_taken_as_the_daemon_does(
     load: Callable[[str], Any], tmp_path: Path, holder: str | None, other: str, interface: str | None
 ) -> None:
     """The group is one of multicast, or lists another member."""
-    address = other if other.startswith("239.") else None
+    address = other if ipaddress.ip_address(other).is_multicast else None
     peers = [] if address else [f"[{other}]:7" if ":" in other else f"{other}:7"]
-    if address and not interface and not routed_address(ipaddress.IPv4Address(address)):
+    if address and not interface and not routed_address(ipaddress.ip_address(address)):
         pytest.skip("no route to a multicast group")
     taken = socket.socket(socket.AF_INET6 if holder == "::" else socket.AF_INET, socket.SOCK_DGRAM)
     if holder == "::":
@@ -810,7 +899,7 @@ def test_group_sees_a_port_that_is_taken_as_the_daemon_does(
             taken.close()
         settings = GroupSettings(
             port=port,
-            multicast=ipaddress.IPv4Address(address) if address else None,
+            multicast=ipaddress.ip_address(address) if address else None,
             members=tuple(Endpoint.parse(one) for one in peers),
             interface=interface,
         )
@@ -825,23 +914,24 @@ def test_group_sees_a_port_that_is_taken_as_the_daemon_does(
         )
         module = load("modules.group")
         wanted = {"address": address, "port": port, "interface": interface, "peers": peers}
-        seen = real = False
+        seen = real = ""
         try:
             [version] = module._versions(wanted)
             module._bind(version, wanted)
         except OSError as error:
-            seen = error.errno == errno.EADDRINUSE
+            seen = str(error.strerror)
         try:
             group.start()
         except GroupError as error:
-            real = "Address already in use" in str(error)
+            real = str(error)
         finally:
             group.close()
             loop.close()
-        assert seen == real
+        assert bool(seen) == bool(real)
+        assert ("already in use" in seen) == ("already in use" in real)
         if holder is None:
             assert not seen
-        elif holder == ("::" if other == "::1" else EVERY):
+        elif holder == ("::" if ":" in other else EVERY):
             assert seen
 
 
