@@ -80,7 +80,8 @@ attributes:
     description: Can run in check mode; the daemon is asked for dry runs, and nothing moves.
     support: full
     details:
-      - All is asked for at once, each host of O(to) for its share.
+      - All that would be tried, by O(count) and O(stop_after) too, is asked for at once, each host of O(to)
+        for its share. As nothing moves, a further step with O(so_far) finds the same sockets.
   diff_mode:
     description: Shows the host of each connection before and after.
     support: full
@@ -314,7 +315,7 @@ class Drain:
             if rows and self._due > time.monotonic() and not self.dry_run:
                 time.sleep(max(0.0, self._due - time.monotonic()))
             elif rows:
-                size = len(rows) if self.dry_run else self._batch_size()
+                size = self._limited(len(rows)) if self.dry_run else self._batch_size()
                 self._batch(rows[:size])
                 del rows[:size]
                 self._patient_until = None
@@ -344,13 +345,16 @@ class Drain:
         return sorted(rows, key=lambda row: not row["movable"])  # those that can move come first
 
     def _batch_size(self) -> int:
-        rate, count = self.params["rate"], self.params["count"]
-        at_once = BATCH_MAX if rate is None else min(max(int(rate * BATCH_S), 1), BATCH_MAX)
-        return at_once if count is None else min(at_once, count - len(self.records))
+        rate = self.params["rate"]
+        return self._limited(BATCH_MAX if rate is None else min(max(int(rate * BATCH_S), 1), BATCH_MAX))
+
+    def _limited(self, size: int) -> int:
+        count = self.params["count"]
+        return size if count is None else min(size, count - len(self.records))
 
     def _enough(self) -> bool:
         count = self.params["count"]
-        return not self.dry_run and count is not None and len(self.records) >= count
+        return count is not None and len(self.records) >= count
 
     def _wait_for_quiet(self, everything: dict[str, Any]) -> bool:
         """Whether to look again: some of those that are left may be quiet by then."""
@@ -364,7 +368,7 @@ class Drain:
 
     def _stopped(self) -> bool:
         limit = self.params["stop_after"]
-        return not self.dry_run and 0 < limit <= len(self._refused)
+        return 0 < limit <= len(self._refused)
 
     # -- moving
 
@@ -435,7 +439,10 @@ class Drain:
         self.module.warn(f"{target} gets nothing more: {why}")
 
     def _keep(self, found: list[tuple[int, dict[str, Any]]]) -> None:
-        for inode, record in found:
+        batch = self._batch_size()
+        for number, (inode, record) in enumerate(found):
+            if self.dry_run and number % batch == 0 and self._stopped():
+                return  # after so many batches the run stops
             self.records.append(record)
             self._settled.add(inode)
             self._tried += 1
@@ -474,9 +481,6 @@ class Drain:
     def _complaint(self, result: dict[str, Any]) -> str:
         """Why the host is not empty; "" if it is, or if there is more to do."""
         why = _moving.reasons(self.records)
-        if self.dry_run:
-            failed = result["refused"]
-            return f"{failed} of {len(self.records)} sockets could not be moved. {why}" if failed else ""
         if self._stopped():
             return (
                 f"Stopped: {len(self._refused)} of {self._tried} sockets did not move (stop_after is "
@@ -484,6 +488,9 @@ class Drain:
             )
         if not self.done or not self.left:
             return ""
+        if self.dry_run:  # who is not quiet now may be so later
+            failed = result["refused"]
+            return f"{failed} of {len(self.records)} sockets could not be moved. {why}" if failed else ""
         restless = self.left - len(self._refused)
         quiet = f"; that were not quiet for {self.params['idle_s']} s: {restless}" if restless > 0 else ""
         failed = len(self._refused)

@@ -98,6 +98,33 @@ def test_it_stops_at_its_threshold(daemon: Make, drain: Run) -> None:
     assert (never["stopped"], never["moved"], never["left"]) == (False, 18, 1)
 
 
+@pytest.mark.parametrize("idle", [{}, {"idle_s": 0.1}])
+def test_check_mode_ends_where_a_run_does(daemon: Make, drain: Run, idle: dict[str, Any]) -> None:
+    """At `count`, at the batch in which `stop_after` is reached, or with none left."""
+
+    def told(there: Daemon, *, check: bool, **options: Any) -> tuple[Any, ...]:
+        there.say = lambda number, _target: "port-taken" if number in (2, 5, 6) else None
+        result = drain(there, check=check, to=["b"], **idle, **options)
+        names = ("failed", "changed", "moved", "refused", "left", "done", "stopped")
+        return *(result.get(name) for name in names), len(result["migrations"])
+
+    for options in (
+        {"count": 1},
+        {"count": 2},
+        {"count": 6},
+        {"count": 9},
+        {"rate": 4, "stop_after": 1},
+        {"rate": 4, "stop_after": 2},
+        {"rate": 4, "stop_after": 2, "count": 5},
+        {"stop_after": 3},
+        {"stop_after": 0},
+    ):
+        planned, done = (told(daemon(6), check=check, **options) for check in (True, False))
+        assert planned == done, options
+    assert told(daemon(6), check=True, count=1)[:6] == (None, True, 1, 0, 5, False)
+    assert told(daemon(6), check=True, rate=4, stop_after=1)[2:7] == (1, 1, 5, True, True)
+
+
 @pytest.mark.parametrize("said", [ValueError("no-such-host"), "no-offer"])
 def test_what_has_gone_gets_nothing_more(daemon: Make, drain: Run, said: Any) -> None:
     there = daemon(8)
