@@ -50,6 +50,12 @@ class Dkms:
                     kernels.append(match[2])
         return found
 
+    def source(self) -> Source | None:
+        """What it would be built from, if nothing else is given."""
+        with contextlib.suppress(ValueError, WrongValue):
+            return Source(SOURCES / f"{NAME}-{max(self.versions(), key=in_order)}")
+        return None
+
     def build(self, source: Source | None) -> None:
         """Have it built and installed from ``source``, or else from what DKMS has.
 

@@ -9,16 +9,20 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import struct
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sockmi.appliance.plugins.module_utils._module import WrongValue, text_of
 from ansible_collections.sockmi.appliance.plugins.module_utils._obstacle import Obstacle
+from ansible_collections.sockmi.appliance.plugins.module_utils._parameters import Parameter, same
 
 NAME = "sockmi"
 LOADED = Path("/sys/module/sockmi")
 DEVICE = Path("/dev/sockmi")
+# dkms(8): where it has the certificate of the key that it signs with, if this file names no other.
+FRAMEWORK = Path("/etc/dkms/framework.conf")
 MOK = Path("/var/lib/dkms/mok.pub")
 NAMES_MAX = 5
 
@@ -70,24 +74,37 @@ class Loaded:
         installed, file = self._srcversion(), LOADED / "srcversion"
         return bool(installed) and file.exists() and file.read_text().strip() != installed
 
-    def set(self, parameters: dict[str, str]) -> bool:
-        """Set those that can be changed while it is loaded; whether others differ, which needs a reload."""
+    def set(self, parameters: dict[str, str], before: dict[str, str], known: dict[str, Parameter]) -> bool:
+        """Set those that can be changed while it is loaded; whether others differ, which needs a reload.
+
+        Those that are not given any more (``before``) get their default, and so would all that only loading
+        sets. If the kernel does not take one, all have the value that they had, and WrongValue is raised.
+        """
         reload_needed = False
-        for name, value in sorted(parameters.items()):
-            file = LOADED / "parameters" / name
-            if not file.exists() or file.read_text().strip() in (value, {"1": "Y", "0": "N"}.get(value)):
+        done: list[tuple[Path, str]] = []
+        for file in sorted((LOADED / "parameters").glob("*")):
+            default = known[file.name].default if file.name in known else ""
+            writable = bool(file.stat().st_mode & 0o200)
+            given = parameters.get(file.name)
+            value = given if given is not None else default if file.name in before or not writable else ""
+            loaded = file.read_text().strip()
+            if not value or same(value, loaded, default):
                 continue
-            if file.stat().st_mode & 0o200 == 0:
+            if not writable:
                 reload_needed = True
                 continue
             if not self.module.check_mode:
                 try:
                     file.write_text(value)
                 except OSError as error:
+                    for other, former in done:
+                        other.write_text(former)
+                        self.actions.pop()
                     raise WrongValue(
-                        f"parameters: {name}={value}: {error.strerror}; see `modinfo -p sockmi`."
+                        f"parameters: {file.name}={value}: {error.strerror}; see `modinfo -p sockmi`."
                     ) from None
-            self.actions.append(f"set {name}={value}")
+            done.append((file, loaded))
+            self.actions.append(f"set {file.name}={value}")
         return reload_needed
 
     def load(self) -> None:

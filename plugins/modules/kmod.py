@@ -46,7 +46,10 @@ options:
     description:
       - Parameters of the module by name, as C(modinfo sockmi) lists them, kept in
         C(/etc/modprobe.d/sockmi.conf). V({}) removes the file.
-      - Those that can be changed while it is loaded are; others take effect when it is loaded again.
+      - Those that can be changed while it is loaded are; others take effect when it is loaded again. One that
+        is no longer given has its default.
+      - Names and numbers are compared with what the module has before anything is done. If it cannot be
+        loaded with them all the same, the file is as it was, and what was loaded is loaded with that again.
     type: dict
   at_boot:
     description:
@@ -187,7 +190,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-from ansible_collections.sockmi.appliance.plugins.module_utils import _module  # noqa: E402
+from ansible_collections.sockmi.appliance.plugins.module_utils import _module, _parameters  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._dkms import Dkms, in_order  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._loaded import Loaded  # noqa: E402
 from ansible_collections.sockmi.appliance.plugins.module_utils._obstacle import Obstacle  # noqa: E402
@@ -210,6 +213,7 @@ class Kmod:
         self.state: str = module.params["state"]
         self.actions: list[str] = []
         self.reload_needed = False
+        self._former: str | None = None
         self.dkms = Dkms(module, self.kernel, self.actions)
         self.loaded = Loaded(module, self.actions)
         self.unit = Unit(module, self.actions, self.params["stop_unit"]) if self.params["stop_unit"] else None
@@ -225,11 +229,16 @@ class Kmod:
             before = self._now()
             if self.state == "loaded" and self.kernel == self.running and not self.loaded.there:
                 self.loaded.may_load()  # first: nothing is built that could not be
-            if self.state in ("loaded", "built"):
-                self.dkms.build(Source(Path(self.params["source"])) if self.params["source"] else None)
+            building = self.state in ("loaded", "built")
+            source = Source(Path(self.params["source"])) if building and self.params["source"] else None
+            known = self._known(source)
+            if wanted and known:
+                _parameters.check(wanted, known)  # first: nothing is built or written for what is not taken
+            if building:
+                self.dkms.build(source)
             if self.state in ("unloaded", "absent"):
                 self._unload()  # first: if it is in use, all stays as it is
-            self._parameters(wanted)
+            self._keep_parameters(wanted, known)
             self._boot()
             if self.state == "loaded":
                 self._load()
@@ -295,7 +304,7 @@ class Kmod:
             elif verb in ("load", "unload"):
                 after["loaded"] = verb == "load"
             elif verb == "parameters":
-                after["parameters"] = self._wanted_parameters() or {}
+                after["parameters"] = {} if self.state == "absent" else self._wanted_parameters() or {}
             elif action in ("at boot", "not at boot"):
                 after["at_boot"] = action == "at boot"
         return after
@@ -317,21 +326,32 @@ class Kmod:
             wanted[str(name)] = text
         return wanted
 
-    def _parameters(self, wanted: dict[str, str] | None) -> None:
+    def _known(self, source: Source | None) -> dict[str, _parameters.Parameter]:
+        """Parameters of the module that there will be; empty if they cannot be told."""
+        if self.state == "absent" or self.params["parameters"] is None:
+            return {}
+        there = {} if source else _parameters.installed(self.module, self.kernel)
+        source = source or self.dkms.source()
+        return there or (_parameters.of_sources(source.files) if source else {})
+
+    def _keep_parameters(
+        self, wanted: dict[str, str] | None, known: dict[str, _parameters.Parameter]
+    ) -> None:
         if self.state == "absent":
             if MODPROBE.exists():
                 self._file(MODPROBE, None, "parameters")
             return
         if wanted is None:
             return
+        if self.state == "loaded" and self.loaded.there:
+            self.reload_needed = self.loaded.set(wanted, _configured(), known)
         if wanted != _configured():
+            self._former = MODPROBE.read_text() if MODPROBE.exists() else None
             words = "".join(f" {name}={value}" for name, value in sorted(wanted.items()))
             text = (
                 f"# Managed by Ansible (sockmi.appliance.kmod).\noptions sockmi{words}\n" if wanted else None
             )
             self._file(MODPROBE, text, "parameters")
-        if self.state == "loaded" and self.loaded.there:
-            self.reload_needed = self.loaded.set(wanted)
 
     def _boot(self) -> None:
         wanted = False if self.state == "absent" else self.params["at_boot"]
@@ -362,7 +382,7 @@ class Kmod:
         if self.kernel != self.running:
             return
         if not self.loaded.there:
-            self.loaded.load()
+            self._load_or_undo(again=False)
             return
         if not self.loaded.stale() and not self.reload_needed:
             return
@@ -372,7 +392,20 @@ class Kmod:
                 return
             self.loaded.unload()
             self.reload_needed = False
+            self._load_or_undo(again=True)
+
+    def _load_or_undo(self, *, again: bool) -> None:
+        """Load it; with parameters that it does not take they are as they were, and loaded (``again``)."""
+        try:
             self.loaded.load()
+        except Obstacle:
+            if "parameters" in self.actions:
+                self._file(MODPROBE, self._former, "parameters")
+                self.actions[:] = [one for one in self.actions if one != "parameters"]
+                with contextlib.suppress(Obstacle):
+                    if again:
+                        self.loaded.load()
+            raise
 
     def _unload(self) -> None:
         if self.loaded.there:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from guests.kernels import DEBIAN_KERNELS
 from guests.paths import PROJECT
+from tests import collection
 
 PAGE = PROJECT / "docs/man/sockmi.7"
 
@@ -39,6 +42,35 @@ def test_every_parameter_is_in_the_manual(kernel: str) -> None:
         mode = re.search(rf"module_param\w*\({name},.*?(0\d+)\)", source)
         assert mode
         assert ("writable" in written[name]) == (mode[1] == "0644"), name
+
+
+def test_the_parameters_that_ansible_reads_are_those_of_the_build(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the sources, of which it has not always a build yet."""
+    link = tmp_path / "ansible_collections/sockmi/appliance"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(collection.root(None))
+    monkeypatch.syspath_prepend(tmp_path)
+    parameters = importlib.import_module(
+        "ansible_collections.sockmi.appliance.plugins.module_utils._parameters"
+    )
+    module = DEBIAN_KERNELS[kernel].module()
+
+    class Target:
+        def get_bin_path(self, _name: str) -> str:
+            return "/sbin/modinfo"
+
+        def run_command(self, words: list[str]) -> tuple[int, str, str]:
+            assert words[1:4] == ["-k", "6.1.0", "-F"]
+            told = subprocess.run([words[0], *words[3:5], module], check=True, capture_output=True, text=True)
+            return 0, told.stdout, ""
+
+    built = parameters.installed(Target(), "6.1.0")
+    assert len(built) > 5
+    assert all(one.default for one in built.values())
+    files = {str(path): path.read_bytes() for path in (PROJECT / "kmod").glob("*.c")}
+    assert parameters.of_sources(files) == built
 
 
 def test_every_sysctl_is_in_the_manual() -> None:

@@ -13,6 +13,7 @@ import ipaddress
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -1138,6 +1139,11 @@ class Host:
 
     def __init__(self, load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.fails: set[str] = set()
+        self.refuses = "nothing"  # of modprobe.d
+        self.lacks: set[str] = set()  # programs
+        self.enrolled = "is not enrolled"
+        self.has: dict[str, str] = {}  # of modinfo, by the field's name
+        self.asked: list[list[str]] = []
         self.kmod, self.loaded, self.dkms = (
             load(name) for name in ("modules.kmod", "module_utils._loaded", "module_utils._dkms")
         )
@@ -1156,17 +1162,44 @@ class Host:
         (self.folder / "modprobe.conf").write_text("options sockmi list_max=1,2,3\n")
         (self.folder / "load.conf").write_text("sockmi\n")
 
-    def get_bin_path(self, name: str) -> str:
-        return name
+    def secure(self, name: str, text: str = "") -> Path:
+        """One of the files by which Secure Boot is known, made."""
+        file: Path = getattr(self.loaded, name)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        return file
+
+    def parameter(self, name: str, value: str, mode: int = 0o444) -> Path:
+        """One of the loaded module."""
+        file = self.folder / "module/parameters" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"{value}\n")
+        file.chmod(mode)
+        return file
+
+    def get_bin_path(self, name: str) -> str | None:
+        return None if name in self.lacks else name
+
+    def warn(self, _text: str) -> None:
+        pass
 
     def run_command(self, words: list[str]) -> tuple[int, str, str]:
+        self.asked.append(words)
         if words[1] == "status":
             return 0, f"sockmi/1.0, {os.uname().release}, x86_64: installed\n", ""
-        if words[1] in self.fails:
+        if words[0] == "modinfo":
+            return 0, self.has.get(words[-2], ""), ""
+        if words[0] == "mokutil":
+            return 0, f"{words[2]} {self.enrolled}\n", ""
+        conf = self.folder / "modprobe.conf"
+        loading = words[:2] == ["modprobe", "sockmi"]
+        if words[1] in self.fails or (loading and conf.exists() and self.refuses in conf.read_text()):
             return 1, "", "No."
-        if words[0] in ("modprobe", "rmmod"):
-            (self.folder / "module/refcnt").unlink()
-            (self.folder / "module").rmdir()
+        if loading:
+            (self.folder / "module").mkdir()
+            (self.folder / "module/refcnt").write_text("0\n")
+        elif words[0] in ("modprobe", "rmmod"):
+            shutil.rmtree(self.folder / "module")
         return 0, "", ""
 
     def fail_json(self, **result: Any) -> None:
@@ -1239,3 +1272,156 @@ def test_kmod_finds_headers_where_packages_put_them(
         (host.folder / "modules" / release / "build").symlink_to(devel)
     one._examine()
     assert one._headers_named() == ([] if linked else ["--kernelsourcedir", str(devel)])
+
+
+HAS = {
+    "parmtype": "freeze_max_ms:uint\nlist_max:array of uint\nslots_max:uint\n",
+    "parm": "freeze_max_ms:Longest (5000)\nlist_max:Entries (64,64,1024); later\nslots_max:(64, most)\n",
+}
+
+
+def test_kmod_knows_the_parameters_of_its_sources(load: Callable[[str], Any]) -> None:
+    """Each with its default, and of a type of which it can tell the values."""
+    parameters = load("module_utils._parameters")
+    files = {str(path): path.read_bytes() for path in (PROJECT / "kmod").glob("*.c")}
+    found = parameters.of_sources(files)
+    assert found["list_max"] == ("array of uint", "64,64,1024")
+    assert found["slots_max"] == ("uint", "64")
+    assert len(found) == sum(text.count(b"\nmodule_param") for text in files.values()) > 10
+    assert all(one.default and one.type.rpartition(" ")[2] in parameters.LARGEST for one in found.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"freeze_max_ms": 100, "list_max": "1,0x20,033"}, ""),
+        ({"list_max": 5}, ""),
+        ({"freeze_max_ms": (1 << 32) - 1}, ""),
+        ({"freez_max_ms": 100}, "has no freez_max_ms; it has freeze_max_ms, list_max, slots_max."),
+        ({"list_max": "abc"}, "list_max is 'abc'; give a whole number up to 4294967295, or several"),
+        ({"list_max": "1,,3"}, "list_max is '1,,3'; give"),
+        ({"freeze_max_ms": "1,2"}, "freeze_max_ms is '1,2'; give a whole number up to 4294967295."),
+        ({"freeze_max_ms": 1 << 32}, "freeze_max_ms is '4294967296'; give"),
+        ({"freeze_max_ms": -1}, "freeze_max_ms is '-1'; give"),
+        ({"freeze_max_ms": "08"}, "freeze_max_ms is '08'; give"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["modinfo", "sources", "check by modinfo", "check by sources"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_kmod_takes_the_parameters_that_the_module_takes(
+    host: Host, given: dict[str, Any], taken: str, mode: str, loaded: bool
+) -> None:
+    """Before anything is built, set or written."""
+    host.check_mode = mode.startswith("check")
+    told_by = mode.rpartition(" ")[2]
+    if loaded:
+        host.load(users=1)
+        host.parameter("list_max", "1,2,3")
+        host.parameter("freeze_max_ms", "5000", 0o644)
+    before = {path: path.read_text() for path in host.folder.rglob("*") if path.is_file()}
+    source = host.folder.with_name(f"{host.folder.name}-source")
+    if told_by == "modinfo":
+        host.has = HAS
+    else:
+        source.mkdir()
+        (source / "dkms.conf").write_text('PACKAGE_NAME="sockmi"\nPACKAGE_VERSION="1.1"\n')
+        shutil.copy(PROJECT / "kmod/main.c", source)
+        taken = taken.partition(" it has")[0]
+    source_given = {"source": str(source)} if told_by == "sources" else {}
+    told = host.run(
+        state="unloaded" if taken == "" and not loaded else "loaded", parameters=given, **source_given
+    )
+    if taken:
+        assert told["failed"] is True
+        assert f"parameters: {taken}" in told["msg"].replace("parameters: the module", "parameters:")
+        assert (told["changed"], told["actions"]) == (False, [])
+        assert {path: path.read_text() for path in host.folder.rglob("*") if path.is_file()} == before
+    elif told_by == "modinfo":
+        assert "failed" not in told
+        assert "parameters" in told["actions"]
+
+
+@pytest.mark.parametrize("again", [1, 2])
+@pytest.mark.parametrize("users", [0, 1])
+def test_kmod_without_parameters_has_the_defaults(host: Host, again: int, users: int) -> None:
+    """Those that only loading sets: it is loaded again, or that is told for as long as it is in use."""
+    host.has = HAS
+    host.load(users)
+    host.parameter("list_max", "5,5,5")
+    writable = host.parameter("freeze_max_ms", "100", 0o644)
+    other = host.parameter("slots_max", "64")
+    (host.folder / "modprobe.conf").write_text("options sockmi list_max=5,5,5 freeze_max_ms=100\n")
+    for turn in range(again):
+        told = host.run(parameters={})
+        assert told["reload_needed"] is bool(users)
+        if users:
+            done = [] if turn else ["set freeze_max_ms=5000", "parameters"]
+            assert told["actions"] == done
+            assert (writable.read_text(), other.read_text()) == ("5000", "64\n")
+        else:
+            assert told["actions"][-2:] == ([] if turn else ["unload", "load"])
+
+
+@pytest.mark.parametrize(
+    ("loaded", "wanted"), [("5,64,1024", "5"), ("64,64,1024", "0x40,0100"), ("1,2,3", "1,2,3")]
+)
+def test_kmod_knows_a_value_that_is_written_otherwise(host: Host, loaded: str, wanted: str) -> None:
+    host.has = HAS
+    host.load(users=1)
+    host.parameter("list_max", loaded)
+    assert host.run(parameters={"list_max": wanted})["reload_needed"] is False
+
+
+def test_kmod_sets_all_that_can_be_set_or_none(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has the last word."""
+    host.has = {**HAS, "parmtype": HAS["parmtype"] + "special:uint\n"}
+    host.load(users=1)
+    first, second = host.parameter("freeze_max_ms", "5000", 0o644), host.parameter("special", "1", 0o644)
+    before = (host.folder / "modprobe.conf").read_text()
+    write = Path.write_text
+
+    def refuse(path: Path, text: str, *more: Any) -> int:
+        if path == second:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(path, text, *more)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    told = host.run(parameters={"freeze_max_ms": 7, "special": 8})
+    assert "parameters: special=8: Invalid argument" in told["msg"]
+    assert (told["changed"], told["actions"], first.read_text()) == (False, [], "5000")
+    assert (host.folder / "modprobe.conf").read_text() == before
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("former", [True, False])
+def test_kmod_is_as_before_if_it_cannot_be_loaded_with_other_parameters(
+    host: Host, loaded: bool, former: bool
+) -> None:
+    host.has = HAS
+    host.load(users=0)
+    host.parameter("list_max", "1,2,3")
+    if not loaded:
+        shutil.rmtree(host.folder / "module")
+    conf = host.folder / "modprobe.conf"
+    if not former:
+        conf.unlink()
+    before = conf.read_text() if former else None
+    host.refuses = "1,2,3,4"
+    told = host.run(parameters={"list_max": "1,2,3,4"})
+    assert (told["failed"], told["obstacles"][0]["code"]) == (True, "load-failed")
+    assert (told["changed"], told["actions"]) == (loaded, ["unload", "load"] if loaded else [])
+    assert (host.folder / "module").is_dir() == loaded
+    assert (conf.read_text() if conf.exists() else None) == before
+
+
+def test_kmod_absent_has_no_parameters(host: Host) -> None:
+    """As check mode predicts."""
+    shown = []
+    host._diff = True
+    for check in (True, False):
+        host.load(users=0)
+        host.check_mode = check
+        told = host.run(state="absent", parameters={"list_max": "1,2,3"})
+        shown.append(json.loads(told["diff"]["after"])["parameters"])
+        shutil.rmtree(host.folder / "module", ignore_errors=True)
+    assert shown == [{}, {}]

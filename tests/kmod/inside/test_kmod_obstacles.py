@@ -283,6 +283,22 @@ def test_other_parameters_wait_for_the_next_load(kmod: Any) -> None:
     assert kmod("unloaded")["changed"] is True
 
 
+def test_no_parameters_are_the_defaults(kmod: Any) -> None:
+    """Told for as long as it is in use, and then loaded; what can be set is set at once."""
+    kmod("loaded", parameters={"list_max": "5,5,5", "freeze_max_ms": "100"})
+    with nat_client.opened():
+        for actions in (["set freeze_max_ms=5000", "parameters"], []):
+            waits = kmod("loaded", parameters={})
+            assert (waits["reload_needed"], waits["actions"], limits()) == (True, actions, "5,5,5")
+    assert kmod("loaded", parameters={})["reload_needed"] is False
+    assert limits() == "64,64,1024"
+    for wrong in ({"freez_max_ms": "100"}, {"list_max": "abc"}):
+        for check in (True, False):
+            refused = kmod("loaded", check=check, parameters=wrong)
+            assert (refused["failed"], refused["changed"], KEPT[0].exists()) == (True, False, False)
+    assert kmod("unloaded")["changed"] is True
+
+
 def test_the_lists_maxima_are_the_parameter_s(kmod: Any) -> None:
     """In each network namespace, until its own sysctls say otherwise."""
     kmod("loaded", parameters={"list_max": "1,2,3"})
@@ -351,10 +367,11 @@ def test_the_daemon_runs_again_if_it_cannot_be_loaded(kmod: Any, daemon: Daemon)
     before = daemon.process
     failed = kmod("loaded", parameters={"list_max": "1,2,3,4,5"}, stop_unit=UNIT)
     assert obstacle(failed) == "load-failed"
-    done = ["parameters", f"stop {UNIT}", "unload", f"start {UNIT}"]
+    done = [f"stop {UNIT}", "unload", "load", f"start {UNIT}"]  # with the former parameters
     assert (failed["changed"], failed["actions"]) == (True, done)
     assert daemon.process not in ("", before)
-    assert not LOADED.is_dir()
+    assert limits() == "100,100,100"
+    assert "list_max=100,100,100" in KEPT[0].read_text()
     daemon.systemctl("stop")
     kmod("unloaded", parameters={})
 
