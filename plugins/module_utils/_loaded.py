@@ -24,6 +24,9 @@ DEVICE = Path("/dev/sockmi")
 # dkms(8): where it has the certificate of the key that it signs with, if this file names no other.
 FRAMEWORK = Path("/etc/dkms/framework.conf")
 MOK = Path("/var/lib/dkms/mok.pub")
+MOK_UBUNTU = Path("/var/lib/shim-signed/mok/MOK.der")
+SIGNED_ONLY = Path("/sys/module/module/parameters/sig_enforce")
+LOCKDOWN = Path("/sys/kernel/security/lockdown")
 NAMES_MAX = 5
 
 # kmod/uapi/sockmi.h; a unit test compares them.
@@ -44,6 +47,7 @@ class Loaded:
         self.actions = actions
         self.running = os.uname().release
         self._ended: set[int] = set()  # what check mode takes for ended
+        self._certificate = self._signers()
 
     @property
     def there(self) -> bool:
@@ -155,27 +159,48 @@ class Loaded:
                 "kernel.modules_disabled is 1: no module can be loaded.",
                 "It takes a reboot without it.",
             )
-        lockdown = text_of(Path("/sys/kernel/security/lockdown"))
-        enforced = (
-            text_of(Path("/sys/module/module/parameters/sig_enforce")) == "Y"
-            or "[integrity]" in lockdown
-            or "[confidentiality]" in lockdown
-        )
-        if enforced and not self._enrolled():
-            raise Obstacle(
-                "secure-boot",
-                "Secure Boot is on, so the kernel loads only modules whose signer's key is enrolled, and "
-                "DKMS's is not.",
-                f"Run `mokutil --import {MOK}` (`dkms generate_mok` makes the key), choose a password, "
-                "reboot and enroll the key.",
-            )
+        if self._signed_only() and self._enrolled() is False:
+            raise self._not_signed("DKMS's is not")
 
-    def _enrolled(self) -> bool:
+    def _signed_only(self) -> bool:
+        """Whether the kernel loads only modules that were signed with a key that it knows."""
+        lockdown = text_of(LOCKDOWN)
+        return text_of(SIGNED_ONLY) == "Y" or "[integrity]" in lockdown or "[confidentiality]" in lockdown
+
+    def _not_signed(self, why: str) -> Obstacle:
+        tool = "" if self.module.get_bin_path("mokutil") else "Install the package mokutil. "
+        key = "" if self._certificate.exists() else " (`dkms generate_mok` makes the key)"
+        return Obstacle(
+            "secure-boot",
+            f"Secure Boot is on, so the kernel loads only modules whose signer's key is enrolled, and {why}.",
+            f"{tool}Run `mokutil --import {self._certificate}`{key}, choose a password, reboot and enroll "
+            "the key.",
+        )
+
+    def _enrolled(self) -> bool | None:
+        """Whether the key that DKMS signs with is enrolled; None if that cannot be told."""
         tool = self.module.get_bin_path("mokutil")
-        if not tool or not MOK.exists():
+        if not tool:
+            return None
+        if not self._certificate.exists():
             return False
-        _code, out, _err = self.module.run_command([tool, "--test-key", str(MOK)])
-        return "already enrolled" in out
+        _code, out, _err = self.module.run_command([tool, "--test-key", str(self._certificate)])
+        if "already enrolled" in out:
+            return True
+        return False if "not enrolled" in out or "enrollment request" in out else None
+
+    def _signers(self) -> Path:
+        """The certificate of the key that DKMS signs with."""
+        files = [FRAMEWORK, *sorted(FRAMEWORK.with_name(f"{FRAMEWORK.name}.d").glob("*.conf"))]
+        named = [
+            line.partition("=")[2].strip().strip("\"'")
+            for file in files
+            for line in text_of(file).splitlines()
+            if line.strip().startswith("mok_certificate=")
+        ]
+        if named:
+            return Path(re.sub(r"\$(kernelver\b|\{kernelver\})", self.running, named[-1]))
+        return MOK_UBUNTU if MOK_UBUNTU.exists() and not MOK.exists() else MOK
 
     def _change(self, action: str) -> None:
         """``load`` or ``unload``."""
@@ -187,9 +212,12 @@ class Loaded:
             words = ["rmmod", NAME]  # loaded by hand (insmod): modprobe knows installed modules only
         code, out, err = self.module.run_command(words)
         if code:
+            told = f"{' '.join(words)} ended with {code}: {(err or out).strip()}"
+            if action == "load" and self._signed_only() and self._enrolled() is None:
+                raise self._not_signed(f"it cannot be told whether DKMS's is; {told}")
             raise Obstacle(
                 f"{action}-failed",
-                f"{' '.join(words)} ended with {code}: {(err or out).strip()}.",
+                f"{told}.",
                 "See the kernel's log (journalctl -k).",
             )
         self.actions.append(action)

@@ -1152,6 +1152,8 @@ class Host:
         monkeypatch.setattr(self.loaded, "LOADED", folder / "module")
         monkeypatch.setattr(self.loaded.Loaded, "holders", lambda _self: {})
         monkeypatch.setattr(self.dkms, "SOURCES", folder / "src")
+        for name in ("SIGNED_ONLY", "LOCKDOWN", "FRAMEWORK", "MOK", "MOK_UBUNTU"):
+            monkeypatch.setattr(self.loaded, name, folder.with_name(f"{folder.name}-secure") / name)
         monkeypatch.setattr("os.geteuid", lambda: 0)
         self.folder = folder
 
@@ -1425,3 +1427,88 @@ def test_kmod_absent_has_no_parameters(host: Host) -> None:
         shown.append(json.loads(told["diff"]["after"])["parameters"])
         shutil.rmtree(host.folder / "module", ignore_errors=True)
     assert shown == [{}, {}]
+
+
+# ---------------------------------------------------------------- Secure Boot
+
+
+@pytest.mark.parametrize("by", [("SIGNED_ONLY", "Y\n"), ("LOCKDOWN", "none [integrity] confidentiality\n")])
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(
+    "key",
+    [
+        ("is already enrolled", True, True),
+        ("is not enrolled", True, False),
+        ("is already in the enrollment request", True, False),
+        ("is not enrolled", False, False),
+        ("EFI variables are not supported", True, True),
+        (None, True, True),
+        (None, False, True),
+    ],
+)
+def test_kmod_tries_what_may_be_signed(
+    host: Host, by: tuple[str, str], check: bool, key: tuple[str | None, bool, bool]
+) -> None:
+    """Where it is not known that the key is not enrolled, by mokutil's words and whether there is one."""
+    enrolled, certificate, tried = key
+    host.check_mode = check
+    host.secure(*by)
+    if certificate:
+        host.secure("MOK")
+    host.lacks = {"mokutil"} if enrolled is None else set()
+    host.enrolled = enrolled or ""
+    told = host.run()
+    if tried:
+        assert told["actions"] == ["at boot", "load"]
+        return
+    [row] = told["obstacles"]
+    assert (row["code"], told["changed"]) == ("secure-boot", False)
+    assert "and DKMS's is not." in row["message"]
+    assert ("dkms generate_mok" in row["mend"]) == (not certificate)
+    assert "Install the package" not in row["mend"]
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_kmod_says_that_the_key_may_be_it(host: Host, lacking: bool) -> None:
+    """If the kernel does not take it, and nobody knows whose keys are enrolled."""
+    host.secure("SIGNED_ONLY", "Y\n")
+    host.secure("MOK")
+    host.lacks = {"mokutil"} if lacking else set()
+    host.enrolled = "cannot be tested"
+    host.fails = {"sockmi"}
+    [row] = host.run()["obstacles"]
+    assert row["code"] == "secure-boot"
+    assert "it cannot be told whether DKMS's is; modprobe sockmi ended with 1: No." in row["message"]
+    assert ("Install the package mokutil." in row["mend"]) == lacking
+    host.enrolled, host.lacks = "is already enrolled", set()
+    assert [row["code"] for row in host.run()["obstacles"]] == ["load-failed"]
+
+
+@pytest.mark.parametrize(
+    ("files", "signer"),
+    [
+        ({}, "MOK"),
+        ({"MOK_UBUNTU": ""}, "MOK_UBUNTU"),
+        ({"MOK_UBUNTU": "", "MOK": ""}, "MOK"),
+        (
+            {"FRAMEWORK": "# mok_certificate=/no\nmok_certificate='/own/$kernelver/mok.der'\n"},
+            "/own/{}/mok.der",
+        ),
+    ],
+)
+def test_kmod_asks_for_the_key_that_dkms_signs_with(host: Host, files: dict[str, str], signer: str) -> None:
+    for name, text in files.items():
+        host.secure(name, text)
+    certificate = getattr(host.loaded, signer, Path(signer.format(os.uname().release)))
+    host.secure("SIGNED_ONLY", "Y\n")
+    [row] = host.run()["obstacles"]
+    assert f"mokutil --import {certificate}" in row["mend"]
+    assert all(words[2] == str(certificate) for words in host.asked if words[0] == "mokutil")
+
+
+def test_kmod_asks_for_the_key_of_a_later_file_of_dkms(host: Host) -> None:
+    later = host.secure("FRAMEWORK", "mok_certificate=/first\n").with_name("FRAMEWORK.d") / "own.conf"
+    later.parent.mkdir()
+    later.write_text('mok_certificate="/second"\n')
+    host.secure("SIGNED_ONLY", "Y\n")
+    assert "mokutil --import /second" in host.run()["obstacles"][0]["mend"]

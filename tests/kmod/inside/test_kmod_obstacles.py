@@ -391,7 +391,7 @@ def test_no_unit(kmod: Any) -> None:
 
 @pytest.mark.kernels("6.*", "7.*")  # a User-Mode-Linux kernel checks no signatures
 def test_secure_boot(kmod: Any) -> None:
-    """With signatures enforced, as Secure Boot has it, it tries nothing, and says how to enroll the key."""
+    """With signatures enforced, as Secure Boot has it, it says how to enroll the key."""
     SIGNED_ONLY.write_text("1")
     refused = kmod("loaded")
     assert obstacle(refused) == "secure-boot"
