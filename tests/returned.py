@@ -61,9 +61,6 @@ def _value(entry: dict[str, Any], value: Any, where: str) -> Any:
     if "contains" in entry:
         for item in value if entry["type"] == "list" else [value]:
             yield from _dict(entry["contains"], item, where)
-    elif where in ("info.history", "drain.migrations"):  # "the same as those of M(sockmi.appliance.export)"
-        for item in value:
-            yield from _dict(documentation("export")["migrations"]["contains"], item, where)
     elif entry["type"] == "list":
         for item in value:
             if not isinstance(item, TYPES[entry["elements"]]):

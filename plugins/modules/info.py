@@ -475,6 +475,162 @@ history:
   returned: if O(gather_subset) has V(history) or V(all)
   type: list
   elements: dict
+  contains:
+    migration_id:
+      description: Identifies the move of this socket on all hosts.
+      type: str
+      returned: always
+    batch_id:
+      description: Identifies the negotiation that it was part of; null if none was begun.
+      type: str
+      returned: always
+    direction:
+      description: V(export) or V(import).
+      type: str
+      returned: always
+    kind:
+      description: V(bound), V(listening) or V(connected); null if there was no such socket.
+      type: str
+      returned: always
+    state:
+      description: TCP state when it was selected; null if there was no such socket.
+      type: str
+      returned: always
+    local:
+      description: Local address and port, as the exporter's socket had them; null if it had none.
+      type: str
+      returned: always
+    remote:
+      description: Address and port of the other end; null unless connected.
+      type: str
+      returned: always
+    from:
+      description: Name of the exporter.
+      type: str
+      returned: always
+    to:
+      description: Name of the importer; null until it is chosen.
+      type: str
+      returned: always
+    user_id:
+      description: User who asked for it; null if nobody did, as for what waits in a listener's queue.
+      type: int
+      returned: always
+    pid:
+      description: Process that held it; null if none did.
+      type: int
+      returned: always
+    fd:
+      description: Its descriptor there; null if it had none.
+      type: int
+      returned: always
+    listener:
+      description: Migration id of the listener from whose queue it came, or null.
+      type: str
+      returned: always
+    started_at:
+      description: When it was selected.
+      type: str
+      returned: always
+    ended_at:
+      description: When it had its outcome; null if it is still under way.
+      type: str
+      returned: always
+    step:
+      description: How far it has come; V(ended) or V(active) at the end.
+      type: str
+      returned: always
+    outcome:
+      description:
+        - V(moved), it is live at the importer.
+        - V(refused) or V(aborted), it is live at the exporter as before.
+        - V(failed), an error after the hand-over; RV(history[].refusal) says where it is.
+        - V(planned), a dry run found no obstacle.
+        - Null if it is still under way.
+      type: str
+      returned: always
+    refusal:
+      description: Why it did not move, or null.
+      type: dict
+      returned: always
+      contains:
+        code:
+          description: A code for programs, such as V(urgent-data).
+          type: str
+          returned: always
+        message:
+          description: A sentence for people.
+          type: str
+          returned: always
+        errno:
+          description: Name of the matching errno.
+          type: str
+          returned: always
+    blackout_us:
+      description:
+        - The freeze, how long nobody could answer the other end, in microseconds, as the exporter
+          measured it.
+        - Null if it was not frozen.
+      type: int
+      returned: always
+    listed:
+      description:
+        - Whether it waited in the importer's import list when it had moved. Its other end hears nothing until
+          an application takes it.
+      type: bool
+      returned: always
+    receive_queue_bytes:
+      description: Bytes received and not yet read, moved with it.
+      type: int
+      returned: always
+    sent_bytes:
+      description: Bytes sent and not yet acknowledged, moved with it.
+      type: int
+      returned: always
+    unsent_bytes:
+      description: Bytes written and not yet sent, moved with it.
+      type: int
+      returned: always
+    image_bytes:
+      description: Size of the image that travelled.
+      type: int
+      returned: always
+    context_bytes:
+      description: Size of the application's context that travelled.
+      type: int
+      returned: always
+    mode:
+      description: The redirect; V(forward), V(nat), V(takeover), V(iptables), or null.
+      type: str
+      returned: always
+    engine:
+      description: This host's engine, V(kernel) or V(repair); null if an older daemon did it.
+      type: str
+      returned: always
+    hop:
+      description: How often the connection has moved, this time included.
+      type: int
+      returned: always
+    fidelity:
+      description: Names of the parts of the state that were carried, approximated or reset.
+      type: dict
+      returned: always
+      contains:
+        carried:
+          description: Carried exactly.
+          type: list
+          elements: str
+          returned: always
+        approximated:
+          description: Carried as well as it can be.
+          type: list
+          elements: str
+          returned: always
+        reset:
+          description: At a default now.
+          type: list
+          elements: str
+          returned: always
   sample:
     - migration_id: 7f0c0f0e-3f0b-4d0f-9f3d-2f1f6a1b7c01
       direction: export

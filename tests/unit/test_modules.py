@@ -232,6 +232,8 @@ def test_returned_fields_are_those_of_the_daemon(load: Callable[[str], Any]) -> 
 
     for module, value, model in (
         ("export", "migrations", api.MigrationRecord),
+        ("drain", "migrations", api.MigrationRecord),
+        ("info", "history", api.MigrationRecord),
         ("info", "sockets", api.SocketRow),
         ("info", "imports", api.ImportRow),
         ("info", "redirects", api.RedirectRow),
@@ -240,6 +242,14 @@ def test_returned_fields_are_those_of_the_daemon(load: Callable[[str], Any]) -> 
     ):
         assert nullable(module, value) == optional(model), value
     assert said("export", "migrations") == real(api.MigrationRecord)
+    records = {
+        (module, value): json.dumps(returned.documentation(module)[value]["contains"])
+        for module, value in (("export", "migrations"), ("drain", "migrations"), ("info", "history"))
+    }
+    assert records["drain", "migrations"] == records["export", "migrations"]
+    assert records["info", "history"] == records["export", "migrations"].replace(
+        "RV(migrations[]", "RV(history[]"
+    ).replace("Always V(export)", "V(export) or V(import)")
     assert said("info", "daemon") == real(api.StatusResponse) - {"ok", "id", "more", "fds"}
     assert said("info", "sockets") == real(api.SocketRow)
     assert said("info", "imports") == real(api.ImportRow)
@@ -529,7 +539,7 @@ def test_listed_ones_that_were_not_found(
 
 
 def test_the_history_has_what_is_documented(collections: Path, odd: Callable[..., OddDaemon]) -> None:
-    """`run` compares each record with the description, which is the one of the module export."""
+    """`run` compares each record with the description."""
     told = [record(), record(direction="import"), record(outcome="refused", local=None, blackout_us=None)]
     daemon = odd({"migrations": told})
     result = run(collections, "info", control=str(daemon.path), gather_subset=["history"])
