@@ -227,6 +227,43 @@ class RoleHost:
             )
 
 
+# As a kernel with AppArmor, whose parser notes what it loads.
+APPARMOR = """
+mount -t tmpfs modules /sys/module; mkdir -p /sys/module/apparmor/parameters
+echo Y >/sys/module/apparmor/parameters/enabled
+mount -t tmpfs security /sys/kernel/security; mkdir /sys/kernel/security/apparmor
+cd /sys/kernel/security/apparmor; touch .replace; echo 'sockmid-other (enforce)' >profiles
+mkdir -p /etc/apparmor.d/local; echo '# Mine.' >/etc/apparmor.d/local/sockmid
+mount -t tmpfs cache /var/cache; mkdir -p /var/cache/apparmor/1a2b.0
+"""
+PARSER = """#!/bin/sh
+loaded=/sys/kernel/security/apparmor/profiles
+case $1 in
+--skip-kernel-load) grep -q '^profile sockmid ' "$3" ;;
+--replace) cp "$2" /var/cache/apparmor/1a2b.0/sockmid; echo 'sockmid (enforce)' >>$loaded ;;
+--remove) sed -i '/^sockmid (/d' $loaded ;;
+esac
+"""
+
+
+def apparmor(host: RoleHost, folder: Path) -> None:
+    """Have a host's kernel confine programs, as far as the role looks."""
+    (folder / "parser").write_text(PARSER)
+    host.sh(f"{APPARMOR} install -m 755 {folder}/parser /usr/local/sbin/apparmor_parser")
+
+
+def wheelhouse(host: RoleHost, folder: Path) -> str:
+    """A wheelhouse for this host, whose bundle nobody unpacks; its folder."""
+    folder.mkdir()
+    tag = host.sh("python3 -c 'import sys; print(\"cp%d%d\" % sys.version_info[:2])'; uname -m").split()
+    bundle = {"file": "sockmi-bundle.tar", "release": "2.0-def"}
+    (folder / "sockmi-bundle.tar").write_bytes(bytes(1024))
+    dkms = {"file": "sockmi-dkms.tar", "version": "2.0"}
+    manifest = {"bundles": {"-".join(tag): bundle}, "dkms": dkms}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
+
+
 # Of a loop only what failed of it: what is right has a text, too, for the case that it is wrong.
 FAILURES = (
     "{{ ([ansible_failed_result] + ansible_failed_result.results | default([])) "

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.collection import PROJECT
-from tests.lab.role_host import FOLDERS, RoleHost
+from tests.lab.role_host import FOLDERS, RoleHost, apparmor
 from tests.lab.scenario import until
 
 pytest.importorskip("ansible")
@@ -173,25 +173,6 @@ def test_modules_of_legacy_iptables_are_loaded(host: RoleHost, tmp_path: Path) -
     assert "sockmi" not in host.sh("ls /etc/modules-load.d")
 
 
-# As a kernel with AppArmor, whose parser notes what it loads.
-APPARMOR = """
-mount -t tmpfs modules /sys/module; mkdir -p /sys/module/apparmor/parameters
-echo Y >/sys/module/apparmor/parameters/enabled
-mount -t tmpfs security /sys/kernel/security; mkdir /sys/kernel/security/apparmor
-cd /sys/kernel/security/apparmor; touch .replace; echo 'sockmid-other (enforce)' >profiles
-mkdir -p /etc/apparmor.d/local; echo '# Mine.' >/etc/apparmor.d/local/sockmid
-mount -t tmpfs cache /var/cache; mkdir -p /var/cache/apparmor/1a2b.0
-"""
-PARSER = """#!/bin/sh
-loaded=/sys/kernel/security/apparmor/profiles
-case $1 in
---skip-kernel-load) grep -q '^profile sockmid ' "$3" ;;
---replace) cp "$2" /var/cache/apparmor/1a2b.0/sockmid; echo 'sockmid (enforce)' >>$loaded ;;
---remove) sed -i '/^sockmid (/d' $loaded ;;
-esac
-"""
-
-
 def test_the_daemons_apparmor_profile(host: RoleHost, tmp_path: Path) -> None:
     """Written for the prefix and the Python, loaded, and removed with all that the parser has made of it."""
     place, loaded = "/etc/apparmor.d/sockmid", "cat /sys/kernel/security/apparmor/profiles"
@@ -206,10 +187,10 @@ def test_the_daemons_apparmor_profile(host: RoleHost, tmp_path: Path) -> None:
         return changed
 
     assert run("gather", "apparmor", **where) == 0  # there is none
-    host.sh(APPARMOR)
+    apparmor(host, tmp_path)
+    host.sh("mv /usr/local/sbin/apparmor_parser /run")
     assert run("gather", "apparmor", **where) == 0  # nobody could load it
-    (tmp_path / "parser").write_text(PARSER)
-    host.sh(f"install -m 755 {tmp_path}/parser /usr/local/sbin/apparmor_parser")
+    host.sh("mv /run/apparmor_parser /usr/local/sbin")
     for never in (False, "false"):
         assert run("gather", "apparmor", **where | {"sockmi_apparmor": never}) == 0
     predicted = run("gather", "apparmor", check=True, **where)
@@ -433,6 +414,10 @@ def test_rules_that_nobody_has_loaded_are_loaded(host: RoleHost) -> None:
     assert firewall("192.0.2.7") == 0
 
 
+# As the role is given them: of a trial's namespaces are those of all devices.
+SYSCTLS = {"net.ipv4.ip_forward": 1, "net/ipv4/conf/all/src_valid_mark": 1, "kernel.of_nothing": 1}
+
+
 def test_the_test_migration_proves_a_release(host: RoleHost, tmp_path: Path) -> None:
     """A connection moves between namespaces of the host. Where it cannot, that is told; nothing is left.
 
@@ -443,14 +428,14 @@ def test_the_test_migration_proves_a_release(host: RoleHost, tmp_path: Path) -> 
     program = (PROJECT / "roles/sockmi/files/verify.py").read_text()
 
     def verify(**settings: Any) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-I", "-c", program, "200", json.dumps(settings)]
+        words = [sys.executable, "-I", "-c", program, "200", json.dumps(settings), json.dumps(SYSCTLS)]
         return host.run(*words, env=os.environ | {"TMPDIR": str(folder)})
 
-    done = verify(engine="repair", redirect={"modes": ["forward"]})
+    done = verify(engine="repair", redirect={"modes": ["nat"]})
     assert done.returncode == 0, done.stderr
     proof = json.loads(done.stdout)
     assert proof.pop("blackout_us") > 0
-    moved = {"outcome": "moved", "engine": "repair", "mode": "forward", "bytes": (1 << 16) + (1 << 20)}
+    moved = {"outcome": "moved", "engine": "repair", "mode": "nat", "bytes": (1 << 16) + (1 << 20)}
     assert proof == moved
     failed = verify(engine="repair", redirect={"modes": ["forward"], "devices": ["lo"]})
     assert (failed.returncode, failed.stdout) == (1, "")

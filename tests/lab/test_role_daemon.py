@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.lab.role_host import RoleHost
+from tests.collection import PROJECT
+from tests.lab.role_host import RoleHost, apparmor, wheelhouse
 
 pytest.importorskip("ansible")
 
@@ -124,7 +125,7 @@ def test_force_removes_one_that_is_broken(host: RoleHost, broken: str) -> None:
 # As the role writes it, but that it can run in a namespace of its own.
 SETTINGS = {"engine": "repair", "state_dir": "/var/lib/sockmi", "metrics_port": 0}
 GROUPS = [{"name": "default", "interface": "lan"}]
-ROLE = ("gather", "host", "configure", "daemon")
+ROLE = ("gather", "host", "daemon")
 
 
 def running(host: RoleHost, **settings: Any) -> dict[str, Any]:
@@ -204,13 +205,14 @@ def test_what_cannot_be_restarted_runs_again_as_it_did(host: RoleHost) -> None:
     assert "sockmid did not start; with its former configuration it does not start either: Unable" in output
 
 
-def test_the_former_release_comes_back(host: RoleHost) -> None:
-    """With its configuration, unit and keys, if the new one does not start."""
+def test_the_former_release_comes_back(host: RoleHost, tmp_path: Path) -> None:
+    """With its configuration, unit, profile and keys, if the new one does not start."""
     variables = running(host)
     host.sh("cp -r /opt/sockmi/releases/1.0-abc /opt/sockmi/releases/2.0-def")
     host.sh("echo 2.0-def >/opt/sockmi/releases/2.0-def/release; echo >>/etc/systemd/system/sockmid.service")
     host.sh("echo '! [ $(readlink /opt/sockmi/current) = releases/2.0-def ]' >/run/refuses")
-    kept = "cat /etc/sockmi/sockmi.yml /etc/systemd/system/sockmid.service; head /etc/sockmi/*.key"
+    files = "/etc/sockmi/sockmi.yml /etc/systemd/system/sockmid.service /etc/apparmor.d/sockmid"
+    kept = f"cat {files} /var/cache/apparmor/*/sockmid; head /etc/sockmi/*.key"
     before = host.sh(f"{kept}; readlink /opt/sockmi/current; find /usr/local -type l | sort")
     wanted = variables | {
         "sockmi_groups": [{"name": "blue", "interface": "lan"}, {"name": "default", "port": 7790}],
@@ -218,6 +220,11 @@ def test_the_former_release_comes_back(host: RoleHost) -> None:
         "sockmi_c_library": True,
         "__sockmi_bundle": {"release": "2.0-def", "file": "none"},
     }
+    apparmor(host, tmp_path)
+    host.sh(
+        "cd /etc/apparmor.d; echo '# Former.' >sockmid; cp sockmid /var/cache/apparmor/1a2b.0;"
+        "echo 'sockmid (enforce)' >>/sys/kernel/security/apparmor/profiles"
+    )
     code, output, _changed = host.tasks(*ROLE, **wanted)
     assert code != 0
     assert "sockmid did not start; the former release 1.0-abc runs again. Unable to restart service" in output
@@ -226,3 +233,56 @@ def test_the_former_release_comes_back(host: RoleHost) -> None:
         *("daemon-reload", f"restart {UNIT}"),
         *("daemon-reload", f"start {UNIT}"),
     ]
+
+
+OTHER = {
+    "sockmi_groups": [{"name": "blue", "interface": "lan"}, {"name": "default", "port": 7790}],
+    "sockmi_group_key": secrets.token_hex(32),
+    "sockmi_settings": SETTINGS | {"policy": "weighted"},
+}
+# All that an upgrade with other variables would change.
+KEPT = (
+    "tail -n +1 /etc/sockmi/* /etc/systemd/system/sockmid.service; readlink /opt/sockmi/current;"
+    "ls /etc/sysctl.d; sysctl net.ipv4.ip_forward; nft list tables; find /usr/local -type l | sort"
+)
+
+
+def test_a_release_that_proves_nothing_changes_nothing(host: RoleHost, tmp_path: Path) -> None:
+    """The whole role, but that the new release is there already: of its test migration nothing comes."""
+    variables = running(host)
+    host.sh(
+        "mount -t sysfs own /sys;"  # with the devices of its own network
+        "cd /opt/sockmi/releases; cp -r 1.0-abc 2.0-def; echo 2.0-def >2.0-def/release;"
+        "ln -s $(command -v false) 2.0-def/bin/python"
+    )
+    before = host.sh(KEPT)
+    wanted = variables | {
+        **OTHER,
+        "sockmi_sysctls": {"net.ipv4.ip_forward": 1},
+        "sockmi_firewall": "nftables",
+        "sockmi_verify": "changed",
+        "sockmi_wheelhouse": wheelhouse(host, tmp_path / "house"),
+        "sockmi_wheelhouse_build": False,
+    }
+    words = ["-i", "localhost,", "-c", "local", PROJECT / "install.yml"]
+    done = host.play(*words, sockmi_hosts="localhost", **wanted)
+    assert "the test migration failed, and the release is not used" in done.stdout, done.stdout + done.stderr
+    assert (host.sh(KEPT), host.asked()) == (before, [])
+
+
+def test_a_daemon_that_may_not_be_restarted_keeps_what_it_reads(host: RoleHost, tmp_path: Path) -> None:
+    """Nobody knows whether something is being moved: a later restart, of whom ever, finds what it had."""
+    variables = running(host)
+    apparmor(host, tmp_path)
+    host.sh("cd /opt/sockmi/releases; cp -r 1.0-abc 2.0-def; mv /run/sockmi/control.sock /run/away")
+    host.sh("echo >>/etc/systemd/system/sockmid.service")
+    kept = f"{KEPT}; find /etc/apparmor.d; cat /sys/kernel/security/apparmor/profiles"
+    before = host.sh(kept)
+    bundle = {"__sockmi_bundle": {"release": "2.0-def", "file": "none"}, "sockmi_wait_s": 1}
+    code, output, _changed = host.tasks(*ROLE, **variables | OTHER | bundle)
+    assert code != 0
+    assert (
+        "the daemon was left alone, and what it reads is as it was: nobody knows how many migrations"
+        in output
+    )
+    assert (host.sh(kept), host.asked()) == (before, [])

@@ -6,7 +6,6 @@ Wrong values that are seen without a host: tests/unit/test_role.py.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import sys
@@ -19,7 +18,7 @@ import pytest
 import yaml
 
 from tests.collection import PROJECT
-from tests.lab.role_host import RoleHost
+from tests.lab.role_host import RoleHost, wheelhouse
 
 pytest.importorskip("ansible")
 
@@ -65,18 +64,6 @@ def host(tmp_path: Path) -> Iterator[RoleHost]:
     (tmp_path / "host").mkdir()
     with RoleHost(tmp_path / "host") as made:
         yield made
-
-
-def wheelhouse(host: RoleHost, folder: Path) -> str:
-    """A wheelhouse for this host, whose bundle nobody unpacks; its folder."""
-    folder.mkdir()
-    tag = host.sh("python3 -c 'import sys; print(\"cp%d%d\" % sys.version_info[:2])'; uname -m").split()
-    bundle = {"file": "sockmi-bundle.tar", "release": "2.0-def"}
-    (folder / "sockmi-bundle.tar").write_bytes(bytes(1024))
-    dkms = {"file": "sockmi-dkms.tar", "version": "2.0"}
-    manifest = {"bundles": {"-".join(tag): bundle}, "dkms": dkms}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return str(folder)
 
 
 def state(host: RoleHost) -> str:
@@ -150,7 +137,7 @@ def test_install_predicts_and_then_each_variable_is_where_it_belongs(host: RoleH
     # The same for real, with a release that is there; but no daemon can be started.
     host.release("/opt/elsewhere", unit=False)
     del variables["sockmi_wheelhouse"], variables["sockmi_wheelhouse_build"]
-    done = host.run_tasks("gather", "host", "firewall", "settings", "configure", "daemon", **variables)
+    done = host.run_tasks("gather", "host", "firewall", "settings", "daemon", **variables)
     assert "sockmid runs, but does not answer" in done.stdout  # within wait_s
     real = [name for name in changed_tasks(done.stdout) if name != "Have the linker know the C library"]
     assert real == [name for name in predicted if name not in release]
@@ -326,7 +313,7 @@ def test_wrong_values_are_named_by_what_reads_them(host: RoleHost, tmp_path: Pat
         (preflight, {"sysctls": {"net.ipv4.none": 1}}, "The kernel has no setting net.ipv4.none;"),
         (preflight, {"groups": [{"name": "x", "interface": "wlan9"}]}, "There is no interface wlan9;"),
         (preflight, {"python": "/opt/none/python9"}, "has no Python 3.11, 3.12 or 3.13"),
-        (("gather", "daemon"), {"verify": "always"}, "the test migration failed, and the release is not"),
+        (("gather", "host"), {"verify": "always"}, "the test migration failed, and the release is not"),
         (
             ("gather", "kernel_module"),
             {

@@ -6,7 +6,8 @@
     b    ---+
 
 Runs with the Python of the release, as root; the arguments are how many seconds it may take, and those of
-the host's settings, as JSON, on which it depends whether it works: ``engine``, ``redirect``, ``timing``.
+the host's settings, as JSON, on which it depends whether it works: ``engine``, ``redirect``, ``timing``;
+and the kernel settings that the host will have, of which those of IPv4's devices are set there, too.
 Prints what happened as JSON; ends with 1, and why on standard error, if anything was not as it must be.
 Leaves nothing behind.
 """
@@ -14,6 +15,7 @@ Leaves nothing behind.
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -27,6 +29,8 @@ BIN = Path(sys.executable).parent
 HOSTS = {"a": 1, "b": 2, "peer": 9}
 PORT = 5000
 FIRST, REST = 1 << 16, 1 << 20
+# Others may be the whole machine's, or name devices that are not there.
+OF_DEVICES = re.compile(r"net[./]ipv4[./](ip_forward$|conf[./](all|default)[./])")
 
 # Echoes FIRST bytes, then reads no more: what the peer sends next must travel in the socket.
 SERVER = """
@@ -81,9 +85,10 @@ class Failed(Exception):
 class Trial:
     """The namespaces, the processes and their ends."""
 
-    def __init__(self, limit: float, settings: "dict[str, object]") -> None:
+    def __init__(self, limit: float, settings: "dict[str, object]", sysctls: "dict[str, object]") -> None:
         self.deadline = time.monotonic() + limit
         self.settings = settings
+        self.sysctls = [f"{name}={value}" for name, value in sysctls.items() if OF_DEVICES.match(name)]
         self.mark = f"sockmi-{secrets.token_hex(3)}"
         # Not where TMPDIR says: the path of a socket has 107 bytes at most (unix(7)).
         self.folder = Path(tempfile.mkdtemp(prefix="sockmi-verify-", dir="/run"))
@@ -103,6 +108,8 @@ class Trial:
         for name in ("net", *HOSTS):
             self.ip("netns", "add", self.namespace(name))
             self.stack.callback(self.ip, "netns", "delete", self.namespace(name), check=False)
+            if self.sysctls:
+                self.ip("netns", "exec", self.namespace(name), "sysctl", "-q", "-w", *self.sysctls)
         self.ip("-n", bridge, "link", "add", "name", "br0", "type", "bridge")
         self.ip("-n", bridge, "link", "set", "br0", "up")
         for name, number in HOSTS.items():
@@ -299,7 +306,7 @@ def main() -> int:
     """The command."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # the latter: Ansible's own end
         signal.signal(number, lambda *_unused: sys.exit(1))
-    trial = Trial(float(sys.argv[1]), json.loads(sys.argv[2]))
+    trial = Trial(float(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]))
     with trial.stack:
         try:
             print(json.dumps(trial.run()))
