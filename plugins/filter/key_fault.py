@@ -37,8 +37,10 @@ _DISTINCT_BYTES_MIN = 8
 _KEYS_MAX = 8
 
 
-def key_fault(text: str) -> str:
+def key_fault(text: object) -> str:
     """What the daemon's Keyring would refuse of ``text``; a test compares them."""
+    if not hasattr(text, "split"):  # what a vault keeps is text, but need not be a str
+        return "is no text; put a number in quotes, and several keys one a line"
     lines = [line.partition("#")[0].strip() for line in text.split("\n")]
     keys = [_decoded(line) for line in lines if line]
     if not keys or b"" in keys:
