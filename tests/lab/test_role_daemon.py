@@ -58,6 +58,17 @@ def test_what_keeps_the_module_keeps_all(host: RoleHost) -> None:
         assert (installed(host), host.asked()) == (before, [])
 
 
+def test_what_was_written_for_a_module_that_is_gone_goes(host: RoleHost) -> None:
+    """Somebody has removed that by hand, so that neither its sources nor the module are there."""
+    files = "/etc/modprobe.d/sockmi.conf /etc/modules-load.d/sockmi.conf"
+    host.sh(f"{DOWN}; mount -t tmpfs modules /sys/module; rm -rf /usr/src/sockmi-*; touch {files}")
+    code, output, predicted = host.tasks("uninstall", check=True)
+    assert (code, host.sh(f"ls {files}").split()) == (0, files.split()), output
+    code, output, changed = host.tasks("uninstall")
+    assert (code, changed) == (0, predicted), output
+    assert "sockmi" not in host.sh("ls /etc/modprobe.d /etc/modules-load.d")
+
+
 @pytest.mark.usefixtures("core")
 def test_force_removes_one_that_does_not_answer(host: RoleHost) -> None:
     host.sh("mkdir -p /run/sockmi")
@@ -208,6 +219,11 @@ def test_what_cannot_be_restarted_runs_again_as_it_did(host: RoleHost) -> None:
 def test_the_former_release_comes_back(host: RoleHost, tmp_path: Path) -> None:
     """With its configuration, unit, profile and keys, if the new one does not start."""
     variables = running(host)
+    apparmor(host, tmp_path)
+    host.sh(
+        "cd /etc/apparmor.d; echo '# Former.' >sockmid; cp sockmid /var/cache/apparmor/1a2b.0;"
+        "echo 'sockmid (enforce)' >>/sys/kernel/security/apparmor/profiles"
+    )
     host.sh("cp -r /opt/sockmi/releases/1.0-abc /opt/sockmi/releases/2.0-def")
     host.sh("echo 2.0-def >/opt/sockmi/releases/2.0-def/release; echo >>/etc/systemd/system/sockmid.service")
     host.sh("echo '! [ $(readlink /opt/sockmi/current) = releases/2.0-def ]' >/run/refuses")
@@ -220,11 +236,6 @@ def test_the_former_release_comes_back(host: RoleHost, tmp_path: Path) -> None:
         "sockmi_c_library": True,
         "__sockmi_bundle": {"release": "2.0-def", "file": "none"},
     }
-    apparmor(host, tmp_path)
-    host.sh(
-        "cd /etc/apparmor.d; echo '# Former.' >sockmid; cp sockmid /var/cache/apparmor/1a2b.0;"
-        "echo 'sockmid (enforce)' >>/sys/kernel/security/apparmor/profiles"
-    )
     code, output, _changed = host.tasks(*ROLE, **wanted)
     assert code != 0
     assert "sockmid did not start; the former release 1.0-abc runs again. Unable to restart service" in output

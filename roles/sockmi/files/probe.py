@@ -44,6 +44,8 @@ SWITCHES = {
     "ipv6": ("/proc/sys/net/ipv6/conf/all/forwarding",),
 }
 RTF_ADVERTISED = 0x50000  # RTF_DEFAULT and RTF_ADDRCONF of linux/ipv6_route.h
+# Of the Ansible module kmod: they outlive the module that somebody has removed by hand.
+MODULE_FILES = ("/etc/modprobe.d/sockmi.conf", "/etc/modules-load.d/sockmi.conf")
 ADDRESS = "239.77.83.1"  # of a group that names none
 FIREWALLD_PRIORITY = 7780  # by which the role's rules there are told from the operator's
 UFW_MARK = " comment 'sockmi'"
@@ -432,6 +434,7 @@ def main():
             "apparmor": apparmor(),
             "xtables": xtables(asked.get("xtables", [])),
             "module_there": Path("/sys/module/sockmi").is_dir() or any(Path("/usr/src").glob("sockmi-*")),
+            "module_files": any(Path(name).exists() for name in MODULE_FILES),
             "units": {
                 name: {
                     "active": said("systemctl", "is-active", name) == "active",
