@@ -356,14 +356,20 @@ OTHERS = """
 ip link add lan type veth peer name far; ip link set lan up; ip link set far up
 ip address add 192.0.2.1/24 dev lan
 nft add table inet sockmi; nft add table netdev sockmi
+sysctl -q -w net.ipv4.ip_local_reserved_ports=80,40000,40002
 ip rule add fwmark 1 iif lan priority 98 table 7780
 ip route add 198.51.100.0/24 dev lan table 7780; ip route add 198.51.100.0/24 dev lan
 """
 # By the daemon's own code: of the host's configuration, and of another daemon.
 SETTING_UP = """
 from sockmi.redirect.tables import Settings, Tables
-Tables(Settings(table="moved", rule_priority=99)).setup()
-Tables(Settings(table="another", rule_priority=97, route_table=97)).setup()
+for port, settings in [
+    (40001, Settings(table="moved", rule_priority=99)),
+    (40003, Settings(table="another", rule_priority=97, route_table=97)),
+]:
+    tables = Tables(settings)
+    tables.setup()
+    tables.reserve_ports({40000, port})
 """
 REMOVING_ANOTHER = """
 from sockmi.redirect.tables import Settings, Tables
@@ -372,9 +378,10 @@ Tables(Settings(table="another", rule_priority=97, route_table=97)).teardown()
 
 
 def network(host: RoleHost) -> str:
-    """Tables, rules and routes of a host."""
+    """Tables, rules, routes and reserved ports of a host."""
     return host.sh(
-        "nft list ruleset; for v in 4 6; do ip -$v rule; ip -$v route show table all;done | grep -v fe80"
+        "nft list ruleset; sysctl net.ipv4.ip_local_reserved_ports;"
+        "for v in 4 6; do ip -$v rule; ip -$v route show table all;done | grep -v fe80"
     )
 
 
