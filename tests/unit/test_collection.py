@@ -153,12 +153,12 @@ def test_a_variable_that_the_role_has_not_is_refused(installed: Path, name: str,
 
 @pytest.mark.parametrize("name", ["migrate", "drain", "install", "uninstall"])
 def test_so_many_hosts_at_a_time(installed: Path, name: str) -> None:
-    """A sentence, where Ansible itself has a traceback."""
+    """A sentence, where Ansible itself has a traceback; and 0 is none, not all."""
     given = (
         {"sockmi_hosts": "all"} if name.endswith("install") else {"sockmi_from": "all", "sockmi_to": "web4"}
     )
     words = [f"sockmi.appliance.{name}", "-i", "web1,web2,"]
-    for wrong in ("many", "1,2", "%", -1, [1, "1x"]):
+    for wrong in ("many", "1,2", "%", -1, 0, "0", "0%", [1, "1x"]):
         extra = json.dumps({**given, "sockmi_serial": wrong})
         done = run(installed, "ansible-playbook", *words, "-e", extra)
         said = " ".join((done.stdout + done.stderr).split())
