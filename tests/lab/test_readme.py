@@ -56,6 +56,11 @@ def commands() -> list[list[str]]:
     return [words for part in parts if (words := shlex.split(part))]
 
 
+def inline(program: str) -> list[str]:
+    """The commands of a program within the text."""
+    return re.findall(rf"`({program} [^`]+)`", "".join(README.split("```")[::2]))
+
+
 @pytest.fixture
 def scene(lab: Lab) -> Iterator[Scene]:
     """Daemons on a and b, and a server on a with clients."""
@@ -169,6 +174,24 @@ def test_on_hosts_of_your_own(tmp_path: Path) -> None:
         assert (done.returncode, "web1" in done.stdout or "sockmi_from" in str(words)) == (0, True), (
             done.stderr
         )
+
+
+def test_as_a_collection(tmp_path: Path) -> None:
+    """Built here, installed elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    environment = os.environ | {
+        "PATH": f"{PROJECT}/.venv/bin:{os.environ['PATH']}",
+        "ANSIBLE_COLLECTIONS_PATH": str(tmp_path / "collections"),
+    }
+    told = "/tmp"  # noqa: S108 - as it says
+    steps = [step.replace(told, str(tmp_path)) for step in inline("ansible-galaxy")]
+    assert len(steps) == 2
+    for step, folder in zip(steps, (PROJECT, tmp_path / "elsewhere"), strict=True):
+        done = subprocess.run(
+            ["sh", "-c", step], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "collections/ansible_collections/sockmi/appliance/playbooks/install.yml").exists()
 
 
 def test_by_hand_on_a_host(tmp_path: Path) -> None:
