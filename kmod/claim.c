@@ -58,9 +58,9 @@ void sockmi_claim_put(struct sockmi_claim *claim)
 	spin_unlock(&claims_lock);
 	/*
 	 * A worker's fput() would be left to the one that the whole kernel shares, and closing a socket can take
-	 * as long as somebody likes. Deadlines must not wait for it either: hence a queue of its own.
+	 * as long as somebody likes. Neither deadlines nor who gives up a claim must wait for it: hence a queue of its own.
 	 */
-	if (current->flags & PF_KTHREAD) {
+	if (current->flags & PF_KTHREAD || sock_flag(claim->sk, SOCK_LINGER)) {
 		queue_work(put_queue, &claim->put);
 	} else {
 		fput(claim->file);

@@ -31,6 +31,8 @@
  * @remote: the peer
  * @uid: the listener's owner must be this one
  * @listener: referenced, or NULL
+ * @listener_port: on which it listened when it was found
+ * @listener_address: where, likewise
  * @child: restored into; its sock leaves it in the end
  * @request: carries the child through the queue
  */
@@ -41,6 +43,8 @@ struct delivery {
 	struct sockmi_endpoint remote;
 	kuid_t uid;
 	struct sock *listener;
+	u16 listener_port;
+	struct in6_addr listener_address;
 	struct socket *child;
 	struct request_sock *request;
 };
@@ -83,6 +87,26 @@ static bool children_are_special(const struct sock *sk)
 	return sockmi_layers(sk) || rcu_access_pointer(sk->sk_filter);
 }
 
+static struct in6_addr bound_address(const struct sock *sk)
+{
+	struct in6_addr address = IN6ADDR_ANY_INIT;
+
+#if IS_ENABLED(CONFIG_IPV6)
+	if (sk->sk_family == AF_INET6)
+		return sk->sk_v6_rcv_saddr;
+#endif
+	ipv6_addr_set_v4mapped(sk->sk_rcv_saddr, &address);
+	return address;
+}
+
+/* It may have been disconnected and listen elsewhere. Where is not asked: BPF programs may have chosen it for any port. */
+static bool is_where_it_was(const struct delivery *d)
+{
+	struct in6_addr address = bound_address(d->listener);
+
+	return inet_sk(d->listener)->inet_num == d->listener_port && ipv6_addr_equal(&address, &d->listener_address);
+}
+
 /* May it have one more? Final if the listener's lock is held. */
 static int check_listener(struct delivery *d)
 {
@@ -90,7 +114,7 @@ static int check_listener(struct delivery *d)
 
 	d->a->queued = READ_ONCE(sk->sk_ack_backlog);
 	d->a->queue_max = READ_ONCE(sk->sk_max_ack_backlog);
-	if (sk->sk_state != TCP_LISTEN)
+	if (sk->sk_state != TCP_LISTEN || !is_where_it_was(d))
 		return refuse(d, SOCKMI_REFUSAL_NO_LISTENER);
 	if (children_are_special(sk))
 		return refuse(d, SOCKMI_REFUSAL_LISTENER);
@@ -114,6 +138,8 @@ static int find_listener(struct delivery *d)
 	if (!sk)
 		return refuse(d, SOCKMI_REFUSAL_NO_LISTENER);
 	d->listener = sk;
+	d->listener_port = inet_sk(sk)->inet_num;
+	d->listener_address = bound_address(sk);
 	d->a->listener_family = sk->sk_family;
 	d->a->listener_uid = from_kuid_munged(current_user_ns(), READ_ONCE(sk->sk_uid));
 	return check_listener(d);
@@ -145,7 +171,7 @@ static int make_child(struct delivery *d)
 	struct birth b = { .net = d->net, .family = d->listener->sk_family };
 
 	INIT_WORK_ONSTACK(&b.work, give_birth);
-	queue_work(sockmi_workqueue, &b.work);
+	queue_work(sockmi_slow, &b.work);
 	flush_work(&b.work);
 	destroy_work_on_stack(&b.work);
 	if (b.result == -ENOMEM || b.result == -ENOBUFS || b.result == -ENFILE)

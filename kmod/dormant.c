@@ -215,7 +215,7 @@ static int register_dormant(struct sockmi_dormant *dormant, unsigned int deadlin
 	 */
 	xa_lock(&dormant->owner->dormants);
 	__xa_store(&dormant->owner->dormants, dormant->id, dormant, GFP_ATOMIC); /* into the place that it has */
-	queue_delayed_work(sockmi_discards, &dormant->deadline, msecs_to_jiffies(deadline_ms));
+	queue_delayed_work(sockmi_slow, &dormant->deadline, msecs_to_jiffies(deadline_ms));
 	xa_unlock(&dormant->owner->dormants);
 	return 0;
 }
@@ -233,6 +233,8 @@ long sockmi_ioctl_restore(struct sockmi_file *file, void __user *arg, size_t siz
 	if (a.flags & ~(SOCKMI_DEV_ACTIVATE | SOCKMI_DEV_TRANSPARENT | SOCKMI_DEV_RESET_PATH) ||
 	    deadline_ms > sockmi_dormant_max_ms || a.local.reserved)
 		return -EINVAL;
+	if (!(a.flags & SOCKMI_DEV_ACTIVATE) && !sockmi_may_hold(file))
+		return -EPERM;
 	a.refusal = SOCKMI_REFUSAL_NONE;
 	a.image_error = 0;
 	a.id = 0;

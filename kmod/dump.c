@@ -35,7 +35,9 @@ static bool in_states(const struct dump *d, unsigned int mask)
 /* Microseconds until @due, in jiffies; 1 if that is past. */
 static u64 until(unsigned long due)
 {
-	return time_after(due, jiffies) ? (u64)(due - jiffies) * (USEC_PER_SEC / HZ) : 1;
+	long left = due - jiffies;
+
+	return left > 0 ? (u64)left * (USEC_PER_SEC / HZ) : 1;
 }
 
 /* ---- Sequence numbers ---- */

@@ -137,9 +137,12 @@ static void deadline(struct work_struct *work)
 
 	/*
 	 * FREEZE has it while it waits for a socket that somebody keeps busy. Workers are few: if they waited too, other
-	 * deadlines would not come. A later deadline that has been set meanwhile stands.
+	 * deadlines would not come. A later deadline that has been set meanwhile stands. What is frozen thaws now, however
+	 * often others come for the lock; they have it for a moment, or for LOCK_WAIT_MS if it was thawed just now.
 	 */
-	if (!mutex_trylock(&export->lock)) {
+	if (READ_ONCE(export->state) == SOCKMI_EXPORT_FROZEN) {
+		mutex_lock(&export->lock);
+	} else if (!mutex_trylock(&export->lock)) {
 		if (queue_delayed_work(sockmi_workqueue, &export->deadline, msecs_to_jiffies(BUSY_RETRY_MS)))
 			return;
 		goto out;
@@ -398,6 +401,8 @@ long sockmi_ioctl_freeze(struct sockmi_file *file, void __user *arg, size_t size
 	deadline_ms = a.deadline_ms ?: sockmi_freeze_default_ms;
 	if (a.flags || a.reserved || deadline_ms > sockmi_freeze_max_ms)
 		return -EINVAL;
+	if (!sockmi_may_hold(file))
+		return -EPERM;
 	export = export_get(file, a.id);
 	if (!export) {
 		trace_sockmi_freeze(NULL, a.id, 0, -ENOENT, 0);

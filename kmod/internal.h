@@ -2,7 +2,7 @@
 /*
  * Shared by the module's own files: what each of them gives the others.
  *
- * Locks, outermost first: sockmi_export.lock or sockmi_dormant.lock, the socket's lock (owned, across system calls
+ * Locks, outermost first: sockmi_export.lock, the socket's lock (owned, across system calls
  * while frozen), sockmi_net.lists_lock (spinlock), sockmi_file.events_lock (spinlock). sockmi_file.lock guards
  * the making of slots alone; main.c's nets_lock is outermost, claim.c's claims_lock innermost. nat.h has the NAT
  * helper's.
@@ -46,8 +46,8 @@ extern unsigned int sockmi_memory_users_max_mb;
 extern unsigned int sockmi_list_max[SOCKMI_LISTS];
 extern unsigned int sockmi_sysctl_wait_ms;
 extern struct workqueue_struct *sockmi_workqueue;
-/* For work that may wait for a socket's owner: no freeze waits behind it. */
-extern struct workqueue_struct *sockmi_discards;
+/* For work that may wait, for a socket's owner or for memory: no freeze waits behind it. */
+extern struct workqueue_struct *sockmi_slow;
 
 /**
  * struct sockmi_memory - a share of the memory of all buffers, images and events
@@ -61,6 +61,9 @@ struct sockmi_memory {
 
 /* Is the caller one who does not administer the host? */
 bool sockmi_memory_users(void);
+struct sockmi_file;
+/* May this one keep a socket locked from one system call to the next? */
+bool sockmi_may_hold(const struct sockmi_file *file);
 /* Takes @bytes, or -EDQUOT; gives them back. Any context. */
 int sockmi_memory_take(struct sockmi_memory *memory, u64 bytes, bool users);
 void sockmi_memory_give(const struct sockmi_memory *memory);

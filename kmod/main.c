@@ -45,6 +45,11 @@ module_param_named(memory_users_max_mb, sockmi_memory_users_max_mb, uint, 0644);
 MODULE_PARM_DESC(memory_users_max_mb,
 		 "Of that, what all who do not administer the host (containers, users' own namespaces) may have together, in MiB (512)");
 
+static unsigned int users_may_hold;
+module_param(users_may_hold, uint, 0644);
+MODULE_PARM_DESC(users_may_hold,
+		 "May they freeze sockets and have dormant copies, who can keep the network configuration of the whole host waiting with that (0)");
+
 unsigned int sockmi_list_max[SOCKMI_LISTS] = { 64, 64, 1024 };
 module_param_array_named(list_max, sockmi_list_max, uint, NULL, 0444);
 MODULE_PARM_DESC(list_max,
@@ -55,7 +60,7 @@ module_param_named(sysctl_wait_ms, sockmi_sysctl_wait_ms, uint, 0644);
 MODULE_PARM_DESC(sysctl_wait_ms, "How long a write to the sysctl sockmi.export waits for the result, in ms (10000)");
 
 struct workqueue_struct *sockmi_workqueue;
-struct workqueue_struct *sockmi_discards;
+struct workqueue_struct *sockmi_slow;
 static unsigned int sockmi_net_id __read_mostly;
 static atomic64_t memory_used = ATOMIC64_INIT(0);
 static atomic64_t memory_users_used = ATOMIC64_INIT(0);
@@ -72,6 +77,15 @@ static bool add_within(atomic64_t *used, u64 bytes, unsigned int limit_mb)
 bool sockmi_memory_users(void)
 {
 	return !ns_capable_noaudit(&init_user_ns, CAP_NET_ADMIN);
+}
+
+/*
+ * Who has a socket's lock can let a setsockopt() for multicast wait for it, and that has the lock of all network
+ * configuration (RTNL), of all namespaces.
+ */
+bool sockmi_may_hold(const struct sockmi_file *file)
+{
+	return !file->users || READ_ONCE(users_may_hold);
 }
 
 int sockmi_memory_take(struct sockmi_memory *memory, u64 bytes, bool users)
@@ -203,8 +217,8 @@ static int __init sockmi_init(void)
 	sockmi_workqueue = alloc_workqueue("sockmi", WQ_UNBOUND | WQ_HIGHPRI | WQ_MEM_RECLAIM, 0);
 	if (!sockmi_workqueue)
 		return -ENOMEM;
-	sockmi_discards = alloc_workqueue("sockmi_discards", WQ_UNBOUND, 0);
-	if (!sockmi_discards) {
+	sockmi_slow = alloc_workqueue("sockmi_slow", WQ_UNBOUND, 0);
+	if (!sockmi_slow) {
 		result = -ENOMEM;
 		goto no_discards;
 	}
@@ -236,7 +250,7 @@ no_sysctl:
 no_nat:
 	sockmi_claims_exit();
 no_claims:
-	destroy_workqueue(sockmi_discards);
+	destroy_workqueue(sockmi_slow);
 no_discards:
 	destroy_workqueue(sockmi_workqueue);
 	return result;
@@ -249,7 +263,7 @@ static void __exit sockmi_exit(void)
 	unregister_pernet_subsys(&net_operations);
 	sockmi_sysctl_exit();
 	/* The last claim's work may still be on its way out. */
-	destroy_workqueue(sockmi_discards);
+	destroy_workqueue(sockmi_slow);
 	destroy_workqueue(sockmi_workqueue);
 	sockmi_claims_exit();
 	sockmi_nat_exit();

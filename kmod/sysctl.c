@@ -112,14 +112,14 @@ static pid_t pid_in(int pid, struct pid_namespace *ns)
 
 /* The event, and the request that its answer will find; under one lock, so that the answer cannot be too early. */
 static int ask(struct sockmi_net *sn, struct request *request, const struct command *command, struct sock *sk,
-	       struct file *socket_file)
+	       unsigned long inode)
 {
 	struct sockmi_event event = {
 		.type = SOCKMI_EVENT_EXPORT_REQUEST,
 		.id = request->id,
 		.to = command->to,
 		.owner_fd = command->fd,
-		.inode = file_inode(socket_file)->i_ino,
+		.inode = inode,
 		.wait_ms = READ_ONCE(sockmi_sysctl_wait_ms),
 	};
 	struct sockmi_identity identity;
@@ -197,17 +197,21 @@ static struct sockmi_file *serving(struct sockmi_net *sn)
 	return file;
 }
 
-/* Hands the socket to @file, the daemon's, and waits. @asked: the daemon tells what came of it. */
+/*
+ * Hands the socket to @file, the daemon's, and waits. Puts @socket_file. @asked: the daemon tells what came of it.
+ */
 static noinline_for_stack int export(struct sockmi_net *sn, struct sockmi_file *file, const struct command *command,
 				      const char *text, struct sock *sk, struct file *socket_file, u32 *refusal, bool *asked)
 {
 	struct request *request = kzalloc(sizeof(*request), GFP_KERNEL_ACCOUNT);
+	unsigned long inode;
 	int result;
 	s64 id;
 
-	if (!request)
-		return -ENOMEM;
-	id = sockmi_claim(file, socket_file, sockmi_claim_max_ms, refusal);
+	id = request ? sockmi_claim(file, socket_file, sockmi_claim_max_ms, refusal) : -ENOMEM;
+	inode = file_inode(socket_file)->i_ino;
+	/* The claim has it. Were this the last reference in the end, the writer would wait as SO_LINGER has it. */
+	fput(socket_file);
 	if (id < 0) {
 		kfree(request);
 		return id;
@@ -215,7 +219,7 @@ static noinline_for_stack int export(struct sockmi_net *sn, struct sockmi_file *
 	request->id = id;
 	request->file = file;
 	strscpy(request->text, text, sizeof(request->text));
-	result = ask(sn, request, command, sk, socket_file);
+	result = ask(sn, request, command, sk, inode);
 	if (result) {
 		sockmi_unclaim(file, id);
 		kfree(request);
@@ -269,7 +273,9 @@ static noinline_for_stack int run(struct sockmi_net *sn, const struct command *c
 	}
 	if (!result) {
 		sk = sockmi_tcp_sock(socket_file, &refusal);
-		if (!sk)
+		if (sk)
+			sock_hold(sk);
+		else
 			result = sockmi_refusal_errno(refusal);
 	}
 	if (sk && sockmi_net(sock_net(sk)) != sn) {
@@ -278,7 +284,11 @@ static noinline_for_stack int run(struct sockmi_net *sn, const struct command *c
 	}
 	if (!result) {
 		file = serving(sn);
-		result = file ? export(sn, file, command, text, sk, socket_file, &refusal, &asked) : -ENOTCONN;
+		result = -ENOTCONN;
+	}
+	if (file) {
+		result = export(sn, file, command, text, sk, socket_file, &refusal, &asked);
+		socket_file = NULL;
 	}
 	if (!asked) {
 		trace_sockmi_sysctl(sk, 0, 0, result, refusal);
@@ -288,6 +298,8 @@ static noinline_for_stack int run(struct sockmi_net *sn, const struct command *c
 		sockmi_file_put(file);
 	if (socket_file)
 		fput(socket_file);
+	if (sk)
+		sock_put(sk);
 	return result;
 }
 

@@ -90,7 +90,8 @@
  * images can be delivered to IPv6 listeners, and v4-mapped ones to IPv4 listeners. The socket's options are the image's;
  * but SO_REUSEADDR, SO_REUSEPORT, the device it is bound to, its owner, cgroup and security label are those of a child
  * of the listener's, and so are SO_MARK and SO_PRIORITY if the image does not name them. Until it is in the queue nobody can see it; when it is, it is complete. Nothing of it is
- * left after an error, and nothing has been sent: the image can be delivered again, or restored.
+ * left after an error, and nothing has been sent: the image can be delivered again, or restored. (As with all calls, -EFAULT may
+ * also mean that the answer could not be written back to what was writable before: then it is done.)
  *
  * Slots
  * -----
@@ -292,7 +293,8 @@ struct sockmi_ioc_claim {
  * @bytes: out: of the image; with -ENOSPC: that would have been needed (and the socket is thawed)
  *
  * From CLAIMED or THAWED; -EBUSY in other states, and (SOCKMI_REFUSAL_LOCKED) if a system call on the socket has not
- * ended within 250 ms, or within deadline_ms if that is less. A refusal leaves the socket thawed.
+ * ended within 250 ms, or within deadline_ms if that is less. A refusal leaves the socket thawed. -EPERM: the file was opened
+ * by somebody who lacks CAP_NET_ADMIN in the initial user namespace, and the parameter users_may_hold is not set.
  */
 struct sockmi_ioc_freeze {
 	__aligned_u64 id;
@@ -406,7 +408,7 @@ struct sockmi_ioc_export_info {
  * The socket's options become the image's, whatever it had; only IP_TRANSPARENT, IP_FREEBIND and their like for IPv6 stay
  * set if they were, for they are the caller's consent to a foreign address. After an error, and after DISCARD, it is
  * closed again, unbound, with the options that it had before, and nothing was sent. (An IPv6 socket that has had an
- * IPv4-mapped connection takes no other IPv6 one after that: TARGET.)
+ * IPv4-mapped connection takes no other IPv6 one after that: TARGET.) Without SOCKMI_DEV_ACTIVATE -EPERM as FREEZE has it.
  */
 struct sockmi_ioc_restore {
 	__s32 fd;

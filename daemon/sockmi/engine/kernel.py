@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from sockmi.engine import preflight
@@ -112,8 +113,21 @@ def _native() -> Any:
     return lib
 
 
+def _may_hold() -> bool:
+    """Whether the module freezes for this process; a module without this parameter does for everybody."""
+    if Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(0xFFFFFFFF)]:
+        return True
+    parameter = Path("/sys/module/sockmi/parameters/users_may_hold")
+    return not parameter.exists() or parameter.read_text() != "0\n"
+
+
 def _open(slot_bytes: int) -> _Device:
     """A device file; ModuleMissing says why there is none."""
+    if not _may_hold():
+        raise ModuleMissing(
+            "the module lets nobody keep sockets locked who does not administer the host, and this is a user "
+            "namespace of its own; set the module's parameter users_may_hold"
+        )
     device = _Device()
     error = -_native().sockmi_device_open(ctypes.byref(device), slot_bytes)
     if not error:

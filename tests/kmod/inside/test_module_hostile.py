@@ -25,6 +25,8 @@ import pytest
 
 from sockmi import image as images
 from sockmi.addresses import Endpoint
+from sockmi.engine.kernel import KernelEngine, ModuleMissing
+from sockmi.engine.repair import RepairEngine
 from tests.kmod import nat_client
 from tests.kmod.inside.test_module_core import (
     CLOSE_WAIT,
@@ -537,6 +539,55 @@ def test_users_leave_memory_to_the_host_s_daemon() -> None:
         for descriptor in (*ready, *done):
             os.close(descriptor)
     assert status == errno.EDQUOT
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_users_keep_no_socket_locked(allowed: bool) -> None:
+    """They could keep RTNL with that: a setsockopt() of IP_ADD_MEMBERSHIP waits for the socket and has it."""
+    parameter = Path("/sys/module/sockmi/parameters/users_may_hold")
+    with socket.socket() as sock, Device() as device, frozen(device, sock) as (_freeze, image):
+        pass
+    assert parameter.read_text() == "0\n"
+    parameter.write_text("1" if allowed else "0")
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET):
+                os._exit(98)
+            code = _held_by_a_user(image)
+        finally:
+            os._exit(code)
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0b1111 if allowed else 0b1000)
+    finally:
+        parameter.write_text("0")
+
+
+def _held_by_a_user(image: bytes) -> int:
+    """Which he may: FREEZE; RESTORE, dormant; the daemon the engine; RESTORE, activated at once."""
+    done = 0
+    with Device() as device, socket.socket() as sock:
+        try:
+            with frozen(device, sock):
+                done |= 1
+        except Refused as refused:
+            assert refused.errno == errno.EPERM
+    for flags, bit in ((0, 2), (ACTIVATE, 8)):
+        with Device() as device, socket.socket() as sock:
+            try:
+                device.restore(sock, image, flags)
+                done |= bit
+            except Refused as refused:
+                assert refused.errno == errno.EPERM
+    try:
+        KernelEngine(RepairEngine(inject_mark=1)).close()
+        done |= 4
+    except ModuleMissing as missing:
+        assert "users_may_hold" in str(missing)
+    return done
 
 
 def test_events_take_of_the_module_s_memory() -> None:
