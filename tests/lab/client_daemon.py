@@ -32,13 +32,17 @@ REPAIR_OFF = 0
 
 @dataclass
 class Dormant:
-    """A socket in the import list; ``peer`` is the other end of its connection."""
+    """A socket in the import list; ``peer`` is the other end of its connection.
+
+    ``name``: what getsockname() says, of one that cannot be asked, as the module keeps it locked.
+    """
 
     socket: Socket
     peer: Socket | None
     kind: str = "connected"
     context: bytes | None = None
     listener: UUID | None = None
+    name: tuple[Any, ...] | None = None
     migration_id: UUID = field(default_factory=uuid4)
     claimed: bool = False
     taken: bool = False
@@ -241,7 +245,7 @@ class FakeDaemon:
     def _match(self, one: Dormant, want: api.ImportCriteria) -> bool:
         if one.claimed:
             return False
-        host, port = one.socket.getsockname()[:2]
+        host, port = (one.name or one.socket.getsockname())[:2]
         remote: tuple[Any, ...] = one.peer.getsockname() if one.peer else (None, None)
         return (
             one.kind in want.states
@@ -283,7 +287,7 @@ class FakeDaemon:
             if dormant.context is not None:
                 contexts.append(os.memfd_create("context", os.MFD_CLOEXEC))
                 os.write(contexts[-1], dormant.context)
-            local = endpoint(dormant.socket.getsockname())
+            local = endpoint(dormant.name or dormant.socket.getsockname())
             remote = endpoint(dormant.peer.getsockname()) if dormant.peer else None
             items.append(
                 {

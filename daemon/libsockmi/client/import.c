@@ -289,7 +289,9 @@ static bool has_port(const struct arrival *arrival)
 
 /*
  * Whether a copy came to life although the daemon could not say so. Dormant ones are in repair, or (those of the
- * kernel engine) end with the daemon: closed, and bound no more.
+ * kernel engine) end with the daemon: closed, and bound no more. These are locked until the daemon's end is complete.
+ * TCP_INFO reads the state first and waits for the lock then (tcp_get_info() of net/ipv4/tcp.c): what is read later is
+ * final.
  */
 static bool is_live(const struct arrival *arrival)
 {
@@ -297,6 +299,9 @@ static bool is_live(const struct arrival *arrival)
 	socklen_t length = sizeof(value), info_length;
 	struct tcp_info info;
 
+	info_length = sizeof(info);
+	if (getsockopt(arrival->fd, IPPROTO_TCP, TCP_INFO, &info, &info_length))
+		return false;
 	if (arrival->state == SOCKMI_LISTENING)
 		return !getsockopt(arrival->fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &length) && value;
 	if (getsockopt(arrival->fd, IPPROTO_TCP, TCP_REPAIR, &value, &length) || value)

@@ -221,6 +221,9 @@ class _Arrival:
 
     def is_live(self) -> bool:
         """Whether it came to life although the daemon could not say so."""
+        # A dormant copy of the kernel engine is locked until the daemon's end is complete. TCP_INFO reads the
+        # state first and waits for the lock then (net/ipv4/tcp.c, tcp_get_info()): its second answer counts.
+        tcp_state(self.fd)
         if self.kind is Kind.LISTENING:
             return option(self.fd, socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
         if option(self.fd, socket.IPPROTO_TCP, _TCP_REPAIR):
