@@ -407,7 +407,7 @@ def test_an_entry_is_for_its_user(device: Device) -> None:
 
 
 UNPRIVILEGED = {"hello", "import"}
-OF_THE_FILE = {"freeze", "commit", "abort", "release", "export_info", "activate", "discard"}
+OF_THE_FILE = {"commit", "abort", "release", "export_info", "activate", "discard"}
 """What is done with a claim or a copy: who has the device file decides; nobody else's has that id."""
 
 
