@@ -179,11 +179,11 @@ class Loaded:
 
     def _enrolled(self) -> bool | None:
         """Whether the key that DKMS signs with is enrolled; None if that cannot be told."""
+        if not self._certificate.exists():  # nobody has enrolled what is not made yet
+            return False
         tool = self.module.get_bin_path("mokutil")
         if not tool:
             return None
-        if not self._certificate.exists():
-            return False
         _code, out, _err = self.module.run_command([tool, "--test-key", str(self._certificate)])
         if "already enrolled" in out:
             return True

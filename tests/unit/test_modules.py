@@ -1453,7 +1453,7 @@ def test_kmod_absent_has_no_parameters(host: Host) -> None:
         ("is not enrolled", False, False),
         ("EFI variables are not supported", True, True),
         (None, True, True),
-        (None, False, True),
+        (None, False, False),
     ],
 )
 def test_kmod_tries_what_may_be_signed(
