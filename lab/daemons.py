@@ -100,9 +100,9 @@ class Daemon:
             time.sleep(0.01)
 
     def _await_silence(self, timeout_s: float = 5.0 * PATIENCE) -> None:
-        """One that was killed has its descriptors until its process `sockmi-stop` has ended, too."""
+        """One that was killed, also by others, has its descriptors until its `sockmi-stop` has ended, too."""
         deadline = time.monotonic() + timeout_s
-        while self.process is not None and self.answers() and time.monotonic() < deadline:
+        while self.answers() and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def answers(self) -> bool:
