@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import threading
 import time
@@ -35,6 +36,8 @@ def test_the_module_closes_it_after_the_daemon_s_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caller: str, kind: str, activated: bool
 ) -> None:
     """Of a dead daemon's descriptors the control connection may be closed first, and the device last."""
+    if caller == "C" and not shutil.which("make"):
+        pytest.skip("no compiler in this guest; the debug kernel has that of its host")
     monkeypatch.setenv("SOCKMI_CONTROL", str(tmp_path / "control"))
     ours, peer = original(kind)
     name = ours.getsockname()
