@@ -108,7 +108,7 @@ def started(journal: Journal) -> Started:
 
 def decisions(journal: Journal) -> Iterator[Decision]:
     """Those of the chunks that are not over."""
-    yield from _each(journal, Record.DECISION)
+    return _each(journal, Record.DECISION)
 
 
 def modes_in_use(journal: Journal) -> set[Mode]:

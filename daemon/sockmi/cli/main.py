@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _whole(options: argparse.Namespace) -> int:
     """Show all when all is known: the exit status is the same if whoever reads has seen enough before."""
-    shown, written = io.StringIO(), True
+    shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown):
             status = COMMANDS[options.command](options)
