@@ -18,6 +18,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -499,13 +500,8 @@ def test_requests_of_import_are_checked() -> None:
         assert caught.value.errno == errno.ENOTSOCK
 
 
-def test_users_leave_memory_to_the_host_s_daemon() -> None:
-    parameters = Path("/sys/module/sockmi/parameters")
-    limits = {parameters / "memory_max_mb": "8", parameters / "memory_users_max_mb": "4"}
-    before = {path: path.read_text() for path in limits}
-    for path, value in limits.items():
-        path.write_text(value)
-    ready, done = os.pipe(), os.pipe()
+def started_as_user(work: Callable[[], int]) -> int:
+    """A process of nobody's, in user and network namespaces of his own, that ends as ``work`` returns."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -514,15 +510,32 @@ def test_users_leave_memory_to_the_host_s_daemon() -> None:
             os.setuid(65534)
             if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET):
                 os._exit(98)
-            kept = [Device(slots=1, slot_bytes=1 << 20) for _turn in range(4)]
-            try:
-                kept.append(Device(slots=1, slot_bytes=1 << 20))
-            except Refused as refused:
-                code = refused.errno or 97
-            os.write(ready[1], b"x")
-            os.read(done[0], 1)
+            code = work()
         finally:
             os._exit(code)
+    return child
+
+
+def test_users_leave_memory_to_the_host_s_daemon() -> None:
+    parameters = Path("/sys/module/sockmi/parameters")
+    limits = {parameters / "memory_max_mb": "8", parameters / "memory_users_max_mb": "4"}
+    before = {path: path.read_text() for path in limits}
+    for path, value in limits.items():
+        path.write_text(value)
+    ready, done = os.pipe(), os.pipe()
+
+    def take() -> int:
+        code = 96
+        kept = [Device(slots=1, slot_bytes=1 << 20) for _turn in range(4)]
+        try:
+            kept.append(Device(slots=1, slot_bytes=1 << 20))
+        except Refused as refused:
+            code = refused.errno or 97
+        os.write(ready[1], b"x")
+        os.read(done[0], 1)
+        return code
+
+    child = started_as_user(take)
     try:
         assert select.select([ready[0]], [], [], 10)[0]
         mine = [Device(slots=1, slot_bytes=1 << 20) for _turn in range(4)]
@@ -549,17 +562,7 @@ def test_users_keep_no_socket_locked(allowed: bool) -> None:
         pass
     assert parameter.read_text() == "0\n"
     parameter.write_text("1" if allowed else "0")
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            os.setgid(65534)
-            os.setuid(65534)
-            if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET):
-                os._exit(98)
-            code = _held_by_a_user(image)
-        finally:
-            os._exit(code)
+    child = started_as_user(lambda: _held_by_a_user(image))
     try:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0b1111 if allowed else 0b1000)
     finally:
